@@ -1,0 +1,156 @@
+"""The shapes that parts must have to fit together: components and seams, as protocols.
+
+A component is any object with these attributes; nothing needs to be inherited. Importing this file does not import
+torch. Legend: B batch, C latent channels, F latent frames, h x w latent size, T pixel frames, H x W pixel size,
+L tokens, N heads, d head width, D text width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+History = Mapping[str, "Tensor"]
+"""What a solver remembers between steps; named tensors only, so that it can be saved in a State."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a denoising run, handed to everything that needs to know where it is.
+
+    ``sigma`` and ``sigma_next`` are in [0, 1]; ``timestep`` is what the transformer is told (its own unit);
+    ``guidance_scale`` is 1 when no second pass runs; ``branch`` is ``cond`` or ``uncond`` inside guidance;
+    ``expert`` names the transformer that runs the step."""
+
+    index: int
+    count: int
+    sigma: float
+    sigma_next: float
+    timestep: float
+    guidance_scale: float = 1.0
+    branch: str = "cond"
+    expert: str = "transformer"
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where an attention call stands: ``kind`` is ``self`` or ``cross``; ``grid`` the tokens as (F, h/2, w/2)."""
+
+    block: int
+    kind: str
+    grid: tuple[int, int, int]
+
+
+class Predict(Protocol):
+    """Seam A. ``x`` [B, C, F, h, w] float32 -> velocity of the same shape, float32."""
+
+    def __call__(self, x: Tensor, step: Step) -> Tensor: ...
+
+
+class RunBlocks(Protocol):
+    """Seam B. Tokens ``x`` [B, L, dim] through the blocks; ``ctx`` is what each block needs besides x."""
+
+    def __call__(self, blocks: Sequence[nn.Module], x: Tensor, ctx: Any) -> Tensor: ...
+
+
+class Attend(Protocol):
+    """Seam D. ``q`` [B, Lq, N, d], ``k`` and ``v`` [B, Lk, N, d] -> [B, Lq, N, d] in v's dtype."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Swap:
+    """Seam C. When a model is built, every module whose dotted path and type satisfy ``match`` is replaced by
+    ``make(module)``. A swap that matches nothing is an error."""
+
+    name: str
+    match: Callable[[str, nn.Module], bool]
+    make: Callable[[nn.Module], nn.Module]
+
+
+class Scheduler(Protocol):
+    """Seam E. Where the sigmas lie and how one step is taken."""
+
+    name: str
+    needs_noise: bool
+
+    def sigmas(self, steps: int, shift: float, schedule: str) -> list[float]:
+        """``steps + 1`` falling values in [0, 1], the last one 0."""
+        ...
+
+    def solve(
+        self, x: Tensor, velocity: Tensor, step: Step, history: History, noise: Tensor | None = None
+    ) -> tuple[Tensor, History]:
+        """One step: x at ``step.sigma`` -> x at ``step.sigma_next``, all float32 (float64 stays float64).
+
+        ``history`` is the mapping returned by the step before ({} at first); it is never changed in place."""
+        ...
+
+
+@dataclass(frozen=True)
+class Seams:
+    """What plugs into a run. Wrappers take the inner function and return the outer one; the first listed is the
+    outermost. Empty is neutral: bit-equal to nothing being there."""
+
+    predict: tuple[Callable[[Predict], Predict], ...] = ()
+    run_blocks: tuple[Callable[[RunBlocks], RunBlocks], ...] = ()
+    attend: tuple[Callable[[Attend], Attend], ...] = ()
+    swaps: tuple[Swap, ...] = ()
+    scheduler: Scheduler | None = None
+
+
+def wrap(inner: Any, wrappers: Sequence[Callable[[Any], Any]]) -> Any:
+    for wrapper in reversed(wrappers):
+        inner = wrapper(inner)
+    return inner
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    def __call__(self, prompts: Sequence[str], max_length: int) -> tuple[list[list[int]], list[int]]:
+        """Token ids of each prompt, unpadded, end token kept, at most ``max_length``; and how many were cut off."""
+        ...
+
+
+@runtime_checkable
+class TextEncoder(Protocol):
+    fingerprint: str
+
+    def __call__(self, ids: Sequence[int]) -> Tensor:
+        """Ids of one prompt -> [len(ids), D]."""
+        ...
+
+
+@runtime_checkable
+class Transformer(Protocol):
+    fingerprint: str
+    timestep_scale: float  # timestep = timestep_scale * sigma
+
+    def prepare_text(self, rows: Sequence[Tensor], remember: bool = True) -> Any:
+        """B tensors [length, D] -> the text conditioning for forward passes. With ``remember`` what each block
+        derives from it is kept in the returned object, which belongs to the caller."""
+        ...
+
+    def __call__(
+        self, latents: Tensor, timestep: Tensor, text: Any, *, run_blocks: RunBlocks, attend: Attend
+    ) -> Tensor:
+        """``latents`` [B, C, F, h, w], ``timestep`` [B] -> velocity (noise minus data) of the same shape."""
+        ...
+
+
+@runtime_checkable
+class VAE(Protocol):
+    fingerprint: str
+
+    def encode(self, video: Tensor, frames_per_chunk: int = 4) -> Tensor:
+        """[B, 3, T, H, W] in [-1, 1] -> normalised latents [B, C, F, h, w]."""
+        ...
+
+    def decode(self, latents: Tensor, frames_per_chunk: int = 1) -> Iterator[Tensor]:
+        """Normalised latents -> chunks [B, 3, t, H, W] in [-1, 1], in order."""
+        ...

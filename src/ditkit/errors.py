@@ -1,0 +1,59 @@
+"""Every error a person can meet: what was asked, what was found, what to do about it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class DitkitError(Exception):
+    """Base of all errors that ditkit raises on purpose. ``exit_code`` is what the command line exits with."""
+
+    exit_code = 1
+
+    def __init__(self, asked: str, found: str, do: str):
+        super().__init__(f"{asked}: {found}. {do}.")
+        self.asked, self.found, self.do = asked, found, do
+
+    def __reduce__(self):  # survives pickling between processes
+        return type(self), (self.asked, self.found, self.do)
+
+
+class UserError(DitkitError, ValueError):
+    """The request, the settings or the files cannot be used as they are."""
+
+    exit_code = 2
+
+
+class RequestError(UserError):
+    """What to make is impossible: a size, a count, a name."""
+
+
+class SetupError(UserError):
+    """How to make it is impossible: a device, a dtype, an unknown key."""
+
+
+class LoadError(UserError):
+    """A model's files are missing, damaged or contradict each other."""
+
+
+class StateError(UserError):
+    """A saved State cannot be read, or belongs to another version or model."""
+
+
+class OutputError(UserError):
+    """The result cannot be written where it was asked for."""
+
+
+class PipelineError(UserError):
+    """Stages that do not fit together."""
+
+
+class MissingDependency(UserError):
+    """An optional package is not installed; the message gives the install line."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """``" (did you mean 'x'?)"`` or nothing."""
+    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {match[0]!r}?)" if match else ""
