@@ -1,0 +1,274 @@
+"""Tensors on disk: which names, types and shapes a safetensors file or a sharded set holds, and their bytes.
+
+Only headers are read when a set is opened. Data is read with ordinary file reads into memory of its own: nothing is
+mapped, so a file that changes later cannot change (or crash) a running model, and no second copy stands around.
+Leaves out: what the names mean (keys.py), and every format but safetensors.
+Source of the format: https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import IO, TYPE_CHECKING, Any
+
+from ditkit.errors import LoadError
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = MappingProxyType({
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "C64": "complex64", "BOOL": "bool",
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
+    "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8",
+})  # fmt: skip
+"""Types as safetensors spells them -> as torch spells them."""
+
+SIZES = MappingProxyType({"F64": 8, "C64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2,
+                          "I16": 2, "U16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "BOOL": 1, "I8": 1, "U8": 1})  # fmt: skip
+HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors library
+PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+SHARD = re.compile(r"-\d{5}-of-\d{5}")
+VARIANT = re.compile(r"(?:diffusion_pytorch_model|model)\.(.+)")  # the base names of diffusers and transformers
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies: ``dtype`` as safetensors names it (``BF16``), ``start`` and ``size`` in bytes."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    size: int
+
+
+def some(names: object, limit: int = 4) -> str:
+    """The first few of many names, and how many more there are."""
+    listed = sorted(names)  # type: ignore[call-overload]
+    rest = f" and {len(listed) - limit} more" if len(listed) > limit else ""
+    return ", ".join(listed[:limit]) + rest
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from ``file``. Raises LoadError when it is missing, unreadable or not an object."""
+    asked = f"reading {file}"
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise LoadError(asked, "there is no such file", "Check the path, or download the model again") from None
+    except OSError as error:
+        raise LoadError(asked, f"it cannot be read ({error.strerror})", "Check the file and its permissions") from None
+    except ValueError as error:
+        raise LoadError(asked, f"it is not valid JSON ({error})", "Download the file again") from None
+    if not isinstance(value, dict):
+        raise LoadError(asked, f"it holds a {type(value).__name__}, not an object", "Download the file again")
+    return value
+
+
+def read_header(file: Path) -> dict[str, TensorInfo]:
+    """Names and places of the tensors in one safetensors file, in the order of their bytes.
+
+    Raises LoadError when the file is missing, is no safetensors file, or does not have the length its header says."""
+    asked = f"opening {file}"
+    again = "Download the file again, it is damaged or incomplete"
+    if file.suffix in PICKLES:
+        raise LoadError(asked, "it is a pickle, which can run code when it is opened", "Convert it to safetensors")
+    if file.suffix != ".safetensors":
+        raise LoadError(asked, "it is not a .safetensors file", "Give a .safetensors file or a folder with one")
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8:
+                raise LoadError(asked, f"it has only {size} bytes", again)
+            if length > min(size - 8, HEADER_LIMIT):
+                raise LoadError(asked, f"it has {size} bytes, too few for a header of {length}", again)
+            raw = stream.read(length)
+    except FileNotFoundError:
+        raise LoadError(asked, "there is no such file", "Check the path, or download the model again") from None
+    except OSError as error:
+        raise LoadError(asked, f"it cannot be read ({error.strerror})", "Check the file and its permissions") from None
+    try:
+        header = json.loads(raw, object_pairs_hook=_no_duplicates)
+        header.pop("__metadata__", None)
+        places = sorted(
+            ((*entry["data_offsets"], name, entry["dtype"], entry["shape"]) for name, entry in header.items())
+        )
+        tensors, end = {}, 0
+        for start, stop, name, dtype, shape in places:
+            if dtype not in DTYPES:
+                raise LoadError(
+                    asked, f"{name} is stored as {dtype}", f"Use a file with types among {', '.join(DTYPES)}"
+                )
+            if start != end or stop - start != math.prod(shape) * SIZES[dtype] or min(shape, default=0) < 0:
+                raise ValueError(f"the bytes of {name} do not fit its shape {shape} or their neighbours")
+            tensors[name] = TensorInfo(file, dtype, tuple(shape), 8 + length + start, stop - start)
+            end = stop
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise LoadError(asked, f"its header cannot be understood ({error})", again) from None
+    if 8 + length + end != size:
+        raise LoadError(asked, f"it has {size} bytes where its header asks for {8 + length + end}", again)
+    return tensors
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name appears twice")
+    return found
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    """tensor name -> shard file name, from ``*.safetensors.index.json``."""
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(shard, str) for shard in names.values()):
+        raise LoadError(f"reading {index}", "it has no weight_map of tensor names to files", "Download the file again")
+    outside = {shard for shard in names.values() if Path(shard).name != shard or not shard.endswith(".safetensors")}
+    if outside:
+        raise LoadError(
+            f"reading {index}", f"it names {some(outside)}", "Use an index whose shards are safetensors files beside it"
+        )
+    return names
+
+
+def _sharded(index: Path) -> dict[str, TensorInfo]:
+    names = _read_index(index)
+    shards = sorted(set(names.values()))
+    asked = f"opening the {len(shards)} shards of {index}"
+    again = "Download the folder again"
+    if absent := [shard for shard in shards if not (index.parent / shard).is_file()]:
+        raise LoadError(asked, f"{len(absent)} of them are not there ({some(absent)})", again)
+    found = {(name, shard): info for shard in shards for name, info in read_header(index.parent / shard).items()}
+    listed = set(names.items())
+    if lost := [f"{name} in {shard}" for name, shard in listed - found.keys()]:
+        raise LoadError(asked, f"{len(lost)} tensors of the index are not in their shard ({some(lost)})", again)
+    if stray := [f"{name} in {shard}" for name, shard in found.keys() - listed]:
+        raise LoadError(
+            asked, f"the shards hold {len(stray)} tensors that the index does not name ({some(stray)})", again
+        )
+    return {name: info for (name, _), info in found.items()}
+
+
+def _choose(folder: Path, variant: str | None) -> Path:
+    """The index or the single file that ``variant`` means in ``folder``.
+
+    A set is an index with its shards, or a file that no index names. ``None`` means the set without a variant in its
+    name, as in diffusers; there must be exactly one."""
+    asked = f"loading weights from {folder}" + (f" (variant {variant!r})" if variant else "")
+    if not folder.is_dir():
+        raise LoadError(asked, "there is no such folder", "Check the path, or download the model")
+    indices = {
+        file: match
+        for file in sorted(folder.iterdir())
+        if (match := re.fullmatch(r"(.+)\.safetensors\.index(?:\.(.+))?\.json", file.name))
+    }
+    claimed = {shard for index in indices for shard in _read_index(index).values()}
+    loose = [file for file in sorted(folder.glob("*.safetensors")) if file.name not in claimed]
+    if parts := [file.name for file in loose if SHARD.search(file.name)]:
+        raise LoadError(
+            asked, f"{len(parts)} shards are named by no index ({some(parts)})", "Add the .safetensors.index.json file"
+        )
+    sets: dict[Path, str | None] = {index: match[2] for index, match in indices.items()}
+    for file in loose:
+        match = VARIANT.fullmatch(file.stem)
+        sets[file] = match[1] if match else None
+    if not sets:
+        pickles = [file.name for file in folder.iterdir() if file.suffix in PICKLES]
+        if pickles:
+            found = f"it holds only pickles ({some(pickles)}), which can run code when they are opened"
+            raise LoadError(asked, found, "Convert them to safetensors")
+        raise LoadError(asked, "it holds no .safetensors file", "Check the path, or download the model again")
+    fitting = [file for file, name in sets.items() if name == variant]
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        found = f"{len(fitting)} sets of weights could be meant ({some(file.name for file in fitting)})"
+        raise LoadError(asked, found, "Give the path of one of them")
+    known = some({name or "none" for name in sets.values()})
+    raise LoadError(asked, f"the weights there have other variants ({known})", "Ask for one of these variants")
+
+
+class TensorFiles:
+    """The tensors of one safetensors file, or of an index and its shards; ``path`` is either, or their folder.
+
+    ``tensors`` maps each name to its TensorInfo, in the order of files and bytes. Opening checks all headers and
+    reads no data. ``variant`` selects ``diffusion_pytorch_model.VARIANT.safetensors``. Raises LoadError for missing,
+    damaged, contradictory and ambiguous files."""
+
+    def __init__(self, path: str | Path, variant: str | None = None):
+        path = Path(path)
+        if path.is_dir() or (path.suffix not in (".safetensors", ".json", *PICKLES) and not path.exists()):
+            path = _choose(path, variant)
+        elif variant is not None:
+            raise LoadError(f"opening {path}", f"variant {variant!r} was given with a file", "Give its folder instead")
+        self.path = path
+        self.tensors: Mapping[str, TensorInfo] = MappingProxyType(
+            _sharded(path) if path.suffix == ".json" else read_header(path)
+        )
+        if not self.tensors:
+            raise LoadError(f"opening {path}", "it holds no tensors", "Download the file again")
+        self.files = tuple(dict.fromkeys(info.file for info in self.tensors.values()))
+
+    def __repr__(self) -> str:
+        return f"TensorFiles({str(self.path)!r}: {len(self.tensors)} tensors in {len(self.files)} files)"
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, tensor) one by one, each read once, in memory of its own."""
+        for file in self.files:
+            with file.open("rb", buffering=0) as stream:
+                for name, info in self.tensors.items():
+                    if info.file == file:
+                        yield name, _read(stream, name, info)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        info = self.tensors[name]
+        with info.file.open("rb", buffering=0) as stream:
+            return _read(stream, name, info)
+
+    @property
+    def sha256(self) -> dict[str, str]:
+        """File name -> hex digest of its content, counted when asked for and remembered while the file stays as is."""
+        return {file.name: file_hash(file) for file in self.files}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """One hash over the contents of all files; their names do not matter."""
+        return hashlib.sha256("".join(sorted(self.sha256.values())).encode()).hexdigest()
+
+
+def _read(stream: IO[bytes], name: str, info: TensorInfo) -> torch.Tensor:
+    import torch
+
+    tensor = torch.empty(info.shape, dtype=getattr(torch, DTYPES[info.dtype]))
+    # Through numpy as bytes: it has no bfloat16, and a view costs nothing.
+    room = memoryview(tensor.reshape(-1).view(torch.uint8).numpy()) if info.size else memoryview(bytearray())
+    stream.seek(info.start)
+    filled = 0
+    while filled < info.size:
+        count = stream.readinto(room[filled:])  # type: ignore[attr-defined]
+        if not count:
+            raise LoadError(f"reading {name} from {info.file}", "the file became shorter", "Download the file again")
+        filled += count
+    return tensor
+
+
+_hashes: dict[tuple[Path, int, int], str] = {}
+
+
+def file_hash(file: Path) -> str:
+    """sha256 of a file, remembered by path, size and time of change."""
+    stat = file.stat()
+    key = (file.resolve(), stat.st_size, stat.st_mtime_ns)
+    if key not in _hashes:
+        with file.open("rb") as stream:
+            _hashes[key] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return _hashes[key]

@@ -1,0 +1,134 @@
+"""Fill a module with tensors, strictly: every parameter once, in its shape, and nothing left over.
+
+The module should have been built on the meta device. Names and shapes are compared before any data is read; then
+tensors come one by one and are cast and placed, so memory holds one copy of the weights and one tensor more.
+Leaves out: where tensors come from (files.py) and what they are called elsewhere (keys.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ditkit.checkpoints.files import DTYPES, TensorInfo, some
+from ditkit.errors import LoadError
+
+NOTHING: Mapping[str, str] = MappingProxyType({})
+
+
+class TensorSource(Protocol):
+    """What can be loaded from: facts about all tensors at once, and their data one by one. TensorFiles is one."""
+
+    path: Path
+    tensors: Mapping[str, TensorInfo]
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]: ...
+
+
+def load_into(
+    module: nn.Module,
+    source: TensorSource,
+    names: Mapping[str, str] | None = None,
+    *,
+    dtype_of: Callable[[str], torch.dtype | None] = lambda name: None,
+    device: torch.device | str = "cpu",
+    aliases: Mapping[str, str] = NOTHING,
+    check_finite: bool = False,
+) -> None:
+    """Replace every parameter and persistent buffer of ``module`` by the tensor of that name in ``source``.
+
+    ``names``: the source's name -> the module's name; None when they are equal, and then nothing is unknown.
+    ``dtype_of``: the module's full name of a tensor -> its dtype; None keeps the stored one.
+    ``aliases``: second name -> first name of one parameter, in the module's names. The source may have either or both;
+    both must be equal. The module has one parameter under both names afterwards.
+    ``check_finite`` refuses infinities and NaN after the cast (one more pass over the data).
+    Raises LoadError for unknown, missing, doubled, mis-shaped and non-float tensors, counting all of them."""
+    asked = f"loading {type(module).__name__} from {source.path}"
+    wanted = {name: t for name, t in module.state_dict(keep_vars=True).items() if name not in aliases}
+    if len({id(tensor) for tensor in wanted.values()}) < len(wanted):
+        raise ValueError(f"{type(module).__name__} has one tensor under two names; list the second in aliases")
+    target, unknown, doubled = _match(source, wanted, names, aliases)
+    missing = wanted.keys() - target.values()
+    shapes = [
+        f"{name} has {list(info.shape)} where the model has {list(wanted[target[name]].shape)}"
+        for name, info in source.tensors.items()
+        if name in target and info.shape != tuple(wanted[target[name]].shape)
+    ]
+    kinds = [
+        f"{name} is {info.dtype}"
+        for name, info in source.tensors.items()
+        if name in target
+        and getattr(torch, DTYPES[info.dtype]).is_floating_point != wanted[target[name]].dtype.is_floating_point
+    ]
+    problems = [
+        f"{len(items)} {text} ({some(items)})"
+        for items, text in (
+            (missing, "tensors are missing"),
+            (unknown, "tensors are unknown to the model"),
+            (doubled, "tensors come twice under two names"),
+            (shapes, "tensors have another shape"),
+            (kinds, "tensors have a type that is no weight"),
+        )
+        if items
+    ]
+    if problems:
+        raise LoadError(asked, "; ".join(problems), "Use the weights and the config of one and the same model")
+
+    with torch.inference_mode(False):  # a parameter made in inference mode could never be trained
+        filled: dict[str, Tensor] = {}
+        for key, data in source:
+            name = target[key]
+            tensor = data.to(device=device, dtype=dtype_of(name))
+            if check_finite and not torch.isfinite(tensor).all():
+                raise LoadError(
+                    asked, f"{key} holds infinite or undefined numbers as {tensor.dtype}", "Use other weights"
+                )
+            if name in filled:
+                if not torch.equal(filled[name], tensor):
+                    raise LoadError(asked, f"{key} differs from its other name {name}", "Use unmodified weights")
+                continue
+            filled[name] = tensor
+            _assign(module, name, tensor)
+            del data, tensor
+        for second, first in aliases.items():
+            parent, leaf = _parent(module, second)
+            setattr(parent, leaf, module.get_parameter(first))
+    if left := [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]:
+        raise LoadError(asked, f"{len(left)} tensors stayed without data ({some(left)})", "Report this as a bug")
+
+
+def _match(
+    source: TensorSource, wanted: Mapping[str, Tensor], names: Mapping[str, str] | None, aliases: Mapping[str, str]
+) -> tuple[dict[str, str], set[str], list[str]]:
+    """(source name -> module name, unknown source names, source names whose module name is taken)."""
+    target: dict[str, str] = {}
+    unknown, doubled, taken = set(), [], set()
+    for key in source.tensors:
+        name = key if names is None else names.get(key)
+        first = aliases.get(name, name) if name is not None else None
+        if first not in wanted:
+            unknown.add(key)
+        elif name in taken:
+            doubled.append(key)
+        else:
+            taken.add(name)
+            target[key] = first
+    return target, unknown, doubled
+
+
+def _parent(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    return module.get_submodule(path), leaf
+
+
+def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:
+    parent, leaf = _parent(module, name)
+    old = getattr(parent, leaf)
+    if isinstance(old, nn.Parameter):
+        tensor = nn.Parameter(tensor, requires_grad=old.requires_grad)
+    setattr(parent, leaf, tensor)

@@ -1,0 +1,74 @@
+"""Prompts -> token ids, as Wan does it: clean the text, cut it into pieces, end it with ``</s>``.
+
+The rules of cutting are those of ``tokenizer.json``, run by the ``tokenizers`` library; transformers is not needed,
+and its own classes do not always follow that file (see guides). Leaves out: padding, which nothing here needs.
+Sources: Wan2.1 ``wan/modules/tokenizers.py`` (cleaning, 512 tokens); the umt5-xxl tokenizer (``</s>`` ends).
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from ditkit.checkpoints.files import file_hash
+from ditkit.errors import LoadError, MissingDependency
+
+END = "</s>"
+
+
+def clean(prompt: str) -> str:
+    """Mend broken Unicode, undo HTML escapes twice, turn every run of white space into one blank, strip."""
+    try:
+        import ftfy
+    except ImportError:
+        raise MissingDependency("cleaning a prompt", "ftfy is not installed", "Run: pip install ftfy") from None
+    text = html.unescape(html.unescape(ftfy.fix_text(prompt)))
+    return re.sub(r"\s+", " ", text).strip()
+
+
+class WanTokenizer:
+    """The tokenizer in ``folder`` (``tokenizer.json``). Raises LoadError when it is absent or unusable.
+
+    ``fingerprint`` is the hash of the file. Calls share nothing that changes, so threads may share one."""
+
+    def __init__(self, folder: str | Path):
+        try:
+            from tokenizers import Tokenizer
+        except ImportError:
+            raise MissingDependency(
+                "loading a tokenizer", "tokenizers is not installed", "Run: pip install tokenizers"
+            ) from None
+        file = Path(folder) / "tokenizer.json"
+        asked = f"loading the tokenizer from {folder}"
+        if not file.is_file():
+            if (file.parent / "spiece.model").is_file():
+                found = "it has only spiece.model and no tokenizer.json"
+                raise LoadError(asked, found, "Add the tokenizer.json of the same model")
+            raise LoadError(asked, "it has no tokenizer.json", "Check the path, or download the model again")
+        try:
+            self._tokenizer = Tokenizer.from_file(str(file))
+        except Exception as error:  # noqa: BLE001 - the library raises nothing narrower
+            raise LoadError(asked, f"tokenizer.json cannot be read ({error})", "Download the file again") from None
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        end = self._tokenizer.token_to_id(END)
+        if end is None or self._tokenizer.encode("").ids != [end]:
+            raise LoadError(
+                asked, f"its tokenizer.json does not end texts with {END}", "Use the tokenizer of a Wan model"
+            )
+        self.end: int = end
+        self.vocab_size: int = self._tokenizer.get_vocab_size()
+        self.fingerprint = file_hash(file)
+
+    def __call__(self, prompts: Sequence[str], max_length: int = 512) -> tuple[list[list[int]], list[int]]:
+        """Cleaned prompts -> (ids of each, how many were cut off of each). At most ``max_length`` ids, the last of
+        them always the end token; not padded; an empty prompt is the end token alone."""
+        if isinstance(prompts, str):
+            raise TypeError("prompts must be a list of strings, not one string")
+        if max_length < 1:
+            raise ValueError(f"max_length is {max_length}; the end token alone needs 1")
+        rows = [self._tokenizer.encode(clean(prompt)).ids for prompt in prompts]
+        cut = [max(0, len(row) - max_length) for row in rows]
+        return [row[: max_length - 1] + [self.end] if n else row for row, n in zip(rows, cut, strict=True)], cut
