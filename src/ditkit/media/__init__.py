@@ -1,0 +1,23 @@
+"""Finished frames: to bytes, into files, and back.
+
+A clip is uint8 [T, H, W, 3] RGB everywhere in this room. The suffix of a path names its format (see ``encode.py``);
+every file carries a card with the caller's manifest (``card.py``); files appear whole or not at all (``files.py``).
+Leaves out: decoding latents, and what belongs into a manifest.
+"""
+
+from .clip import check_writable, write_video
+from .pixels import frames_sha256, to_uint8
+from .preview import preview_blocks
+from .read import read_manifest, read_video
+from .sheet import contact_sheet
+
+__all__ = [
+    "check_writable",
+    "contact_sheet",
+    "frames_sha256",
+    "preview_blocks",
+    "read_manifest",
+    "read_video",
+    "to_uint8",
+    "write_video",
+]
