@@ -1,0 +1,124 @@
+"""DPM-Solver++: a multistep solver without a corrector, as an ODE solver (``DPMpp``) and as an SDE solver that adds
+fresh noise at every step (``DPMppSDE``).
+
+Both integrate the x0 prediction m over lambda = ln((1 - sigma) / sigma). With h = lambda_t - lambda_s and D1 the scaled
+difference of the last two predictions, the second-order midpoint step is
+
+    ODE  x_t = sigma_t / sigma_s * x_s  +  alpha_t * (1 - e^-h) * (m_s + D1 / 2)
+    SDE  x_t = sigma_t / sigma_s * e^-h * x_s  +  alpha_t * (1 - e^-2h) * (m_s + D1 / 2)
+               +  sigma_t * sqrt(1 - e^-2h) * noise
+
+The first step is of first order, so is the last (it goes to sigma 0), and under 15 steps the one before it has at most
+the second. sigma 1 (lambda -inf) is allowed in front: its prediction is then infinitely far away and drops out of D1.
+
+Source: arXiv 2211.01095 with the constants of Wan2.1 ``fm_solvers.py``. Leaves out: thresholding, noise prediction.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from ditkit.contracts import History, Step
+from ditkit.errors import RequestError, nearest
+from ditkit.schedulers.common import check_noise, log_snr, recall, remember, weighted, working
+from ditkit.schedulers.sigmas import grid
+
+_FEW_STEPS = 15  # below this many steps the last but one is at most of second order (Wan2.1 ``fm_solvers.py``)
+
+
+@dataclass(frozen=True)
+class DPMpp:
+    """``order`` 1 to 3, ``solver_type`` ``midpoint`` or ``heun`` (they differ at second order only). Immutable;
+    threads can share one.
+
+    Order 3 is the multistep formula as published and as every implementation has it; its last term carries half of the
+    weight that the Taylor series asks for, so it converges like a second-order method with another constant."""
+
+    order: int = 2
+    solver_type: str = "midpoint"
+
+    name: ClassVar[str] = "dpm++"
+    needs_noise: ClassVar[bool] = False
+    orders: ClassVar[tuple[int, ...]] = (1, 2, 3)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.order, bool) or self.order not in self.orders:
+            known = ", ".join(map(str, self.orders))
+            raise RequestError(f"order {self.order!r} of {self.name}", "not supported", f"Use one of: {known}")
+        if self.solver_type not in ("midpoint", "heun"):
+            hint = nearest(str(self.solver_type), ("midpoint", "heun"))
+            raise RequestError(
+                f"solver_type {self.solver_type!r} of {self.name}", f"unknown{hint}", "Use midpoint or heun"
+            )
+
+    def sigmas(self, steps: int, shift: float, schedule: str) -> list[float]:
+        return grid(self.name, steps, shift, schedule)
+
+    def solve(
+        self, x: Tensor, velocity: Tensor, step: Step, history: History, noise: Tensor | None = None
+    ) -> tuple[Tensor, History]:
+        """x at ``step.sigma`` -> x at ``step.sigma_next``; any shape, float32 (float64 stays float64).
+
+        ``noise``: normal, of x's shape, for the SDE solver only. ``history``: {} or what the step before returned, up
+        to ``order - 1`` past x0 predictions with their sigmas."""
+        check_noise(self.name, self.needs_noise, noise, step)
+        x, velocity = working(x, velocity)
+        now = [(step.sigma, x - step.sigma * velocity), *recall(history, x)]
+        left = step.count - step.index
+        limit = 1 if left == 1 else 2 if left == 2 and step.count < _FEW_STEPS else 3
+        points = now[: min(self.order, limit)]
+
+        h = log_snr(step.sigma_next) - log_snr(step.sigma)
+        terms = [(self._keep(step, h), x)]
+        terms += zip(self._weights(step, h, [sigma for sigma, _ in points]), (x0 for _, x0 in points), strict=True)
+        if noise is not None:
+            terms.append((step.sigma_next * math.sqrt(-math.expm1(-2 * h)), noise.to(x)))
+        return weighted(terms), remember(now[: self.order - 1])
+
+    def _keep(self, step: Step, h: float) -> float:
+        """The factor of x."""
+        return step.sigma_next / step.sigma
+
+    def _decay(self, h: float) -> float:
+        """The exponent over which the x0 predictions are integrated."""
+        return h
+
+    def _weights(self, step: Step, h: float, sigmas: Sequence[float]) -> list[float]:
+        """The factors of the x0 predictions at ``sigmas``, the newest first."""
+        alpha, z = 1 - step.sigma_next, self._decay(h)
+        phi = -math.expm1(-z)  # the integral of e^-(z - u) over the step, for a constant
+        if len(sigmas) == 1:
+            return [alpha * phi]
+        lambdas = [log_snr(s) for s in sigmas]
+        r = [(a - b) / h for a, b in zip(lambdas, lambdas[1:], strict=False)]
+        d1 = alpha * (1 - phi / z)  # for a straight line
+        if len(sigmas) == 2:
+            d = (alpha * phi / 2 if self.solver_type == "midpoint" else d1) / r[0]
+            return [alpha * phi + d, -d]
+        # The two differences are a = (m0 - m1) / r0 and b = (m1 - m2) / r1; with g = (a - b) / (r0 + r1) the step takes
+        # the slope a + r0 * g and the curvature g. d2 is the published weight of g.
+        d2 = alpha * (0.5 - (1 - phi / z) / z)
+        g = (d1 * r[0] + d2) / (r[0] + r[1])
+        a, b = (d1 + g) / r[0], -g / r[1]
+        return [alpha * phi + a, b - a, -b]
+
+
+@dataclass(frozen=True)
+class DPMppSDE(DPMpp):
+    """The stochastic variant; ``noise`` is needed at every step. ``order`` 1 or 2 (the third-order formula in
+    circulation does not vanish with the step size, so there is nothing to agree with)."""
+
+    name: ClassVar[str] = "dpm++_sde"
+    needs_noise: ClassVar[bool] = True
+    orders: ClassVar[tuple[int, ...]] = (1, 2)
+
+    def _keep(self, step: Step, h: float) -> float:
+        return step.sigma_next / step.sigma * math.exp(-h)
+
+    def _decay(self, h: float) -> float:
+        return 2 * h

@@ -1,0 +1,158 @@
+"""Where the noise levels of a run lie, and what the transformer is told at each of them.
+
+sigma is the share of noise: x = (1 - sigma) * data + sigma * noise, so 1 is pure noise and 0 is the picture.
+Two conventions are in use for the same models and give different numbers; a run uses one, never a mixture:
+
+- ``official``: Wan's own solvers (UniPC, DPM++); for Euler, which Wan has not, the grid of Self-Forcing.
+- ``diffusers``: what diffusers' schedulers make of ``use_flow_sigmas`` and ``flow_shift`` (UniPC, DPM++) or ``shift``
+  (Euler). Its UniPC and DPM++ grids differ from each other.
+
+Values are Python floats in double precision; official code rounds them to float32 for its solvers but takes timesteps
+from the unrounded ones, and so do we. Plain Python: no torch, no numpy.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Callable, Iterable, Sequence
+
+from ditkit.errors import RequestError, nearest
+
+SCHEDULES = ("official", "diffusers")
+
+_LOWEST = 1e-3  # the smallest noise level of the models' training table, an end point of diffusers' grids
+_HIGHEST = 0.9990000128746033  # 1 - 1e-3 rounded to float32: where official UniPC begins before the shift
+_NUDGE = 1e-6  # diffusers' UniPC keeps this distance from sigma 1, where its lambda would be -inf
+
+
+def grid(solver: str, steps: int, shift: float, schedule: str) -> list[float]:
+    """``steps + 1`` strictly falling sigmas in [0, 1] for one of ``unipc``, ``dpm++``, ``dpm++_sde``, ``euler``; the
+    last is 0. ``shift`` > 0 moves them towards noise (above 1) or away from it (below 1); 1 leaves them alone.
+
+    Raises RequestError for an unknown name, fewer than one step, a shift that is not a positive number, or one so
+    extreme that two sigmas coincide."""
+    check_schedule(schedule)
+    if (schedule, solver) not in _GRIDS:
+        names = sorted({name for _, name in _GRIDS})
+        raise RequestError(
+            f"sigmas of solver {solver!r}", f"unknown{nearest(solver, names)}", f"Use one of: {', '.join(names)}"
+        )
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise RequestError(f"{steps!r} steps", "not a whole number of at least 1", "Ask for one step or more")
+    if isinstance(shift, bool) or not isinstance(shift, (int, float)) or not 0 < shift < math.inf:
+        raise RequestError(f"shift {shift!r}", "not a positive number", "Use a shift such as 3, 5 or 12")
+    sigmas = [*_GRIDS[schedule, solver](steps, float(shift)), 0.0]
+    if sigmas[0] > 1 or any(a <= b for a, b in zip(sigmas, sigmas[1:], strict=False)):
+        raise RequestError(
+            f"{steps} steps with shift {shift:g}",
+            "neighbouring noise levels coincide",
+            "Use a milder shift or fewer steps",
+        )
+    return sigmas
+
+
+def explicit(sigmas: Iterable[float]) -> list[float]:
+    """A list of sigmas given by hand, checked: numbers in [0, 1], strictly falling, at least one above 0. A final 0
+    is appended where it is missing. They are used as they are; no shift is applied. Raises RequestError."""
+    asked = f"sigmas {(given := list(sigmas))!r}"
+    if any(isinstance(s, bool) or not isinstance(s, (int, float)) for s in given):
+        raise RequestError(asked, "not all of them are numbers", "Give numbers between 0 and 1")
+    values = [float(s) for s in given]
+    if not all(0 <= s <= 1 for s in values):  # false for nan as well
+        raise RequestError(asked, "not all of them lie between 0 and 1", "Divide timesteps by the model's scale first")
+    if any(a <= b for a, b in zip(values, values[1:], strict=False)):
+        raise RequestError(asked, "they do not fall strictly", "List each noise level once, the highest first")
+    if not values or values[0] == 0:
+        raise RequestError(asked, "there is no step to take", "Give at least one sigma above 0")
+    return values if values[-1] == 0 else [*values, 0.0]
+
+
+def timesteps(sigmas: Sequence[float], schedule: str, solver: str, scale: float) -> list[float]:
+    """What the transformer is told at each step: one value for every sigma but the last.
+
+    UniPC and DPM++ tell ``scale * sigma`` cut off to a whole number, in both conventions and for explicit sigmas too;
+    two steps may then be told the same value. Euler and every other solver tell it as a float32 number.
+    ``scale`` is the transformer's ``timestep_scale``."""
+    check_schedule(schedule)
+    if solver in ("unipc", "dpm++", "dpm++_sde"):
+        return [float(math.trunc(scale * sigma)) for sigma in sigmas[:-1]]
+    return [_float32(scale * _float32(sigma)) for sigma in sigmas[:-1]]
+
+
+def check_schedule(schedule: str) -> None:
+    if schedule not in SCHEDULES:
+        raise RequestError(
+            f"schedule {schedule!r}",
+            f"unknown{nearest(str(schedule), SCHEDULES)}",
+            f"Use one of: {', '.join(SCHEDULES)}",
+        )
+
+
+def _shifted(sigma: float, shift: float) -> float:
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def _shifted32(sigma: float, shift: float) -> float:
+    """The shift with every operation rounded to float32."""
+    return _float32(_float32(_float32(shift) * sigma) / _float32(1 + _float32(_float32(shift - 1) * sigma)))
+
+
+def _float32(value: float) -> float:
+    return struct.unpack("f", struct.pack("f", value))[0]
+
+
+def _evenly(start: float, stop: float, count: int) -> list[float]:
+    """``count`` values from ``start`` on, the next of which would be ``stop``; rounded as numpy's linspace rounds."""
+    stride = (stop - start) / count
+    return [i * stride + start for i in range(count)]
+
+
+def _from_nearly_one(steps: int, shift: float) -> list[float]:
+    """Wan2.1 ``fm_solvers_unipc.py``: evenly from 0.999 to 0, then shifted."""
+    return [_shifted(s, shift) for s in _evenly(_HIGHEST, 0.0, steps)]
+
+
+def _from_one(steps: int, shift: float) -> list[float]:
+    """Wan2.1 ``fm_solvers.py`` ``get_sampling_sigmas``: evenly from 1 to 0, then shifted."""
+    return [1.0, *(_shifted(s, shift) for s in _evenly(1.0, 0.0, steps)[1:])]
+
+
+def _from_one_float32(steps: int, shift: float) -> list[float]:
+    """Self-Forcing ``utils/scheduler.py``: evenly from 1 to 0, then shifted; all of it in float32. The even values are
+    counted from both ends, as torch's linspace does it."""
+    stride, half = _float32(-1 / steps), (steps + 1) // 2
+    even = [_float32(1 + stride * i if i < half else -stride * (steps - i)) for i in range(steps)]
+    return [min(_shifted32(s, shift), 1.0) for s in even]
+
+
+def _diffusers_unipc(steps: int, shift: float) -> list[float]:
+    """``UniPCMultistepScheduler``: evenly from 1 to 0.001, shifted, the first kept off 1."""
+    first, *rest = (_shifted(s, shift) for s in _evenly(1.0, _LOWEST, steps))
+    return [first - _NUDGE if abs(first - 1) < _NUDGE else first, *rest]
+
+
+def _diffusers_dpmpp(steps: int, shift: float) -> list[float]:
+    """``DPMSolverMultistepScheduler``: alpha evenly from 1 to 0.001, sigma = 1 - alpha, shifted."""
+    alphas = [*_evenly(1.0, _LOWEST, steps), _LOWEST]
+    return [_shifted(1 - alpha, shift) for alpha in reversed(alphas[1:])]
+
+
+def _diffusers_euler(steps: int, shift: float) -> list[float]:
+    """``FlowMatchEulerDiscreteScheduler``: its table of noise levels is shifted when it is built, in float32, and what
+    is picked evenly between the table's ends is shifted once more."""
+    highest, lowest = (_shifted32(s, shift) for s in (1.0, _float32(_LOWEST)))
+    even = [highest] if steps == 1 else [*_evenly(highest, lowest, steps - 1), lowest]
+    return [min(_shifted(s, shift), 1.0) for s in even]
+
+
+_GRIDS: dict[tuple[str, str], Callable[[int, float], list[float]]] = {
+    ("official", "unipc"): _from_nearly_one,
+    ("official", "dpm++"): _from_one,
+    ("official", "dpm++_sde"): _from_one,
+    ("official", "euler"): _from_one_float32,
+    ("diffusers", "unipc"): _diffusers_unipc,
+    ("diffusers", "dpm++"): _diffusers_dpmpp,
+    ("diffusers", "dpm++_sde"): _diffusers_dpmpp,
+    ("diffusers", "euler"): _diffusers_euler,
+}
