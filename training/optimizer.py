@@ -12,14 +12,14 @@ from torch import Tensor
 
 
 def orthogonalise(m: Tensor, steps: int = 5) -> Tensor:
-    """The nearest semi-orthogonal matrix, roughly, by five Newton-Schulz steps of degree five."""
+    """The nearest semi-orthogonal matrix, roughly, by five Newton-Schulz steps of degree five, in bfloat16."""
     a, b, c = 3.4445, -4.7750, 2.0315
     x = m.mT if m.shape[0] > m.shape[1] else m
-    x = x / (x.norm() + 1e-7)
+    x = (x / (x.norm() + 1e-7)).bfloat16()
     for _ in range(steps):
         s = x @ x.mT
         x = a * x + (b * s + c * s @ s) @ x
-    return x.mT if m.shape[0] > m.shape[1] else x
+    return (x.mT if m.shape[0] > m.shape[1] else x).to(m.dtype)
 
 
 class Muon(torch.optim.Optimizer):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
 History = Mapping[str, "Tensor"]
@@ -130,6 +131,9 @@ class TextEncoder(Protocol):
 class Transformer(Protocol):
     fingerprint: str
     timestep_scale: float  # timestep = timestep_scale * sigma
+    latent_channels: int
+    device: torch.device
+    run_blocks: RunBlocks  # seam B at its neutral setting
 
     def prepare_text(self, rows: Sequence[Tensor], remember: bool = True) -> Any:
         """B tensors [length, D] -> the text conditioning for forward passes. With ``remember`` what each block
@@ -146,6 +150,8 @@ class Transformer(Protocol):
 @runtime_checkable
 class VAE(Protocol):
     fingerprint: str
+    device: torch.device
+    dtype: torch.dtype
 
     def encode(self, video: Tensor, frames_per_chunk: int = 4) -> Tensor:
         """[B, 3, T, H, W] in [-1, 1] -> normalised latents [B, C, F, h, w]."""

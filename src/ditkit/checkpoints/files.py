@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import mmap
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ DTYPES = MappingProxyType({
 
 SIZES = MappingProxyType({"F64": 8, "C64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2,
                           "I16": 2, "U16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "BOOL": 1, "I8": 1, "U8": 1})  # fmt: skip
+PAGED = 2**20  # bytes; smaller tensors come from the ordinary heap
 HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors library
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 SHARD = re.compile(r"-\d{5}-of-\d{5}")
@@ -248,13 +250,20 @@ class TensorFiles:
 def _read(stream: IO[bytes], name: str, info: TensorInfo) -> torch.Tensor:
     import torch
 
-    tensor = torch.empty(info.shape, dtype=getattr(torch, DTYPES[info.dtype]))
-    # Through numpy as bytes: it has no bfloat16, and a view costs nothing.
-    room = memoryview(tensor.reshape(-1).view(torch.uint8).numpy()) if info.size else memoryview(bytearray())
+    dtype = getattr(torch, DTYPES[info.dtype])
+    if not info.size:
+        return torch.empty(info.shape, dtype=dtype)
+    if info.size > PAGED:
+        # Pages of its own: freed after a cast, they go back at once. malloc keeps holes of up to 32 MB, and with them
+        # a load with a cast peaked at two copies.
+        tensor = torch.frombuffer(mmap.mmap(-1, info.size), dtype=dtype).reshape(info.shape)
+    else:
+        tensor = torch.empty(info.shape, dtype=dtype)
+    view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # as bytes, because numpy has no bfloat16
     stream.seek(info.start)
     filled = 0
     while filled < info.size:
-        count = stream.readinto(room[filled:])  # type: ignore[attr-defined]
+        count = stream.readinto(view[filled:])  # type: ignore[attr-defined]
         if not count:
             raise LoadError(f"reading {name} from {info.file}", "the file became shorter", "Download the file again")
         filled += count

@@ -98,9 +98,8 @@ def _check_folder(folder: Path) -> None:
     """A folder of frames replaces an older one, and nothing else."""
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"writing frames into {folder}", "it is a file", "choose another name")
-    strangers = (
-        [] if not folder.exists() else [f.name for f in folder.iterdir() if not re.fullmatch(r"\d{4,}\.png", f.name)]
-    )
+    names = [file.name for file in folder.iterdir()] if folder.exists() else []
+    strangers = [name for name in names if not re.fullmatch(r"\d{4,}\.png", name)]
     if strangers:
         raise OutputError(
             f"writing frames into {folder}", f"it holds other files ({strangers[0]})", "choose a new or empty folder"

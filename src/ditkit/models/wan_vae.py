@@ -12,7 +12,7 @@ Source: Wan2.1 ``wan/modules/vae.py`` (structure and constants), compared with d
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -257,6 +257,20 @@ class WanVAE(nn.Module):
         self.conv1 = CausalConv3d(config.z_dim * 2, config.z_dim * 2, (1, 1, 1))
         self.conv2 = CausalConv3d(config.z_dim, config.z_dim, (1, 1, 1))
         self.decoder = Decoder(config)
+        self.identify: Callable[[], str] = lambda: "not loaded from files"
+
+    @property
+    def fingerprint(self) -> str:
+        """Stands for the weights and their dtype; whoever loads the module sets ``identify``."""
+        return self.identify()
+
+    @property
+    def device(self) -> torch.device:
+        return self.conv2.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.conv2.weight.dtype
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         shape = (1, -1, 1, 1, 1)

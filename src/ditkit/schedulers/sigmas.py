@@ -7,8 +7,8 @@ Two conventions are in use for the same models and give different numbers; a run
 - ``diffusers``: what diffusers' schedulers make of ``use_flow_sigmas`` and ``flow_shift`` (UniPC, DPM++) or ``shift``
   (Euler). Its UniPC and DPM++ grids differ from each other.
 
-Values are Python floats in double precision; official code rounds them to float32 for its solvers but takes timesteps
-from the unrounded ones, and so do we. Plain Python: no torch, no numpy.
+Values are Python floats in double precision. Timesteps are made from them as they are; the steps of a run get them
+rounded to float32 (``table``), because both conventions do it in that order. Plain Python: no torch, no numpy.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def grid(solver: str, steps: int, shift: float, schedule: str) -> list[float]:
     if isinstance(shift, bool) or not isinstance(shift, (int, float)) or not 0 < shift < math.inf:
         raise RequestError(f"shift {shift!r}", "not a positive number", "Use a shift such as 3, 5 or 12")
     sigmas = [*_GRIDS[schedule, solver](steps, float(shift)), 0.0]
-    if sigmas[0] > 1 or any(a <= b for a, b in zip(sigmas, sigmas[1:], strict=False)):
+    if sigmas[0] > 1 or not _falling(sigmas):
         raise RequestError(
             f"{steps} steps with shift {shift:g}",
             "neighbouring noise levels coincide",
@@ -59,13 +59,17 @@ def explicit(sigmas: Iterable[float]) -> list[float]:
     if any(isinstance(s, bool) or not isinstance(s, (int, float)) for s in given):
         raise RequestError(asked, "not all of them are numbers", "Give numbers between 0 and 1")
     values = [float(s) for s in given]
+    if values and values[-1] != 0:
+        values.append(0.0)
     if not all(0 <= s <= 1 for s in values):  # false for nan as well
         raise RequestError(asked, "not all of them lie between 0 and 1", "Divide timesteps by the model's scale first")
-    if any(a <= b for a, b in zip(values, values[1:], strict=False)):
-        raise RequestError(asked, "they do not fall strictly", "List each noise level once, the highest first")
-    if not values or values[0] == 0:
+    if not _falling(values):
+        raise RequestError(
+            asked, "they do not fall strictly", "List each level once, the highest first, at least 1e-7 apart"
+        )
+    if len(values) < 2:
         raise RequestError(asked, "there is no step to take", "Give at least one sigma above 0")
-    return values if values[-1] == 0 else [*values, 0.0]
+    return values
 
 
 def timesteps(sigmas: Sequence[float], schedule: str, solver: str, scale: float) -> list[float]:
@@ -77,7 +81,7 @@ def timesteps(sigmas: Sequence[float], schedule: str, solver: str, scale: float)
     check_schedule(schedule)
     if solver in ("unipc", "dpm++", "dpm++_sde"):
         return [float(math.trunc(scale * sigma)) for sigma in sigmas[:-1]]
-    return [_float32(scale * _float32(sigma)) for sigma in sigmas[:-1]]
+    return [float32(scale * float32(sigma)) for sigma in sigmas[:-1]]
 
 
 def check_schedule(schedule: str) -> None:
@@ -89,16 +93,23 @@ def check_schedule(schedule: str) -> None:
         )
 
 
+def _falling(sigmas: Sequence[float]) -> bool:
+    """Strictly, and still so in float32."""
+    rounded = [float32(s) for s in sigmas]
+    return all(a > b for a, b in zip(rounded, rounded[1:], strict=False))
+
+
 def _shifted(sigma: float, shift: float) -> float:
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
 def _shifted32(sigma: float, shift: float) -> float:
     """The shift with every operation rounded to float32."""
-    return _float32(_float32(_float32(shift) * sigma) / _float32(1 + _float32(_float32(shift - 1) * sigma)))
+    return float32(float32(float32(shift) * sigma) / float32(1 + float32(float32(shift - 1) * sigma)))
 
 
-def _float32(value: float) -> float:
+def float32(value: float) -> float:
+    """The nearest float32 number."""
     return struct.unpack("f", struct.pack("f", value))[0]
 
 
@@ -121,8 +132,8 @@ def _from_one(steps: int, shift: float) -> list[float]:
 def _from_one_float32(steps: int, shift: float) -> list[float]:
     """Self-Forcing ``utils/scheduler.py``: evenly from 1 to 0, then shifted; all of it in float32. The even values are
     counted from both ends, as torch's linspace does it."""
-    stride, half = _float32(-1 / steps), (steps + 1) // 2
-    even = [_float32(1 + stride * i if i < half else -stride * (steps - i)) for i in range(steps)]
+    stride, half = float32(-1 / steps), (steps + 1) // 2
+    even = [float32(1 + stride * i if i < half else -stride * (steps - i)) for i in range(steps)]
     return [min(_shifted32(s, shift), 1.0) for s in even]
 
 
@@ -141,7 +152,7 @@ def _diffusers_dpmpp(steps: int, shift: float) -> list[float]:
 def _diffusers_euler(steps: int, shift: float) -> list[float]:
     """``FlowMatchEulerDiscreteScheduler``: its table of noise levels is shifted when it is built, in float32, and what
     is picked evenly between the table's ends is shifted once more."""
-    highest, lowest = (_shifted32(s, shift) for s in (1.0, _float32(_LOWEST)))
+    highest, lowest = (_shifted32(s, shift) for s in (1.0, float32(_LOWEST)))
     even = [highest] if steps == 1 else [*_evenly(highest, lowest, steps - 1), lowest]
     return [min(_shifted(s, shift), 1.0) for s in even]
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 
 from ditkit.contracts import Scheduler, Step
 from ditkit.errors import RequestError
-from ditkit.schedulers.sigmas import check_schedule, explicit, timesteps
+from ditkit.schedulers.sigmas import check_schedule, explicit, float32, timesteps
 
 
 def step_table(
@@ -46,6 +46,8 @@ def step_table(
             raise RequestError(f"{steps} steps", f"the explicit sigmas make {len(sigmas) - 1}", "Leave the steps out")
     count = len(sigmas) - 1
     told = timesteps(sigmas, schedule, solver.name, scale)
+    # Rounded as late as official code and diffusers do it. Near sigma 1 it matters: 1 - sigma is what solvers use.
+    sigmas = [float32(sigma) for sigma in sigmas]
     guidance = _per_step(guidance_scale, count)
     low = [False] * count
     if boundary is not None:

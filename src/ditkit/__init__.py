@@ -1,0 +1,46 @@
+"""ditkit runs diffusion transformers in pieces that you can move, swap and watch.
+
+    import ditkit
+    pipe = ditkit.load("shapes")
+    pipe("a red circle moving left on a black background", seed=7).save("clip.mp4")
+
+Names are imported when they are first used, so ``import ditkit`` is quick and does not import torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ditkit.contracts import Seams, Site, Step, Swap
+    from ditkit.errors import DitkitError
+    from ditkit.events import Event, Events
+    from ditkit.pipe import Pipe, Result, load
+    from ditkit.pipeline import BaseStage, Context, Interrupted, Pipeline, Stage
+    from ditkit.request import Request
+    from ditkit.setup import Setup
+    from ditkit.state import Field, State
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "load": "pipe", "Pipe": "pipe", "Result": "pipe",
+    "Request": "request", "Setup": "setup", "State": "state", "Field": "state",
+    "Pipeline": "pipeline", "Stage": "pipeline", "BaseStage": "pipeline", "Context": "pipeline", "Interrupted": "pipeline",
+    "Seams": "contracts", "Swap": "contracts", "Step": "contracts", "Site": "contracts",
+    "Event": "events", "Events": "events", "DitkitError": "errors",
+}  # fmt: skip
+
+__all__ = [
+    "BaseStage", "Context", "DitkitError", "Event", "Events", "Field", "Interrupted", "Pipe", "Pipeline", "Request",
+    "Result", "Seams", "Setup", "Site", "Stage", "State", "Step", "Swap", "load",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ditkit' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"ditkit.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, "__version__"})

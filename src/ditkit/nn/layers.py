@@ -1,0 +1,69 @@
+"""The small layers of a Wan transformer, each with its dtype made explicit.
+
+Leaves out: attention (``attention.py``) and positions (``rope.py``).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Linear(nn.Linear):
+    """Computes in the dtype of its input; weights held in another dtype are cast for the call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.weight.dtype == x.dtype:
+            return F.linear(x, self.weight, self.bias)
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+class LayerNorm(nn.Module):
+    """Layer norm over the last axis, computed and returned in float32 (float64 stays float64)."""
+
+    def __init__(self, dim: int, eps: float, affine: bool = False):
+        super().__init__()
+        self.dim, self.eps = (dim,), eps
+        self.weight = nn.Parameter(torch.ones(dim)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(dim)) if affine else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.to(at_least_float32(x.dtype))
+        if self.weight is None:
+            return F.layer_norm(x, self.dim, eps=self.eps)
+        return F.layer_norm(x, self.dim, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+class RMSNorm(nn.Module):
+    """``x * rsqrt(mean(x^2) + eps) * weight`` over the last axis (all heads at once in Wan).
+
+    Normalised in float32, rounded to x's dtype, then times the weight: in the dtype of both together, as the
+    official code does (Wan2.1 ``WanRMSNorm``)."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == self.weight.dtype and x.dtype in (torch.float32, torch.float64):
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        wide = x.to(at_least_float32(x.dtype))
+        return F.rms_norm(wide, self.weight.shape, None, self.eps).to(x.dtype) * self.weight
+
+
+def timestep_sinusoid(timestep: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    """[...] -> [..., dim], cosines first: ``cos(t w_j), sin(t w_j)``, ``w_j = 10000^(-j / (dim / 2))``.
+
+    The official code makes the angles in float64, diffusers in float32 (3e-5 apart at t = 999)."""
+    half = dim // 2
+    frequency = torch.exp(-math.log(10000) / half * torch.arange(half, dtype=dtype, device=timestep.device))
+    angle = timestep.to(dtype).unsqueeze(-1) * frequency
+    return torch.cat((angle.cos(), angle.sin()), -1)

@@ -1,0 +1,55 @@
+"""Which tensors are wider than the compute dtype: the two conventions that exist for Wan, and plain float32.
+
+Under bfloat16 the official code keeps the residual stream, the time projection, the modulation and the head in
+float32; diffusers keeps the stream, the projection and the head in bfloat16 and was measured 3.5x to 5.8x less
+accurate. With float32 or float64 as compute dtype all three agree up to the timestep sinusoid.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ditkit.errors import SetupError, nearest
+from ditkit.nn.layers import at_least_float32
+
+# Module paths (as the checkpoint spells them, block numbers left out) whose weights stay in float32 under bf16.
+_OFFICIAL_WIDE = {"time_embedding", "time_projection", "modulation", "norm3", "norm_q", "norm_k", "head"}
+_DIFFUSERS_WIDE = {"time_embedding", "modulation", "norm3"}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """``compute``: linears and attention; ``wide``: norms, modulation arithmetic, gates; ``stream``: the residual
+    stream; ``projection``: time projection; ``head``: the last linear; ``sinusoid``: the timestep's angles."""
+
+    name: str
+    storage: torch.dtype
+    compute: torch.dtype
+    wide: torch.dtype
+    stream: torch.dtype
+    projection: torch.dtype
+    head: torch.dtype
+    sinusoid: torch.dtype
+    wide_weights: frozenset[str]
+
+    def weight_dtype(self, name: str) -> torch.dtype:
+        """The dtype in which the transformer parameter ``name`` is held. Whole path segments are compared."""
+        return self.wide if self.wide_weights.intersection(name.split(".")) else self.storage
+
+
+def precision(name: str, dtype: torch.dtype) -> Precision:
+    """The policy ``name`` (official, diffusers or float32) for weights of ``dtype``."""
+    wide = at_least_float32(dtype)
+    if name == "official":
+        return Precision(name, dtype, dtype, wide, wide, wide, wide, torch.float64, frozenset(_OFFICIAL_WIDE))
+    if name == "diffusers":
+        sinusoid = torch.float32
+        return Precision(name, dtype, dtype, wide, dtype, dtype, dtype, sinusoid, frozenset(_DIFFUSERS_WIDE))
+    if name == "float32":  # weights may be stored narrow; all arithmetic is float32
+        return Precision(name, dtype, wide, wide, wide, wide, wide, torch.float64, frozenset(_OFFICIAL_WIDE))
+    known = ("official", "diffusers", "float32")
+    raise SetupError(
+        f"precision={name!r} was asked for", f"the known ones are {', '.join(known)}{nearest(name, known)}", "Choose one"
+    )

@@ -1,0 +1,35 @@
+"""Rotary positions for video tokens: pairs of numbers turned by frame, row and column.
+
+Of the d/2 pairs of a head, rows and columns get d//6 each and frames the rest (22 / 21 / 21 at d = 128), in the order
+frames, rows, columns; each axis has its own frequencies ``10000^(-2i / d_axis)`` (Wan2.1 ``rope_params``).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+MAX_POSITIONS = 1024  # length of the official tables, on each axis
+
+
+def rope_table(grid: tuple[int, int, int], head_dim: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines for the tokens of ``grid`` = (frames, rows, columns): each [L, 1, d/2] in ``dtype``,
+    computed in float64. Raises ValueError where an axis is longer than the official tables (1024)."""
+    if max(grid) > MAX_POSITIONS:
+        raise ValueError(f"a token grid of {grid} was asked for; rotary positions end at {MAX_POSITIONS} an axis")
+    side = 2 * (head_dim // 6)
+    angles = []
+    for axis, (length, width) in enumerate(zip(grid, (head_dim - 2 * side, side, side), strict=True)):
+        frequency = 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+        angle = torch.outer(torch.arange(length, dtype=torch.float64), frequency)
+        shape = [1, 1, 1, width // 2]
+        shape[axis] = length
+        angles.append(angle.view(shape).expand(*grid, -1))
+    table = torch.cat(angles, -1).flatten(0, 2).unsqueeze(1)
+    return table.cos().to(device, dtype), table.sin().to(device, dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """``x`` [B, L, N, d], seen as d/2 pairs (2k, 2k+1), each turned by its angle; in the wider of both dtypes."""
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)

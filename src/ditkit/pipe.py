@@ -1,0 +1,149 @@
+"""Pipe: a model that is ready to make clips. ``ditkit.load(...)`` gives one; calling it gives a Result.
+
+A Pipe holds no state of any run; threads may share it. Leaves out: finding and filling components (``build.py``).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ditkit import media, samples
+from ditkit.build import Components, Model, text_to_video
+from ditkit.contracts import Seams, Step
+from ditkit.errors import DitkitError, StateError
+from ditkit.events import Events, Listener
+from ditkit.pipeline import Interrupted, Pipeline
+from ditkit.receipt import Recorder, manifest
+from ditkit.request import Request
+from ditkit.setup import Setup
+from ditkit.state import State
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run gave. ``receipt`` tells what really ran; ``manifests`` has one entry for each clip."""
+
+    state: State
+    receipt: Mapping[str, Any]
+    manifests: tuple[Mapping[str, Any], ...]
+
+    @property
+    def videos(self) -> np.ndarray:
+        """uint8 [clips, frames, height, width, 3], RGB."""
+        if "video" not in self.state:
+            raise DitkitError("the video of a run", "it stopped before decode_latents", "Go on from its State")
+        return self.state["video"].numpy()
+
+    @property
+    def video(self) -> np.ndarray:
+        """uint8 [frames, height, width, 3] of a run that made one clip."""
+        if len(self.videos) != 1:
+            raise DitkitError("the video of a run", f"it made {len(self.videos)}", "Use .videos")
+        return self.videos[0]
+
+    def save(self, path: str | os.PathLike[str], crf: int = 16) -> list[Path]:
+        """Write mp4, gif, png frames or npz by suffix, with the manifest inside and beside it.
+
+        Several clips become NAME-0, NAME-1, ... Raises OutputError."""
+        path = Path(path)
+        targets = [path] if len(self.videos) == 1 else [path.with_stem(f"{path.stem}-{i}") for i in range(len(self.videos))]
+        fps = self.state["request"]["fps"]
+        return [media.write_video(t, v, fps, m, crf) for t, v, m in zip(targets, self.videos, self.manifests, strict=True)]
+
+
+class Pipe:
+    """``pipe(prompt, seed=7, ...)``: all fields of Request as keywords. ``pipeline`` and ``components`` are open: change
+    the first with insert, replace and remove; the second is any mapping of parts that fit the contracts."""
+
+    def __init__(self, model: Model, setup: Setup, components: Mapping[str, Any], pipeline: Pipeline,
+                 seams: Seams | None = None, listeners: Iterable[Listener] = ()):  # fmt: skip
+        self.model, self.setup, self.components, self.pipeline = model, setup, components, pipeline
+        self.seams, self.listeners = seams or Seams(), tuple(listeners)
+
+    def __call__(self, prompt: str | list[str] = "", *, listeners: Iterable[Listener] = (), **request: Any) -> Result:
+        return self.run(self.begin(self.model.request({"prompt": prompt, **request})), listeners=listeners)
+
+    def begin(self, request: Request) -> State:
+        """The State that a run starts from."""
+        prompts, negatives, seeds = zip(*request.samples(), strict=True)
+        fields = {"prompt": list(prompts), "negative_prompt": list(negatives), "seed": list(seeds)}
+        return State({**fields, "request": request.model_dump()})
+
+    def steps(self, request: Request) -> list[Step]:
+        """The step table of a run, before it runs; no weights are loaded."""
+        from ditkit.models.wan import TIMESTEP_SCALE
+        from ditkit.schedulers import make
+        from ditkit.schedulers.table import step_table
+
+        solver = self.seams.scheduler or make(request.solver, **request.solver_options)
+        own = request.sigmas is not None
+        return step_table(solver, None if own else request.steps, None if own else request.shift, request.schedule,
+                          request.guidance_scale, TIMESTEP_SCALE, request.sigmas)  # fmt: skip
+
+    def run(self, state: State, *, start: str | None = None, until: str | None = None, stop_at_step: int | None = None,
+            listeners: Iterable[Listener] = ()) -> Result:  # fmt: skip
+        """Run ``state`` through the pipeline, or a slice of it. Raises Interrupted, with the State so far, on Ctrl-C."""
+        if "request" not in state:
+            raise StateError("running a State", "it holds no request", "Start it with Pipe.begin")
+        recorder = Recorder()
+        events = Events(*self.listeners, *listeners, recorder)
+        if isinstance(self.components, Components):
+            components: Mapping[str, Any] = self.components.listening(events)
+        else:
+            components = self.components
+        options = {"stop_at_step": stop_at_step, "events": events, "seams": self.seams, "debug": self.setup.debug}
+        request = state["request"]
+
+        if request["batched"] or samples.count(state) == 1:
+            final = self.pipeline.run(state, components, start=start, until=until, **options)
+        else:
+            final = self._one_after_the_other(state, components, start, until, options)
+        receipt = recorder.receipt(self.components.describe() if isinstance(self.components, Components) else {})
+        return Result(final, receipt, tuple(self._manifests(final, receipt)) if "video" in final else ())
+
+    def _one_after_the_other(self, state: State, components: Mapping[str, Any], start: str | None, until: str | None,
+                             options: dict[str, Any]) -> State:  # fmt: skip
+        """Prompts are encoded first, together, so that equal ones are encoded once; then each clip by itself."""
+        finished: list[State] = []
+        first = self.pipeline.stages[0].name
+        if start in (None, first):
+            state = self.pipeline.run(state, components, start=start, until=first, **options)
+            if until == first:
+                return state
+            start = None if start is None else self.pipeline.names[1]
+        for i, part in enumerate(samples.split(state)):
+            options["events"].emit("clip", index=i, count=samples.count(state))
+            try:
+                finished.append(self.pipeline.run(part, components, start=start, until=until, **options))
+            except Interrupted as e:
+                e.finished = finished
+                raise
+        return samples.join(finished)
+
+    def _manifests(self, state: State, receipt: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
+        columns = zip(state["prompt"], state["negative_prompt"], state["seed"], state["video"].numpy(), strict=True)
+        for prompt, negative, seed, video in columns:
+            sample = {"prompt": prompt, "negative_prompt": negative, "seed": seed, "batched": False}
+            yield manifest(self.setup.model, self.setup.model_dump(), state["request"], sample, state.get("sigmas", []),
+                           receipt, media.frames_sha256(video))  # fmt: skip
+
+
+def load(model: str | os.PathLike[str] = "shapes", *, seams: Seams | None = None, listeners: Iterable[Listener] = (),
+         **setup: Any) -> Pipe:  # fmt: skip
+    """A model by name or folder, ready to run: ``ditkit.load("shapes", dtype="float32")``.
+
+    Keywords are the fields of Setup. Weights are loaded when they are first needed. Raises LoadError, SetupError."""
+    chosen = Setup.of({**setup, "model": os.fspath(model)})
+    if chosen.threads is not None:
+        import torch
+
+        torch.set_num_threads(chosen.threads)
+    seams, opened = seams or Seams(), Model.open(chosen.model)
+    return Pipe(opened, chosen, Components(opened, chosen, seams.swaps), text_to_video(opened, chosen), seams, listeners)

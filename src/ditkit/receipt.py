@@ -1,0 +1,86 @@
+"""The receipt: what really ran. A listener collects it during a run; with what was asked it becomes the manifest that
+a finished clip carries, and from a manifest the same clip can be made again."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from ditkit.events import Event
+
+PACKAGES = ("ditkit", "torch", "numpy", "safetensors", "tokenizers", "transformers", "av", "pillow")
+
+
+class Recorder:
+    """A listener that keeps times, skipped stages, loads, truncations and the steps as they were taken."""
+
+    def __init__(self) -> None:
+        self.stages: dict[str, float] = {}
+        self.skipped: dict[str, str] = {}
+        self.loads: dict[str, float] = {}
+        self.truncated: list[dict[str, Any]] = []
+        self.steps: list[dict[str, Any]] = []
+
+    def __call__(self, event: Event) -> None:
+        match event.name:
+            case "stage.end":
+                self.stages[event["stage"]] = self.stages.get(event["stage"], 0.0) + event["elapsed"]
+            case "stage.skipped":
+                self.skipped[event["stage"]] = event["reason"]
+            case "load.end":
+                self.loads[event["component"]] = event["elapsed"]
+            case "prompt.truncated":
+                self.truncated.append({"field": event["field"], "tokens_cut": event["tokens"], "prompt": event["prompt"]})
+            case "step.end":
+                s = event["step"]
+                self.steps.append({"index": s.index, "sigma": s.sigma, "timestep": s.timestep, "guidance_scale": s.guidance_scale,
+                                   "expert": s.expert, "seconds": event["elapsed"]})  # fmt: skip
+
+    def receipt(self, components: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            "components": dict(components), "stages": self.stages, "skipped": self.skipped, "loads": self.loads,
+            "truncated": self.truncated, "steps": self.steps, "machine": machine(),
+        }  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """Where it ran: processor, threads, GPU, and the peak of resident memory in bytes (None where unknown)."""
+    import torch
+
+    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+    return {
+        "platform": platform.platform(), "processor": platform.processor() or platform.machine(), "gpu": gpu,
+        "threads": torch.get_num_threads(), "peak_memory": peak_memory(), "versions": versions(),
+    }  # fmt: skip
+
+
+def peak_memory() -> int | None:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def manifest(model: str, setup: Mapping[str, Any], request: Mapping[str, Any], sample: Mapping[str, Any],
+             sigmas: Sequence[float], receipt: Mapping[str, Any], frames_sha256: str) -> dict[str, Any]:  # fmt: skip
+    """All that is needed to make one clip again and to know that it is the same: ``sample`` holds its prompt,
+    negative prompt and seed."""
+    return {
+        "manifest": 1, "model": model, "setup": dict(setup), "request": {**request, **sample}, "sigmas": list(sigmas),
+        **receipt, "output_sha256": frames_sha256,
+    }  # fmt: skip

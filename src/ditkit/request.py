@@ -1,0 +1,168 @@
+"""Request: what to make. Every default says where it comes from; nothing here says how (``setup.py``)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from ditkit.errors import RequestError, UserError, nearest
+
+MAX_SEED = 2**63 - 1
+
+
+def default(value: Any, source: str, text: str) -> Any:
+    """A field with its default, where that default comes from, and one line of help."""
+    return Field(value, description=text, json_schema_extra={"source": source})
+
+
+class Settings(BaseModel):
+    """Base of Request and Setup: immutable, typed, and without room for unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any], origin: str, error: type[UserError]) -> Self:
+        """Build from a mapping; the first fault becomes one sentence that names ``origin``."""
+        try:
+            return cls(**values)
+        except ValidationError as e:
+            raise describe(cls, e, values, origin, error) from None
+
+
+def describe(cls: type[BaseModel], e: ValidationError, values: Mapping[str, Any], origin: str, error: type[UserError]) -> UserError:
+    fault = e.errors()[0]
+    key = str(fault["loc"][0]) if fault["loc"] else "?"
+    if fault["type"] == "extra_forbidden":
+        known = ", ".join(cls.model_fields)
+        return error(f"{key}={values[key]!r} ({origin})", f"there is no setting {key!r}{nearest(key, cls.model_fields)}",
+                     f"The known ones are: {known}")  # fmt: skip
+    message = str(fault["ctx"]["error"]) if fault["type"] == "value_error" else fault["msg"]
+    message = message[:1].lower() + message[1:]
+    return error(f"{key}={values.get(key)!r} ({origin})", message, f"Give {cls.model_fields[key].description}")
+
+
+def _number(value: Any) -> Any:
+    """Strict typing, except that a whole number may stand where a float is meant."""
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+Float = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Request(Settings):
+    """One run. ``prompt`` and ``seed`` may be lists: then the run makes as many clips as the longer list has entries.
+
+    Defaults are those of the official Wan 2.1 text-to-video code; a model may bring its own (``ditkit.toml``)."""
+
+    prompt: str | list[str] = default("", "none", "a text, or a list of texts")
+    negative_prompt: str | list[str] = default("", "diffusers' default; the official one is Wan's own list of defects",
+                                               "a text to steer away from, or a list with one for each prompt")  # fmt: skip
+    seed: int | list[int] = default(0, "ditkit; the official default is random, which cannot be repeated",
+                                    f"a whole number from 0 to {MAX_SEED}, or a list of them")  # fmt: skip
+    width: int = default(832, "Wan2.1 generate.py --size 832*480", "a width in pixels, a multiple of 16")
+    height: int = default(480, "Wan2.1 generate.py --size 832*480", "a height in pixels, a multiple of 16")
+    frames: int = default(81, "Wan2.1 generate.py --frame_num", "a number of frames of the form 4n + 1")
+    fps: int = default(16, "Wan2.1 shared_config sample_fps", "frames for each second, 1 or more")
+    steps: int = default(50, "Wan2.1 generate.py --sample_steps", "a number of denoising steps, 1 or more")
+    guidance_scale: Float = default(5.0, "Wan2.1 generate.py --sample_guide_scale",
+                                    "a finite number of at least 0; 1 turns guidance off")  # fmt: skip
+    solver: str = default("unipc", "Wan2.1 generate.py --sample_solver", "the name of a solver, such as unipc, dpm++ or euler")
+    solver_options: dict[str, int | float | str | bool] = default({}, "none", "options of that solver, such as {order = 3}")
+    shift: Float = default(5.0, "Wan2.1 generate.py --sample_shift", "a finite number above 0")
+    schedule: Literal["official", "diffusers"] = default("official", "the official code", "official or diffusers")
+    sigmas: list[Float] | None = default(None, "none", "a falling list of noise levels in [0, 1], which replaces steps and shift")
+    max_sequence_length: int = default(512, "Wan2.1 text_len", "a number of text tokens from 1 to 512")
+    rounding: Literal["official", "diffusers"] = default(
+        "official", "Wan2.1 cache_video truncates to 8 bits; diffusers rounds", "official or diffusers"
+    )
+    batched: bool = default(False, "ditkit", "true to run all samples in one batch, false for one after the other")
+
+    _float = field_validator("guidance_scale", "shift", mode="before")(_number)
+
+    @field_validator("prompt", "negative_prompt", "seed", "sigmas", mode="before")
+    @classmethod
+    def _lists(cls, value: Any) -> Any:
+        return [*value] if isinstance(value, tuple) else value
+
+    @field_validator("prompt", "seed")
+    @classmethod
+    def _not_empty(cls, value: Any) -> Any:
+        if value == []:
+            raise ValueError("the list is empty")
+        return value
+
+    @field_validator("seed")
+    @classmethod
+    def _seed(cls, value: Any) -> Any:
+        for seed in value if isinstance(value, list) else [value]:
+            if not 0 <= seed <= MAX_SEED:
+                raise ValueError(f"{seed} is outside 0 to {MAX_SEED}")
+        return value
+
+    @field_validator("width", "height", "frames", "fps", "steps", "max_sequence_length")
+    @classmethod
+    def _positive(cls, value: int) -> int:
+        if value < 1:
+            raise ValueError(f"{value} is less than 1")
+        return value
+
+    @field_validator("max_sequence_length")
+    @classmethod
+    def _text_length(cls, value: int) -> int:
+        if value > 512:
+            raise ValueError(f"{value} is more than 512")
+        return value
+
+    @field_validator("guidance_scale")
+    @classmethod
+    def _guidance(cls, value: float) -> float:
+        if value < 0:
+            raise ValueError(f"{value} is negative")
+        return value
+
+    @field_validator("shift")
+    @classmethod
+    def _shift(cls, value: float) -> float:
+        if value <= 0 or not math.isfinite(value):
+            raise ValueError(f"{value} is not above 0")
+        return value
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any], defaults: Mapping[str, Any] | None = None, origin: str = "request") -> Request:
+        """A Request from ``values``, with a model's own ``defaults`` below them."""
+        request = cls.parse({**(defaults or {}), **values}, origin, RequestError)
+        request.samples()
+        return request
+
+    def samples(self) -> list[tuple[str, str, int]]:
+        """(prompt, negative prompt, seed) of every clip that the run makes. A single value serves for all."""
+        lists = {"prompt": self.prompt, "negative_prompt": self.negative_prompt, "seed": self.seed}
+        lengths = {name: len(v) for name, v in lists.items() if isinstance(v, list)}
+        count = max([n for n in lengths.values() if n > 1], default=1)
+        for name, length in lengths.items():
+            if length not in (1, count):
+                raise RequestError(f"a run of {count} clips with a list of {length} for {name}", "the lengths differ",
+                                   f"Give one {name}, or {count}")  # fmt: skip
+        columns = [(v * count if len(v) == 1 else v) if isinstance(v, list) else [v] * count for v in lists.values()]
+        return list(zip(*columns, strict=True))
+
+    def check_size(self, multiple: int, temporal: int, max_positions: int = 1024) -> None:
+        """Raise RequestError unless the sides are multiples of ``multiple`` and frames of the form temporal*n + 1."""
+        for name, value in (("width", self.width), ("height", self.height)):
+            if value % multiple:
+                low = max(multiple, value // multiple * multiple)
+                raise RequestError(f"{name}={value}", f"this model needs multiples of {multiple}",
+                                   f"Use {low} or {value // multiple * multiple + multiple}")  # fmt: skip
+            if value // multiple > max_positions:
+                raise RequestError(f"{name}={value}", f"the model's positions end at {max_positions * multiple} pixels",
+                                   "Use a smaller size")  # fmt: skip
+        if (self.frames - 1) % temporal:
+            low = (self.frames - 1) // temporal * temporal + 1
+            raise RequestError(f"frames={self.frames}", f"this model makes {temporal}n + 1 frames",
+                               f"Use {low} or {low + temporal}")  # fmt: skip
+        if (self.frames - 1) // temporal + 1 > max_positions:
+            raise RequestError(f"frames={self.frames}", f"the model's positions end at {(max_positions - 1) * temporal + 1} frames",
+                               "Use fewer frames")  # fmt: skip

@@ -1,0 +1,85 @@
+"""Setup: how to make it. Nothing in here changes what is asked for, only with what and where it is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import field_validator
+
+from ditkit.errors import SetupError
+from ditkit.request import Settings, default
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+COMPONENTS = ("text_encoder", "transformer", "vae")
+
+
+class Setup(Settings):
+    """Model, devices, dtypes, kernels. ``devices`` and ``dtypes`` override single components by name."""
+
+    model: str = default("shapes", "ditkit", "a model's name or folder")
+    device: str = default("auto", "ditkit", "auto, cpu, cuda, cuda:N or mps")
+    devices: dict[str, str] = default({}, "none", "devices of single components, such as {vae = 'cpu'}")
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = default(
+        "auto", "ditkit: bfloat16 on a GPU, float32 on a CPU", "auto, float32, bfloat16, float16 or float64"
+    )
+    dtypes: dict[str, str] = default({}, "none", "dtypes of single components, such as {vae = 'float32'}")
+    precision: Literal["official", "diffusers", "float32"] = default(
+        "official", "Wan2.1 model.py", "official, diffusers or float32: which tensors of the transformer stay wide"
+    )
+    attention: Literal["sdpa", "dense"] = default("sdpa", "PyTorch", "sdpa or dense")
+    threads: int | None = default(None, "PyTorch's own choice", "a number of CPU threads, 1 or more")
+    vae_frames_per_chunk: int = default(1, "Wan2.1 vae.py", "latent frames that are decoded at once, 1 or more")
+    remember_text: bool = default(True, "ditkit", "true to keep each block's text keys and values during a run")
+    debug: bool = default(False, "ditkit", "true to check every field's dtype and shape on the way")
+
+    @field_validator("threads", "vae_frames_per_chunk")
+    @classmethod
+    def _positive(cls, value: int | None) -> int | None:
+        if value is not None and value < 1:
+            raise ValueError(f"{value} is less than 1")
+        return value
+
+    @field_validator("devices", "dtypes")
+    @classmethod
+    def _component(cls, value: dict[str, str]) -> dict[str, str]:
+        for name in value:
+            if name not in COMPONENTS:
+                raise ValueError(f"there is no component {name!r}; there are {', '.join(COMPONENTS)}")
+        return value
+
+    @field_validator("dtypes")
+    @classmethod
+    def _dtypes(cls, value: dict[str, str]) -> dict[str, str]:
+        for dtype in value.values():
+            if dtype not in DTYPES:
+                raise ValueError(f"{dtype!r} is not one of {', '.join(DTYPES)}")
+        return value
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any], origin: str = "setup") -> Setup:
+        return cls.parse(values, origin, SetupError)
+
+    def device_of(self, component: str) -> str:
+        """The device of ``component``, with ``auto`` resolved to what this machine has."""
+        asked = self.devices.get(component, self.device)
+        import torch
+
+        available = ["cpu"]
+        if torch.cuda.is_available():
+            available += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        if torch.backends.mps.is_available():
+            available.append("mps")
+        if asked == "auto":
+            return "cuda:0" if "cuda:0" in available else available[-1]
+        if asked not in available:
+            raise SetupError(f"device={asked!r} for {component}", f"this machine has {', '.join(available)}", "Choose one of them")
+        return "cuda:0" if asked == "cuda" else asked
+
+    def dtype_of(self, component: str) -> str:
+        """The dtype of ``component``. ``auto``: bfloat16 on a GPU and float32 on a CPU; the VAE is always float32,
+        as in the official code."""
+        asked = self.dtypes.get(component, self.dtype)
+        if asked != "auto":
+            return asked
+        return "float32" if component == "vae" or self.device_of(component) == "cpu" else "bfloat16"

@@ -1,0 +1,35 @@
+"""Latents to frames: decoded a few latent frames at a time, announced as they come, 8 bits at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ditkit.media import to_uint8
+from ditkit.pipeline import BaseStage, Context
+
+
+@dataclass(frozen=True)
+class DecodeLatents(BaseStage):
+    frames_per_chunk: int = 1
+
+    name = "decode_latents"
+    reads = ("latents", "request")
+    writes = ("video",)
+    components = ("vae",)
+
+    @torch.inference_mode()
+    def run(self, inputs: Mapping[str, Any], ctx: Context) -> Mapping[str, Any]:
+        vae = ctx.components["vae"]
+        clips = []
+        for latents in inputs["latents"].split(1):  # one clip at a time: equal to its single run, and less memory
+            frames = []
+            for chunk in vae.decode(latents.to(vae.device, vae.dtype), self.frames_per_chunk):
+                pixels = torch.from_numpy(to_uint8(chunk[0].float().cpu(), ctx.settings.rounding))
+                ctx.events.emit("frames", frames=pixels, clip=len(clips))
+                frames.append(pixels)
+            clips.append(torch.cat(frames))
+        return {"video": torch.stack(clips)}

@@ -1,0 +1,40 @@
+"""Prompts to text rows: clean, tokenise, encode each on its real length, keep only the real rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ditkit.pipeline import BaseStage, Context
+
+
+@dataclass(frozen=True)
+class EncodeText(BaseStage):
+    name = "encode_text"
+    reads = ("prompt", "negative_prompt", "request")
+    writes = ("prompt_embeds", "prompt_lengths")
+    may_write = ("negative_prompt_embeds", "negative_prompt_lengths")
+    components = ("tokenizer", "text_encoder")
+
+    def run(self, inputs: Mapping[str, Any], ctx: Context) -> Mapping[str, Any]:
+        rows, lengths = self.encode(inputs["prompt"], "prompt", ctx)
+        written = {"prompt_embeds": rows, "prompt_lengths": lengths}
+        if ctx.settings.guidance_scale != 1:  # without guidance nobody looks at the negative prompt
+            rows, lengths = self.encode(inputs["negative_prompt"], "negative_prompt", ctx)
+            written |= {"negative_prompt_embeds": rows, "negative_prompt_lengths": lengths}
+        return written
+
+    def encode(self, prompts: list[str], what: str, ctx: Context) -> tuple[torch.Tensor, list[int]]:
+        """Each prompt alone, so that none depends on its neighbours; equal prompts once. [sum of lengths, D]."""
+        ids, cut = ctx.components["tokenizer"](prompts, ctx.settings.max_sequence_length)
+        for prompt, tokens in zip(prompts, cut, strict=True):
+            if tokens:
+                ctx.events.emit("prompt.truncated", field=what, prompt=prompt, tokens=tokens)
+        done: dict[tuple[int, ...], torch.Tensor] = {}
+        for one in ids:
+            if tuple(one) not in done:
+                done[tuple(one)] = ctx.components["text_encoder"](one)
+        return torch.cat([done[tuple(one)] for one in ids]).cpu(), [len(one) for one in ids]

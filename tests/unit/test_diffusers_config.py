@@ -1,0 +1,266 @@
+"""Configs of the diffusers layout -> our fields: what is read, what is refused, and what contradicts the tensors."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ditkit.checkpoints.diffusers_folder import (
+    UMT5_SIZES,
+    read_config,
+    read_index,
+    text_encoder_config,
+    text_encoder_config_out,
+    transformer_config,
+    transformer_config_out,
+    vae_config,
+    vae_config_out,
+    write_component,
+    write_index,
+)
+from ditkit.checkpoints.files import TensorInfo
+from ditkit.checkpoints.keys import UMT5_ALIASES, transformer_keys, umt5_keys, vae_keys
+from ditkit.errors import LoadError, OutputError
+from ditkit.models.umt5 import UMT5Config, build
+from ditkit.models.wan_vae import WanVAE, WanVAEConfig
+
+WAN = {
+    "dim": 24, "ffn_dim": 40, "num_heads": 2, "num_layers": 3, "in_dim": 5, "out_dim": 7, "text_dim": 9, "freq_dim": 8,
+    "eps": 1e-5, "patch_size": (1, 2, 2), "text_len": 512,
+}  # fmt: skip
+VAE = {
+    "dim": 4, "z_dim": 2, "dim_mult": (1, 2, 3), "num_res_blocks": 1, "temporal_downsample": (True, False),
+    "latents_mean": (0.5, -1.0), "latents_std": (2.0, 3.0),
+}  # fmt: skip
+UMT5 = {
+    "vocab_size": 50, "d_model": 12, "d_kv": 5, "d_ff": 20, "num_layers": 2, "num_heads": 3,
+    "relative_attention_num_buckets": 16, "relative_attention_max_distance": 64, "layer_norm_epsilon": 1e-6,
+}  # fmt: skip
+
+
+def facts(shapes: dict[str, torch.Size | tuple[int, ...]]) -> dict[str, TensorInfo]:
+    return {name: TensorInfo(Path("x"), "F32", tuple(shape), 0, 0) for name, shape in shapes.items()}
+
+
+def transformer_facts() -> dict[str, TensorInfo]:
+    from diffusers import WanTransformer3DModel
+
+    with torch.device("meta"):
+        model = WanTransformer3DModel.from_config(transformer_config_out(WAN))
+    return facts({name: tensor.shape for name, tensor in model.state_dict().items()})
+
+
+def vae_facts() -> dict[str, TensorInfo]:
+    with torch.device("meta"):
+        model = WanVAE(WanVAEConfig(**VAE))
+    names = vae_keys(3, 1).to_other
+    return facts({names[name]: tensor.shape for name, tensor in model.state_dict().items()})
+
+
+def umt5_facts() -> dict[str, TensorInfo]:
+    names = build(UMT5Config(**UMT5)).state_dict()
+    return facts({name: tensor.shape for name, tensor in names.items() if name not in UMT5_ALIASES})
+
+
+KINDS = {
+    "transformer": (transformer_config, transformer_config_out(WAN), WAN, transformer_facts),
+    "vae": (vae_config, vae_config_out(VAE), VAE, vae_facts),
+    "text_encoder": (text_encoder_config, text_encoder_config_out(UMT5), UMT5, umt5_facts),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_there_and_back(kind):
+    read, config, fields, tensors = KINDS[kind]
+    config = json.loads(json.dumps(config))
+    assert read(config) == fields
+    assert read(config, tensors()) == fields
+
+
+def test_fields_are_those_of_our_classes():
+    assert WanVAEConfig(**vae_config(vae_config_out(VAE))) == WanVAEConfig(**VAE)
+    assert UMT5Config(**text_encoder_config(text_encoder_config_out(UMT5))) == UMT5Config(**UMT5)
+
+
+def test_absent_keys_have_the_defaults_of_diffusers_and_transformers():
+    from diffusers import AutoencoderKLWan, WanTransformer3DModel
+    from transformers import UMT5Config as TheirConfig
+
+    with torch.device("meta"):
+        transformer, vae = dict(WanTransformer3DModel().config), dict(AutoencoderKLWan().config)
+    assert transformer_config({}) == transformer_config(json.loads(json.dumps(transformer)))
+    assert WanVAEConfig(**vae_config({})) == WanVAEConfig(**vae_config(json.loads(json.dumps(vae)))) == WanVAEConfig()
+    theirs = TheirConfig()
+    assert all(getattr(theirs, key) == value for key, value in UMT5_SIZES.items())
+    assert text_encoder_config({}) == text_encoder_config(json.loads(theirs.to_json_string()))
+
+
+def test_the_published_text_encoder_config():
+    """The keys of the official folders (transformers 4 wrote them)."""
+    config = {
+        "architectures": ["UMT5EncoderModel"], "classifier_dropout": 0.0, "d_ff": 10240, "d_kv": 64, "d_model": 4096,
+        "decoder_start_token_id": 0, "dense_act_fn": "gelu_new", "dropout_rate": 0.1, "eos_token_id": 1,
+        "feed_forward_proj": "gated-gelu", "initializer_factor": 1.0, "is_encoder_decoder": True,
+        "is_gated_act": True, "layer_norm_epsilon": 1e-06, "model_type": "umt5", "num_decoder_layers": 24,
+        "num_heads": 64, "num_layers": 24, "output_past": True, "pad_token_id": 0,
+        "relative_attention_max_distance": 128, "relative_attention_num_buckets": 32, "scalable_attention": True,
+        "tie_word_embeddings": False, "tokenizer_class": "T5Tokenizer", "torch_dtype": "bfloat16",
+        "transformers_version": "4.49.0", "use_cache": True, "vocab_size": 256384,
+    }  # fmt: skip
+    assert UMT5Config(**text_encoder_config(config)) == UMT5Config()
+
+
+@pytest.mark.parametrize(("kind", "change", "parts"), [
+    ("transformer", {"_class_name": "WanVACETransformer3DModel"}, ("its class is WanVACETransformer3DModel",)),
+    ("transformer", {"qk_norm": "rms_norm"}, ("qk_norm is 'rms_norm'", "only 'rms_norm_across_heads'")),
+    ("transformer", {"qk_norm": None}, ("qk_norm is None",)),
+    ("transformer", {"patch_size": [1, 4, 4]}, ("patch_size is (1, 4, 4)", "only (1, 2, 2)")),
+    ("transformer", {"cross_attn_norm": False}, ("cross_attn_norm is False",)),
+    ("transformer", {"cross_attn_norm": 1}, ("cross_attn_norm is 1,",)),
+    ("transformer", {"image_dim": 1280}, ("image branch (image_dim 1280)",)),
+    ("transformer", {"added_kv_proj_dim": 24}, ("image branch (added_kv_proj_dim 24)",)),
+    ("transformer", {"pos_embed_seq_len": 514}, ("image branch (pos_embed_seq_len 514)",)),
+    ("transformer", {"num_layers": "3"}, ("num_layers is '3', not a whole number",)),
+    ("transformer", {"num_layers": 0}, ("num_layers is 0",)),
+    ("transformer", {"num_layers": True}, ("num_layers is True",)),
+    ("transformer", {"out_channels": "7"}, ("out_channels is '7'",)),
+    ("transformer", {"eps": None}, ("eps is None, not a finite number",)),
+    ("transformer", {"eps": float("nan")}, ("eps is nan",)),
+    ("transformer", {"num_layer": 3}, ("the key 'num_layer' is unknown (did you mean 'num_layers'?)",)),
+    ("transformer", {"quantization_config": {"quant_method": "x"}}, ("'quantization_config' is unknown",)),
+    ("vae", {"_class_name": "AutoencoderKL"}, ("its class is AutoencoderKL",)),
+    ("vae", {"is_residual": True}, ("is_residual is True, and only False",)),
+    ("vae", {"patch_size": 2}, ("patch_size is 2, and only None or 1",)),
+    ("vae", {"attn_scales": [0.5]}, ("attn_scales is (0.5,), and only ()",)),
+    ("vae", {"in_channels": 12}, ("in_channels is 12",)),
+    ("vae", {"decoder_base_dim": 6}, ("decoder_base_dim is 6, and only None or 4",)),
+    ("vae", {"dim_mult": [1, 2]}, ("temperal_downsample has 2 values where dim_mult has 2",)),
+    ("vae", {"dim_mult": [1, 2.0, 3]}, ("dim_mult is [1, 2.0, 3], not a list of whole numbers",)),
+    ("vae", {"temperal_downsample": [0, 1]}, ("temperal_downsample is [0, 1], not a list of true and false",)),
+    ("vae", {"latents_mean": [0.0]}, ("latents_mean has 1 values where z_dim is 2",)),
+    ("vae", {"latents_std": [1.0, 0.0]}, ("latents_std has the value 0.0",)),
+    ("vae", {"scale_factor_spatial": 8}, ("scale_factor_spatial is 8, and only 4",)),
+    ("vae", {"temporal_downsample": [True]}, ("'temporal_downsample' is unknown (did you mean 'temperal_downsample'?)",)),
+    ("text_encoder", {"model_type": "t5"}, ("model_type is 't5'",)),
+    ("text_encoder", {"feed_forward_proj": "relu"}, ("feed_forward_proj is 'relu'",)),
+    ("text_encoder", {"d_model": 12.0}, ("d_model is 12.0",)),
+    ("text_encoder", {"quantization_config": {}}, ("'quantization_config' is unknown",)),
+])  # fmt: skip
+def test_what_we_cannot_compute_is_refused(kind, change, parts):
+    read, config, _, _ = KINDS[kind]
+    with pytest.raises(LoadError) as error:
+        read(config | change)
+    for part in parts:
+        assert part in str(error.value), f"{part!r} is not in {str(error.value)!r}"
+
+
+def test_keys_without_effect_are_ignored():
+    assert transformer_config(transformer_config_out(WAN) | {"_name_or_path": "x", "rope_max_seq_len": 7, "x": None}) == WAN
+    assert vae_config(vae_config_out(VAE) | {"dropout": 0.1, "decoder_base_dim": 4, "patch_size": 1}) == VAE
+    assert transformer_config(transformer_config_out(WAN) | {"out_channels": None})["out_dim"] == WAN["in_dim"]
+
+
+@pytest.mark.parametrize(("kind", "change", "parts"), [
+    ("transformer", {"num_attention_heads": 3}, ("num_attention_heads 3 x attention_head_dim 12 is 36", "24 in patch")),
+    ("transformer", {"attention_head_dim": 6}, ("is 12 in the config and 24 in patch_embedding.weight",)),
+    ("transformer", {"in_channels": 16}, ("in_channels is 16 in the config and 5 in patch_embedding.weight",)),
+    ("transformer", {"out_channels": 5}, ("out_channels x 4 is 20 in the config and 28 in proj_out.weight",)),
+    ("transformer", {"text_dim": 4096}, ("text_dim is 4096 in the config and 9",)),
+    ("transformer", {"freq_dim": 256}, ("freq_dim is 256 in the config and 8",)),
+    ("transformer", {"ffn_dim": 41}, ("ffn_dim is 41 in the config and 40",)),
+    ("transformer", {"num_layers": 4}, ("num_layers is 4 in the config and 3",)),
+    ("transformer", {"num_layers": 2}, ("num_layers is 2 in the config and 3",)),
+    ("vae", {"base_dim": 6}, ("base_dim is 6 in the config and 4",)),
+    ("vae", {"z_dim": 1, "latents_mean": [0], "latents_std": [1]}, ("z_dim is 1 in the config and 2",)),
+    ("vae", {"dim_mult": [1, 2, 4]}, ("base_dim x 4 is 16 in the config and 12",)),
+    ("vae", {"num_res_blocks": 2}, ("num_res_blocks + 1 is 3 in the config and 2",)),
+    ("vae", {"dim_mult": [1, 3], "temperal_downsample": [True], "scale_factor_spatial": 2},
+     ("the length of dim_mult is 2 in the config and 3",)),
+    ("vae", {"temperal_downsample": [False, True]}, ("temperal_downsample[0] is False", "time_conv.weight is present")),
+    ("text_encoder", {"vocab_size": 51}, ("vocab_size is 51 in the config and 50",)),
+    ("text_encoder", {"d_model": 16}, ("d_model is 16 in the config and 12",)),
+    ("text_encoder", {"num_heads": 5, "d_kv": 3}, ("num_heads is 5 in the config and 3",)),
+    ("text_encoder", {"d_kv": 4}, ("num_heads 3 x d_kv 4 is 12 in the config and 15",)),
+    ("text_encoder", {"d_ff": 16}, ("d_ff is 16 in the config and 20",)),
+    ("text_encoder", {"num_layers": 24}, ("num_layers is 24 in the config and 2",)),
+    ("text_encoder", {"relative_attention_num_buckets": 32}, ("num_buckets is 32 in the config and 16",)),
+])  # fmt: skip
+def test_a_config_that_contradicts_the_tensors_is_refused_with_both_numbers(kind, change, parts):
+    read, config, _, tensors = KINDS[kind]
+    with pytest.raises(LoadError) as error:
+        read(config | change, tensors())
+    for part in parts:
+        assert part in str(error.value), f"{part!r} is not in {str(error.value)!r}"
+
+
+def test_an_image_branch_is_judged_by_the_tensors():
+    """A published 5B config claims one that the weights do not have."""
+    claims = transformer_config_out(WAN) | {"image_dim": 1280, "added_kv_proj_dim": 24}
+    tensors = transformer_facts()
+    assert transformer_config(claims, tensors) == WAN
+    extra = facts({"blocks.0.attn2.add_k_proj.weight": (24, 24)})
+    with pytest.raises(LoadError, match="the weights have an image branch"):
+        transformer_config(claims, tensors | extra)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_of_another_layout_are_refused(kind):
+    read, config, _, _ = KINDS[kind]
+    table = {"transformer": transformer_keys(3), "vae": vae_keys(3, 1), "text_encoder": umt5_keys(2)}[kind]
+    with pytest.raises(LoadError):
+        read(config, facts(dict.fromkeys(table.to_native.values(), (1, 1))))
+
+
+def refused(folder: Path, *parts: str) -> None:
+    with pytest.raises(LoadError) as error:
+        read_index(folder)
+    for part in parts:
+        assert part in str(error.value), f"{part!r} is not in {str(error.value)!r}"
+
+
+def test_the_index_and_its_errors(tmp_path):
+    refused(tmp_path / "no", "there is no such folder")
+    refused(tmp_path, "it has no model_index.json")
+    file = tmp_path / "model_index.json"
+    file.write_text("{")
+    refused(tmp_path, "not valid JSON")
+    file.write_text('{"vae": ["diffusers"]}')
+    refused(tmp_path, "gives vae as ['diffusers']")
+    index = {
+        "_class_name": "WanPipeline", "_diffusers_version": "0.42.1", "vae": ["diffusers", "AutoencoderKLWan"],
+        "transformer_2": [None, None], "boundary_ratio": None, "expand_timesteps": False,
+    }  # fmt: skip
+    file.write_text(json.dumps(index))
+    refused(tmp_path, "these components have no folder: vae")
+    (tmp_path / "vae").mkdir()
+    found = read_index(tmp_path)
+    assert (found.pipeline, dict(found.components)) == ("WanPipeline", {"vae": ("diffusers", "AutoencoderKLWan")})
+    assert found.values == {"boundary_ratio": None, "expand_timesteps": False}
+    with pytest.raises(LoadError, match="config.json: there is no such file"):
+        read_config(tmp_path / "vae")
+
+
+def test_writing_is_all_or_nothing(tmp_path):
+    good = {"x": torch.ones(2, 3)}
+    write_component(tmp_path / "m/vae", {"a": 1}, good)
+    assert sorted(p.name for p in (tmp_path / "m/vae").iterdir()) == ["config.json", "diffusion_pytorch_model.safetensors"]
+    with pytest.raises(OutputError, match="it exists already"):
+        write_component(tmp_path / "m/vae", {"a": 2}, {})
+    assert json.loads((tmp_path / "m/vae/config.json").read_text()) == {"a": 1}
+    assert torch.equal(load_file(tmp_path / "m/vae/diffusion_pytorch_model.safetensors")["x"], good["x"])
+    with pytest.raises(ValueError, match="JSON"):
+        write_component(tmp_path / "m/other", {"a": float("nan")}, good)
+    assert [p.name for p in (tmp_path / "m").iterdir()] == ["vae"], "a failed write left something behind"
+    with pytest.raises(OutputError, match="there is no transformer"):
+        write_index(tmp_path / "m", {"vae": ("diffusers", "A"), "transformer": ("diffusers", "B")})
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot be made"):
+        write_component(tmp_path / "file/vae", {}, good)
+
+
+def test_a_transposed_tensor_is_written_as_it_reads(tmp_path):
+    value = torch.arange(6.0).reshape(2, 3).T
+    write_component(tmp_path / "x", None, {"x": value})
+    assert torch.equal(load_file(tmp_path / "x/diffusion_pytorch_model.safetensors")["x"], value)
