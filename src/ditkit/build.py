@@ -34,6 +34,7 @@ class Model:
     """A model's folder, opened: what is in it, and its own defaults for a Request (``ditkit.toml``)."""
 
     folder: Path
+    identity: str
     defaults: Mapping[str, Any]
     latents_rgb: tuple[list[list[float]], list[float]] | None
     strides: tuple[int, int, int]
@@ -54,17 +55,32 @@ class Model:
         for part, wanted in _CLASSES.items():
             found = index.components.get(part, ("", "nothing"))[1]
             if found != wanted:
-                raise LoadError(f"model {folder}", f"its {part} is {found}", f"A text-to-video model has a {wanted} there")
+                raise LoadError(
+                    f"model {folder}", f"its {part} is {found}", f"A text-to-video model has a {wanted} there"
+                )
         extra = {k: v for k, v in index.values.items() if v not in (None, False)}
         if "transformer_2" in index.components or extra:
             named = ", ".join(["transformer_2"] * ("transformer_2" in index.components) + sorted(extra))
-            raise LoadError(f"model {folder}", f"its model_index.json names {named}", "Only Wan 2.1 text-to-video models run in this version")
+            raise LoadError(
+                f"model {folder}",
+                f"its model_index.json names {named}",
+                "Only Wan 2.1 text-to-video models run in this version",
+            )
         notes = _read_notes(folder)
         vae = WanVAEConfig(**vae_config(read_config(folder / "vae")))
         transformer = WanConfig(**transformer_config(read_config(folder / "transformer")))
         strides = vae.temporal_stride, vae.spatial_stride, vae.spatial_stride
         preview = notes.get("preview")
-        return cls(folder, notes.get("defaults", {}), (preview["factors"], preview["bias"]) if preview else None, strides, transformer.patch_size)
+        configs = [read_config(folder / part) for part in sorted(_CLASSES)]
+        identity = hashlib.sha256(json.dumps(configs, sort_keys=True).encode()).hexdigest()
+        return cls(
+            folder,
+            identity,
+            notes.get("defaults", {}),
+            (preview["factors"], preview["bias"]) if preview else None,
+            strides,
+            transformer.patch_size,
+        )
 
     def request(self, values: Mapping[str, Any], origin: str = "request") -> Request:
         """A Request with this model's defaults, checked against its sizes."""
@@ -83,7 +99,9 @@ def _read_notes(folder: Path) -> dict[str, Any]:
         raise LoadError(f"reading {file}", f"it is not valid TOML ({e})", "Correct it") from None
     unknown = set(notes) - {"defaults", "preview"}
     if unknown:
-        raise LoadError(f"reading {file}", f"it has unknown tables {', '.join(sorted(unknown))}", "Use [defaults] and [preview]")
+        raise LoadError(
+            f"reading {file}", f"it has unknown tables {', '.join(sorted(unknown))}", "Use [defaults] and [preview]"
+        )
     return notes
 
 
@@ -126,8 +144,16 @@ class Components(Mapping[str, Any]):
         with self._lock:
             return {name: {**facts, "files": facts["files"]()} for name, facts in self._facts.items()}
 
-    def _note(self, name: str, component: Any, dtype: str, device: str, files: Callable[[], dict[str, str]], **more: Any) -> None:
-        self._facts[name] = {"class": type(component).__name__, "dtype": dtype, "device": device, "files": files, **more}
+    def _note(
+        self, name: str, component: Any, dtype: str, device: str, files: Callable[[], dict[str, str]], **more: Any
+    ) -> None:
+        self._facts[name] = {
+            "class": type(component).__name__,
+            "dtype": dtype,
+            "device": device,
+            "files": files,
+            **more,
+        }
 
     def _tokenizer(self) -> Any:
         from ditkit.checkpoints.files import file_hash
@@ -176,7 +202,9 @@ class Components(Mapping[str, Any]):
         names = transformer_keys(config.num_layers).to_native
         load_into(module, files, names, dtype_of=policy.weight_dtype, device=device)
         apply_swaps(module, self.swaps)
-        module.identify = identity(files, [asdict(config), self.setup.precision, str(dtype), [s.name for s in self.swaps]])
+        module.identify = identity(
+            files, [asdict(config), self.setup.precision, str(dtype), [s.name for s in self.swaps]]
+        )
         self._note("transformer", module, self.setup.dtype_of("transformer"), device, lambda: files.sha256,
                    precision=self.setup.precision, attention=self.setup.attention, swaps=[s.name for s in self.swaps])  # fmt: skip
         return module
@@ -232,7 +260,9 @@ def apply_swaps(module: Any, swaps: tuple[Swap, ...]) -> None:
     for swap in swaps:
         found = [name for name, child in module.named_modules() if name and swap.match(name, child)]
         if not found:
-            raise SetupError(f"swap {swap.name!r}", "it matches no module of the transformer", "Compare with named_modules()")
+            raise SetupError(
+                f"swap {swap.name!r}", "it matches no module of the transformer", "Compare with named_modules()"
+            )
         for name in found:
             parent, _, leaf = name.rpartition(".")
             owner = module.get_submodule(parent)

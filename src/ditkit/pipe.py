@@ -53,9 +53,13 @@ class Result:
 
         Several clips become NAME-0, NAME-1, ... Raises OutputError."""
         path = Path(path)
-        targets = [path] if len(self.videos) == 1 else [path.with_stem(f"{path.stem}-{i}") for i in range(len(self.videos))]
+        targets = (
+            [path] if len(self.videos) == 1 else [path.with_stem(f"{path.stem}-{i}") for i in range(len(self.videos))]
+        )
         fps = self.state["request"]["fps"]
-        return [media.write_video(t, v, fps, m, crf) for t, v, m in zip(targets, self.videos, self.manifests, strict=True)]
+        return [
+            media.write_video(t, v, fps, m, crf) for t, v, m in zip(targets, self.videos, self.manifests, strict=True)
+        ]
 
 
 class Pipe:
@@ -74,7 +78,8 @@ class Pipe:
         """The State that a run starts from."""
         prompts, negatives, seeds = zip(*request.samples(), strict=True)
         fields = {"prompt": list(prompts), "negative_prompt": list(negatives), "seed": list(seeds)}
-        return State({**fields, "request": request.model_dump()})
+        model = {"name": self.setup.model, "identity": self.model.identity}
+        return State({**fields, "request": request.model_dump(), "model": model})
 
     def steps(self, request: Request) -> list[Step]:
         """The step table of a run, before it runs; no weights are loaded."""
@@ -92,6 +97,10 @@ class Pipe:
         """Run ``state`` through the pipeline, or a slice of it. Raises Interrupted, with the State so far, on Ctrl-C."""
         if "request" not in state:
             raise StateError("running a State", "it holds no request", "Start it with Pipe.begin")
+        begun = state.get("model", {})
+        if begun.get("identity", self.model.identity) != self.model.identity:
+            raise StateError(f"running a State with model {self.setup.model}", f"it was begun with another model, {begun['name']}",
+                             "Load that one")  # fmt: skip
         recorder = Recorder()
         events = Events(*self.listeners, *listeners, recorder)
         if isinstance(self.components, Components):
@@ -146,4 +155,6 @@ def load(model: str | os.PathLike[str] = "shapes", *, seams: Seams | None = None
 
         torch.set_num_threads(chosen.threads)
     seams, opened = seams or Seams(), Model.open(chosen.model)
-    return Pipe(opened, chosen, Components(opened, chosen, seams.swaps), text_to_video(opened, chosen), seams, listeners)
+    return Pipe(
+        opened, chosen, Components(opened, chosen, seams.swaps), text_to_video(opened, chosen), seams, listeners
+    )

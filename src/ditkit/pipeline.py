@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 from ditkit.contracts import Seams
-from ditkit.errors import DitkitError, PipelineError, nearest
+from ditkit.errors import DitkitError, PipelineError, StateError, nearest
 from ditkit.events import SILENT, Events
 from ditkit.state import FIELDS, Field, State, digest
 
@@ -27,7 +27,7 @@ class Stage(Protocol):
     sometimes; ``components`` are those it calls. With ``triggers`` it runs only when these fields are in the State.
     ``loop`` names the fields that it carries from step to step: it can stop in between and go on from there.
     ``fields`` describes fields that ditkit's table does not know. Dataclass fields of the object are its options and
-    become part of the fingerprint."""
+    become part of the fingerprint, but for those with ``compare=False``, which promise equal results."""
 
     name: str
     version: int
@@ -165,7 +165,9 @@ class Pipeline:
 
     def insert(self, stage: Stage, *, before: str | None = None, after: str | None = None) -> Pipeline:
         if (before is None) == (after is None):
-            raise PipelineError(f"inserting stage {stage.name!r}", "it needs exactly one of before= and after=", "Name one stage")
+            raise PipelineError(
+                f"inserting stage {stage.name!r}", "it needs exactly one of before= and after=", "Name one stage"
+            )
         at = self.index(before) if before is not None else self.index(after) + 1
         return Pipeline([*self.stages[:at], stage, *self.stages[at:]], self.given)
 
@@ -185,7 +187,9 @@ class Pipeline:
         a = 0 if start is None else self.index(start)
         b = len(self.stages) if until is None else self.index(until) + 1
         if a >= b:
-            raise PipelineError(f"running from {start!r} until {until!r}", "the first comes after the last", "Swap them")
+            raise PipelineError(
+                f"running from {start!r} until {until!r}", "the first comes after the last", "Swap them"
+            )
         return self.stages[a:b]
 
     # --- checking
@@ -231,7 +235,13 @@ class Pipeline:
         seams = seams or Seams()
         for stage in self._slice(start, until):
             missing = [name for name in stage.triggers if name not in state]
-            reason = f"no {', '.join(missing)}" if missing else "already in the State" if start is None and stage.done(state) else ""
+            reason = (
+                f"no {', '.join(missing)}"
+                if missing
+                else "already in the State"
+                if start is None and stage.done(state)
+                else ""
+            )
             if reason:
                 events.emit("stage.skipped", stage=stage.name, reason=reason)
                 continue
@@ -243,32 +253,51 @@ class Pipeline:
     def _run_stage(self, stage: Stage, state: State, components: Mapping[str, Any], options: Options) -> State:
         absent = [name for name in stage.reads if name not in state]
         if absent:
-            raise PipelineError(f"running stage {stage.name!r}", f"the State has no {', '.join(absent)}", "Run the stages before it first")
+            raise PipelineError(
+                f"running stage {stage.name!r}",
+                f"the State has no {', '.join(absent)}",
+                "Run the stages before it first",
+            )
         lacking = [name for name in stage.components if name not in components]
         if lacking:
-            raise PipelineError(f"running stage {stage.name!r}", f"there is no component {', '.join(lacking)}", "Load it")
+            raise PipelineError(
+                f"running stage {stage.name!r}", f"there is no component {', '.join(lacking)}", "Load it"
+            )
         readable = {*stage.reads, *stage.optional, *stage.triggers, *stage.loop}
         settings = RecordedSettings(state["request"] if "request" in state else {})
         ctx = Context(Only(components, stage.components, stage.name, "component"), settings, options.events, options.seams,
                       options.stop_at_step)  # fmt: skip
         if options.debug:
             self._check_fields(stage, {n: state[n] for n in readable if n in state}, state)
+        weights = {n: getattr(components[n], "fingerprint", "none") for n in stage.components}
+        self._check_weights(stage, state, weights)
         with options.events.span("stage", stage=stage.name):
             try:
                 written = stage.run(Only(state, readable, stage.name, "field"), ctx)
             except Stopped as e:
-                kept = state.with_fields(e.fields, _fingerprints(stage, state, components, settings, e.fields))
-                raise Interrupted(stage.name, kept) from None
+                raise Interrupted(stage.name, _after(stage, state, weights, settings, e.fields)) from None
             except KeyboardInterrupt:
                 raise Interrupted(stage.name, state) from None
         allowed = {*stage.writes, *stage.may_write}
         undeclared, unwritten = sorted(set(written) - allowed), [n for n in stage.writes if n not in written]
         if undeclared or unwritten:
-            found = f"it wrote {', '.join(undeclared)} undeclared" if undeclared else f"it did not write {', '.join(unwritten)}"
+            found = (
+                f"it wrote {', '.join(undeclared)} undeclared"
+                if undeclared
+                else f"it did not write {', '.join(unwritten)}"
+            )
             raise PipelineError(f"running stage {stage.name!r}", found, "Make its declaration and its result agree")
         if options.debug:
             self._check_fields(stage, written, state)
-        return state.with_fields(written, _fingerprints(stage, state, components, settings, written))
+        return _after(stage, state, weights, settings, written)
+
+    def _check_weights(self, stage: Stage, state: State, weights: Mapping[str, str]) -> None:
+        """A half-finished loop goes on with the weights that began it, or not at all."""
+        before = state.get("weights", {})
+        others = [n for n in weights if before.get(n, weights[n]) != weights[n]]
+        if others and any(n in state for n in stage.loop):
+            raise StateError(f"going on with stage {stage.name!r} from a State", f"it was begun with another {others[0]}",
+                             "Use the same weights, dtype and precision as before")  # fmt: skip
 
     def _check_fields(self, stage: Stage, values: Mapping[str, Any], state: State) -> None:
         """Debug runs: kind, dtype and shape legend of each field; a letter means one size throughout the values."""
@@ -301,17 +330,24 @@ def fingerprint_of(state: State, name: str) -> str:
     return state.fingerprints.get(name) or digest(name, state[name])
 
 
-def _fingerprints(stage: Stage, state: State, components: Mapping[str, Any], settings: RecordedSettings,
+def _after(stage: Stage, state: State, weights: Mapping[str, str], settings: RecordedSettings,
+           written: Mapping[str, Any]) -> State:  # fmt: skip
+    """The State with what a stage wrote, where that came from, and which weights were at work."""
+    fields = {**written, "weights": {**state.get("weights", {}), **weights}}
+    return state.with_fields(fields, _fingerprints(stage, state, weights, settings, written))
+
+
+def _fingerprints(stage: Stage, state: State, weights: Mapping[str, str], settings: RecordedSettings,
                   written: Mapping[str, Any]) -> dict[str, str]:  # fmt: skip
     """Name, version and options of the stage, the settings that it read, its weights and its inputs, hashed.
 
     A looping stage adds the step that it reached, and is blind to where it was interrupted: going on from its own
     earlier fields counts as one run."""
     request = state["request"] if "request" in state else {}
-    options = dataclasses.asdict(stage) if dataclasses.is_dataclass(stage) else {}
+    is_data = dataclasses.is_dataclass(stage)
+    options = {f.name: getattr(stage, f.name) for f in dataclasses.fields(stage) if f.compare} if is_data else {}
     inputs = {n: fingerprint_of(state, n) for n in (*stage.reads, *stage.optional, *stage.triggers)
               if n in state and n not in stage.loop and n != "request"}  # fmt: skip
-    weights = {n: getattr(components[n], "fingerprint", "none") for n in stage.components}
     base = [stage.name, stage.version, options, {k: request[k] for k in sorted(settings.read)}, weights, inputs]
 
     def key(name: str, fields: Mapping[str, Any], origin: list[str]) -> str:

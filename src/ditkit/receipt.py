@@ -33,7 +33,9 @@ class Recorder:
             case "load.end":
                 self.loads[event["component"]] = event["elapsed"]
             case "prompt.truncated":
-                self.truncated.append({"field": event["field"], "tokens_cut": event["tokens"], "prompt": event["prompt"]})
+                self.truncated.append(
+                    {"field": event["field"], "tokens_cut": event["tokens"], "prompt": event["prompt"]}
+                )
             case "step.end":
                 s = event["step"]
                 self.steps.append({"index": s.index, "sigma": s.sigma, "timestep": s.timestep, "guidance_scale": s.guidance_scale,

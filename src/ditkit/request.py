@@ -32,7 +32,9 @@ class Settings(BaseModel):
             raise describe(cls, e, values, origin, error) from None
 
 
-def describe(cls: type[BaseModel], e: ValidationError, values: Mapping[str, Any], origin: str, error: type[UserError]) -> UserError:
+def describe(
+    cls: type[BaseModel], e: ValidationError, values: Mapping[str, Any], origin: str, error: type[UserError]
+) -> UserError:
     fault = e.errors()[0]
     key = str(fault["loc"][0]) if fault["loc"] else "?"
     if fault["type"] == "extra_forbidden":
@@ -69,11 +71,17 @@ class Request(Settings):
     steps: int = default(50, "Wan2.1 generate.py --sample_steps", "a number of denoising steps, 1 or more")
     guidance_scale: Float = default(5.0, "Wan2.1 generate.py --sample_guide_scale",
                                     "a finite number of at least 0; 1 turns guidance off")  # fmt: skip
-    solver: str = default("unipc", "Wan2.1 generate.py --sample_solver", "the name of a solver, such as unipc, dpm++ or euler")
-    solver_options: dict[str, int | float | str | bool] = default({}, "none", "options of that solver, such as {order = 3}")
+    solver: str = default(
+        "unipc", "Wan2.1 generate.py --sample_solver", "the name of a solver, such as unipc, dpm++ or euler"
+    )
+    solver_options: dict[str, int | float | str | bool] = default(
+        {}, "none", "options of that solver, such as {order = 3}"
+    )
     shift: Float = default(5.0, "Wan2.1 generate.py --sample_shift", "a finite number above 0")
     schedule: Literal["official", "diffusers"] = default("official", "the official code", "official or diffusers")
-    sigmas: list[Float] | None = default(None, "none", "a falling list of noise levels in [0, 1], which replaces steps and shift")
+    sigmas: list[Float] | None = default(
+        None, "none", "a falling list of noise levels in [0, 1], which replaces steps and shift"
+    )
     max_sequence_length: int = default(512, "Wan2.1 text_len", "a number of text tokens from 1 to 512")
     rounding: Literal["official", "diffusers"] = default(
         "official", "Wan2.1 cache_video truncates to 8 bits; diffusers rounds", "official or diffusers"
@@ -131,7 +139,9 @@ class Request(Settings):
         return value
 
     @classmethod
-    def of(cls, values: Mapping[str, Any], defaults: Mapping[str, Any] | None = None, origin: str = "request") -> Request:
+    def of(
+        cls, values: Mapping[str, Any], defaults: Mapping[str, Any] | None = None, origin: str = "request"
+    ) -> Request:
         """A Request from ``values``, with a model's own ``defaults`` below them."""
         request = cls.parse({**(defaults or {}), **values}, origin, RequestError)
         request.samples()

@@ -73,7 +73,9 @@ class Setup(Settings):
         if asked == "auto":
             return "cuda:0" if "cuda:0" in available else available[-1]
         if asked not in available:
-            raise SetupError(f"device={asked!r} for {component}", f"this machine has {', '.join(available)}", "Choose one of them")
+            raise SetupError(
+                f"device={asked!r} for {component}", f"this machine has {', '.join(available)}", "Choose one of them"
+            )
         return "cuda:0" if asked == "cuda" else asked
 
     def dtype_of(self, component: str) -> str:

@@ -47,6 +47,8 @@ FIELDS: dict[str, Field] = {
         Field("negative_prompt", "plain", "list[str]", "B", "", "the caller", "what to steer away from"),
         Field("seed", "plain", "list[int]", "B", "", "the caller", "seed of each sample's noise"),
         Field("request", "plain", "dict", "", "", "the caller", "the resolved Request, all defaults filled in"),
+        Field("model", "plain", "dict", "", "", "the caller", "name and identity of the model that it was begun with"),
+        Field("weights", "plain", "dict", "", "", "the pipeline", "fingerprint of each component that worked on it"),
         Field("prompt_embeds", "tensor", "float", "R D", "", "encode_text", "text rows of all prompts, one after the other"),
         Field("prompt_lengths", "plain", "list[int]", "B", "rows", "encode_text", "how many rows belong to each prompt"),
         Field("negative_prompt_embeds", "tensor", "float", "Q D", "", "encode_text", "the same for the negative prompts"),
@@ -108,7 +110,11 @@ class State(Mapping[str, Any]):
         def show(value: Any) -> str:
             if _is_tensor(value):
                 return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
-            return "{" + ", ".join(f"{k}: {show(v)}" for k, v in value.items()) + "}" if _is_tensors(value) else repr(value)
+            return (
+                "{" + ", ".join(f"{k}: {show(v)}" for k, v in value.items()) + "}"
+                if _is_tensors(value)
+                else repr(value)
+            )
 
         return "State(" + ", ".join(f"{name}={show(value)}" for name, value in self._fields.items()) + ")"
 
@@ -174,7 +180,9 @@ class State(Mapping[str, Any]):
         """Write one file, complete or not at all. Raises OutputError where the disk or the path does not allow it."""
         path = Path(path)
         if path.is_dir():
-            raise OutputError(f"saving the State to {path}", "that is a folder", "Give a file name, such as state.safetensors")
+            raise OutputError(
+                f"saving the State to {path}", "that is a folder", "Give a file name, such as state.safetensors"
+            )
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -182,7 +190,9 @@ class State(Mapping[str, Any]):
             os.replace(temporary, path)
         except OSError as e:
             temporary.unlink(missing_ok=True)
-            raise OutputError(f"saving the State to {path}", e.strerror or str(e), "Free some space or choose another place") from None
+            raise OutputError(
+                f"saving the State to {path}", e.strerror or str(e), "Free some space or choose another place"
+            ) from None
         return path
 
     @classmethod

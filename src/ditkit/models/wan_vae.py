@@ -70,7 +70,9 @@ class RMSNorm(nn.Module):
 class CausalConv3d(nn.Conv3d):
     """A convolution whose time padding is all in the past: zeros at the start of a stream, cached frames later."""
 
-    def __init__(self, in_dim: int, out_dim: int, kernel: tuple[int, int, int], stride: tuple[int, int, int] = (1, 1, 1)):
+    def __init__(
+        self, in_dim: int, out_dim: int, kernel: tuple[int, int, int], stride: tuple[int, int, int] = (1, 1, 1)
+    ):
         super().__init__(in_dim, out_dim, kernel, stride, padding=(0, kernel[1] // 2, kernel[2] // 2))
         self.past = kernel[0] - stride[0]
 

@@ -51,5 +51,7 @@ def precision(name: str, dtype: torch.dtype) -> Precision:
         return Precision(name, dtype, wide, wide, wide, wide, wide, torch.float64, frozenset(_OFFICIAL_WIDE))
     known = ("official", "diffusers", "float32")
     raise SetupError(
-        f"precision={name!r} was asked for", f"the known ones are {', '.join(known)}{nearest(name, known)}", "Choose one"
+        f"precision={name!r} was asked for",
+        f"the known ones are {', '.join(known)}{nearest(name, known)}",
+        "Choose one",
     )

@@ -12,7 +12,9 @@ from torch import Tensor
 MAX_POSITIONS = 1024  # length of the official tables, on each axis
 
 
-def rope_table(grid: tuple[int, int, int], head_dim: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rope_table(
+    grid: tuple[int, int, int], head_dim: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """Cosines and sines for the tokens of ``grid`` = (frames, rows, columns): each [L, 1, d/2] in ``dtype``,
     computed in float64. Raises ValueError where an axis is longer than the official tables (1024)."""
     if max(grid) > MAX_POSITIONS:

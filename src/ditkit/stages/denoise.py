@@ -7,7 +7,7 @@ are all that it remembers.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ class Denoise(BaseStage):
 
     strides: tuple[int, int, int] = (4, 8, 8)
     attention: str = "sdpa"
-    remember_text: bool = True
+    remember_text: bool = field(default=True, compare=False)
 
     name = "denoise"
     reads = ("prompt_embeds", "prompt_lengths", "seed", "request")
