@@ -54,7 +54,7 @@ def parse(text: str | bytes | None) -> Card | None:
     """None when there is no card, or when the text is somebody else's."""
     try:
         card = json.loads(text) if text else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return card if isinstance(card, dict) and card.get(_VERSION) == 1 else None
 
@@ -66,10 +66,15 @@ def sidecar(path: Path) -> Path:
 def check_sidecar(path: Path) -> None:
     """``NAME.json`` may be replaced if it is a card. Anything else there is a person's own file."""
     beside = sidecar(path)
-    if beside.is_dir() or beside.exists() and parse(beside.read_bytes()) is None:
-        raise OutputError(
-            f"writing {path}", f"its manifest goes to {beside}, which is something else", "choose another file name"
-        )
+    try:
+        free = parse(beside.read_bytes()) is not None
+    except FileNotFoundError:
+        free = True
+    except OSError:  # a folder, or not for us to read
+        free = False
+    if not free:
+        found = f"its manifest goes to {beside}, which is something else"
+        raise OutputError(f"writing {path}", found, "choose another file name")
 
 
 def manifest_of(path: Path, card: Card | None) -> dict[str, Any]:

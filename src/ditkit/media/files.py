@@ -5,6 +5,7 @@ Leaves out: what is in them.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -43,11 +44,13 @@ def write_together(contents: Mapping[Path, Content]) -> None:
 
 
 def probe(target: Path) -> None:
-    """Raise now the OutputError that writing next to ``target`` would end with later."""
+    """Raise now the OutputError that writing ``target`` would end with later."""
     part = _temporary(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         part.write_bytes(_PROBE)
+        with contextlib.suppress(FileNotFoundError):
+            target.lstat()  # a name too long for the file system shows here
     except OSError as error:
         raise _failure(target, error) from error
     finally:
@@ -85,10 +88,8 @@ def _replace(part: Path, target: Path) -> None:
 
 
 def _remove(part: Path) -> None:
-    try:
+    with contextlib.suppress(OSError):  # it was renamed, or never made
         shutil.rmtree(part) if part.is_dir() else part.unlink()
-    except OSError:
-        pass  # it was renamed, or never made
 
 
 def _failure(target: Path, error: OSError) -> OutputError:

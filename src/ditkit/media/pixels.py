@@ -54,8 +54,8 @@ def frames_sha256(video: np.ndarray) -> str:
 
 def check_frames(video: np.ndarray) -> np.ndarray:
     """The clip itself, if it is uint8 [T, H, W, 3] with at least one frame and one pixel."""
-    if isinstance(video, np.ndarray) and video.dtype == np.uint8 and video.ndim == 4 and video.shape[-1] == 3:
-        if video.size:
-            return video
-    found = f"{video.dtype} {list(video.shape)}" if isinstance(video, np.ndarray) else type(video).__name__
+    is_array = isinstance(video, np.ndarray)
+    if is_array and video.dtype == np.uint8 and video.ndim == 4 and video.shape[-1] == 3 and video.size:
+        return video
+    found = f"{video.dtype} {list(video.shape)}" if is_array else type(video).__name__
     raise OutputError("writing a clip", f"it is {found}", "hand over a numpy array uint8 [T, H, W, 3]")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -94,13 +95,13 @@ def measure(video: np.ndarray) -> Reading:
     areas = cover.sum((1, 2))
     seen = largest.sum((1, 2)) >= MIN_AREA * height * width
     count = int(np.median(objects[seen])) if seen.any() else 0
-    common = dict(
-        background=background,
-        background_rgb=_rgb(ground),
-        rgb=_rgb(rgb),
-        seen=float(seen.mean()),
-        objects=count,
-    )
+    common: dict[str, Any] = {
+        "background": background,
+        "background_rgb": _rgb(ground),
+        "rgb": _rgb(rgb),
+        "seen": float(seen.mean()),
+        "objects": count,
+    }
     if seen.mean() < SEEN or count != 1:
         return Reading(confidence=confidence, **common)
 
@@ -123,7 +124,7 @@ def measure(video: np.ndarray) -> Reading:
     lead = fit[best] - fit[second]
     shape = best if fit[best] >= FIT and lead >= FIT_LEAD else None
     confidence["shape"] = float(min(1.0, lead / (1 - fit[second] + 1e-6)))
-    named = dict(color=color, shape=shape, motion=motion, background=background)
+    named = {"color": color, "shape": shape, "motion": motion, "background": background}
     return Reading(
         color=color,
         shape=shape,
