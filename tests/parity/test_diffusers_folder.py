@@ -91,7 +91,7 @@ def test_what_diffusers_saves_loads_here(tmp_path, shard):
     for name, model in theirs.items():
         model.save_pretrained(tmp_path / name, **({"max_shard_size": shard} if shard else {}))
     shards = [len(TensorFiles(tmp_path / name).files) for name in theirs]
-    assert min(shards) > 2 if shard else shards == [1, 1, 1]
+    assert min(shards) > 1 if shard else shards == [1, 1, 1]
     ours = in_their_names(load_ours(tmp_path))
     assert all(same(ours[name], theirs[name].state_dict()) for name in theirs)
 
@@ -193,19 +193,17 @@ def test_what_is_written_here_loads_here(tmp_path):
     assert all(same(loaded[name].state_dict(), modules[name].state_dict()) for name in modules)
 
 
-def test_the_loaded_text_encoder_and_vae_compute_what_theirs_compute(tmp_path):
+def test_the_loaded_vae_computes_what_theirs_computes(tmp_path):
+    """With statistics of its own, which travel in the config."""
     theirs = their_models()
+    theirs["vae"].register_to_config(latents_mean=[0.25] * 16, latents_std=[2.0] * 16)
     for name, model in theirs.items():
         model.save_pretrained(tmp_path / name)
-    ours = load_ours(tmp_path)
-    ids = torch.tensor([[4, 9, 1]])
+    vae = load_ours(tmp_path)["vae"]
     video = torch.rand(1, 3, 5, 16, 16) * 2 - 1
     with torch.no_grad():
-        assert torch.equal(ours["text_encoder"](ids)[0], theirs["text_encoder"](ids)[0])
-        expected = theirs["vae"].encode(video).latent_dist.mode()
-        mean = torch.tensor(VAE.latents_mean).view(1, -1, 1, 1, 1)
-        std = torch.tensor(VAE.latents_std).view(1, -1, 1, 1, 1)
-        latents = ours["vae"].encode(video) * std + mean
+        expected = (theirs["vae"].encode(video).latent_dist.mode() - 0.25) / 2
+        latents = vae.encode(video)
     assert (latents - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 

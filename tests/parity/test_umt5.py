@@ -134,7 +134,8 @@ def test_it_works_inside_and_outside_of_inference_mode(saved):
         made_inside = load(saved)
     assert torch.equal(outside, inside)
     assert torch.equal(outside, made_inside(IDS))
-    assert not outside.requires_grad and not outside.is_inference()
+    assert not outside.requires_grad
+    assert not outside.is_inference()
     torch.nn.Linear(32, 1)(outside).sum().backward()  # features can feed a training
 
 

@@ -281,8 +281,7 @@ def entry(shape: list[int], begin: int, end: int, dtype: str = "F32") -> dict:
         ({"a": entry([1], 4, 8)}, "do not fit"),
         ({"a": entry([-1, -2], 0, 8)}, "do not fit"),
         ({"a": entry([1], 0, 4), "b": entry([1], 0, 4), "c": entry([1], 4, 8)}, "do not fit"),
-        (b'{"a": {"dtype":"F32","shape":[1],"data_offsets":[0,4]}, "a": {"dtype":"F32","shape":[1],"data_offsets":[4,8]}}',
-         "a name appears twice"),
+        (b'{"a": %s, "a": %s}' % ((json.dumps(entry([2], 0, 8)).encode(),) * 2), "a name appears twice"),
         ({"a": entry([2], 0, 8, "F4")}, "a is stored as F4"),
         ({"a": entry([1], 0, 4)}, "bytes where its header asks for"),
         ({}, "bytes where its header asks for"),
@@ -324,7 +323,7 @@ def test_a_flipped_byte_never_opens_what_the_library_refuses(tmp_path_factory, p
     content[position % len(content)] = byte
     file.write_bytes(content)
     try:
-        ours = {name: tensor for name, tensor in TensorFiles(file)}
+        ours = dict(TensorFiles(file))
     except LoadError:
         return
     try:

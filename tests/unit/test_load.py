@@ -169,12 +169,14 @@ class Tied(nn.Module):
 ALIASES = {"inner.embed.weight": "shared.weight"}
 
 
-@pytest.mark.parametrize("present", [("shared.weight",), ("inner.embed.weight",), ("inner.embed.weight", "shared.weight")])
+@pytest.mark.parametrize(
+    "present", [("shared.weight",), ("inner.embed.weight",), ("inner.embed.weight", "shared.weight")]
+)
 def test_an_alias_may_be_present_or_absent(tmp_path, present):
     value = torch.randn(5, 2)
     with torch.device("meta"):
         module = Tied()
-    load_into(module, source(tmp_path, {name: value for name in present}), aliases=ALIASES)
+    load_into(module, source(tmp_path, dict.fromkeys(present, value)), aliases=ALIASES)
     assert torch.equal(module.shared.weight, value)
     assert module.inner.embed.weight is module.shared.weight
 
@@ -184,7 +186,7 @@ def test_an_alias_with_other_values_is_refused(tmp_path):
         module = Tied()
     tensors = {"shared.weight": torch.zeros(5, 2), "inner.embed.weight": torch.ones(5, 2)}
     refused(module, source(tmp_path, tensors), "differs from its other name", aliases=ALIASES)
-    refused(module, source(tmp_path, {}  | {"inner.embed.weight": torch.zeros(1)}), "another shape", aliases=ALIASES)
+    refused(module, source(tmp_path, {} | {"inner.embed.weight": torch.zeros(1)}), "another shape", aliases=ALIASES)
 
 
 def test_sharing_that_is_not_declared_is_refused(tmp_path):

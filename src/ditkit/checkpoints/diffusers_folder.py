@@ -176,7 +176,7 @@ def transformer_config(config: Mapping[str, Any], tensors: Tensors | None = None
     width = keys.integer("attention_head_dim", 128)
     in_dim = keys.integer("in_channels", 16)
     out = keys.any("out_channels", 16)
-    fields = {
+    fields: dict[str, Any] = {
         "dim": heads * width,
         "ffn_dim": keys.integer("ffn_dim", 13824),
         "num_heads": heads,
@@ -395,6 +395,7 @@ def write_component(
 
     For a text encoder ``weights_name`` is ``model.safetensors``. The folder appears complete or not at all; one that is
     there already is never touched. Raises OutputError."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     with _new_folder(Path(folder)) as temporary:
@@ -402,7 +403,10 @@ def write_component(
             shutil.copy(file, temporary)
         if tensors is not None:
             plain = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-            save_file(plain, temporary / weights_name, {"format": "pt"})
+            try:
+                save_file(plain, temporary / weights_name, {"format": "pt"})
+            except SafetensorError as error:  # a full disk, told in the library's own way
+                raise OutputError(f"writing {folder}", str(error), "Check the disk and its free space") from None
         if config is not None:
             _write_json(temporary / config_name, config)
 

@@ -259,7 +259,8 @@ def _read(stream: IO[bytes], name: str, info: TensorInfo) -> torch.Tensor:
         tensor = torch.frombuffer(mmap.mmap(-1, info.size), dtype=dtype).reshape(info.shape)
     else:
         tensor = torch.empty(info.shape, dtype=dtype)
-    view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # as bytes, because numpy has no bfloat16
+    raw: Any = tensor.reshape(-1).view(torch.uint8).numpy()  # as bytes, because numpy has no bfloat16
+    view = memoryview(raw)
     stream.seek(info.start)
     filled = 0
     while filled < info.size:

@@ -109,8 +109,8 @@ def _match(
     target: dict[str, str] = {}
     unknown, doubled, taken = set(), [], set()
     for key in source.tensors:
-        name = key if names is None else names.get(key)
-        first = aliases.get(name, name) if name is not None else None
+        name = key if names is None else names.get(key, "")
+        first = aliases.get(name, name)
         if first not in wanted:
             unknown.add(key)
         elif name in taken:

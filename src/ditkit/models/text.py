@@ -1,7 +1,8 @@
 """Prompts -> token ids, as Wan does it: clean the text, cut it into pieces, end it with ``</s>``.
 
 The rules of cutting are those of ``tokenizer.json``, run by the ``tokenizers`` library; transformers is not needed,
-and its own classes do not always follow that file (see guides). Leaves out: padding, which nothing here needs.
+and its T5 class (5.x) ignores parts of that file: the normaliser, and which id is unknown.
+Leaves out: padding, which nothing here needs, and reading a bare ``spiece.model``.
 Sources: Wan2.1 ``wan/modules/tokenizers.py`` (cleaning, 512 tokens); the umt5-xxl tokenizer (``</s>`` ends).
 """
 
@@ -13,17 +14,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ditkit.checkpoints.files import file_hash
-from ditkit.errors import LoadError, MissingDependency
+from ditkit.errors import LoadError
 
 END = "</s>"
 
 
 def clean(prompt: str) -> str:
     """Mend broken Unicode, undo HTML escapes twice, turn every run of white space into one blank, strip."""
-    try:
-        import ftfy
-    except ImportError:
-        raise MissingDependency("cleaning a prompt", "ftfy is not installed", "Run: pip install ftfy") from None
+    import ftfy
+
     text = html.unescape(html.unescape(ftfy.fix_text(prompt)))
     return re.sub(r"\s+", " ", text).strip()
 
@@ -34,12 +33,8 @@ class WanTokenizer:
     ``fingerprint`` is the hash of the file. Calls share nothing that changes, so threads may share one."""
 
     def __init__(self, folder: str | Path):
-        try:
-            from tokenizers import Tokenizer
-        except ImportError:
-            raise MissingDependency(
-                "loading a tokenizer", "tokenizers is not installed", "Run: pip install tokenizers"
-            ) from None
+        from tokenizers import Tokenizer
+
         file = Path(folder) / "tokenizer.json"
         asked = f"loading the tokenizer from {folder}"
         if not file.is_file():
@@ -49,7 +44,7 @@ class WanTokenizer:
             raise LoadError(asked, "it has no tokenizer.json", "Check the path, or download the model again")
         try:
             self._tokenizer = Tokenizer.from_file(str(file))
-        except Exception as error:  # noqa: BLE001 - the library raises nothing narrower
+        except Exception as error:  # the library raises nothing narrower
             raise LoadError(asked, f"tokenizer.json cannot be read ({error})", "Download the file again") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -71,4 +66,4 @@ class WanTokenizer:
             raise ValueError(f"max_length is {max_length}; the end token alone needs 1")
         rows = [self._tokenizer.encode(clean(prompt)).ids for prompt in prompts]
         cut = [max(0, len(row) - max_length) for row in rows]
-        return [row[: max_length - 1] + [self.end] if n else row for row, n in zip(rows, cut, strict=True)], cut
+        return [[*row[: max_length - 1], self.end] if n else row for row, n in zip(rows, cut, strict=True)], cut

@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from ditkit.checkpoints.files import TensorFiles
 from ditkit.checkpoints.keys import UMT5_ALIASES
 from ditkit.checkpoints.load import load_into
-from ditkit.errors import LoadError, MissingDependency, RequestError
+from ditkit.errors import LoadError, RequestError
 
 
 @dataclass(frozen=True)
@@ -39,14 +40,11 @@ class UMT5Config:
 
 def build(config: UMT5Config) -> nn.Module:
     """transformers' encoder on the meta device, in eval mode, with plain (eager) attention."""
-    try:
-        from transformers import UMT5Config as TheirConfig
-        from transformers import UMT5EncoderModel
-    except ImportError:
-        raise MissingDependency(
-            "building the text encoder", "transformers is not installed", "Run: pip install transformers"
-        ) from None
-    theirs = TheirConfig(**asdict(config), feed_forward_proj="gated-gelu", attn_implementation="eager")
+    from transformers import UMT5Config as TheirConfig
+    from transformers import UMT5EncoderModel
+
+    settings: dict[str, Any] = asdict(config) | {"feed_forward_proj": "gated-gelu", "attn_implementation": "eager"}
+    theirs = TheirConfig(**settings)
     with torch.device("meta"):
         return UMT5EncoderModel(theirs).eval().requires_grad_(False)
 
@@ -56,7 +54,7 @@ class UMT5TextEncoder:
 
     ``fingerprint`` stands for the weights, the sizes and the dtype."""
 
-    def __init__(self, model: nn.Module, fingerprint: str):
+    def __init__(self, model: Any, fingerprint: str):
         self.model, self.fingerprint = model.eval(), fingerprint
         embedding = model.get_input_embeddings().weight
         self.vocab_size, self.dim = embedding.shape
@@ -71,7 +69,7 @@ class UMT5TextEncoder:
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
     ) -> UMT5TextEncoder:
-        """``names``: the file's names -> transformers' names (``umt5_keys(n).to_other`` for a native file), None if equal.
+        """``names``: the file's names -> transformers' (``umt5_keys(n).to_other`` for a native file); None: equal.
 
         All weights get ``dtype``; only with float16 the last linear layer of each feed-forward, ``DenseReluDense.wo``,
         stays float32, as transformers itself does, because its sums leave the range of float16. Raises LoadError."""
