@@ -9,13 +9,21 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from vae import to_pixels
 
 from ditkit.checkpoints import diffusers_folder as folders
 from ditkit.checkpoints.keys import rename, transformer_keys, vae_keys
 from ditkit.shapes.draw import FRAMES, HEIGHT, WIDTH, draw
+from vae import to_pixels
 
-DEFAULTS = {"width": WIDTH, "height": HEIGHT, "frames": FRAMES, "fps": 8, "steps": 20, "guidance_scale": 4.0, "shift": 3.0}
+DEFAULTS = {
+    "width": WIDTH,
+    "height": HEIGHT,
+    "frames": FRAMES,
+    "fps": 8,
+    "steps": 20,
+    "guidance_scale": 4.0,
+    "shift": 3.0,
+}
 
 
 def preview_factors(scenes: list, normalised: Tensor) -> tuple[list[list[float]], list[float]]:
@@ -63,9 +71,18 @@ def write(out: Path, vae, model, work: Path, scenes: list, latents: Tensor) -> N
     })  # fmt: skip
 
     shape = (1, -1, 1, 1, 1)
-    normalised = (latents - torch.tensor(config.latents_mean).view(shape)) / torch.tensor(config.latents_std).view(shape)
+    normalised = (latents - torch.tensor(config.latents_mean).view(shape)) / torch.tensor(config.latents_std).view(
+        shape
+    )
     factors, bias = preview_factors(scenes, normalised)
-    lines = ["[defaults]", *(f"{k} = {v}" for k, v in DEFAULTS.items()), "", "[preview]", f"factors = {factors}", f"bias = {bias}"]
+    lines = [
+        "[defaults]",
+        *(f"{k} = {v}" for k, v in DEFAULTS.items()),
+        "",
+        "[preview]",
+        f"factors = {factors}",
+        f"bias = {bias}",
+    ]
     (new / "ditkit.toml").write_text("\n".join(lines) + "\n")
     if (out / "README.md").exists():
         shutil.copy(out / "README.md", new)

@@ -15,12 +15,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import export
 import numpy as np
 import torch
+
+import export
 import transformer
 import vae as vae_training
-
 from ditkit.models.wan_vae import WanVAE
 from ditkit.shapes.draw import other_caption, plain_caption
 

@@ -15,15 +15,15 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from checkpoint import Phase, schedule
-from optimizer import Optimizer
 from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
-from vae import to_pixels
 
+from checkpoint import Phase, schedule
 from ditkit.models.wan import Text, WanConfig, WanTransformer
 from ditkit.models.wan_vae import WanVAE
 from ditkit.shapes.draw import draw, other_caption, plain_caption, sample_scene
+from optimizer import Optimizer
+from vae import to_pixels
 
 TEXT_DIM = 128
 ROWS = 24  # the longest caption has fewer tokens; the last row stands for all further zero rows
@@ -74,9 +74,7 @@ class Captions:
     def __init__(self, scenes, tokenizer, wordings: int = 12, seed: int = 5):
         rng = np.random.default_rng(seed)
         plain = wordings // 3
-        texts = [
-            [plain_caption(s)] * plain + [other_caption(s, rng) for _ in range(wordings - plain)] for s in scenes
-        ]
+        texts = [[plain_caption(s)] * plain + [other_caption(s, rng) for _ in range(wordings - plain)] for s in scenes]
         self.ids = torch.zeros(len(scenes), wordings, ROWS, dtype=torch.int32)
         for i, group in enumerate(texts):
             for j, encoding in enumerate(tokenizer.encode_batch(group)):

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from checkpoint import Phase, schedule
-from optimizer import Optimizer
 from torch import Tensor
 
+from checkpoint import Phase, schedule
 from ditkit.models.wan_vae import WanVAE, WanVAEConfig
 from ditkit.shapes.draw import FRAMES, draw, sample_scene
+from optimizer import Optimizer
 
 CONFIG = WanVAEConfig(dim=12)
 KL_WEIGHT = 2e-5

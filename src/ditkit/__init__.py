@@ -25,7 +25,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "load": "pipe", "Pipe": "pipe", "Result": "pipe",
     "Request": "request", "Setup": "setup", "State": "state", "Field": "state",
-    "Pipeline": "pipeline", "Stage": "pipeline", "BaseStage": "pipeline", "Context": "pipeline", "Interrupted": "pipeline",
+    "Pipeline": "pipeline", "Stage": "pipeline", "BaseStage": "pipeline", "Context": "pipeline",
+    "Interrupted": "pipeline",
     "Seams": "contracts", "Swap": "contracts", "Step": "contracts", "Site": "contracts",
     "Event": "events", "Events": "events", "DitkitError": "errors",
 }  # fmt: skip

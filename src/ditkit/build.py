@@ -48,8 +48,11 @@ class Model:
         from ditkit.models.wan_vae import WanVAEConfig
 
         if name not in MODELS and not Path(name).exists():
-            raise LoadError(f"model {name!r}", f"there is no folder and no model of that name{nearest(name, MODELS)}",
-                            f"Give a folder in the Diffusers layout, or one of {', '.join(MODELS)}")  # fmt: skip
+            raise LoadError(
+                f"model {name!r}",
+                f"there is no folder and no model of that name{nearest(name, MODELS)}",
+                f"Give a folder in the Diffusers layout, or one of {', '.join(MODELS)}",
+            )
         folder = MODELS.get(name, Path(name))
         index = read_index(folder)
         for part, wanted in _CLASSES.items():
@@ -113,9 +116,11 @@ class Components(Mapping[str, Any]):
     def __init__(self, model: Model, setup: Setup, swaps: tuple[Swap, ...] = ()):
         self.model, self.setup, self.swaps = model, setup, swaps
         self._loaders: dict[str, Callable[[], Any]] = {
-            "tokenizer": self._tokenizer, "text_encoder": self._text_encoder,
-            "transformer": self._transformer, "vae": self._vae,
-        }  # fmt: skip
+            "tokenizer": self._tokenizer,
+            "text_encoder": self._text_encoder,
+            "transformer": self._transformer,
+            "vae": self._vae,
+        }
         self._loaded: dict[str, Any] = {}
         self._facts: dict[str, dict[str, Any]] = {}
         self._lock = threading.RLock()
@@ -205,8 +210,16 @@ class Components(Mapping[str, Any]):
         module.identify = identity(
             files, [asdict(config), self.setup.precision, str(dtype), [s.name for s in self.swaps]]
         )
-        self._note("transformer", module, self.setup.dtype_of("transformer"), device, lambda: files.sha256,
-                   precision=self.setup.precision, attention=self.setup.attention, swaps=[s.name for s in self.swaps])  # fmt: skip
+        self._note(
+            "transformer",
+            module,
+            self.setup.dtype_of("transformer"),
+            device,
+            lambda: files.sha256,
+            precision=self.setup.precision,
+            attention=self.setup.attention,
+            swaps=[s.name for s in self.swaps],
+        )
         return module
 
     def _vae(self) -> Any:
@@ -275,8 +288,10 @@ def text_to_video(model: Model, setup: Setup) -> Pipeline:
     from ditkit.stages.denoise import Denoise
     from ditkit.stages.encode_text import EncodeText
 
-    return Pipeline([
-        EncodeText(),
-        Denoise(model.strides, setup.attention, setup.remember_text),
-        DecodeLatents(setup.vae_frames_per_chunk),
-    ])  # fmt: skip
+    return Pipeline(
+        [
+            EncodeText(),
+            Denoise(model.strides, setup.attention, setup.remember_text),
+            DecodeLatents(setup.vae_frames_per_chunk),
+        ]
+    )

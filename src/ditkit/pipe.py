@@ -63,11 +63,18 @@ class Result:
 
 
 class Pipe:
-    """``pipe(prompt, seed=7, ...)``: all fields of Request as keywords. ``pipeline`` and ``components`` are open: change
-    the first with insert, replace and remove; the second is any mapping of parts that fit the contracts."""
+    """``pipe(prompt, seed=7, ...)``: all fields of Request as keywords. ``pipeline`` and ``components`` are open:
+    change the first with insert, replace and remove; the second is any mapping of parts that fit the contracts."""
 
-    def __init__(self, model: Model, setup: Setup, components: Mapping[str, Any], pipeline: Pipeline,
-                 seams: Seams | None = None, listeners: Iterable[Listener] = ()):  # fmt: skip
+    def __init__(
+        self,
+        model: Model,
+        setup: Setup,
+        components: Mapping[str, Any],
+        pipeline: Pipeline,
+        seams: Seams | None = None,
+        listeners: Iterable[Listener] = (),
+    ):
         self.model, self.setup, self.components, self.pipeline = model, setup, components, pipeline
         self.seams, self.listeners = seams or Seams(), tuple(listeners)
 
@@ -89,18 +96,35 @@ class Pipe:
 
         solver = self.seams.scheduler or make(request.solver, **request.solver_options)
         own = request.sigmas is not None
-        return step_table(solver, None if own else request.steps, None if own else request.shift, request.schedule,
-                          request.guidance_scale, TIMESTEP_SCALE, request.sigmas)  # fmt: skip
+        return step_table(
+            solver,
+            None if own else request.steps,
+            None if own else request.shift,
+            request.schedule,
+            request.guidance_scale,
+            TIMESTEP_SCALE,
+            request.sigmas,
+        )
 
-    def run(self, state: State, *, start: str | None = None, until: str | None = None, stop_at_step: int | None = None,
-            listeners: Iterable[Listener] = ()) -> Result:  # fmt: skip
-        """Run ``state`` through the pipeline, or a slice of it. Raises Interrupted, with the State so far, on Ctrl-C."""
+    def run(
+        self,
+        state: State,
+        *,
+        start: str | None = None,
+        until: str | None = None,
+        stop_at_step: int | None = None,
+        listeners: Iterable[Listener] = (),
+    ) -> Result:
+        """Run ``state`` through the pipeline or a slice of it. Raises Interrupted, with the State so far, on Ctrl-C."""
         if "request" not in state:
             raise StateError("running a State", "it holds no request", "Start it with Pipe.begin")
         begun = state.get("model", {})
         if begun.get("identity", self.model.identity) != self.model.identity:
-            raise StateError(f"running a State with model {self.setup.model}", f"it was begun with another model, {begun['name']}",
-                             "Load that one")  # fmt: skip
+            raise StateError(
+                f"running a State with model {self.setup.model}",
+                f"it was begun with another model, {begun['name']}",
+                "Load that one",
+            )
         recorder = Recorder()
         events = Events(*self.listeners, *listeners, recorder)
         if isinstance(self.components, Components):
@@ -117,8 +141,9 @@ class Pipe:
         receipt = recorder.receipt(self.components.describe() if isinstance(self.components, Components) else {})
         return Result(final, receipt, tuple(self._manifests(final, receipt)) if "video" in final else ())
 
-    def _one_after_the_other(self, state: State, components: Mapping[str, Any], start: str | None, until: str | None,
-                             options: dict[str, Any]) -> State:  # fmt: skip
+    def _one_after_the_other(
+        self, state: State, components: Mapping[str, Any], start: str | None, until: str | None, options: dict[str, Any]
+    ) -> State:
         """Prompts are encoded first, together, so that equal ones are encoded once; then each clip by itself."""
         finished: list[State] = []
         first = self.pipeline.stages[0].name
@@ -140,12 +165,24 @@ class Pipe:
         columns = zip(state["prompt"], state["negative_prompt"], state["seed"], state["video"].numpy(), strict=True)
         for prompt, negative, seed, video in columns:
             sample = {"prompt": prompt, "negative_prompt": negative, "seed": seed, "batched": False}
-            yield manifest(self.setup.model, self.setup.model_dump(), state["request"], sample, state.get("sigmas", []),
-                           receipt, media.frames_sha256(video))  # fmt: skip
+            yield manifest(
+                self.setup.model,
+                self.setup.model_dump(),
+                state["request"],
+                sample,
+                state.get("sigmas", []),
+                receipt,
+                media.frames_sha256(video),
+            )
 
 
-def load(model: str | os.PathLike[str] = "shapes", *, seams: Seams | None = None, listeners: Iterable[Listener] = (),
-         **setup: Any) -> Pipe:  # fmt: skip
+def load(
+    model: str | os.PathLike[str] = "shapes",
+    *,
+    seams: Seams | None = None,
+    listeners: Iterable[Listener] = (),
+    **setup: Any,
+) -> Pipe:
     """A model by name or folder, ready to run: ``ditkit.load("shapes", dtype="float32")``.
 
     Keywords are the fields of Setup. Weights are loaded when they are first needed. Raises LoadError, SetupError."""

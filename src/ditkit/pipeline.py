@@ -74,8 +74,11 @@ class Only(Mapping[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         if name not in self._allowed:
-            raise PipelineError(f"stage {self._stage!r} reads the {self._what} {name!r}", "it did not declare that",
-                                f"Add it to the stage's declaration, which has {', '.join(sorted(self._allowed)) or 'none'}")  # fmt: skip
+            raise PipelineError(
+                f"stage {self._stage!r} reads the {self._what} {name!r}",
+                "it did not declare that",
+                f"Add it to the stage's declaration, which has {', '.join(sorted(self._allowed)) or 'none'}",
+            )
         return self._values[name]
 
     def __contains__(self, name: object) -> bool:
@@ -89,7 +92,7 @@ class Only(Mapping[str, Any]):
 
 
 class RecordedSettings:
-    """The resolved Request as attributes; remembers which were read, because a fingerprint holds those and no others."""
+    """The resolved Request as attributes. Remembers which were read: a fingerprint holds those and no others."""
 
     def __init__(self, request: Mapping[str, Any]):
         object.__setattr__(self, "_request", request)
@@ -97,8 +100,11 @@ class RecordedSettings:
 
     def __getattr__(self, name: str) -> Any:
         if name not in self._request:
-            raise PipelineError(f"setting {name!r}", f"the request has no such setting{nearest(name, self._request)}",
-                                "Use one of its names")  # fmt: skip
+            raise PipelineError(
+                f"setting {name!r}",
+                f"the request has no such setting{nearest(name, self._request)}",
+                "Use one of its names",
+            )
         self.read.add(name)
         return self._request[name]
 
@@ -156,8 +162,11 @@ class Pipeline:
 
     def index(self, name: str) -> int:
         if name not in self.names:
-            raise PipelineError(f"stage {name!r}", f"there is none of that name{nearest(name, self.names)}",
-                                f"The stages are {', '.join(self.names)}")  # fmt: skip
+            raise PipelineError(
+                f"stage {name!r}",
+                f"there is none of that name{nearest(name, self.names)}",
+                f"The stages are {', '.join(self.names)}",
+            )
         return self.names.index(name)
 
     def __getitem__(self, name: str) -> Stage:
@@ -206,28 +215,51 @@ class Pipeline:
             for new in stage.fields:
                 old = table.setdefault(new.name, new)
                 if (old.kind, old.dtype, old.shape) != (new.kind, new.dtype, new.shape):
-                    raise PipelineError(where, f"it declares {new.name!r} as {new.kind} {new.dtype} [{new.shape}], but it is "
-                                        f"{old.kind} {old.dtype} [{old.shape}]", "Use another name or the same kind, dtype and shape")  # fmt: skip
+                    raise PipelineError(
+                        where,
+                        f"it declares {new.name!r} as {new.kind} {new.dtype} [{new.shape}], but it is "
+                        f"{old.kind} {old.dtype} [{old.shape}]",
+                        "Use another name or the same kind, dtype and shape",
+                    )
             for name in (*stage.reads, *stage.optional, *stage.writes, *stage.may_write, *stage.triggers):
                 if name not in table:
-                    raise PipelineError(where, f"nobody describes its field {name!r}{nearest(name, table)}",
-                                        "Describe it in the stage's `fields`")  # fmt: skip
+                    raise PipelineError(
+                        where,
+                        f"nobody describes its field {name!r}{nearest(name, table)}",
+                        "Describe it in the stage's `fields`",
+                    )
             for name in stage.triggers:
                 if name not in possible:
-                    raise PipelineError(where, f"it can never run: nothing before it writes its trigger {name!r}",
-                                        "Move it, or add a stage that writes that field")  # fmt: skip
+                    raise PipelineError(
+                        where,
+                        f"it can never run: nothing before it writes its trigger {name!r}",
+                        "Move it, or add a stage that writes that field",
+                    )
             for name in stage.reads:
                 if name not in available and not (stage.triggers and name in possible):
-                    raise PipelineError(where, f"it reads {name!r}, which no stage before it writes",
-                                        "Move it, or add a stage that writes that field")  # fmt: skip
+                    raise PipelineError(
+                        where,
+                        f"it reads {name!r}, which no stage before it writes",
+                        "Move it, or add a stage that writes that field",
+                    )
             possible |= {*stage.writes, *stage.may_write}
             if not stage.triggers:
                 available |= set(stage.writes)
 
     # --- running
 
-    def run(self, state: State, components: Mapping[str, Any], *, start: str | None = None, until: str | None = None,
-            stop_at_step: int | None = None, events: Events = SILENT, seams: Seams | None = None, debug: bool = False) -> State:  # fmt: skip
+    def run(
+        self,
+        state: State,
+        components: Mapping[str, Any],
+        *,
+        start: str | None = None,
+        until: str | None = None,
+        stop_at_step: int | None = None,
+        events: Events = SILENT,
+        seams: Seams | None = None,
+        debug: bool = False,
+    ) -> State:
         """Thread ``state`` through the stages from ``start`` (default: the first that is not done) to ``until``.
 
         With ``stop_at_step`` a looping stage stops after that many steps, and the run with it. Raises Interrupted,
@@ -264,9 +296,14 @@ class Pipeline:
                 f"running stage {stage.name!r}", f"there is no component {', '.join(lacking)}", "Load it"
             )
         readable = {*stage.reads, *stage.optional, *stage.triggers, *stage.loop}
-        settings = RecordedSettings(state["request"] if "request" in state else {})
-        ctx = Context(Only(components, stage.components, stage.name, "component"), settings, options.events, options.seams,
-                      options.stop_at_step)  # fmt: skip
+        settings = RecordedSettings(state.get("request", {}))
+        ctx = Context(
+            Only(components, stage.components, stage.name, "component"),
+            settings,
+            options.events,
+            options.seams,
+            options.stop_at_step,
+        )
         if options.debug:
             self._check_fields(stage, {n: state[n] for n in readable if n in state}, state)
         weights = {n: getattr(components[n], "fingerprint", "none") for n in stage.components}
@@ -296,8 +333,11 @@ class Pipeline:
         before = state.get("weights", {})
         others = [n for n in weights if before.get(n, weights[n]) != weights[n]]
         if others and any(n in state for n in stage.loop):
-            raise StateError(f"going on with stage {stage.name!r} from a State", f"it was begun with another {others[0]}",
-                             "Use the same weights, dtype and precision as before")  # fmt: skip
+            raise StateError(
+                f"going on with stage {stage.name!r} from a State",
+                f"it was begun with another {others[0]}",
+                "Use the same weights, dtype and precision as before",
+            )
 
     def _check_fields(self, stage: Stage, values: Mapping[str, Any], state: State) -> None:
         """Debug runs: kind, dtype and shape legend of each field; a letter means one size throughout the values."""
@@ -309,12 +349,20 @@ class Pipeline:
                 continue
             dtype, shape = str(value.dtype).removeprefix("torch."), tuple(value.shape)
             letters = spec.shape.split()
-            wrong = not dtype.startswith(spec.dtype) or len(letters) != len(shape) or any(
-                (size != int(c)) if c.isdigit() else sizes.setdefault(c, size) != size for c, size in zip(letters, shape, strict=True)
-            )  # fmt: skip
+            wrong = (
+                not dtype.startswith(spec.dtype)
+                or len(letters) != len(shape)
+                or any(
+                    (size != int(c)) if c.isdigit() else sizes.setdefault(c, size) != size
+                    for c, size in zip(letters, shape, strict=True)
+                )
+            )
             if wrong:
-                raise PipelineError(f"stage {stage.name!r} with field {name!r}", f"it is {dtype} {list(shape)}",
-                                    f"It must be {spec.dtype} [{spec.shape}]")  # fmt: skip
+                raise PipelineError(
+                    f"stage {stage.name!r} with field {name!r}",
+                    f"it is {dtype} {list(shape)}",
+                    f"It must be {spec.dtype} [{spec.shape}]",
+                )
 
 
 @dataclass(frozen=True)
@@ -330,24 +378,29 @@ def fingerprint_of(state: State, name: str) -> str:
     return state.fingerprints.get(name) or digest(name, state[name])
 
 
-def _after(stage: Stage, state: State, weights: Mapping[str, str], settings: RecordedSettings,
-           written: Mapping[str, Any]) -> State:  # fmt: skip
+def _after(
+    stage: Stage, state: State, weights: Mapping[str, str], settings: RecordedSettings, written: Mapping[str, Any]
+) -> State:
     """The State with what a stage wrote, where that came from, and which weights were at work."""
     fields = {**written, "weights": {**state.get("weights", {}), **weights}}
     return state.with_fields(fields, _fingerprints(stage, state, weights, settings, written))
 
 
-def _fingerprints(stage: Stage, state: State, weights: Mapping[str, str], settings: RecordedSettings,
-                  written: Mapping[str, Any]) -> dict[str, str]:  # fmt: skip
+def _fingerprints(
+    stage: Stage, state: State, weights: Mapping[str, str], settings: RecordedSettings, written: Mapping[str, Any]
+) -> dict[str, str]:
     """Name, version and options of the stage, the settings that it read, its weights and its inputs, hashed.
 
     A looping stage adds the step that it reached, and is blind to where it was interrupted: going on from its own
     earlier fields counts as one run."""
-    request = state["request"] if "request" in state else {}
+    request = state.get("request", {})
     is_data = dataclasses.is_dataclass(stage)
     options = {f.name: getattr(stage, f.name) for f in dataclasses.fields(stage) if f.compare} if is_data else {}
-    inputs = {n: fingerprint_of(state, n) for n in (*stage.reads, *stage.optional, *stage.triggers)
-              if n in state and n not in stage.loop and n != "request"}  # fmt: skip
+    inputs = {
+        n: fingerprint_of(state, n)
+        for n in (*stage.reads, *stage.optional, *stage.triggers)
+        if n in state and n not in stage.loop and n != "request"
+    }
     base = [stage.name, stage.version, options, {k: request[k] for k in sorted(settings.read)}, weights, inputs]
 
     def key(name: str, fields: Mapping[str, Any], origin: list[str]) -> str:

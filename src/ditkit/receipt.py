@@ -38,14 +38,27 @@ class Recorder:
                 )
             case "step.end":
                 s = event["step"]
-                self.steps.append({"index": s.index, "sigma": s.sigma, "timestep": s.timestep, "guidance_scale": s.guidance_scale,
-                                   "expert": s.expert, "seconds": event["elapsed"]})  # fmt: skip
+                self.steps.append(
+                    {
+                        "index": s.index,
+                        "sigma": s.sigma,
+                        "timestep": s.timestep,
+                        "guidance_scale": s.guidance_scale,
+                        "expert": s.expert,
+                        "seconds": event["elapsed"],
+                    }
+                )
 
     def receipt(self, components: Mapping[str, Any]) -> dict[str, Any]:
         return {
-            "components": dict(components), "stages": self.stages, "skipped": self.skipped, "loads": self.loads,
-            "truncated": self.truncated, "steps": self.steps, "machine": machine(),
-        }  # fmt: skip
+            "components": dict(components),
+            "stages": self.stages,
+            "skipped": self.skipped,
+            "loads": self.loads,
+            "truncated": self.truncated,
+            "steps": self.steps,
+            "machine": machine(),
+        }
 
 
 def versions() -> dict[str, str]:
@@ -64,9 +77,13 @@ def machine() -> dict[str, Any]:
 
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
     return {
-        "platform": platform.platform(), "processor": platform.processor() or platform.machine(), "gpu": gpu,
-        "threads": torch.get_num_threads(), "peak_memory": peak_memory(), "versions": versions(),
-    }  # fmt: skip
+        "platform": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "gpu": gpu,
+        "threads": torch.get_num_threads(),
+        "peak_memory": peak_memory(),
+        "versions": versions(),
+    }
 
 
 def peak_memory() -> int | None:
@@ -78,11 +95,23 @@ def peak_memory() -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def manifest(model: str, setup: Mapping[str, Any], request: Mapping[str, Any], sample: Mapping[str, Any],
-             sigmas: Sequence[float], receipt: Mapping[str, Any], frames_sha256: str) -> dict[str, Any]:  # fmt: skip
+def manifest(
+    model: str,
+    setup: Mapping[str, Any],
+    request: Mapping[str, Any],
+    sample: Mapping[str, Any],
+    sigmas: Sequence[float],
+    receipt: Mapping[str, Any],
+    frames_sha256: str,
+) -> dict[str, Any]:
     """All that is needed to make one clip again and to know that it is the same: ``sample`` holds its prompt,
     negative prompt and seed."""
     return {
-        "manifest": 1, "model": model, "setup": dict(setup), "request": {**request, **sample}, "sigmas": list(sigmas),
-        **receipt, "output_sha256": frames_sha256,
-    }  # fmt: skip
+        "manifest": 1,
+        "model": model,
+        "setup": dict(setup),
+        "request": {**request, **sample},
+        "sigmas": list(sigmas),
+        **receipt,
+        "output_sha256": frames_sha256,
+    }

@@ -39,8 +39,11 @@ def describe(
     key = str(fault["loc"][0]) if fault["loc"] else "?"
     if fault["type"] == "extra_forbidden":
         known = ", ".join(cls.model_fields)
-        return error(f"{key}={values[key]!r} ({origin})", f"there is no setting {key!r}{nearest(key, cls.model_fields)}",
-                     f"The known ones are: {known}")  # fmt: skip
+        return error(
+            f"{key}={values[key]!r} ({origin})",
+            f"there is no setting {key!r}{nearest(key, cls.model_fields)}",
+            f"The known ones are: {known}",
+        )
     message = str(fault["ctx"]["error"]) if fault["type"] == "value_error" else fault["msg"]
     message = message[:1].lower() + message[1:]
     return error(f"{key}={values.get(key)!r} ({origin})", message, f"Give {cls.model_fields[key].description}")
@@ -60,17 +63,24 @@ class Request(Settings):
     Defaults are those of the official Wan 2.1 text-to-video code; a model may bring its own (``ditkit.toml``)."""
 
     prompt: str | list[str] = default("", "none", "a text, or a list of texts")
-    negative_prompt: str | list[str] = default("", "diffusers' default; the official one is Wan's own list of defects",
-                                               "a text to steer away from, or a list with one for each prompt")  # fmt: skip
-    seed: int | list[int] = default(0, "ditkit; the official default is random, which cannot be repeated",
-                                    f"a whole number from 0 to {MAX_SEED}, or a list of them")  # fmt: skip
+    negative_prompt: str | list[str] = default(
+        "",
+        "diffusers' default; the official one is Wan's own list of defects",
+        "a text to steer away from, or a list with one for each prompt",
+    )
+    seed: int | list[int] = default(
+        0,
+        "ditkit; the official default is random, which cannot be repeated",
+        f"a whole number from 0 to {MAX_SEED}, or a list of them",
+    )
     width: int = default(832, "Wan2.1 generate.py --size 832*480", "a width in pixels, a multiple of 16")
     height: int = default(480, "Wan2.1 generate.py --size 832*480", "a height in pixels, a multiple of 16")
     frames: int = default(81, "Wan2.1 generate.py --frame_num", "a number of frames of the form 4n + 1")
     fps: int = default(16, "Wan2.1 shared_config sample_fps", "frames for each second, 1 or more")
     steps: int = default(50, "Wan2.1 generate.py --sample_steps", "a number of denoising steps, 1 or more")
-    guidance_scale: Float = default(5.0, "Wan2.1 generate.py --sample_guide_scale",
-                                    "a finite number of at least 0; 1 turns guidance off")  # fmt: skip
+    guidance_scale: Float = default(
+        5.0, "Wan2.1 generate.py --sample_guide_scale", "a finite number of at least 0; 1 turns guidance off"
+    )
     solver: str = default(
         "unipc", "Wan2.1 generate.py --sample_solver", "the name of a solver, such as unipc, dpm++ or euler"
     )
@@ -154,8 +164,11 @@ class Request(Settings):
         count = max([n for n in lengths.values() if n > 1], default=1)
         for name, length in lengths.items():
             if length not in (1, count):
-                raise RequestError(f"a run of {count} clips with a list of {length} for {name}", "the lengths differ",
-                                   f"Give one {name}, or {count}")  # fmt: skip
+                raise RequestError(
+                    f"a run of {count} clips with a list of {length} for {name}",
+                    "the lengths differ",
+                    f"Give one {name}, or {count}",
+                )
         columns = [(v * count if len(v) == 1 else v) if isinstance(v, list) else [v] * count for v in lists.values()]
         return list(zip(*columns, strict=True))
 
@@ -164,15 +177,25 @@ class Request(Settings):
         for name, value in (("width", self.width), ("height", self.height)):
             if value % multiple:
                 low = max(multiple, value // multiple * multiple)
-                raise RequestError(f"{name}={value}", f"this model needs multiples of {multiple}",
-                                   f"Use {low} or {value // multiple * multiple + multiple}")  # fmt: skip
+                raise RequestError(
+                    f"{name}={value}",
+                    f"this model needs multiples of {multiple}",
+                    f"Use {low} or {value // multiple * multiple + multiple}",
+                )
             if value // multiple > max_positions:
-                raise RequestError(f"{name}={value}", f"the model's positions end at {max_positions * multiple} pixels",
-                                   "Use a smaller size")  # fmt: skip
+                raise RequestError(
+                    f"{name}={value}",
+                    f"the model's positions end at {max_positions * multiple} pixels",
+                    "Use a smaller size",
+                )
         if (self.frames - 1) % temporal:
             low = (self.frames - 1) // temporal * temporal + 1
-            raise RequestError(f"frames={self.frames}", f"this model makes {temporal}n + 1 frames",
-                               f"Use {low} or {low + temporal}")  # fmt: skip
+            raise RequestError(
+                f"frames={self.frames}", f"this model makes {temporal}n + 1 frames", f"Use {low} or {low + temporal}"
+            )
         if (self.frames - 1) // temporal + 1 > max_positions:
-            raise RequestError(f"frames={self.frames}", f"the model's positions end at {(max_positions - 1) * temporal + 1} frames",
-                               "Use fewer frames")  # fmt: skip
+            raise RequestError(
+                f"frames={self.frames}",
+                f"the model's positions end at {(max_positions - 1) * temporal + 1} frames",
+                "Use fewer frames",
+            )

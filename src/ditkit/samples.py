@@ -47,12 +47,12 @@ def join(states: Sequence[State]) -> State:
     if len(states) == 1:
         return states[0]
     first = states[0]
-    fields: dict[str, Any] = {k: v for k, v in first.items()}
+    fields: dict[str, Any] = dict(first)
     for name in _LISTS:
         fields[name] = [s[name][0] for s in states]
     for rows, lengths in _ROWS:
         if rows in first:
-            fields[rows], fields[lengths] = torch.cat([s[rows] for s in states]), sum((s[lengths] for s in states), [])
+            fields[rows], fields[lengths] = torch.cat([s[rows] for s in states]), [n for s in states for n in s[lengths]]
     for name in _BATCHED:
         if name in first:
             fields[name] = torch.cat([s[name] for s in states])

@@ -79,7 +79,8 @@ class Denoise(BaseStage):
         shape = (transformer.latent_channels, (s.frames - 1) // t + 1, s.height // h, s.width // w)
         if "latents" in inputs and "step" in inputs:
             if inputs["latents"].shape != (len(inputs["seed"]), *shape):
-                found = f"its latents are {list(inputs['latents'].shape)}, its request and this model need {[len(inputs['seed']), *shape]}"
+                has, needs = list(inputs["latents"].shape), [len(inputs["seed"]), *shape]
+                found = f"its latents are {has}, its request and this model need {needs}"
                 raise StateError("going on from a State", found, "Use the model that it was made with")
             history = {k: v.to(transformer.device) if v.dim() else v for k, v in inputs["history"].items()}
             return inputs["latents"].to(transformer.device), inputs["step"], history
