@@ -173,6 +173,12 @@ def test_two_experts_share_the_steps_as_in_the_official_code():
         assert [s.guidance_scale for s in plan] == table["guidance_per_step"]
 
 
+def test_the_first_expert_has_the_boundary_itself():
+    plan = step_table(make("dpm++"), 8, 1.0, "official", 5.0, 1000.0, boundary=0.875)
+    assert [s.timestep for s in plan if s.expert == "transformer"] == [1000, 875]
+    assert {s.guidance_scale for s in plan} == {5.0}
+
+
 def test_format_table():
     plan = step_table(make("euler"), 3, 5.0, "official", 4.5, 1000.0, boundary=0.95, guidance_scale_2=3.0)
     assert format_table(plan).splitlines() == [

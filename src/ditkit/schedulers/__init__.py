@@ -43,4 +43,5 @@ def make(name: str, **options: Any) -> Scheduler:
                 f"unknown{nearest(option, known)}",
                 f"Use one of: {', '.join(known)}" if known else f"{name!r} has no options; leave it out",
             )
-    return solver(**options)
+    made: Scheduler = solver(**options)
+    return made

@@ -58,12 +58,9 @@ def recall(history: History, x: Tensor) -> Past:
 def remember(past: Sequence[tuple[float, Tensor]]) -> dict[str, Tensor]:
     memory: dict[str, Tensor] = {}
     for age, (sigma, x0) in enumerate(past, 1):
-        memory[f"x0_{age}"], memory[f"sigma_{age}"] = x0, scalar(sigma)
+        memory[f"x0_{age}"] = x0
+        memory[f"sigma_{age}"] = torch.tensor(sigma, dtype=torch.float64, device="cpu")
     return memory
-
-
-def scalar(value: float) -> Tensor:
-    return torch.tensor(value, dtype=torch.float64, device="cpu")
 
 
 def weighted(terms: Iterable[tuple[float, Tensor]]) -> Tensor:

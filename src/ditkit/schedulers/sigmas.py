@@ -110,7 +110,7 @@ def _shifted32(sigma: float, shift: float) -> float:
 
 def float32(value: float) -> float:
     """The nearest float32 number."""
-    return struct.unpack("f", struct.pack("f", value))[0]
+    return float(struct.unpack("f", struct.pack("f", value))[0])
 
 
 def _evenly(start: float, stop: float, count: int) -> list[float]:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ditkit.contracts import History, Step
 from ditkit.errors import RequestError, StateError, nearest
-from ditkit.schedulers.common import Past, check_noise, log_snr, recall, remember, scalar, weighted, working
+from ditkit.schedulers.common import Past, check_noise, log_snr, recall, remember, weighted, working
 from ditkit.schedulers.sigmas import grid
 
 
@@ -64,7 +64,7 @@ class UniPC:
         """x at ``step.sigma`` -> x at ``step.sigma_next``; any shape, float32 (float64 stays float64).
 
         ``history`` is {} or what the step before returned: up to ``order`` past x0 predictions with their sigmas, and
-        for the corrector ``sample`` (the corrected x of the step before) and ``order`` (the order it went on with)."""
+        for the corrector ``sample``, the corrected x of the step before."""
         check_noise(self.name, self.needs_noise, noise, step)
         sample, velocity = working(x, velocity)
         x0 = sample - step.sigma * velocity  # from the uncorrected x, as in the official code
@@ -78,17 +78,19 @@ class UniPC:
         x_next = self._advance(sample, now[0], now[1:order], step.sigma_next)
         if not self.corrector:
             return x_next, remember(now[: self.order - 1])
-        return x_next, {**remember(now[: self.order]), "sample": sample, "order": scalar(order)}
+        return x_next, {**remember(now[: self.order]), "sample": sample}
 
     def _correct(self, x0: Tensor, sigma: float, history: History, past: Past) -> Tensor:
-        """The step that led to ``sigma`` once more, now that the x0 prediction at its end is known."""
+        """The step that led to ``sigma`` once more, now that the x0 prediction at its end is known. It is of the order
+        of that step, which the number of earlier predictions gives; only the step before the last had a lower one than
+        that, and nothing comes of the correction after it: the last step goes to x0, whatever x is."""
         if "sample" not in history:
             raise StateError(
                 "unipc with its corrector",
                 "what was remembered of the earlier steps comes from a solver without one",
                 "Go on with the solver and options that began the run",
             )
-        earlier = past[1 : int(history["order"])]
+        earlier = past[1 : self.order]
         return self._advance(history["sample"].to(x0.device), past[0], [*earlier, (sigma, x0)], sigma)
 
     def _advance(
@@ -123,4 +125,5 @@ def _solved(ratios: Sequence[float], h: float) -> list[float]:
         psi /= -h
     rows = [[r**j for r in ratios] for j in range(len(ratios))]
     a, b = (torch.tensor(v, dtype=torch.float64, device="cpu") for v in (rows, right))
-    return torch.linalg.solve(a, b).tolist()
+    weights: list[float] = torch.linalg.solve(a, b).tolist()
+    return weights
