@@ -125,6 +125,8 @@ def test_crf_trades_size_for_quality(tmp_path, clip):
     assert qualities == sorted(qualities, reverse=True)
     with pytest.raises(OutputError, match=r"0 .* to 51"):
         media.write_video(tmp_path / "clip.mp4", clip, 16, crf=52)
+    with pytest.raises(OutputError, match="only .mp4"):
+        media.write_video(tmp_path / "clip.gif", clip, 16, crf=16)
 
 
 @pytest.mark.parametrize("suffix", [".gif", ".png", ".npz"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,13 @@ def write_video(
     video: np.ndarray,
     fps: float,
     manifest: Mapping[str, Any] | None = None,
-    crf: int = 16,
+    crf: int | None = None,
 ) -> Path:
     """Write ``video`` uint8 [T, H, W, 3] and return the path of the file, or of the folder of frames for ``.png``.
 
     A card with fps, frame hash and ``manifest`` goes into the file, and with a manifest also beside it as
-    ``NAME.json``. What was there before is replaced; parents are created. ``crf`` is for mp4 only.
+    ``NAME.json``. What was there before is replaced; parents are created. ``crf`` is for mp4 only
+    (default ``encode.CRF``).
 
     Raises:
         OutputError: an unknown suffix, an odd size for mp4, a manifest that is not JSON, a path that cannot be
@@ -40,13 +41,20 @@ def write_video(
     """
     check_frames(video)
     target = check_writable(path, width=video.shape[2], height=video.shape[1], fps=fps)
+    suffix = Path(path).suffix.lower()
+    if crf is not None and suffix != ".mp4":
+        raise OutputError(f"crf {crf} for {path}", "only .mp4 has one", "leave it out, or choose .mp4")
+    crf = encode.CRF if crf is None else crf
     if not 0 <= crf <= 51:
         raise OutputError(f"crf {crf}", "it is out of range", "use 0 (best) to 51")
-    suffix, card = Path(path).suffix.lower(), cards.make_card(video, fps, manifest)
-    if suffix == ".mp4":
-        content: files.Content = encode.mp4(video, card, crf)
-    else:
-        content = {".gif": encode.gif, ".png": encode.png, ".npz": encode.npz}[suffix](video, card)
+    card = cards.make_card(video, fps, manifest)
+    encoders: dict[str, Callable[[], files.Content]] = {
+        ".mp4": lambda: encode.mp4(video, card, crf),
+        ".gif": lambda: encode.gif(video, card),
+        ".png": lambda: encode.png(video, card),
+        ".npz": lambda: encode.npz(video, card),
+    }
+    content = encoders[suffix]()
     beside = cards.sidecar(Path(path))
     files.write_together({target: content} if manifest is None else {target: content, beside: cards.pretty(card)})
     if manifest is None:

@@ -2,7 +2,7 @@
 
 | suffix | what | loses |
 |---|---|---|
-| .mp4 | H.264, yuv420p, BT.709 limited range, card in the container's metadata (``ditkit``) | chroma halved; CRF 16 |
+| .mp4 | H.264, yuv420p, BT.709 limited range, card in the container's metadata (``ditkit``) | chroma halved; CRF 16 by default |
 | .gif | one palette of 255 colours for the whole clip, looped, card in the comment | colours |
 | .png | a folder ``NAME/0000.png``, ``NAME/0001.png``, ...; card as text of the first | nothing |
 | .npz | arrays ``video`` uint8 [T, H, W, 3], ``fps`` and ``card`` | nothing |
@@ -23,6 +23,7 @@ from ditkit.errors import MissingDependency, OutputError
 from . import card as cards
 from .card import Card
 
+CRF = 16  # x264's own default is 23; 18 is commonly taken for visually lossless
 GIF_COLORS = 255  # one of 256 stays free for "as before", which keeps still regions small
 GIF_MAX_FPS = 50  # browsers slow down anything with a shorter delay than 20 ms
 
@@ -38,8 +39,8 @@ def _bayer(size: int) -> np.ndarray:
 _BAYER = _bayer(8)
 
 
-def mp4(video: np.ndarray, card: Card, crf: int = 16) -> bytes:
-    """``crf``: 0 (lossless but for the chroma) to 51; x264's own default is 23. Width and height must be even."""
+def mp4(video: np.ndarray, card: Card, crf: int = CRF) -> bytes:
+    """``crf``: 0 (lossless but for the chroma) to 51. Width and height must be even."""
     import av
 
     if "libx264" not in av.codecs_available:
@@ -75,8 +76,9 @@ def gif(video: np.ndarray, card: Card) -> bytes:
 
     ends = np.rint(np.arange(len(video) + 1) * 100 / card["fps"])
     picked = video[np.unique(np.linspace(0, len(video) - 1, 16).round().astype(int))].reshape(1, -1, 3)
-    picked = np.ascontiguousarray(picked[:, :: max(1, picked.shape[1] // 262_144)])
-    palette = Image.fromarray(picked).quantize(GIF_COLORS, Image.Quantize.MEDIANCUT, kmeans=2)
+    sample = np.linspace(0, picked.shape[1] - 1, min(picked.shape[1], 65_536)).astype(int)
+    picked = np.ascontiguousarray(picked[:, sample])
+    palette = Image.fromarray(picked).quantize(GIF_COLORS, Image.Quantize.MEDIANCUT, kmeans=1)
 
     def indices(frame: np.ndarray) -> Image.Image:
         return Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE)

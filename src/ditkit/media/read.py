@@ -59,7 +59,7 @@ def _mp4(path: Path) -> tuple[np.ndarray, float]:
     with av.open(path) as container:
         stream = container.streams.video[0]
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
-        return np.stack(frames), float(stream.average_rate)
+        return np.stack(frames), float(stream.average_rate or stream.guessed_rate or 0)
 
 
 def _mp4_card(path: Path) -> Card | None:

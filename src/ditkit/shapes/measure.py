@@ -63,7 +63,7 @@ def measure(video: np.ndarray) -> Reading:
     """``video`` uint8 [T, H, W, 3]. Large frames are averaged down to about 64 pixels first."""
     if video.dtype != np.uint8 or video.ndim != 4 or video.shape[-1] != 3 or min(video.shape) < 1:
         raise RequestError("measuring a clip", f"it is {video.dtype} {list(video.shape)}", "use uint8 [T, H, W, 3]")
-    pixels = _shrink(video.astype(np.float32))
+    pixels = _shrink(video)
     frames, height, width = pixels.shape[:3]
 
     border = np.concatenate([pixels[:, [0, 1, -2, -1]].reshape(-1, 3), pixels[:, :, [0, 1, -2, -1]].reshape(-1, 3)])
@@ -118,7 +118,7 @@ def measure(video: np.ndarray) -> Reading:
     color, confidence["color"] = _name(rgb, COLORS, BACKGROUNDS)
     clear = len(moments) > 1 and np.hypot(off_x, off_y) <= WANDER
     motion, confidence["motion"] = _motion(travel, growth) if clear else (None, 0.0)
-    some = np.unique(np.linspace(0, len(moments) - 1, 13).round().astype(int))
+    some = np.unique(np.linspace(0, len(moments) - 1, 7).round().astype(int))
     fit = {shape: _fit(cover[some], region[some], x[some], y[some], radius[some], shape) for shape in SHAPES}
     best, second = sorted(SHAPES, key=lambda shape: -fit[shape])[:2]
     lead = fit[best] - fit[second]
@@ -183,12 +183,11 @@ def _read_caption(text: str) -> dict[str, str]:
 
 def _shrink(pixels: np.ndarray) -> np.ndarray:
     """Means over square blocks, so that the shorter side is 64 to 127 pixels; a rest at the far edges is left out."""
+    pixels = pixels.astype(np.float32)
     factor = max(1, min(pixels.shape[1:3]) // draw.HEIGHT)
-    if factor == 1:
-        return pixels
-    frames, height, width = pixels.shape[0], pixels.shape[1] // factor, pixels.shape[2] // factor
-    cut = pixels[:, : height * factor, : width * factor]
-    return cut.reshape(frames, height, factor, width, factor, 3).mean((2, 4))
+    height, width = (size // factor * factor for size in pixels.shape[1:3])
+    rows = sum(pixels[:, offset:height:factor, :width] for offset in range(factor))
+    return sum(rows[:, :, offset::factor] for offset in range(factor)) / factor**2
 
 
 def _distance(pixels: np.ndarray, color: np.ndarray) -> np.ndarray:
@@ -196,7 +195,8 @@ def _distance(pixels: np.ndarray, color: np.ndarray) -> np.ndarray:
 
 
 def _rgb(color: np.ndarray) -> tuple[float, float, float]:
-    return tuple(round(float(value), 1) for value in color)
+    red, green, blue = (round(float(value), 1) for value in color)
+    return red, green, blue
 
 
 def _name(rgb: np.ndarray, names: Mapping[str, tuple], others: Mapping[str, tuple]) -> tuple[str | None, float]:
@@ -274,7 +274,10 @@ def _motion(travel: tuple[float, float], growth: float) -> tuple[str | None, flo
 def _fit(cover: np.ndarray, region: np.ndarray, x: np.ndarray, y: np.ndarray, radius: np.ndarray, shape: str) -> float:
     """Mean over frames of the overlap of ``cover`` [T, H, W] with the outline of the same centre and area, as sharp
     as it is drawn or blurred, whichever fits best. Both are looked at inside ``region`` only."""
-    rows, columns = np.mgrid[0 : cover.shape[1], 0 : cover.shape[2]][:, None]
+    down, across = np.flatnonzero(region.any((0, 2))), np.flatnonzero(region.any((0, 1)))
+    window = slice(None), slice(down[0], down[-1] + 1), slice(across[0], across[-1] + 1)
+    rows, columns = np.mgrid[window[1:]][:, None]
+    cover, region = cover[window], region[window]
     x, y, radius = (value[:, None, None] for value in (x, y, radius))
     sharp = np.clip(0.5 - draw.signed_distance(shape, columns - x, rows - y, radius), 0, 1)
     fits = []
@@ -285,13 +288,11 @@ def _fit(cover: np.ndarray, region: np.ndarray, x: np.ndarray, y: np.ndarray, ra
 
 
 def _blur(planes: np.ndarray, sigma: float) -> np.ndarray:
-    """Gaussian over the last two axes, black outside."""
+    """Gaussian over the last two axes (sigma at least 1, or 0), black outside."""
     if not sigma:
         return planes
-    reach = int(3 * sigma)
-    weights = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
-    for axis in (1, 2):
-        padded = np.pad(planes, [(reach, reach) if axis == a else (0, 0) for a in range(3)])
-        windows = np.lib.stride_tricks.sliding_window_view(padded, len(weights), axis)
-        planes = windows @ (weights / weights.sum())
-    return planes
+    down, across = (
+        np.exp(-0.5 * (np.subtract.outer(np.arange(size), np.arange(size)) / sigma) ** 2) / (sigma * np.sqrt(2 * np.pi))
+        for size in planes.shape[1:]
+    )
+    return down @ planes @ across
