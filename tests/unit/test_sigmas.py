@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ def test_every_grid_falls_strictly_to_zero(name, steps, shift, schedule):
     assert len(sigmas) == steps + 1
     assert sigmas[0] <= 1
     assert sigmas[-1] == 0
-    assert all(a > b for a, b in zip(sigmas, sigmas[1:], strict=False))
+    assert all(a > b for a, b in pairwise(sigmas))
     assert sigmas == make(name).sigmas(steps, shift, schedule)
     told = timesteps(sigmas, schedule, name, 1000.0)
     assert len(told) == steps
@@ -55,8 +56,22 @@ def test_explicit_sigmas():
 
 @pytest.mark.parametrize(
     "sigmas",
-    [[], [0.0], [0.5, 0.5], [0.3, 0.5], [1.5, 0.5], [0.5, -0.1], [math.nan, 0.5], [math.inf], [True, 0.5], ["0.9"]]
-    + [[0.5, 0.0, 0.0], [0.5, 0.5 - 1e-12], [1e-60], [None]],
+    [
+        [],
+        [0.0],
+        [0.5, 0.5],
+        [0.3, 0.5],
+        [1.5, 0.5],
+        [0.5, -0.1],
+        [math.nan, 0.5],
+        [math.inf],
+        [True, 0.5],
+        ["0.9"],
+        [0.5, 0.0, 0.0],
+        [0.5, 0.5 - 1e-12],
+        [1e-60],
+        [None],
+    ],
 )
 def test_bad_explicit_sigmas_are_refused(sigmas):
     with pytest.raises(RequestError, match="sigmas"):

@@ -3,6 +3,7 @@
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -201,7 +202,7 @@ def error_after(solver, steps):
 )
 def test_order_of_accuracy(name, options, order):
     errors = [error_after(make(name, **options), steps) for steps in (40, 80, 160)]
-    slopes = [math.log2(a / b) for a, b in zip(errors, errors[1:], strict=False)]
+    slopes = [math.log2(a / b) for a, b in pairwise(errors)]
     assert slopes[-1] == pytest.approx(order, abs=0.35)
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar
 
 from torch import Tensor
@@ -95,7 +96,7 @@ class DPMpp:
         if len(sigmas) == 1:
             return [alpha * phi]
         lambdas = [log_snr(s) for s in sigmas]
-        r = [(a - b) / h for a, b in zip(lambdas, lambdas[1:], strict=False)]
+        r = [(a - b) / h for a, b in pairwise(lambdas)]
         d1 = alpha * (1 - phi / z)  # for a straight line
         if len(sigmas) == 2:
             d = (alpha * phi / 2 if self.solver_type == "midpoint" else d1) / r[0]

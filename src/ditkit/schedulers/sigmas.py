@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 
 from ditkit.errors import RequestError, nearest
 
@@ -96,7 +97,7 @@ def check_schedule(schedule: str) -> None:
 def _falling(sigmas: Sequence[float]) -> bool:
     """Strictly, and still so in float32."""
     rounded = [float32(s) for s in sigmas]
-    return all(a > b for a, b in zip(rounded, rounded[1:], strict=False))
+    return all(a > b for a, b in pairwise(rounded))
 
 
 def _shifted(sigma: float, shift: float) -> float:
