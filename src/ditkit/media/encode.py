@@ -2,7 +2,7 @@
 
 | suffix | what | loses |
 |---|---|---|
-| .mp4 | H.264, yuv420p, BT.709 limited range, card in the container's metadata (``ditkit``) | chroma halved; CRF 16 by default |
+| .mp4 | H.264, yuv420p, BT.709 limited range, card in the container's metadata (``ditkit``) | chroma halved, CRF 16 |
 | .gif | one palette of 255 colours for the whole clip, looped, card in the comment | colours |
 | .png | a folder ``NAME/0000.png``, ``NAME/0001.png``, ...; card as text of the first | nothing |
 | .npz | arrays ``video`` uint8 [T, H, W, 3], ``fps`` and ``card`` | nothing |

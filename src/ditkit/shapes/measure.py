@@ -186,8 +186,8 @@ def _shrink(pixels: np.ndarray) -> np.ndarray:
     pixels = pixels.astype(np.float32)
     factor = max(1, min(pixels.shape[1:3]) // draw.HEIGHT)
     height, width = (size // factor * factor for size in pixels.shape[1:3])
-    rows = sum(pixels[:, offset:height:factor, :width] for offset in range(factor))
-    return sum(rows[:, :, offset::factor] for offset in range(factor)) / factor**2
+    rows = np.add.reduce([pixels[:, offset:height:factor, :width] for offset in range(factor)])
+    return np.add.reduce([rows[:, :, offset::factor] for offset in range(factor)]) / factor**2
 
 
 def _distance(pixels: np.ndarray, color: np.ndarray) -> np.ndarray:
