@@ -1,0 +1,81 @@
+"""``ditkit doctor``: what this installation has and what it lacks."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+
+import typer
+
+from ditkit.cli import show
+
+OPTIONAL = ("transformers", "diffusers", "accelerate")
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command("doctor")(doctor)
+
+
+def doctor() -> int:
+    """Show versions, devices, encoders and the embedded model; exit code 1 when something needed is missing."""
+    checks = [*software(), *hardware(), encoder(), *embedded_model()]
+    out = show.console()
+    out.print(show.table(("", "what", "found"), [("ok" if ok else "!!", what, found) for ok, what, found in checks]))
+    return 0 if all(ok for ok, _, _ in checks) else 1
+
+
+def software() -> list[tuple[bool, str, str]]:
+    from ditkit.receipt import versions
+
+    rows = [(found != "not installed", package, found) for package, found in versions().items()]
+    for package in OPTIONAL:
+        if package not in (known[1] for known in rows):
+            there = importlib.util.find_spec(package) is not None
+            rows.append((True, f"{package} (tests only)", "installed" if there else "not installed"))
+    return rows
+
+
+def hardware() -> list[tuple[bool, str, str]]:
+    import torch
+
+    gpus = (
+        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    )
+    devices = ["cpu", *(f"cuda:{i} ({name})" for i, name in enumerate(gpus))]
+    devices += ["mps"] if torch.backends.mps.is_available() else []
+    return [
+        (True, "platform", platform.platform()),
+        (True, "devices", ", ".join(devices)),
+        (True, "threads", f"{torch.get_num_threads()} of {os.cpu_count()} processors"),
+    ]
+
+
+def encoder() -> tuple[bool, str, str]:
+    try:
+        import av
+    except ImportError:
+        return False, "mp4 encoder", "av is not installed; pip install av"
+    found = "libx264" in av.codecs_available
+    ffmpeg = ".".join(map(str, av.library_versions["libavcodec"]))
+    return found, "mp4 encoder", f"{'libx264' if found else 'no libx264'} in PyAV, libavcodec {ffmpeg}"
+
+
+def embedded_model() -> list[tuple[bool, str, str]]:
+    """Every model that comes with the package: its parts are all there and what their files hash to."""
+    from ditkit.build import MODELS, Model
+    from ditkit.checkpoints.files import file_hash
+    from ditkit.errors import DitkitError
+
+    rows = []
+    for name, folder in MODELS.items():
+        try:
+            Model.open(name)
+        except DitkitError as e:
+            rows.append((False, f"model {name}", str(e)))
+            continue
+        files = sorted(folder.rglob("*.safetensors"))
+        size = sum(file.stat().st_size for file in files) / 1e6
+        rows.append((True, f"model {name}", f"{folder}, {size:.1f} MB of weights"))
+        rows += [(True, f"  {file.relative_to(folder)}", f"sha256 {file_hash(file)[:16]}") for file in files]
+    return rows

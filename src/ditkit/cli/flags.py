@@ -1,0 +1,175 @@
+"""One flag for each field of Request and Setup, made from the fields themselves, and the layers that they end in.
+
+Importing this does not import torch. Leaves out: what the settings are for (``request.py``, ``setup.py``).
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ditkit import config
+from ditkit.config import FIELDS, Layer, Settled
+from ditkit.errors import SetupError
+from ditkit.request import Request, Settings
+from ditkit.setup import Setup
+
+if TYPE_CHECKING:
+    from ditkit.build import Model
+
+PANELS: dict[type[Settings], str] = {Request: "What to make", Setup: "How to make it"}
+
+Prompt = Annotated[str | None, typer.Argument(help="What the clip should show.", show_default=False)]
+
+
+@dataclass(frozen=True)
+class Given:
+    """Settings as they were typed: texts by field (``on`` and ``off`` for a switch), ``--set`` and ``--config``."""
+
+    flags: Mapping[str, tuple[str, ...]]
+    sets: tuple[str, ...] = ()
+    file: Path | None = None
+
+    def named(self) -> list[str]:
+        """The settings that the command line itself names."""
+        return list(self._typed().values)
+
+    def layers(self, environment: Mapping[str, str] | None = None) -> list[Layer]:
+        """Config file, environment, command line. Raises SetupError for what is unknown, malformed or given twice."""
+        file = [] if self.file is None else [config.file_layer(self.file)]
+        return [*file, config.environment_layer(os.environ if environment is None else environment), self._typed()]
+
+    def _typed(self) -> Layer:
+        given: list[tuple[str, str, str, bool]] = []
+        whole: dict[str, Any] = {}
+        origins: dict[str, str] = {}
+        for key, texts in self.flags.items():
+            origin = "PROMPT" if key == "prompt" else f"flag --{kebab(key)}"
+            if len(texts) > 1 and config.takes_list(key):
+                item = _item(key)
+                whole[key], origins[key] = [config.from_text(t, item, literal=True) for t in texts], origin
+            elif typing.get_origin(FIELDS[key].annotation) is dict and not texts[0].lstrip().startswith("{"):
+                for text in texts:
+                    entry, equals, value = text.partition("=")
+                    if not equals or not entry:
+                        raise SetupError(f"{origin} {text}", "it is not of the form NAME=VALUE",
+                                         f"Give {FIELDS[key].description}")  # fmt: skip
+                    given.append((f"{key}.{entry}", value, origin, True))
+            else:
+                given += [(key, text, origin, True) for text in texts]
+        for text in self.sets:
+            key, equals, value = text.partition("=")
+            if not equals:
+                raise SetupError(f"--set {text}", "it is not of the form KEY=VALUE", "Write it as --set steps=4")
+            given.append((key.strip(), value.strip(), "--set", False))
+        layer = config.text_layer(given)
+        if twice := next((key for key in whole if key in layer.values), None):
+            raise SetupError(
+                f"{origins[twice]} and {layer.origins[twice]}", "one setting was given twice", "Give it once"
+            )
+        return Layer({**layer.values, **whole}, {**layer.origins, **origins})
+
+
+def settle(given: Given, below: Layer | None = None) -> tuple[Settled, Model]:
+    """All layers; the model that they name is opened (its weights are not read), for its defaults are one of them.
+
+    ``below`` is a layer between the model's defaults and the config file. Raises UserError for whatever is wrong."""
+    from ditkit.build import Model
+
+    upper = [*([] if below is None else [below]), *given.layers()]
+    setup = config.settle(*upper).setup()
+    model = Model.open(setup.model)
+    settled = config.settle(Layer.of(model.defaults, f"model {setup.model}"), *upper)
+    settled.request()  # a fault in a value is told with where the value comes from
+    return settled, model
+
+
+def with_settings(command: Callable[..., Any]) -> Callable[..., Any]:
+    """``command(given, ...)`` as a typer command: ``given`` is made of an option for each setting, --set and --config.
+
+    A parameter ``prompt`` stays what it is and goes into ``given`` too."""
+    own = inspect.signature(command, eval_str=True).parameters
+    kept = [p for name, p in own.items() if name != "given"]
+    added = [
+        inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_annotation(key))
+        for key in FIELDS
+        if key != "prompt"
+    ]
+    added.append(
+        _parameter("sets", list[str], "--set", "KEY=VALUE", "Any setting, or an entry of one: devices.vae=cpu.")
+    )
+    added.append(_parameter("file", Path, "--config", "FILE", "A TOML file of settings."))
+
+    def run(**values: Any) -> Any:
+        flags = {key: values.pop(key) for key in FIELDS if key != "prompt"}
+        texts = {k: _texts(v) for k, v in flags.items() if v is not None and v != []}
+        if values.get("prompt") is not None:
+            texts["prompt"] = (values["prompt"],)
+        sets, file = tuple(values.pop("sets") or ()), values.pop("file")
+        return command(given=Given(texts, sets, file), **values)
+
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    run.__signature__ = inspect.Signature([p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in kept] + added)  # type: ignore[attr-defined]
+    return run
+
+
+def _parameter(name: str, kind: Any, flag: str, metavar: str, text: str) -> inspect.Parameter:
+    option = typer.Option(flag, metavar=metavar, help=text, show_default=False)
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+    )
+
+
+def _annotation(key: str) -> Any:
+    field = FIELDS[key]
+    panel = next(title for settings, title in PANELS.items() if key in settings.model_fields)
+    source = typing.cast("dict[str, Any]", field.json_schema_extra)["source"]
+    about = field.description or ""
+    because = "" if source == "none" else f" ({source})"
+    text = f"{about[:1].upper()}{about[1:]}. Default: {_shown(field.get_default())}{because}."
+    if field.annotation is bool:
+        flag = f"--{kebab(key)}/--no-{kebab(key)}"
+        return Annotated[bool | None, typer.Option(flag, help=text, show_default=False, rich_help_panel=panel)]
+    metavar = "NAME=VALUE" if typing.get_origin(field.annotation) is dict else "VALUE"
+    option = typer.Option(f"--{kebab(key)}", help=text, metavar=metavar, show_default=False, rich_help_panel=panel)
+    return Annotated[list[str] | None, option]
+
+
+def _shown(default: Any) -> str:
+    if default is None or default == "" or default == {}:
+        return "none"
+    return str(default).lower() if isinstance(default, bool) else str(default)
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    if isinstance(value, bool):
+        return ("true" if value else "false",)
+    return tuple(value)
+
+
+def _item(key: str) -> Any:
+    """The type of one entry of a setting that may be a list."""
+    lists = [option for option in typing.get_args(FIELDS[key].annotation) if typing.get_origin(option) is list]
+    return typing.get_args(lists[0])[0]
+
+
+def kebab(key: str) -> str:
+    return key.replace("_", "-")
+
+
+def flag_of(key: str, value: Any) -> list[str]:
+    """The words that set ``key`` to ``value`` again: the way back from a value to a flag."""
+    if isinstance(value, bool):
+        return [f"--{kebab(key)}" if value else f"--no-{kebab(key)}"]
+    if isinstance(value, Mapping):
+        entries = ", ".join(f"{json.dumps(k)} = {json.dumps(v)}" for k, v in value.items())
+        return [f"--{kebab(key)}", "{" + entries + "}"]
+    return [f"--{kebab(key)}", "none" if value is None else str(value)]

@@ -1,0 +1,51 @@
+"""``ditkit generate PROMPT``: a clip and its contact sheet."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import typer
+
+from ditkit.cli import job
+from ditkit.cli.flags import Given, Prompt, settle, with_settings
+from ditkit.request import Request
+from ditkit.setup import Setup
+
+if TYPE_CHECKING:
+    from ditkit.config import Settled
+    from ditkit.pipe import Pipe
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command("generate")(generate)
+
+
+@with_settings
+def generate(
+    given: Given,
+    prompt: Prompt = None,
+    out: job.Out = None,
+    sheet: job.Sheet = None,
+    no_sheet: job.NoSheet = False,
+    quiet: job.Quiet = False,
+    as_json: job.Json = False,
+) -> None:
+    """Make a clip from a prompt."""
+    pipe, request, settled = open_pipe(given)
+    state = pipe.begin(request)
+    out = out or job.default_out(state["prompt"][0], state["seed"][0])
+    goal = job.Goal(out, job.sheet_for(out, sheet, no_sheet), setup=settled.of(Setup), quiet=quiet, json=as_json)
+    job.carry_out(pipe, state, goal)
+
+
+def open_pipe(given: Given) -> tuple[Pipe, Request, Settled]:
+    """Everything settled and checked; no weights are loaded."""
+    settled, model = settle(given)
+    request = model.request(settled.of(Request))
+    return load(settled), request, settled
+
+
+def load(settled: Settled) -> Pipe:
+    import ditkit
+
+    return ditkit.load(**settled.setup().model_dump())

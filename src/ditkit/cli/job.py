@@ -1,0 +1,237 @@
+"""Carry out one run from a State: check where it writes, show it, write what came out, keep what Ctrl-C cut off.
+
+Shared by generate, demo and run. Leaves out: where the State and the settings come from.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ditkit.cli import show
+from ditkit.cli.flags import flag_of
+from ditkit.errors import DitkitError, OutputError, PipelineError
+
+if TYPE_CHECKING:
+    from ditkit.pipe import Pipe, Result
+    from ditkit.state import State
+
+Out = Annotated[
+    Path | None,
+    typer.Option(help="An .mp4, .gif or .npz file, or .png for a folder of frames. Default: outputs/PROMPT-SEED.mp4."),
+]
+Sheet = Annotated[Path | None, typer.Option(metavar="FILE.png", help="The contact sheet. Default: beside the clip.")]
+NoSheet = Annotated[bool, typer.Option("--no-sheet", help="Make no contact sheet.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the paths of what was written.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object; whatever else is shown goes to stderr.")]
+
+
+class Kept(DitkitError):
+    """Ctrl-C, with what was done until then on disk. The message ends with the commands that go on from there."""
+
+    exit_code = 130
+
+    def __str__(self) -> str:
+        return f"{self.asked}: {self.found}. {self.do}"
+
+
+@dataclass(frozen=True)
+class Goal:
+    """Which part of a run is wanted and where its results go; ``setup`` are the settings that somebody gave for it."""
+
+    out: Path
+    sheet: Path | None
+    state: Path | None = None
+    start: str | None = None
+    until: str | None = None
+    stop_at_step: int | None = None
+    setup: Mapping[str, Any] | None = None
+    quiet: bool = False
+    json: bool = False
+
+
+def default_out(prompt: str, seed: int) -> Path:
+    slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].rstrip("-")
+    return Path("outputs") / f"{slug or 'clip'}-{seed}.mp4"
+
+
+def sheet_for(out: Path, sheet: Path | None, no_sheet: bool) -> Path | None:
+    if sheet is not None and no_sheet:
+        raise OutputError(f"--sheet {sheet} with --no-sheet", "they contradict each other", "Give one of them")
+    return None if no_sheet else sheet or out.with_name(f"{out.stem}-sheet.png")
+
+
+def numbered(path: Path, count: int) -> list[Path]:
+    """The names that ``Result.save`` gives to the clips of a run."""
+    return [path] if count == 1 else [path.with_stem(f"{path.stem}-{i}") for i in range(count)]
+
+
+def carry_out(pipe: Pipe, state: State, goal: Goal) -> None:
+    """Raises Kept on Ctrl-C, and whatever error of ditkit's comes up; before any compute where it can be foreseen."""
+    from ditkit import samples
+    from ditkit.pipeline import Interrupted
+    from ditkit.request import Request
+
+    steps = pipe.steps(Request(**state["request"]))
+    makes_video = check_goal(pipe, state, goal, len(steps))
+    check_places(state, goal, makes_video)
+    out = show.console(stderr=goal.json)
+    if not goal.quiet:
+        out.print(show.step_table(steps))
+    view = show.view(out, goal.quiet, pipe.model.latents_rgb, state["request"]["frames"])
+    listeners = [show.warn_of_truncation, *([] if view is None else [view])]
+    result: Result | None = None
+    try:
+        with view or nullcontext():
+            part: dict[str, Any] = {"start": goal.start, "until": goal.until, "stop_at_step": goal.stop_at_step}
+            result = pipe.run(state, **part, listeners=listeners)
+        files = write(result, goal, makes_video)
+    except Interrupted as e:
+        waiting = [] if not one_of_several(e.state, state) else samples.split(state)[len(e.finished) + 1 :]
+        raise keep([*e.finished, e.state, *waiting], e.stage, goal, pipe) from None
+    except KeyboardInterrupt:  # outside the stages: before the first, or while the results were written
+        raise keep([state if result is None else result.state], None, goal, pipe) from None
+    report(result, files, goal, out)
+
+
+def one_of_several(part: State, whole: State) -> bool:
+    from ditkit import samples
+
+    return samples.count(part) < samples.count(whole)
+
+
+def check_goal(pipe: Pipe, state: State, goal: Goal, steps: int) -> bool:
+    """Whether the run makes a video. Raises PipelineError for a part of it that leads nowhere."""
+    names = pipe.pipeline.names
+    for name in (goal.start, goal.until):
+        if name is not None:
+            pipe.pipeline.index(name)
+    done = state.get("step", 0)
+    if goal.stop_at_step is not None:
+        asked = f"--stop-at-step {goal.stop_at_step}"
+        if not 1 <= goal.stop_at_step <= steps:
+            raise PipelineError(asked, f"the run has {steps} steps", f"Give a number from 1 to {steps}")
+        if goal.stop_at_step <= done:
+            raise PipelineError(asked, f"the State has {done} steps behind it", "Give a later step")
+        if goal.until is not None and names.index(goal.until) < names.index("denoise"):
+            raise PipelineError(f"{asked} with --until {goal.until}", "the run ends before it takes a step",
+                                "Leave one of them out")  # fmt: skip
+    last = len(names) - 1 if goal.until is None else names.index(goal.until)
+    early = goal.stop_at_step is not None and goal.stop_at_step < steps
+    makes = "video" in state or (not early and any("video" in s.writes for s in pipe.pipeline.stages[: last + 1]))
+    if not makes and goal.state is None:
+        raise PipelineError("a run that stops before its video is made", "it would leave nothing behind",
+                            "Add --save-state FILE")  # fmt: skip
+    return makes
+
+
+def check_places(state: State, goal: Goal, makes_video: bool) -> None:
+    """Raise OutputError now for every file that could not be written later."""
+    from ditkit.media import check_writable, files
+
+    request, count = state["request"], len(state["prompt"])
+    if makes_video:
+        for path in numbered(goal.out, count):
+            check_writable(path, width=request["width"], height=request["height"], fps=request["fps"])
+        if goal.sheet is not None:
+            if goal.sheet.suffix.lower() != ".png":
+                raise OutputError(f"writing the contact sheet {goal.sheet}", "it is a PNG", "Give it the suffix .png")
+            for path in numbered(goal.sheet, count):
+                not_a_folder(path, "contact sheet")
+                files.probe(path)
+    if goal.state is not None:
+        not_a_folder(goal.state, "State")
+        files.probe(goal.state)
+
+
+def not_a_folder(path: Path, what: str) -> None:
+    if path.is_dir():
+        raise OutputError(f"writing the {what} {path}", "that is a folder", "Give the name of a file")
+
+
+def write(result: Result, goal: Goal, makes_video: bool) -> dict[str, list[Path]]:
+    from ditkit.media import contact_sheet
+
+    files: dict[str, list[Path]] = {"states": [], "clips": [], "sheets": []}
+    if goal.state is not None:
+        files["states"].append(result.state.save(goal.state))
+    if makes_video:
+        files["clips"] += result.save(goal.out)
+        if goal.sheet is not None:
+            request, state = result.state["request"], result.state
+            for i, path in enumerate(numbered(goal.sheet, len(result.videos))):
+                how = f"{len(state['sigmas']) - 1} steps, guidance {request['guidance_scale']:g}"
+                caption = f"seed {state['seed'][i]}, {how}, {state['model']['name']}"
+                contact_sheet(result.videos[i], path, state["prompt"][i], caption, fps=request["fps"])
+                files["sheets"].append(path)
+    return files
+
+
+def report(result: Result, files: dict[str, list[Path]], goal: Goal, out: Any) -> None:
+    if not goal.quiet:
+        out.print(f"time   {show.times(result.receipt)}")
+    if goal.json:
+        told = {kind: [str(path) for path in paths] for kind, paths in files.items()}
+        keys = ("stages", "loads", "steps", "skipped", "truncated")
+        told |= {key: result.receipt[key] for key in keys}
+        told["output_sha256"] = [m["output_sha256"] for m in result.manifests]
+        print(json.dumps(told))
+        return
+    for kind, paths in files.items():
+        for path in paths:
+            out.print(str(path) if goal.quiet else f"{kind[:-1]:6} {path}")
+
+
+def keep(states: list[State], stage: str | None, goal: Goal, pipe: Pipe) -> Kept:
+    """Save what an interrupted run has: one file, or one for each clip that was to be made alone."""
+    count = len(states)
+    paths = numbered(goal.state or goal.out.with_name(f"{goal.out.stem}.state.safetensors"), count)
+    outs, sheets = numbered(goal.out, count), [None] * count if goal.sheet is None else numbered(goal.sheet, count)
+    commands = []
+    with undisturbed():
+        for state, path, out, sheet in zip(states, paths, outs, sheets, strict=True):
+            state.save(path)
+            own = replace(
+                goal, out=out, sheet=sheet, state=goal.state and path, start=goal.start and (stage or goal.start)
+            )
+            commands.append("  " + shlex.join(resume(path, own, pipe.setup.model)))
+    reached = [f" after step {s['step']} of {len(s['sigmas']) - 1}" for s in states if "step" in s][-1:]
+    return Kept(f"interrupted in {stage or 'the run'}{''.join(reached)}",
+                f"everything until then is kept in {', '.join(map(str, paths))}",
+                "\n".join(["Resume with:", *commands]))  # fmt: skip
+
+
+def resume(path: Path, goal: Goal, model: str) -> list[str]:
+    """The command that goes on from ``path`` to the same end. Settings from a config file or the environment are
+    spelled out, because they may be gone by then."""
+    words = ["ditkit", "run", "--from", str(path)]
+    for flag, value in (("--start", goal.start), ("--until", goal.until), ("--stop-at-step", goal.stop_at_step),
+                        ("--save-state", goal.state)):  # fmt: skip
+        words += [] if value is None else [flag, str(value)]
+    words += ["--out", str(goal.out), *(["--no-sheet"] if goal.sheet is None else ["--sheet", str(goal.sheet)])]
+    for key, value in {**(goal.setup or {}), "model": model}.items():
+        words += flag_of(key, value)
+    return words
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """A second Ctrl-C does not break the saving that the first one began."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

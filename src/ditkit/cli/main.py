@@ -1,0 +1,80 @@
+"""The command ``ditkit``: its list of commands, and what happens to errors. Starts without importing torch."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+import ditkit
+from ditkit.cli import bench, demo, doctor, explain, generate, plan, replay, run, stages
+from ditkit.errors import DitkitError
+
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="ditkit",
+    help="Runs diffusion transformers in pieces that you can move, swap and watch.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"ditkit {ditkit.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+for module in (generate, demo, run, plan, replay, stages, doctor):
+    module.add_to(app)
+app.add_typer(explain.app, name="config")
+app.add_typer(bench.app, name="bench")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0, 1 (it failed), 2 (a mistake of the user's), 130 (interrupted).
+
+    An error of ditkit's is one sentence on stderr; with ``--debug`` or DITKIT_DEBUG its traceback comes too."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = app(args=arguments, prog_name="ditkit", standalone_mode=False)
+    except DitkitError as e:
+        if "--debug" in arguments or os.environ.get("DITKIT_DEBUG", "0").lower() not in ("0", "false"):
+            import traceback
+
+            traceback.print_exception(e)
+        print(f"error: {e}", file=sys.stderr)
+        return e.exit_code
+    except BrokenPipeError:  # whoever read our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as e:
+        if hasattr(e, "format_message") and hasattr(e, "exit_code"):  # click's usage errors, or typer's
+            print(f"error: {e.format_message()}", file=sys.stderr)
+            return int(e.exit_code)
+        if type(e).__name__ != "Abort":
+            raise
+        code = INTERRUPTED
+    if code == INTERRUPTED:
+        print("error: interrupted", file=sys.stderr)
+    return int(code or 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+"""``ditkit plan PROMPT``: what a run would do, without loading any weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import typer
+
+from ditkit.cli import show, stages
+from ditkit.cli.flags import Given, Prompt, with_settings
+from ditkit.cli.generate import open_pipe
+from ditkit.config import FIELDS
+from ditkit.request import Settings
+from ditkit.setup import COMPONENTS
+
+if TYPE_CHECKING:
+    from ditkit.config import Settled
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command("plan")(plan)
+
+
+@with_settings
+def plan(given: Given, prompt: Prompt = None) -> None:
+    """Show the resolved request, setup, stages and steps of a run; nothing is computed."""
+    pipe, request, settled = open_pipe(given)
+    pipe.begin(request)
+    out = show.console()
+    for title, settings in (("Request", request), ("Setup", pipe.setup)):
+        out.print(show.heading(title))
+        out.print(show.table(("setting", "value", "from"), rows(settings, settled)))
+    out.print(show.heading("Components"))
+    places = [(name, pipe.setup.device_of(name), pipe.setup.dtype_of(name)) for name in COMPONENTS]
+    out.print(show.table(("component", "device", "dtype"), places))
+    out.print(show.heading("Stages"))
+    out.print(stages.stage_table(pipe.pipeline))
+    out.print(show.heading("Steps"))
+    out.print(show.step_table(pipe.steps(request), whole=True))
+
+
+def rows(settings: Settings, settled: Settled) -> list[tuple[str, str, str]]:
+    """Each setting with its value and the layer that it comes from."""
+    return [
+        (key, show.value(getattr(settings, key)), settled.explain(key)[-1][0])
+        for key in type(settings).model_fields
+        if key in FIELDS
+    ]

@@ -1,0 +1,49 @@
+"""``ditkit replay FILE``: make a clip again from its manifest and compare."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ditkit.cli import show
+from ditkit.cli.job import Quiet
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command("replay")(replay)
+
+
+def replay(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A clip that ditkit wrote, or its .json.")],
+    out: Annotated[Path | None, typer.Option(help="Write the clip that was made again here.")] = None,
+    quiet: Quiet = False,
+) -> int:
+    """Make a clip again and compare: exit code 0 when every pixel is the same, 1 when not."""
+    from contextlib import nullcontext
+
+    from ditkit import media
+    from ditkit import replay as replays
+
+    script = replays.read(file)
+    request = script.request
+    if out is not None:
+        media.check_writable(out, width=request.width, height=request.height, fps=request.fps)
+    pipe = replays.prepare(script)
+    for difference in replays.machine_differences(script.manifest):
+        print(f"note: {difference}", file=sys.stderr)
+    console = show.console()
+    view = show.view(console, quiet, pipe.model.latents_rgb, request.frames)
+    with view or nullcontext():
+        replayed = replays.replay(script, pipe, [show.warn_of_truncation, *([] if view is None else [view])])
+    if out is not None:
+        console.print(f"clip   {replayed.result.save(out)[0]}")
+    if replayed.identical:
+        console.print(f"identical: {file} was made again, bit for bit")
+        return 0
+    console.print(f"different: {file} was not made again")
+    for difference in replayed.differences:
+        console.print(f"  {difference}")
+    return 1

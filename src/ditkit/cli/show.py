@@ -1,0 +1,216 @@
+"""What a person sees of a run: its step table, its progress, a small preview and where the time went.
+
+On a terminal a bar and a picture that are redrawn in place; anywhere else plain lines. Everything comes from events, so
+nothing here changes a result. Leaves out: running.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ditkit.events import Event
+
+if TYPE_CHECKING:
+    import numpy as np
+    from rich.console import Console
+    from rich.text import Text
+
+    from ditkit.contracts import Step
+
+Factors = tuple[list[list[float]], list[float]]
+
+COLUMNS = 32  # width of the preview
+FRAME = 0.1  # seconds between two previews, at least
+LINE = 2.0  # seconds between two plain lines about steps, at least
+LONG, HEAD, TAIL = 20, 8, 4  # a step table of more lines is shown by its first and last ones
+
+
+def console(stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False, markup=False, soft_wrap=True)
+
+
+def step_table(steps: Sequence[Step], whole: bool = False) -> Text:
+    """``format_table`` with a heading that stands out; a long one without its middle, unless ``whole``."""
+    from rich.text import Text
+
+    from ditkit.schedulers.table import format_table
+
+    head, *lines = format_table(steps).splitlines()
+    if len(lines) > LONG and not whole:
+        left_out = f"... {len(lines) - HEAD - TAIL} more steps; `ditkit plan` shows all"
+        lines = [*lines[:HEAD], left_out, *lines[-TAIL:]]
+    return Text("\n").join([Text(head, "bold"), *(Text(line, "dim" if line[0] == "." else "") for line in lines)])
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Text:
+    """Aligned columns, the heading in bold; the last column is not cut."""
+    from rich.text import Text
+
+    cells = [tuple(columns), *(tuple(row) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
+    return Text("\n").join([Text(lines[0], "bold"), *map(Text, lines[1:])])
+
+
+def estimate(x: Any, velocity: Any, sigma: float, factors: Factors) -> np.ndarray:
+    """What the clip looks like so far: latents [B, C, F, h, w] -> the first clip's middle frame, uint8 [h, w, 3].
+
+    The clean latents are x - sigma * velocity (flow matching); ``factors`` ([C][3], bias [3]) turn normalised latents
+    into colours in [-1, 1]."""
+    import torch
+
+    middle = x.shape[2] // 2
+    with torch.inference_mode():
+        clean = (x[0, :, middle] - sigma * velocity[0, :, middle]).float().cpu()
+        rgb = torch.einsum("chw,cr->hwr", clean, torch.tensor(factors[0])) + torch.tensor(factors[1])
+        return ((rgb.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).numpy()
+
+
+def seconds(value: float) -> str:
+    return f"{value:.2f} s" if value < 10 else f"{value:.1f} s"
+
+
+def times(receipt: Mapping[str, Any]) -> str:
+    """``encode_text 0.1 s, denoise 5.0 s (50 steps, 0.10 s each), ...``"""
+    parts = []
+    for stage, elapsed in receipt["stages"].items():
+        steps = receipt["steps"] if stage == "denoise" else []
+        each = f" ({len(steps)} steps, {seconds(sum(s['seconds'] for s in steps) / len(steps))} each)" if steps else ""
+        parts.append(f"{stage} {seconds(elapsed)}{each}")
+    if receipt["loads"]:
+        parts.append(f"loading {seconds(sum(receipt['loads'].values()))}")
+    return ", ".join(parts) or "nothing was left to do"
+
+
+def warn_of_truncation(event: Event) -> None:
+    if event.name == "prompt.truncated":
+        what = event["field"].replace("_", " ")
+        print(f"note: the {what} is {event['tokens']} tokens too long; they were cut off its end", file=sys.stderr)
+
+
+class Plain:
+    """Lines for logs and pipes."""
+
+    def __init__(self, out: Console):
+        self.out, self.last = out, float("-inf")
+
+    def __enter__(self) -> Plain:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def __call__(self, event: Event) -> None:
+        match event.name:
+            case "clip" if event["count"] > 1:
+                self.out.print(f"clip {event['index'] + 1} of {event['count']}")
+            case "load.end":
+                self.out.print(f"loaded {event['component']} in {seconds(event['elapsed'])}")
+            case "stage.skipped":
+                self.out.print(f"{event['stage']}: skipped, {event['reason']}")
+            case "stage.end":
+                self.out.print(f"{event['stage']}: {seconds(event['elapsed'])}")
+            case "step.end":
+                step = event["step"]
+                if event.seconds - self.last >= LINE or step.index + 1 == step.count:
+                    self.last = event.seconds
+                    self.out.print(
+                        f"step {step.index + 1} of {step.count}, sigma {step.sigma:.4f}, {seconds(event['elapsed'])}"
+                    )
+
+
+class Live:
+    """A bar and, where the model says how its latents look, a picture; both vanish at the end."""
+
+    def __init__(self, out: Console, factors: Factors | None, frames: int):
+        from rich.live import Live as RichLive
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        self.factors, self.frames, self.clip = factors, frames, ""
+        self.picture: Text | None = None
+        self.last = float("-inf")
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+        self.progress = Progress(*columns, TimeRemainingColumn())
+        self.task = self.progress.add_task("starting", total=None)
+        self.live = RichLive(get_renderable=self.render, console=out, transient=True, refresh_per_second=8)
+
+    def render(self) -> Any:
+        from rich.console import Group
+
+        picture = self.picture
+        return Group(*([] if picture is None else [picture]), self.progress)
+
+    def __enter__(self) -> Live:
+        self.live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.live.stop()
+
+    def __call__(self, event: Event) -> None:
+        match event.name:
+            case "clip" if event["count"] > 1:
+                self.clip = f"clip {event['index'] + 1} of {event['count']}: "
+            case "load.start":
+                self.begin(f"loading {event['component']}")
+            case "stage.start":
+                self.begin(event["stage"])
+            case "step.start":
+                step = event["step"]
+                self.begin("denoise", step.count, step.index)
+            case "step.end":
+                self.progress.update(self.task, completed=event["step"].index + 1)
+            case "prediction" if self.factors and self.due():
+                self.show(estimate(event["x"], event["velocity"], event["step"].sigma, self.factors))
+            case "frames":
+                self.begin("decode_latents", self.frames)
+                self.progress.advance(self.task, len(event["frames"]))
+                if self.due():
+                    self.show(event["frames"][-1].numpy())
+
+    def begin(self, what: str, total: int | None = None, done: int = 0) -> None:
+        description = self.clip + what
+        if self.progress.tasks[0].description != description or self.progress.tasks[0].total != total:
+            self.progress.reset(self.task, description=description, total=total, completed=done)
+
+    def due(self) -> bool:
+        now = time.perf_counter()
+        late = now - self.last >= FRAME
+        self.last = now if late else self.last
+        return late
+
+    def show(self, frame: np.ndarray) -> None:
+        from ditkit.media import preview_blocks
+
+        factor = max(1, COLUMNS // frame.shape[1])
+        self.picture = preview_blocks(frame.repeat(factor, 0).repeat(factor, 1), COLUMNS)
+
+
+def view(out: Console, quiet: bool, factors: Factors | None, frames: int) -> Plain | Live | None:
+    if quiet:
+        return None
+    return Live(out, factors, frames) if out.is_terminal and not out.is_dumb_terminal else Plain(out)
+
+
+def heading(title: str) -> Text:
+    from rich.text import Text
+
+    return Text(f"\n{title}", "bold")
+
+
+def value(setting: Any) -> str:
+    """A setting's value as one writes it in a config file; ``none`` for what is not set."""
+    return "none" if setting is None else json.dumps(setting, ensure_ascii=False)

@@ -1,0 +1,192 @@
+"""Which value a setting has, and who said so.
+
+The settings are the fields of Request and Setup, by one flat name each. Layers, the lowest first: ditkit's defaults,
+the model's own, a config file (TOML), the environment (``DITKIT_STEPS=4``), flags. A whole table replaces the one below
+it; a dotted key (``devices.vae=cpu``) changes one entry. Leaves out: the names of flags (``cli/``).
+"""
+
+from __future__ import annotations
+
+import tomllib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+
+from ditkit.errors import RequestError, SetupError, UserError, nearest
+from ditkit.request import Request, Settings, describe
+from ditkit.setup import Setup
+
+FIELDS: dict[str, FieldInfo] = {**Request.model_fields, **Setup.model_fields}
+"""Every setting by its name. Request and Setup share none."""
+
+PREFIX = "DITKIT_"
+
+
+class Entries(dict[str, Any]):
+    """Entries of a table that are set one by one: they join the table below instead of replacing it."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """``values`` by setting; ``origins`` says in words where each comes from."""
+
+    values: Mapping[str, Any]
+    origins: Mapping[str, str]
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any], origin: str) -> Layer:
+        for key in values:
+            check_key(key, origin)
+        return cls(dict(values), dict.fromkeys(values, origin))
+
+
+@dataclass(frozen=True)
+class Settled:
+    """All layers above the defaults, put together. ``said`` lists for each setting who said what, the lowest first."""
+
+    values: Mapping[str, Any]
+    origins: Mapping[str, str]
+    said: Mapping[str, tuple[tuple[str, Any], ...]]
+
+    def of(self, settings: type[Settings]) -> dict[str, Any]:
+        """The values that somebody gave for the fields of Request or of Setup."""
+        return {k: v for k, v in self.values.items() if k in settings.model_fields}
+
+    def setup(self) -> Setup:
+        """Raises SetupError that names the origin of the faulty value."""
+        return build(Setup, self.of(Setup), self.origins, SetupError)
+
+    def request(self) -> Request:
+        """Raises RequestError that names the origin of the faulty value."""
+        return build(Request, self.of(Request), self.origins, RequestError)
+
+    def explain(self, key: str) -> list[tuple[str, Any]]:
+        """(origin, value) of one setting in every layer that has it, ditkit's default first; the last one counts."""
+        check_key(key, "config explain")
+        field = FIELDS[key]
+        extra = typing.cast("dict[str, Any]", field.json_schema_extra)
+        return [(f"default ({extra['source']})", field.get_default()), *self.said.get(key, ())]
+
+
+def settle(*layers: Layer) -> Settled:
+    """Put layers together, the lowest first."""
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    said: dict[str, tuple[tuple[str, Any], ...]] = {}
+    for layer in layers:
+        for key, value in layer.values.items():
+            if isinstance(value, Entries):
+                below = values.get(key, FIELDS[key].get_default())
+                value = {**(below if isinstance(below, dict) else {}), **value}
+            values[key], origins[key] = value, layer.origins[key]
+            said[key] = (*said.get(key, ()), (layer.origins[key], value))
+    return Settled(values, origins, said)
+
+
+def build(cls: type[Settings], values: Mapping[str, Any], origins: Mapping[str, str], error: type[UserError]) -> Any:
+    try:
+        return cls(**values)
+    except ValidationError as e:
+        location = e.errors()[0]["loc"]
+        raise describe(cls, e, values, origins.get(str(location[0]) if location else "", "default"), error) from None
+
+
+def file_layer(path: str | Path) -> Layer:
+    """The settings in a TOML file. Raises SetupError when it is missing, not TOML, or has an unknown key."""
+    asked = f"config file {path}"
+    try:
+        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as e:
+        raise SetupError(asked, (e.strerror or str(e)).lower(), "Check the path") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise SetupError(asked, f"it is not valid TOML ({e})", "Correct it") from None
+    return Layer.of(values, asked)
+
+
+def environment_layer(environment: Mapping[str, str]) -> Layer:
+    """``DITKIT_NAME=VALUE`` for every setting; any other name that begins so is refused."""
+    names = sorted(name for name in environment if name.startswith(PREFIX))
+    return text_layer(
+        (name.removeprefix(PREFIX).lower(), environment[name], f"environment {name}", False) for name in names
+    )
+
+
+def text_layer(given: Iterable[tuple[str, str, str, bool]]) -> Layer:
+    """A layer from (key, text, origin, literal), where key may be dotted; for ``literal`` see ``from_text``.
+
+    Raises SetupError for an unknown key and for one that is given twice."""
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for key, text, origin, literal in given:
+        name, _, entry = key.partition(".")
+        check_key(name, origin)
+        annotation = FIELDS[name].annotation
+        table = typing.get_origin(annotation) is dict
+        if entry and not table:
+            raise SetupError(f"{origin}: {key}", f"{name} is not a table", f"Give {name} itself")
+        entries = values.get(name)
+        if name in values and not (entry and isinstance(entries, Entries) and entry not in entries):
+            raise SetupError(f"{origin}: {key}", f"it was given before, by {origins[name]}", "Give it once")
+        if entry:
+            value = from_text(text, typing.get_args(annotation)[1], literal)
+            values[name] = Entries({**(entries or {}), entry: value})
+        else:
+            values[name] = from_text(text, annotation, literal)
+        origins[name] = origin if name not in origins or origins[name] == origin else f"{origins[name]}, {origin}"
+    return Layer(values, origins)
+
+
+def from_text(text: str, annotation: Any, literal: bool = False) -> Any:
+    """What a text means for a setting of that type: a TOML value, or else the bare text.
+
+    With ``literal`` the bare text comes first where the type takes it: on a command line the shell has already removed
+    the quotes. ``none`` unsets what may be unset; 1 and 0 stand for true and false. A text that nothing fits is handed
+    on for the check of the whole to refuse."""
+    meanings: list[Any] = []
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+        meanings += [parsed["value"]] if len(parsed) == 1 else []
+    except tomllib.TOMLDecodeError:
+        pass
+    meanings = [text, *meanings] if literal else [*meanings, text]
+    if annotation is bool and text in ("0", "1"):
+        meanings = [text == "1"]
+    if text.lower() == "none" and type(None) in typing.get_args(annotation):
+        return None
+    for meaning in meanings:
+        if _fits(meaning, annotation):
+            return meaning
+    return next((m for m in meanings if not isinstance(m, str)), text)
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    try:
+        _adapter(annotation).validate_python(value)
+    except ValidationError:
+        return False
+    return True
+
+
+@cache
+def _adapter(annotation: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(annotation, config=ConfigDict(strict=True))
+
+
+def takes_list(key: str) -> bool:
+    """Whether a setting may hold several values, so that its flag may be repeated."""
+    annotation = FIELDS[key].annotation
+    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    return any(typing.get_origin(option) is list for option in options)
+
+
+def check_key(key: str, origin: str) -> None:
+    if key not in FIELDS:
+        raise SetupError(f"{origin}: {key}", f"there is no setting {key!r}{nearest(key, FIELDS)}",
+                         f"The known ones are {', '.join(FIELDS)}")  # fmt: skip

@@ -1,0 +1,181 @@
+"""Replay: make a clip again from the manifest that it carries, and tell whether it is the same, bit for bit.
+
+First the weights are compared by hash; then the run is repeated with the recorded devices, dtypes and number of
+threads; then the frames are compared by hash. Leaves out: files (``media``) and what a manifest holds (``receipt``).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ditkit.build import Model
+from ditkit.errors import DitkitError, LoadError, StateError
+from ditkit.events import Listener
+from ditkit.pipe import Pipe, Result, load
+from ditkit.receipt import versions
+from ditkit.request import Request
+from ditkit.setup import COMPONENTS, Setup
+
+VERSION = 1
+_NEEDED = {"model": str, "setup": dict, "request": dict, "sigmas": list, "components": dict, "machine": dict,
+           "output_sha256": str}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Script:
+    """A manifest that was read and checked. ``clip`` is which clip of the run it stands for."""
+
+    file: Path
+    manifest: Mapping[str, Any]
+    request: Request
+    setup: Setup
+    clip: int
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """``differences`` is empty exactly when the clip is identical."""
+
+    result: Result
+    differences: tuple[str, ...]
+
+    @property
+    def identical(self) -> bool:
+        return not self.differences
+
+
+def replay(script: Script, pipe: Pipe | None = None, listeners: Iterable[Listener] = ()) -> Replayed:
+    """Repeat the run and compare. Raises LoadError when the weights are not those that were used."""
+    from ditkit.media import frames_sha256
+
+    pipe = pipe or prepare(script)
+    with threads(script.manifest["machine"].get("threads")):
+        result = pipe.run(pipe.begin(script.request), listeners=listeners)
+    differences = []
+    if result.state["sigmas"] != script.manifest["sigmas"]:
+        differences.append("the noise levels are others than those recorded")
+    video = result.videos[script.clip]
+    found, recorded = frames_sha256(video), script.manifest["output_sha256"]
+    if found != recorded:
+        differences.append(f"the frames hash to {found[:16]}, recorded is {recorded[:16]}")
+        differences += picture_differences(script.file, video)
+    return Replayed(result, (*differences, *file_differences(script)))
+
+
+def read(path: str | os.PathLike[str]) -> Script:
+    """Raises StateError when there is no manifest or this version cannot follow it."""
+    from ditkit.media import read_manifest
+
+    file = Path(path)
+    manifest = read_manifest(file)
+    asked = f"replaying {file}"
+    if manifest.get("manifest") != VERSION:
+        raise StateError(asked, f"its manifest has version {manifest.get('manifest')!r}; this ditkit reads {VERSION}",
+                         "Use the ditkit version that wrote it")  # fmt: skip
+    for key, kind in _NEEDED.items():
+        if not isinstance(manifest.get(key), kind):
+            raise StateError(asked, f"its manifest has no usable {key!r}", "Use an untouched file")
+    origin = f"manifest of {file}"
+    request = Request.parse(manifest["request"], origin, StateError)
+    setup = Setup.parse(manifest["setup"], origin, StateError)
+    clip = manifest.get("clip", 0)
+    if clip not in range(len(request.samples())):
+        raise StateError(
+            asked, f"it is clip {clip!r} of a run that makes {len(request.samples())}", "Use an untouched file"
+        )
+    swaps = manifest["components"].get("transformer", {}).get("swaps")
+    if swaps:
+        raise StateError(
+            asked, f"its transformer was changed by {', '.join(swaps)}", "Repeat it from Python, with the same swaps"
+        )
+    return Script(file, manifest, request, setup, clip)
+
+
+def prepare(script: Script) -> Pipe:
+    """Check the weights' hashes and open the model where and how it ran: a device or dtype that was chosen then is
+    named now. Raises LoadError, SetupError."""
+    model = Model.open(script.setup.model)
+    check_weights(script, model.folder)
+    places: dict[str, dict[str, str]] = {"devices": {}, "dtypes": {}}
+    for name, facts in script.manifest["components"].items():
+        if name in COMPONENTS:
+            places["devices"][name], places["dtypes"][name] = facts["device"], facts["dtype"]
+    return load(**{**script.setup.model_dump(), **places, "threads": None})
+
+
+def check_weights(script: Script, folder: Path) -> None:
+    from ditkit.checkpoints.files import file_hash
+
+    for component, facts in script.manifest["components"].items():
+        for name, recorded in facts["files"].items():
+            file = folder / component / name
+            asked = f"replaying {script.file} with {file}"
+            if not file.is_file():
+                raise LoadError(asked, "the clip was made with that file, and it is not there", "Bring it back")
+            if (found := file_hash(file)) != recorded:
+                raise LoadError(asked, f"its sha256 is {found[:16]}..., the clip was made with {recorded[:16]}...",
+                                "Bring back the weights of that time")  # fmt: skip
+
+
+def machine_differences(manifest: Mapping[str, Any]) -> list[str]:
+    """What is different now: versions and hardware. They may change the last bits of a result."""
+    from ditkit.receipt import machine
+
+    now, then = machine(), manifest["machine"]
+    found = [f"{package} is {versions()[package]}, it was {old}" for package, old in then.get("versions", {}).items()
+             if package in versions() and versions()[package] != old]  # fmt: skip
+    for key in ("processor", "gpu"):
+        if key in then and now[key] != then[key]:
+            found.append(f"the {key} is {now[key]}, it was {then[key]}")
+    return found
+
+
+def picture_differences(file: Path, video: Any) -> list[str]:
+    """How far the frames in the file are from those made again, in levels of 255; nothing if it holds no frames."""
+    import numpy as np
+
+    from ditkit.media import read_video
+
+    try:
+        old = read_video(file)[0]
+    except DitkitError:  # the sidecar alone
+        return []
+    if old.shape != video.shape:
+        return [f"the clip is {list(old.shape)}, made again it is {list(video.shape)}"]
+    gap = np.abs(old.astype(np.int16) - video)
+    changed = gap.any(axis=-1)
+    return [f"{changed.any(axis=(1, 2)).sum()} of {len(old)} frames and {changed.mean():.1%} of the pixels differ, by "
+            f"{gap.mean():.2f} levels on average and {gap.max()} at most"
+            + ("" if lossless(file) else " (of this, some is the loss of the format)")]  # fmt: skip
+
+
+def file_differences(script: Script) -> list[str]:
+    """A lossless file must itself hold the frames that its manifest speaks of."""
+    from ditkit.media import frames_sha256, read_video
+
+    if not lossless(script.file) or frames_sha256(read_video(script.file)[0]) == script.manifest["output_sha256"]:
+        return []
+    return ["the frames in the file are not those that its manifest speaks of"]
+
+
+def lossless(file: Path) -> bool:
+    return file.is_dir() or file.suffix.lower() in (".png", ".npz")
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """The recorded number of CPU threads: sums are cut into as many parts, and rounding follows."""
+    import torch
+
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
