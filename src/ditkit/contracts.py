@@ -7,7 +7,7 @@ L tokens, N heads, d head width, D text width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -55,7 +55,7 @@ class Predict(Protocol):
 class RunBlocks(Protocol):
     """Seam B. Tokens ``x`` [B, L, dim] through the blocks; ``ctx`` is what each block needs besides x."""
 
-    def __call__(self, blocks: Sequence[nn.Module], x: Tensor, ctx: Any) -> Tensor: ...
+    def __call__(self, blocks: Iterable[nn.Module], x: Tensor, ctx: Any) -> Tensor: ...
 
 
 class Attend(Protocol):
@@ -77,8 +77,10 @@ class Swap:
 class Scheduler(Protocol):
     """Seam E. Where the sigmas lie and how one step is taken."""
 
-    name: str
-    needs_noise: bool
+    @property
+    def name(self) -> str: ...
+    @property
+    def needs_noise(self) -> bool: ...
 
     def sigmas(self, steps: int, shift: float, schedule: str) -> list[float]:
         """``steps + 1`` falling values in [0, 1], the last one 0."""

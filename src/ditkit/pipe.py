@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ditkit import media, samples
 from ditkit.build import Components, Model, text_to_video
 from ditkit.contracts import Seams, Step
-from ditkit.errors import DitkitError, StateError
+from ditkit.errors import DitkitError, RequestError, StateError
 from ditkit.events import Events, Listener
 from ditkit.pipeline import Interrupted, Pipeline
 from ditkit.receipt import Recorder, manifest
@@ -48,7 +48,7 @@ class Result:
             raise DitkitError("the video of a run", f"it made {len(self.videos)}", "Use .videos")
         return self.videos[0]
 
-    def save(self, path: str | os.PathLike[str], crf: int = 16) -> list[Path]:
+    def save(self, path: str | os.PathLike[str], crf: int | None = None) -> list[Path]:
         """Write mp4, gif, png frames or npz by suffix, with the manifest inside and beside it.
 
         Several clips become NAME-0, NAME-1, ... Raises OutputError."""
@@ -84,6 +84,10 @@ class Pipe:
     def begin(self, request: Request) -> State:
         """The State that a run starts from."""
         prompts, negatives, seeds = zip(*request.samples(), strict=True)
+        if not all(prompt.strip() for prompt in prompts):
+            raise RequestError(
+                "a run with an empty prompt", "there is nothing to make", "Say what the clip should show"
+            )
         fields = {"prompt": list(prompts), "negative_prompt": list(negatives), "seed": list(seeds)}
         model = {"name": self.setup.model, "identity": self.model.identity}
         return State({**fields, "request": request.model_dump(), "model": model})
@@ -131,7 +135,12 @@ class Pipe:
             components: Mapping[str, Any] = self.components.listening(events)
         else:
             components = self.components
-        options = {"stop_at_step": stop_at_step, "events": events, "seams": self.seams, "debug": self.setup.debug}
+        options: dict[str, Any] = {
+            "stop_at_step": stop_at_step,
+            "events": events,
+            "seams": self.seams,
+            "debug": self.setup.debug,
+        }
         request = state["request"]
 
         if request["batched"] or samples.count(state) == 1:

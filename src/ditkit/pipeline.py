@@ -29,16 +29,26 @@ class Stage(Protocol):
     ``fields`` describes fields that ditkit's table does not know. Dataclass fields of the object are its options and
     become part of the fingerprint, but for those with ``compare=False``, which promise equal results."""
 
-    name: str
-    version: int
-    reads: tuple[str, ...]
-    optional: tuple[str, ...]
-    writes: tuple[str, ...]
-    may_write: tuple[str, ...]
-    components: tuple[str, ...]
-    triggers: tuple[str, ...]
-    loop: tuple[str, ...]
-    fields: tuple[Field, ...]
+    @property
+    def name(self) -> str: ...
+    @property
+    def version(self) -> int: ...
+    @property
+    def reads(self) -> tuple[str, ...]: ...
+    @property
+    def optional(self) -> tuple[str, ...]: ...
+    @property
+    def writes(self) -> tuple[str, ...]: ...
+    @property
+    def may_write(self) -> tuple[str, ...]: ...
+    @property
+    def components(self) -> tuple[str, ...]: ...
+    @property
+    def triggers(self) -> tuple[str, ...]: ...
+    @property
+    def loop(self) -> tuple[str, ...]: ...
+    @property
+    def fields(self) -> tuple[Field, ...]: ...
 
     def run(self, inputs: Mapping[str, Any], ctx: Context) -> Mapping[str, Any]:
         """The fields that it writes. A stage that can stop early returns them as they stand."""
@@ -177,7 +187,7 @@ class Pipeline:
             raise PipelineError(
                 f"inserting stage {stage.name!r}", "it needs exactly one of before= and after=", "Name one stage"
             )
-        at = self.index(before) if before is not None else self.index(after) + 1
+        at = self.index(before) if before is not None else self.index(str(after)) + 1
         return Pipeline([*self.stages[:at], stage, *self.stages[at:]], self.given)
 
     def replace(self, name: str, stage: Stage) -> Pipeline:
@@ -277,7 +287,10 @@ class Pipeline:
             if reason:
                 events.emit("stage.skipped", stage=stage.name, reason=reason)
                 continue
-            state = self._run_stage(stage, state, components, Options(events, seams, stop_at_step, debug))
+            try:
+                state = self._run_stage(stage, state, components, Options(events, seams, stop_at_step, debug))
+            except KeyboardInterrupt:  # while a component was loaded, too
+                raise Interrupted(stage.name, state) from None
             if stage.loop and not stage.done(state):
                 break
         return state
@@ -313,8 +326,6 @@ class Pipeline:
                 written = stage.run(Only(state, readable, stage.name, "field"), ctx)
             except Stopped as e:
                 raise Interrupted(stage.name, _after(stage, state, weights, settings, e.fields)) from None
-            except KeyboardInterrupt:
-                raise Interrupted(stage.name, state) from None
         allowed = {*stage.writes, *stage.may_write}
         undeclared, unwritten = sorted(set(written) - allowed), [n for n in stage.writes if n not in written]
         if undeclared or unwritten:
@@ -394,8 +405,8 @@ def _fingerprints(
     A looping stage adds the step that it reached, and is blind to where it was interrupted: going on from its own
     earlier fields counts as one run."""
     request = state.get("request", {})
-    is_data = dataclasses.is_dataclass(stage)
-    options = {f.name: getattr(stage, f.name) for f in dataclasses.fields(stage) if f.compare} if is_data else {}
+    described: tuple[Any, ...] = dataclasses.fields(stage) if dataclasses.is_dataclass(stage) else ()
+    options = {f.name: getattr(stage, f.name) for f in described if f.compare}
     inputs = {
         n: fingerprint_of(state, n)
         for n in (*stage.reads, *stage.optional, *stage.triggers)

@@ -8,6 +8,7 @@ Torch is imported only inside functions. Leaves out: what stages do with it (``p
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -131,7 +132,7 @@ class State(Mapping[str, Any]):
         return sum(t.numel() * t.element_size() for t in self._tensors().values())
 
     def _tensors(self) -> dict[str, Tensor]:
-        out = {}
+        out: dict[str, Any] = {}
         for name, value in self._fields.items():
             if _is_tensor(value):
                 out[name] = value
@@ -163,18 +164,22 @@ class State(Mapping[str, Any]):
         if text is None:
             raise StateError(asked, "it is a safetensors file without a ditkit State in it",
                              "Pass a file that `ditkit run --save-state` wrote")  # fmt: skip
-        header = json.loads(text)
-        if header.get("schema") != SCHEMA:
-            raise StateError(asked, f"it has State version {header.get('schema')}; this ditkit reads version {SCHEMA}",
+        try:
+            header = json.loads(text)
+            schema, plain, fingerprints = header["schema"], dict(header["plain"]), dict(header["fingerprints"])
+        except (ValueError, TypeError, KeyError) as e:
+            raise StateError(asked, f"its description is damaged ({e!r})", "Save the State again") from None
+        if schema != SCHEMA:
+            raise StateError(asked, f"it has State version {schema}; this ditkit reads version {SCHEMA}",
                              "Load it with the ditkit version that wrote it, or make it again")  # fmt: skip
-        fields: dict[str, Any] = dict(header["plain"])
+        fields: dict[str, Any] = plain
         for key, tensor in tensors.items():
             name, _, member = key.partition("/")
             if member:
                 fields.setdefault(name, {})[member] = tensor
             else:
                 fields[name] = tensor
-        return cls(fields, header["fingerprints"])
+        return cls(fields, fingerprints)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write one file, complete or not at all. Raises OutputError where the disk or the path does not allow it."""
@@ -189,10 +194,12 @@ class State(Mapping[str, Any]):
             temporary.write_bytes(self.to_bytes())
             os.replace(temporary, path)
         except OSError as e:
-            temporary.unlink(missing_ok=True)
             raise OutputError(
                 f"saving the State to {path}", e.strerror or str(e), "Free some space or choose another place"
             ) from None
+        finally:
+            with contextlib.suppress(OSError):  # renamed, or never made
+                temporary.unlink()
         return path
 
     @classmethod

@@ -12,7 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ditkit.shapes.draw import BACKGROUNDS, COLORS, DIRECTIONS, FRAMES, MOTIONS, SHAPES, Scene, draw, plain_caption, sample_scene
+from ditkit.shapes.draw import (
+    BACKGROUNDS,
+    COLORS,
+    DIRECTIONS,
+    FRAMES,
+    MOTIONS,
+    SHAPES,
+    Scene,
+    draw,
+    plain_caption,
+    sample_scene,
+)
 from ditkit.shapes.measure import measure, psnr, score
 
 if TYPE_CHECKING:

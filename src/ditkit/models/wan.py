@@ -9,7 +9,7 @@ Source: Wan2.1 ``wan/modules/model.py``; numerics of both conventions in ``nn/pr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -147,7 +147,7 @@ class Head(nn.Module):
         return self.head((self.norm(x) * (1 + scale) + shift).to(policy.head))
 
 
-def run_in_order(blocks: Sequence[nn.Module], x: Tensor, ctx: BlockContext) -> Tensor:
+def run_in_order(blocks: Iterable[nn.Module], x: Tensor, ctx: BlockContext) -> Tensor:
     """Seam B at its neutral setting."""
     for index, block in enumerate(blocks):
         x = block(x, replace(ctx, site=replace(ctx.site, block=index)))
@@ -225,7 +225,7 @@ class WanTransformer(nn.Module):
                 f"latents of shape {tuple(latents.shape)} were given; the transformer takes {self.config.in_dim} "
                 f"channels and sizes (frames, height, width) that {patch} divides"
             )
-        return tuple(s // p for s, p in zip(size, patch, strict=True))
+        return size[0] // patch[0], size[1] // patch[1], size[2] // patch[2]
 
     def _patches(self, latents: Tensor) -> Tensor:
         """[B, C, F, h, w] -> tokens [B, L, dim], column fastest. The same sum as a convolution with stride = kernel."""
@@ -233,6 +233,7 @@ class WanTransformer(nn.Module):
         p, q, r = self.config.patch_size
         x = latents.reshape(b, c, f // p, p, h // q, q, w // r, r).permute(0, 2, 4, 6, 1, 3, 5, 7)
         weight, bias = self.patch_embedding.weight, self.patch_embedding.bias
+        assert bias is not None  # the convolution was made with one
         return F.linear(x.flatten(4).flatten(1, 3), weight.flatten(1).to(x.dtype), bias.to(x.dtype))
 
     def _time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:

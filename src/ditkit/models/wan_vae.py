@@ -175,18 +175,19 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor, cache: FeatureCache | None) -> Tensor:
         if self.time_conv is not None:
-            x = self._double_frames(x, {} if cache is None else cache)
+            x = self._double_frames(self.time_conv, x, {} if cache is None else cache)
         y = F.interpolate(frames_as_batch(x), scale_factor=2.0, mode="nearest-exact")
         return batch_as_frames(self.resample(y), x.shape[0])
 
-    def _double_frames(self, x: Tensor, cache: FeatureCache) -> Tensor:
+    @staticmethod
+    def _double_frames(time_conv: CausalConv3d, x: Tensor, cache: FeatureCache) -> Tensor:
         first, rest = x[:, :, :0], x
-        if self.time_conv not in cache:  # the first frame stays single, and the convolution never sees it
+        if time_conv not in cache:  # the first frame stays single, and the convolution never sees it
             first, rest = x[:, :, :1], x[:, :, 1:]
-            cache[self.time_conv] = first[:, :, :0]
+            cache[time_conv] = first[:, :, :0]
         if rest.shape[2] == 0:
             return first
-        even, odd = self.time_conv(rest, cache).chunk(2, dim=1)
+        even, odd = time_conv(rest, cache).chunk(2, dim=1)
         doubled = torch.stack((even, odd), 3).flatten(2, 3)
         return torch.cat((first, doubled), 2) if first.shape[2] else doubled
 

@@ -36,7 +36,7 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(at_least_float32(x.dtype))
-        if self.weight is None:
+        if self.weight is None or self.bias is None:
             return F.layer_norm(x, self.dim, eps=self.eps)
         return F.layer_norm(x, self.dim, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 

@@ -24,7 +24,7 @@ class DecodeLatents(BaseStage):
     @torch.inference_mode()
     def run(self, inputs: Mapping[str, Any], ctx: Context) -> Mapping[str, Any]:
         vae = ctx.components["vae"]
-        clips = []
+        clips: list[torch.Tensor] = []
         for latents in inputs["latents"].split(1):  # one clip at a time: equal to its single run, and less memory
             frames = []
             for chunk in vae.decode(latents.to(vae.device, vae.dtype), self.frames_per_chunk):

@@ -51,14 +51,17 @@ class Denoise(BaseStage):
         last = len(steps) if ctx.stop_at_step is None else min(ctx.stop_at_step, len(steps))
         sigmas = [*(s.sigma for s in steps), steps[-1].sigma_next]
 
+        reached = x, history, done
         try:
             for step in steps[done:last]:
                 with ctx.events.span("step", step=step):
                     velocity = predict(x, step)
                     ctx.events.emit("prediction", step=step, x=x, velocity=velocity)
-                    x, history = solver.solve(x, velocity, step, history, noise(step))
-                    done = step.index + 1
+                    # One assignment, so that Ctrl-C finds all of them before the step or all of them after it.
+                    reached = (*solver.solve(x, velocity, step, history, noise(step)), step.index + 1)
+                    x, history, done = reached
         except KeyboardInterrupt:
+            x, history, done = reached
             raise Stopped({"latents": x.cpu(), "sigmas": sigmas, "step": done, "history": on_cpu(history)}) from None
 
         history = {} if done == len(steps) else on_cpu(history)
