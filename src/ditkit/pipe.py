@@ -172,8 +172,10 @@ class Pipe:
 
     def _manifests(self, state: State, receipt: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
         columns = zip(state["prompt"], state["negative_prompt"], state["seed"], state["video"].numpy(), strict=True)
-        for prompt, negative, seed, video in columns:
-            sample = {"prompt": prompt, "negative_prompt": negative, "seed": seed, "batched": False}
+        together = state["request"]["batched"] and samples.count(state) > 1
+        for i, (prompt, negative, seed, video) in enumerate(columns):
+            # A batch rounds otherwise than a clip alone: to be made again bit for bit, all of it has to be.
+            sample = {} if together else {"prompt": prompt, "negative_prompt": negative, "seed": seed, "batched": False}
             yield manifest(
                 self.setup.model,
                 self.setup.model_dump(),
@@ -182,6 +184,7 @@ class Pipe:
                 state.get("sigmas", []),
                 receipt,
                 media.frames_sha256(video),
+                i if together else 0,
             )
 
 

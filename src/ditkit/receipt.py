@@ -103,9 +103,10 @@ def manifest(
     sigmas: Sequence[float],
     receipt: Mapping[str, Any],
     frames_sha256: str,
+    clip: int = 0,
 ) -> dict[str, Any]:
     """All that is needed to make one clip again and to know that it is the same: ``sample`` holds its prompt,
-    negative prompt and seed."""
+    negative prompt and seed, or nothing if the whole run was one batch, of which this is clip number ``clip``."""
     return {
         "manifest": 1,
         "model": model,
@@ -113,5 +114,6 @@ def manifest(
         "request": {**request, **sample},
         "sigmas": list(sigmas),
         **receipt,
+        "clip": clip,
         "output_sha256": frames_sha256,
     }

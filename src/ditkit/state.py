@@ -166,12 +166,14 @@ class State(Mapping[str, Any]):
                              "Pass a file that `ditkit run --save-state` wrote")  # fmt: skip
         try:
             header = json.loads(text)
-            schema, plain, fingerprints = header["schema"], dict(header["plain"]), dict(header["fingerprints"])
-        except (ValueError, TypeError, KeyError) as e:
+            schema, plain, fingerprints = header["schema"], header.get("plain"), header.get("fingerprints")
+        except (ValueError, TypeError, KeyError, AttributeError) as e:
             raise StateError(asked, f"its description is damaged ({e!r})", "Save the State again") from None
         if schema != SCHEMA:
             raise StateError(asked, f"it has State version {schema}; this ditkit reads version {SCHEMA}",
                              "Load it with the ditkit version that wrote it, or make it again")  # fmt: skip
+        if not isinstance(plain, dict) or not isinstance(fingerprints, dict):
+            raise StateError(asked, "its description is damaged", "Save the State again")
         fields: dict[str, Any] = plain
         for key, tensor in tensors.items():
             name, _, member = key.partition("/")
