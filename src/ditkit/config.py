@@ -43,7 +43,7 @@ class Layer:
     @classmethod
     def of(cls, values: Mapping[str, Any], origin: str) -> Layer:
         for key in values:
-            check_key(key, origin)
+            check_key(key, f"{origin}: {key}")
         return cls(dict(values), dict.fromkeys(values, origin))
 
 
@@ -69,7 +69,7 @@ class Settled:
 
     def explain(self, key: str) -> list[tuple[str, Any]]:
         """(origin, value) of one setting in every layer that has it, ditkit's default first; the last one counts."""
-        check_key(key, "config explain")
+        check_key(key, f"explaining {key}")
         field = FIELDS[key]
         extra = typing.cast("dict[str, Any]", field.json_schema_extra)
         return [(f"default ({extra['source']})", field.get_default()), *self.said.get(key, ())]
@@ -130,10 +130,10 @@ def text_layer(given: Iterable[tuple[str, str, str, bool]]) -> Layer:
         annotation = FIELDS[name].annotation
         table = typing.get_origin(annotation) is dict
         if entry and not table:
-            raise SetupError(f"{origin}: {key}", f"{name} is not a table", f"Give {name} itself")
+            raise SetupError(origin, f"{name} is not a table", f"Give {name} itself")
         entries = values.get(name)
         if name in values and not (entry and isinstance(entries, Entries) and entry not in entries):
-            raise SetupError(f"{origin}: {key}", f"it was given before, by {origins[name]}", "Give it once")
+            raise SetupError(origin, f"it was given before, by {origins[name]}", "Give it once")
         if entry:
             value = from_text(text, typing.get_args(annotation)[1], literal)
             values[name] = Entries({**(entries or {}), entry: value})
@@ -186,7 +186,8 @@ def takes_list(key: str) -> bool:
     return any(typing.get_origin(option) is list for option in options)
 
 
-def check_key(key: str, origin: str) -> None:
+def check_key(key: str, asked: str) -> None:
     if key not in FIELDS:
-        raise SetupError(f"{origin}: {key}", f"there is no setting {key!r}{nearest(key, FIELDS)}",
-                         f"The known ones are {', '.join(FIELDS)}")  # fmt: skip
+        hint = nearest(key, FIELDS)
+        do = "Use that, or leave it out" if hint else f"The known ones are {', '.join(FIELDS)}"
+        raise SetupError(asked, f"there is no setting {key!r}{hint}", do)

@@ -28,7 +28,7 @@ def explain(
 ) -> None:
     """Show every layer that gives a value to a setting; the last one counts."""
     if key is not None:
-        check_key(key, "config explain")
+        check_key(key, f"config explain {key}")
     settled, _ = settle(given)
     rows = []
     for name in FIELDS if key is None else [key]:

@@ -69,7 +69,7 @@ class Given:
             key, equals, value = text.partition("=")
             if not equals:
                 raise SetupError(f"--set {text}", "it is not of the form KEY=VALUE", "Write it as --set steps=4")
-            given.append((key.strip(), value.strip(), "--set", False))
+            given.append((key.strip(), value.strip(), f"--set {key.strip()}", False))
         layer = config.text_layer(given)
         if twice := next((key for key in whole if key in layer.values), None):
             raise SetupError(

@@ -27,12 +27,17 @@ def stages(model: Annotated[str, typer.Option(help="A model's name or folder.")]
 
 def stage_table(pipeline: Pipeline) -> Text:
     """A field in brackets is read if it is there, or written sometimes."""
+    from rich.text import Text
 
-    def names(always: tuple[str, ...], sometimes: tuple[str, ...]) -> str:
-        return " ".join([*always, *(f"[{name}]" for name in sometimes)]) or "-"
-
-    rows = [
-        (s.name, names(s.components, ()), names(s.reads, s.optional), names(s.writes, s.may_write))
-        for s in pipeline.stages
-    ]
-    return show.table(("stage", "components", "reads", "writes"), rows)
+    lines = []
+    for stage in pipeline.stages:
+        lines.append(Text(stage.name, "bold"))
+        for what, always, sometimes in (
+            ("calls", stage.components, ()),
+            ("when", stage.triggers, ()),
+            ("reads", stage.reads, stage.optional),
+            ("writes", stage.writes, stage.may_write),
+        ):
+            names = [*always, *(f"[{name}]" for name in sometimes)]
+            lines += [Text(f"  {what:7}{' '.join(names)}")] if names else []
+    return Text("\n").join(lines)
