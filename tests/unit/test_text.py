@@ -60,6 +60,7 @@ def folder(tmp_path_factory):
 def test_clean_by_example():
     assert clean("  a \t red\n\ncircle\u3000 ") == "a red circle"
     assert clean("&amp;lt;b&amp;gt; &amp;") == "<b> &"
+    assert clean("<i> &amp;lt;b&amp;gt;") == "<i> <b>"  # with a tag in it, ftfy leaves the escapes to us
     assert clean("Ã©tÃ©") == "été"
     assert clean("“curly”") == '"curly"'
     assert clean("Wan CAPS") == "Wan CAPS"
