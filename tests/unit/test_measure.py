@@ -128,6 +128,13 @@ def test_an_upturned_triangle_is_no_triangle():
     assert measure(np.rot90(video, 1, (1, 2))).shape is None
 
 
+def test_a_cross_is_an_object_without_a_known_shape():
+    video = plain(BACKGROUNDS["black"])
+    video[:, 20:44, 28:36] = video[:, 28:36, 20:44] = COLORS["red"]
+    reading = measure(video)
+    assert (reading.color, reading.shape, reading.motion) == ("red", None, "still")
+
+
 def test_what_is_wrong_counts_as_wrong():
     scene = Scene("circle", "red", "left", "black", 48, 30, 10, 25)
     reading = measure(draw.draw(scene))

@@ -27,13 +27,12 @@ def write_video(
     video: np.ndarray,
     fps: float,
     manifest: Mapping[str, Any] | None = None,
-    crf: int | None = None,
+    crf: int = encode.CRF,
 ) -> Path:
     """Write ``video`` uint8 [T, H, W, 3] and return the path of the file, or of the folder of frames for ``.png``.
 
     A card with fps, frame hash and ``manifest`` goes into the file, and with a manifest also beside it as
-    ``NAME.json``. What was there before is replaced; parents are created. ``crf`` is for mp4 only
-    (default ``encode.CRF``).
+    ``NAME.json``. What was there before is replaced; parents are created. ``crf`` is for mp4 only.
 
     Raises:
         OutputError: an unknown suffix, an odd size for mp4, a manifest that is not JSON, a path that cannot be
@@ -42,9 +41,8 @@ def write_video(
     check_frames(video)
     target = check_writable(path, width=video.shape[2], height=video.shape[1], fps=fps)
     suffix = Path(path).suffix.lower()
-    if crf is not None and suffix != ".mp4":
+    if crf != encode.CRF and suffix != ".mp4":
         raise OutputError(f"crf {crf} for {path}", "only .mp4 has one", "leave it out, or choose .mp4")
-    crf = encode.CRF if crf is None else crf
     if not 0 <= crf <= 51:
         raise OutputError(f"crf {crf}", "it is out of range", "use 0 (best) to 51")
     card = cards.make_card(video, fps, manifest)

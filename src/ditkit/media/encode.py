@@ -36,7 +36,8 @@ def _bayer(size: int) -> np.ndarray:
     return ((matrix + 0.5) / matrix.size - 0.5).astype(np.float32)
 
 
-_BAYER = _bayer(8)
+# Moved from channel to channel, so that it reaches colours on all sides of a pixel and not only lighter and darker.
+_DITHER = np.stack([np.roll(_bayer(8), move, (0, 1)) for move in ((0, 0), (3, 5), (5, 2))], -1)
 
 
 def mp4(video: np.ndarray, card: Card, crf: int = CRF) -> bytes:
@@ -88,7 +89,7 @@ def gif(video: np.ndarray, card: Card) -> bytes:
     error = np.array(indices(picked).convert("RGB"), np.float32) - picked
     step = min(float(np.sqrt(12 * np.mean(error**2))), 32.0)
     down, across = (-(-size // 8) for size in video.shape[1:3])
-    pattern = step * np.tile(_BAYER, (down, across))[: video.shape[1], : video.shape[2], None]
+    pattern = step * np.tile(_DITHER, (down, across, 1))[: video.shape[1], : video.shape[2]]
     first, *rest = (indices(np.clip(np.rint(frame + pattern), 0, 255).astype(np.uint8)) for frame in video)
     buffer = io.BytesIO()
     first.save(
