@@ -25,7 +25,7 @@ def randomise(module: torch.nn.Module, seed: int) -> torch.nn.Module:
     g = torch.Generator().manual_seed(seed)
     for name, p in module.named_parameters():
         noise = torch.randn(p.shape, generator=g)
-        if p.ndim >= 2 and min(p.shape) > 1 and "gamma" not in name:
+        if p.ndim >= 2 and "gamma" not in name and "modulation" not in name:
             p.copy_(noise / p[0].numel() ** 0.5)
         elif "bias" in name:
             p.copy_(0.2 * noise)
@@ -67,7 +67,9 @@ def write(folder: Path) -> Path:
     """The whole model; diffusers' WanPipeline.from_pretrained loads it too."""
     t, v, e = transformer(), vae(), text_encoder()
     table = transformer_keys(TRANSFORMER.num_layers).to_other
-    folders.write_component(folder / "transformer", folders.transformer_config_out(asdict(t.config)), rename(t.state_dict(), table))
+    folders.write_component(
+        folder / "transformer", folders.transformer_config_out(asdict(t.config)), rename(t.state_dict(), table)
+    )
     table = vae_keys(len(VAE.dim_mult), VAE.num_res_blocks).to_other
     folders.write_component(folder / "vae", folders.vae_config_out(asdict(v.config)), rename(v.state_dict(), table))
     tensors = {k: x for k, x in e.state_dict().items() if k != "encoder.embed_tokens.weight"}
