@@ -293,12 +293,12 @@ class WanVAE(nn.Module):
         Works chunk by chunk (frame 0 alone, then ``frames_per_chunk`` pixel frames at a time), so memory does not
         grow with T. Raises ValueError for a T or a size that the strides do not divide."""
         t, stride_t, stride = video.shape[2], self.config.temporal_stride, self.config.spatial_stride
-        if (t - 1) % stride_t or video.shape[3] % stride or video.shape[4] % stride:
+        if video.shape[1] != 3 or (t - 1) % stride_t or any(not side or side % stride for side in video.shape[3:]):
             raise ValueError(
-                f"cannot encode a video of {t} frames, {video.shape[4]}x{video.shape[3]}: the frame count must be "
-                f"{stride_t}n + 1 and the sides multiples of {stride}"
+                f"cannot encode a video of {t} frames, {video.shape[4]}x{video.shape[3]}, {video.shape[1]} channels: "
+                f"the frame count must be {stride_t}n + 1, the sides multiples of {stride}, the channels 3"
             )
-        if frames_per_chunk % stride_t:
+        if frames_per_chunk < 1 or frames_per_chunk % stride_t:
             raise ValueError(f"frames_per_chunk is {frames_per_chunk}; it must be a multiple of {stride_t}")
         cache: FeatureCache = {}
         starts = [0, *range(1, t, frames_per_chunk)]
@@ -311,10 +311,14 @@ class WanVAE(nn.Module):
         """Normalised ``latents`` [B, z, F, h, w] -> chunks [B, 3, t, 8h, 8w] in [-1, 1] as they are ready.
 
         The first latent frame gives 1 pixel frame, every other one 4. ``frames_per_chunk`` counts latent frames;
-        a large number does all at once (faster, more memory, equal result). Pass a ``cache`` to go on with a stream."""
+        a large number does all at once (faster, more memory, equal result). Pass a ``cache`` to go on with a stream:
+        the bits are those of one call with pieces of that size. Raises ValueError, when first asked for a chunk."""
+        if latents.shape[1] != self.config.z_dim or 0 in latents.shape:
+            raise ValueError(f"cannot decode latents of {list(latents.shape)}; they have {self.config.z_dim} channels")
+        if frames_per_chunk < 1:
+            raise ValueError(f"frames_per_chunk is {frames_per_chunk}; it must be at least 1")
         cache = {} if cache is None else cache
         mean, std = self._statistics(latents)
-        x = self.conv2(latents / (1 / std) + mean)
-        for start in range(0, x.shape[2], frames_per_chunk):
-            chunk = x[:, :, start : start + frames_per_chunk].contiguous(memory_format=torch.channels_last_3d)
-            yield self.decoder(chunk, cache).clamp(-1, 1)
+        for piece in latents.split(frames_per_chunk, dim=2):
+            x = self.conv2(piece / (1 / std) + mean)
+            yield self.decoder(x.contiguous(memory_format=torch.channels_last_3d), cache).clamp(-1, 1)
