@@ -48,7 +48,7 @@ class Result:
             raise DitkitError("the video of a run", f"it made {len(self.videos)}", "Use .videos")
         return self.videos[0]
 
-    def save(self, path: str | os.PathLike[str], crf: int | None = None) -> list[Path]:
+    def save(self, path: str | os.PathLike[str], crf: int = 16) -> list[Path]:
         """Write mp4, gif, png frames or npz by suffix, with the manifest inside and beside it.
 
         Several clips become NAME-0, NAME-1, ... Raises OutputError."""

@@ -21,7 +21,7 @@ def group() -> None:
 )
 def quality(context: typer.Context) -> int:
     """Generate clips of known prompts and measure colour, shape and direction from their pixels."""
-    return hand_over("ditkit.shapes.quality", "ditkit bench quality", context.args)
+    return hand_over("ditkit.lab.quality", "ditkit bench quality", context.args)
 
 
 def hand_over(module: str, command: str, arguments: list[str]) -> int:
@@ -34,4 +34,6 @@ def hand_over(module: str, command: str, arguments: list[str]) -> int:
         raise MissingDependency(
             f"`{command}`", f"this installation has no {module}", "Install a newer ditkit"
         ) from None
+    if not hasattr(found, "main"):
+        raise MissingDependency(f"`{command}`", f"{module} has no main", "Install a newer ditkit")
     return int(found.main(arguments) or 0)

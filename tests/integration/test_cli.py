@@ -1,0 +1,309 @@
+"""The commands, from the words that are typed to the files that appear."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import ditkit
+from ditkit import build, media
+from ditkit.cli import bench, job, show
+from ditkit.cli.main import main
+from ditkit.events import Event
+from ditkit.state import State
+
+PROMPT = "a red circle moving left"
+
+
+def files(folder) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+def test_generate_shows_its_steps_and_names_its_files(call, model, tmp_path):
+    said = call("generate", PROMPT, "--model", model, "--seed", 3, "--guidance-scale", "2")
+    assert said.code == 0, said.err
+    assert files(tmp_path) == [f"outputs/a-red-circle-moving-left-3{end}" for end in ("-sheet.png", ".json", ".mp4")]
+    lines = said.out.splitlines()
+    assert lines[0].split() == ["i", "timestep", "sigma", "guidance", "expert"]
+    assert [line.split()[0] for line in lines[1:5]] == ["0", "1", "2", "3"]
+    assert any(line.startswith("denoise: ") for line in lines)
+    assert any(line.startswith("step 4 of 4") for line in lines)
+    assert lines[-3].startswith("time   encode_text")
+    assert lines[-2:] == [
+        "clip   outputs/a-red-circle-moving-left-3.mp4",
+        "sheet  outputs/a-red-circle-moving-left-3-sheet.png",
+    ]
+    assert said.err == ""
+    expected = ditkit.load(model)(PROMPT, seed=3, guidance_scale=2.0)
+    found = media.read_manifest(tmp_path / "outputs/a-red-circle-moving-left-3.mp4")
+    assert found["output_sha256"] == expected.manifests[0]["output_sha256"]
+    assert found["request"]["width"] == 32, "the model's own default"
+
+
+def test_quiet_prints_paths_and_json_an_object(call, model, tmp_path):
+    said = call("generate", PROMPT, "--model", model, "--out", "a.npz", "--no-sheet", "--quiet")
+    assert (said.code, said.out, said.err) == (0, "a.npz\n", "")
+    said = call("generate", PROMPT, "--model", model, "--out", "b.npz", "--sheet", "c.png", "--json")
+    told = json.loads(said.out)
+    assert told["clips"] == ["b.npz"]
+    assert told["sheets"] == ["c.png"]
+    assert told["output_sha256"] == [media.read_manifest(tmp_path / "a.npz")["output_sha256"]]
+    assert len(told["steps"]) == 4
+    assert "denoise: " in said.err
+    assert files(tmp_path) == ["a.json", "a.npz", "b.json", "b.npz", "c.png"]
+
+
+def test_every_source_of_settings_reaches_the_run(call, model, tmp_path, monkeypatch):
+    (tmp_path / "c.toml").write_text(
+        f"model = {json.dumps(str(model))}\nsteps = 2\nseed = 4\n[solver_options]\norder = 1\n"
+    )
+    monkeypatch.setenv("DITKIT_SEED", "5")
+    words = [
+        "--config",
+        "c.toml",
+        "--set",
+        "guidance_scale=3",
+        "--solver",
+        "unipc",
+        "--no-remember-text",
+        "--shift",
+        "3",
+    ]
+    said = call("generate", PROMPT, *words, "--out", "a.npz", "--quiet")
+    assert said.code == 0, said.err
+    found = media.read_manifest(tmp_path / "a.npz")
+    wanted = {"steps": 2, "seed": 5, "guidance_scale": 3.0, "shift": 3.0, "solver_options": {"order": 1}, "width": 32}
+    assert {key: found["request"][key] for key in wanted} == wanted
+    assert found["setup"]["remember_text"] is False
+    explained = call("config", "explain", "seed", *words)
+    assert [line.split()[:2] for line in explained.out.splitlines()[1:]] == [
+        ["seed", "0"],
+        ["seed", "4"],
+        ["seed", "5"],
+    ]
+    assert "environment DITKIT_SEED" in explained.out.splitlines()[-1]
+    assert call("config", "explain", *words).out.count("\n") == 1 + len(
+        ditkit.Request.model_fields | ditkit.Setup.model_fields
+    )
+    assert "model default" not in call("config", "explain", "width", *words).out
+    assert f"model {model}" in call("config", "explain", "width", *words).out
+
+
+def test_several_clips(call, model, tmp_path):
+    said = call("generate", PROMPT, "--model", model, "--seed", 1, "--seed", 2, "--out", "x.npz", "--json")
+    assert said.code == 0, said.err
+    told = json.loads(said.out)
+    assert told["clips"] == ["x-0.npz", "x-1.npz"]
+    assert told["sheets"] == ["x-sheet-0.png", "x-sheet-1.png"]
+    alone = ditkit.load(model)(PROMPT, seed=2).manifests[0]["output_sha256"]
+    assert told["output_sha256"][1] == alone
+
+
+@pytest.mark.parametrize("solver", ["unipc", "dpm++", "dpm++_sde", "euler"])
+def test_a_run_in_pieces_gives_the_same_bits(call, model, tmp_path, solver):
+    whole = call("generate", PROMPT, "--model", model, "--solver", solver, "--json", "--no-sheet", "--out", "a.npz")
+    first = call(
+        "run",
+        PROMPT,
+        "--model",
+        model,
+        "--solver",
+        solver,
+        "--until",
+        "encode_text",
+        "--save-state",
+        "s1.st",
+        "--quiet",
+    )
+    second = call("run", "--from", "s1.st", "--stop-at-step", 2, "--save-state", "s2.st", "--quiet")
+    third = call("run", "--from", "s2.st", "--until", "denoise", "--save-state", "s3.st", "--quiet")
+    assert [s.out for s in (first, second, third)] == ["s1.st\n", "s2.st\n", "s3.st\n"]
+    assert State.load(tmp_path / "s2.st")["step"] == 2
+    last = call("run", "--from", "s3.st", "--json", "--no-sheet")
+    assert last.code == 0, last.err
+    told = json.loads(last.out)
+    assert told["output_sha256"] == json.loads(whole.out)["output_sha256"]
+    assert told["skipped"] == dict.fromkeys(["encode_text", "denoise"], "already in the State")
+    assert told["clips"] == ["outputs/a-red-circle-moving-left-0.mp4"]
+    again = call("run", "--from", "s3.st", "--start", "decode_latents", "--out", "b.npz", "--json", "--no-sheet")
+    assert json.loads(again.out)["output_sha256"] == told["output_sha256"]
+
+
+@pytest.mark.slow
+def test_another_process_goes_on_to_the_same_bits(call, model, tmp_path):
+    whole = call("generate", PROMPT, "--model", model, "--json", "--no-sheet", "--out", "a.npz")
+    call("run", PROMPT, "--model", model, "--stop-at-step", 3, "--save-state", "s.st")
+    words = [sys.executable, "-m", "ditkit", "run", "--from", "s.st", "--out", "b.npz", "--json", "--no-sheet"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["output_sha256"] == json.loads(whole.out)["output_sha256"]
+
+
+def test_plan_and_stages_load_no_weights(call, model, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(model, bare)
+    for file in bare.rglob("*.safetensors"):
+        file.unlink()
+    plan = call("plan", PROMPT, "--model", bare, "--steps", 30, "--set", "dtypes.vae=float64")
+    assert plan.code == 0, plan.err
+    assert "flag --steps" in plan.out
+    assert "default (Wan2.1 generate.py --sample_guide_scale)" in plan.out
+    assert "reads  prompt negative_prompt request" in plan.out
+    assert "float64" in plan.out
+    assert "\n29  " in plan.out
+    assert "more steps" not in plan.out
+    stages = call("stages", "--model", bare)
+    assert [line for line in stages.out.splitlines() if line[0] != " "] == ["encode_text", "denoise", "decode_latents"]
+    assert "calls  transformer" in stages.out
+
+
+def test_demo(call, model, tmp_path, monkeypatch):
+    monkeypatch.setitem(build.MODELS, "shapes", model)
+    said = call("demo")
+    assert said.code == 0, said.err
+    assert "a red circle moving left on a black background" in said.out
+    assert said.out.splitlines()[-2:] == ["clip   outputs/demo.mp4", "sheet  outputs/demo-sheet.png"]
+    assert files(tmp_path) == ["outputs/demo-sheet.png", "outputs/demo.json", "outputs/demo.mp4"]
+
+
+def test_doctor(call, model, tmp_path, monkeypatch):
+    monkeypatch.setitem(build.MODELS, "shapes", model)
+    said = call("doctor")
+    assert said.code == 0, said.out
+    for word in (
+        "torch",
+        "devices",
+        "threads",
+        "libx264",
+        "model shapes",
+        "vae/diffusion_pytorch_model.safetensors",
+        "sha256",
+    ):
+        assert word in said.out
+    monkeypatch.setitem(build.MODELS, "shapes", tmp_path / "nowhere")
+    said = call("doctor")
+    assert said.code == 1
+    assert "!!  model shapes" in said.out
+
+
+def test_bench_hands_over(call, monkeypatch, tmp_path):
+    (tmp_path / "measurement.py").write_text("def main(arguments):\n    return len(arguments)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert bench.hand_over("measurement", "bench x", ["a", "--b", "1"]) == 3
+    with pytest.raises(ditkit.DitkitError, match="no_such_room"):
+        bench.hand_over("no_such_room", "bench x", [])
+
+
+def test_version_and_help_start_without_torch():
+    code = (
+        "import sys\nfrom ditkit.cli.main import main\n"
+        "assert main(['--version']) == 0 and main(['--help']) == 0 and main(['generate', '--help']) == 0\n"
+        "heavy = {'torch', 'numpy', 'av', 'PIL', 'transformers', 'ditkit.pipe', 'ditkit.stages'} & set(sys.modules)\n"
+        "sys.exit(str(sorted(heavy)) if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"ditkit {ditkit.__version__}" in done.stdout
+    for word in ("generate", "demo", "run", "plan", "replay", "stages", "doctor", "config", "bench"):
+        assert f"  {word} " in done.stdout
+    flags = [
+        f"--{name.replace('_', '-')}"
+        for name in ditkit.Request.model_fields | ditkit.Setup.model_fields
+        if name != "prompt"
+    ]
+    assert [flag for flag in flags if flag not in done.stdout] == []
+    assert "Wan2.1 generate.py" in done.stdout
+    assert "--sample_steps" in done.stdout
+
+
+def test_a_prompt_that_is_too_long_is_reported_and_runs(call, model):
+    said = call("generate", "red circle " * 300, "--model", model, "--out", "a.npz", "--json", "--no-sheet")
+    assert said.code == 0
+    assert "note: the prompt is 89 tokens too long; they were cut off its end" in said.err
+    (cut,) = json.loads(said.out)["truncated"]
+    assert (cut["field"], cut["tokens_cut"]) == ("prompt", 89)
+
+
+# ---- what is shown ------------------------------------------------------------------------------------------------
+
+
+def terminal():
+    from rich.console import Console
+
+    return Console(file=io.StringIO(), force_terminal=True, width=80, height=30, color_system="truecolor")
+
+
+def test_the_live_view_changes_nothing_and_shows_pictures(model):
+    pipe = ditkit.load(model)
+    out = terminal()
+    view = show.view(out, False, pipe.model.latents_rgb, 5)
+    assert isinstance(view, show.Live)
+    pictures = []
+    with view:
+        watched = pipe(PROMPT, seed=1, listeners=[view, lambda e: pictures.append(view.picture)])
+    assert watched.state.equal(pipe(PROMPT, seed=1).state)
+    assert any(p is not None and p.plain.count("\n") == 15 and len(p.plain.splitlines()[0]) == 32 for p in pictures)
+    assert view.progress.tasks[0].completed == 5, "frames decoded"
+    text = out.file.getvalue()
+    assert "decode_latents" in text
+    assert "\u2580" in text, "half blocks"
+
+
+def test_previews_come_at_most_ten_times_a_second(model, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(show, "estimate", lambda *_: drawn.append(1) or np.zeros((4, 4, 3), np.uint8))
+    view = show.Live(terminal(), ([[0.0] * 3] * 16, [0.0] * 3), 5)
+    now = [0.0]
+    monkeypatch.setattr(show.time, "perf_counter", lambda: now[0])
+    step = ditkit.Step(0, 1, 1.0, 0.0, 999.0)
+    for i in range(100):
+        now[0] = i * 0.01
+        view(Event("prediction", {"step": step, "x": None, "velocity": None}))
+    assert 9 <= len(drawn) <= 10
+
+
+def test_the_estimate_is_the_clean_middle_frame():
+    import torch
+
+    clean, noise = torch.randn(1, 16, 3, 4, 6), torch.randn(1, 16, 3, 4, 6)
+    sigma = 0.7
+    factors = (torch.randn(16, 3) * 0.1).tolist(), [0.1, -0.2, 0.3]
+    found = show.estimate((1 - sigma) * clean + sigma * noise, noise - clean, sigma, factors)
+    colour = np.einsum("chw,cr->hwr", clean[0, :, 1].numpy(), np.array(factors[0])) + factors[1]
+    expected = (np.clip(colour, -1, 1) + 1) * 127.5
+    assert found.shape == (4, 6, 3)
+    assert np.abs(found - expected).max() <= 0.51
+
+
+def test_a_long_step_table_is_shortened_but_not_in_a_plan():
+    steps = [ditkit.Step(i, 50, 1 - i / 50, 1 - (i + 1) / 50, 999.0 - i) for i in range(50)]
+    short = show.step_table(steps).plain.splitlines()
+    assert len(short) == 14
+    assert "38 more steps" in short[9]
+    assert len(show.step_table(steps, whole=True).plain.splitlines()) == 51
+
+
+def test_default_names():
+    assert str(job.default_out("A red/blue  Circle!", 7)) == "outputs/a-red-blue-circle-7.mp4"
+    assert str(job.default_out("红色的圆", 0)) == "outputs/clip-0.mp4"
+    assert len(job.default_out("x" * 500, 0).name) < 80
+
+
+def test_debug_shows_the_traceback(call, monkeypatch):
+    assert "Traceback" in call("generate", "x", "--model", "nowhere", "--debug").err
+    assert "Traceback" not in call("generate", "x", "--model", "nowhere").err
+    monkeypatch.setenv("DITKIT_DEBUG", "1")
+    said = call("generate", "x", "--model", "nowhere")
+    assert "Traceback" in said.err
+    assert said.err.splitlines()[-1].startswith("error: model 'nowhere'")
+
+
+def test_nothing_on_the_command_line_is_help_not_a_traceback(capsys):
+    assert main([]) in (0, 2)
+    assert "generate" in "".join(capsys.readouterr())
