@@ -8,9 +8,10 @@ Source of the sizes: Wan2.1 ``wan/modules/t5.py`` (umt5-xxl).
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -50,12 +51,10 @@ def build(config: UMT5Config) -> nn.Module:
 
 
 class UMT5TextEncoder:
-    """Satisfies ``contracts.TextEncoder``. ``model`` is a filled ``UMT5EncoderModel``; threads may share one encoder.
+    """Satisfies ``contracts.TextEncoder``. ``model`` is a filled ``UMT5EncoderModel``; threads may share one encoder."""
 
-    ``fingerprint`` stands for the weights, the sizes and the dtype."""
-
-    def __init__(self, model: Any, fingerprint: str):
-        self.model, self.fingerprint = model.eval(), fingerprint
+    def __init__(self, model: Any, identify: Callable[[], str]):
+        self.model, self.identify = model.eval(), identify
         embedding = model.get_input_embeddings().weight
         self.vocab_size, self.dim = embedding.shape
         self.dtype, self.device = embedding.dtype, embedding.device
@@ -84,8 +83,18 @@ class UMT5TextEncoder:
             device=device,
             aliases=UMT5_ALIASES,
         )
-        about = json.dumps([source.fingerprint, str(dtype), asdict(config)], sort_keys=True)
-        return cls(model, hashlib.sha256(about.encode()).hexdigest())
+
+        @functools.cache
+        def identify() -> str:
+            about = json.dumps([source.fingerprint, str(dtype), asdict(config)], sort_keys=True)
+            return hashlib.sha256(about.encode()).hexdigest()
+
+        return cls(model, identify)
+
+    @property
+    def fingerprint(self) -> str:
+        """Stands for the weights, the sizes and the dtype. Made when first asked for: it reads all files."""
+        return self.identify()
 
     def __call__(self, ids: Sequence[int]) -> Tensor:
         """Ids of one prompt, unpadded -> [len(ids), D] in the encoder's dtype and on its device.
