@@ -66,7 +66,7 @@ def write(out: Path, vae, model, work: Path, scenes: list, latents: Tensor) -> N
     folders.write_component(new / "scheduler", scheduler, config_name="scheduler_config.json")
     folders.write_index(new, {
         "transformer": ("diffusers", "WanTransformer3DModel"), "vae": ("diffusers", "AutoencoderKLWan"),
-        "text_encoder": ("transformers", "UMT5EncoderModel"), "tokenizer": ("transformers", "T5TokenizerFast"),
+        "text_encoder": ("transformers", "UMT5EncoderModel"), "tokenizer": ("transformers", "PreTrainedTokenizerFast"),
         "scheduler": ("diffusers", "UniPCMultistepScheduler"),
     })  # fmt: skip
 
