@@ -14,10 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ditkit.nn.convolution import convolution
 
 # Per-channel statistics of the official 16-channel latents (Wan2.1 ``wan/modules/vae.py``).
 LATENTS_MEAN = (
@@ -55,16 +58,21 @@ class WanVAEConfig:
 
 
 class RMSNorm(nn.Module):
-    """Unit L2 norm over channels, times sqrt(C) and a gain. ``x``: [N, C, ...]."""
+    """Unit L2 norm over channels, times sqrt(C) and a gain, then SiLU if ``silu``. ``x``: [N, C, ...].
 
-    def __init__(self, dim: int, axes: int):
+    Large frames are bound by memory, so without gradients the later steps work in place on the first one's result."""
+
+    def __init__(self, dim: int, axes: int, silu: bool = False):
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(dim, *(1,) * axes))
-        self.scale = dim**0.5
+        self.scale, self.silu = dim**0.5, silu
 
     def forward(self, x: Tensor) -> Tensor:
         norm = torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min(1e-12)
-        return x * (self.scale / norm) * self.gamma
+        y = x * (self.scale / norm)
+        in_place = not torch.is_grad_enabled()
+        y = y.mul_(self.gamma) if in_place else y * self.gamma
+        return F.silu(y, inplace=in_place) if self.silu else y
 
 
 class CausalConv3d(nn.Conv3d):
@@ -73,7 +81,8 @@ class CausalConv3d(nn.Conv3d):
     def __init__(
         self, in_dim: int, out_dim: int, kernel: tuple[int, int, int], stride: tuple[int, int, int] = (1, 1, 1)
     ):
-        super().__init__(in_dim, out_dim, kernel, stride, padding=(0, kernel[1] // 2, kernel[2] // 2))
+        self.margins = (0, kernel[1] // 2, kernel[2] // 2)
+        super().__init__(in_dim, out_dim, kernel, stride, self.margins)
         self.past = kernel[0] - stride[0]
 
     def forward(self, x: Tensor, cache: FeatureCache | None = None) -> Tensor:
@@ -88,10 +97,10 @@ class CausalConv3d(nn.Conv3d):
             missing = self.past - past.shape[2]
             if missing == self.past and x.shape[2] == 1 and self.stride[0] == 1:
                 # The first frame sees nothing but zeros behind it: only the last tap of the kernel counts.
-                y = F.conv2d(x[:, :, 0], self.weight[:, :, -1], self.bias, padding=self.padding[1:])
+                y = convolution(x[:, :, 0], self.weight[:, :, -1], self.bias, self.stride[1:], self.margins[1:])
                 return y.unsqueeze(2)
             x = F.pad(known, (0, 0, 0, 0, missing, 0)) if missing else known
-        return super().forward(x)
+        return convolution(x, self.weight, self.bias, self.stride, self.margins)
 
 
 def frames_as_batch(x: Tensor) -> Tensor:
@@ -108,12 +117,12 @@ def batch_as_frames(x: Tensor, batch: int) -> Tensor:
 class ResidualBlock(nn.Module):
     def __init__(self, in_dim: int, out_dim: int):
         super().__init__()
-        self.residual = nn.Sequential(  # indices as in the checkpoint; 5 was a dropout of 0
-            RMSNorm(in_dim, 3),
-            nn.SiLU(),
+        self.residual = nn.Sequential(  # indices as in the checkpoint; 1 and 4 were SiLUs, 5 a dropout of 0
+            RMSNorm(in_dim, 3, silu=True),
+            nn.Identity(),
             CausalConv3d(in_dim, out_dim, (3, 3, 3)),
-            RMSNorm(out_dim, 3),
-            nn.SiLU(),
+            RMSNorm(out_dim, 3, silu=True),
+            nn.Identity(),
             nn.Identity(),
             CausalConv3d(out_dim, out_dim, (3, 3, 3)),
         )
@@ -197,7 +206,7 @@ def middle(dim: int) -> nn.Sequential:
 
 
 def head(dim: int, out_dim: int) -> nn.Sequential:
-    return nn.Sequential(RMSNorm(dim, 3), nn.SiLU(), CausalConv3d(dim, out_dim, (3, 3, 3)))
+    return nn.Sequential(RMSNorm(dim, 3, silu=True), nn.Identity(), CausalConv3d(dim, out_dim, (3, 3, 3)))
 
 
 class Encoder(nn.Module):
@@ -206,7 +215,7 @@ class Encoder(nn.Module):
         dims = [config.dim * m for m in (1, *config.dim_mult)]
         self.conv1 = CausalConv3d(3, dims[0], (3, 3, 3))
         layers: list[nn.Module] = []
-        for level, (in_dim, out_dim) in enumerate(zip(dims[:-1], dims[1:], strict=True)):
+        for level, (in_dim, out_dim) in enumerate(pairwise(dims)):
             for block in range(config.num_res_blocks):
                 layers.append(ResidualBlock(in_dim if block == 0 else out_dim, out_dim))
             if level < len(config.dim_mult) - 1:
@@ -219,7 +228,7 @@ class Encoder(nn.Module):
         x = self.conv1(x, cache)
         for block in (*self.downsamples, *self.middle):
             x = block(x, cache)
-        return self.head[2](self.head[1](self.head[0](x)), cache)
+        return self.head[2](self.head[0](x), cache)
 
 
 class Decoder(nn.Module):
@@ -246,7 +255,7 @@ class Decoder(nn.Module):
         x = self.conv1(x, cache)
         for block in (*self.middle, *self.upsamples):
             x = block(x, cache)
-        return self.head[2](self.head[1](self.head[0](x)), cache)
+        return self.head[2](self.head[0](x), cache)
 
 
 class WanVAE(nn.Module):
