@@ -1,6 +1,6 @@
 """A prompt to a clip and its contact sheet, and a look at what really ran.
 
-    python examples/generate.py "a blue square moving up on a gray background" --seed 3
+python examples/generate.py "a blue square moving up on a gray background" --seed 3
 """
 
 import argparse

@@ -48,7 +48,7 @@ def test_there_is_something_to_run():
 
 @pytest.mark.parametrize("file", EXAMPLES, ids=lambda f: f.stem)
 def test_example(file, model, monkeypatch, capsys):
-    assert len(file.read_text().splitlines()) <= 45
+    assert len(file.read_text().splitlines()) <= 40
     monkeypatch.setattr(sys, "argv", [file.name, "--model", str(model)])
     runpy.run_path(str(file), run_name="__main__")
     assert capsys.readouterr().out
@@ -84,21 +84,20 @@ def commands(body: str) -> list[list[str]]:
 
 
 def trimmed(text: str) -> list[str]:
-    return [line.rstrip() for line in text.strip().splitlines()]
+    return [line.rstrip() for line in text.strip("\n").splitlines()]
 
 
 @pytest.mark.parametrize("file", DOCUMENTS, ids=lambda f: f.stem)
 def test_links_lead_somewhere(file):
-    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", file.read_text()):
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", FENCE.sub("", file.read_text())):
         if "://" not in target and target != "guides/images/shapes.png":  # drawn by the embedded model
             assert (file.parent / target).exists(), f"{file.name} points to {target}"
 
 
 @pytest.mark.parametrize("file", DOCUMENTS, ids=lambda f: f.stem)
 def test_files_named_in_the_text_exist(file):
-    """`models/wan.py` and the like are looked up in the package, `tests/...` and others from the root."""
+    """`models/wan.py` is looked up in the package, `tests/...` from the root; bare names may be anything."""
     text = FENCE.sub("", file.read_text())
-    for name in re.findall(r"`((?:[\w.]+/)*[\w.]+\.(?:py|toml)|[\w./]+/)`", text):
-        if name in ("ditkit.toml", "state.py") or name.startswith("my"):
-            continue
-        assert any((base / name).exists() for base in (ROOT, ROOT / "src/ditkit")), f"{file.name} names {name}"
+    for name in re.findall(r"`((?:[\w.]+/)+(?:[\w.]+\.\w+)?)`", text):
+        if not name.startswith(("wan/", "outputs/", "scheduler/")):  # of other projects, or made by a run
+            assert any((base / name).exists() for base in (ROOT, ROOT / "src/ditkit")), f"{file.name} names {name}"
