@@ -54,7 +54,7 @@ def replay(script: Script, pipe: Pipe | None = None, listeners: Iterable[Listene
     from ditkit.media import frames_sha256
 
     pipe = pipe or prepare(script)
-    with threads(script.manifest["machine"].get("threads")):
+    with threads(script.manifest["machine"]["threads"]):
         result = pipe.run(pipe.begin(script.request), listeners=listeners)
     differences = []
     if result.state["sigmas"] != script.manifest["sigmas"]:
@@ -80,6 +80,8 @@ def read(path: str | os.PathLike[str]) -> Script:
     for key, kind in _NEEDED.items():
         if not isinstance(manifest.get(key), kind):
             raise StateError(asked, f"its manifest has no usable {key!r}", "Use an untouched file")
+    if not _usable(manifest["components"], manifest["machine"]):
+        raise StateError(asked, "its manifest has no usable 'components' or 'machine'", "Use an untouched file")
     origin = f"manifest of {file}"
     request = Request.parse(manifest["request"], origin, StateError)
     setup = Setup.parse(manifest["setup"], origin, StateError)
@@ -88,12 +90,28 @@ def read(path: str | os.PathLike[str]) -> Script:
         raise StateError(
             asked, f"it is clip {clip!r} of a run that makes {len(request.samples())}", "Use an untouched file"
         )
-    swaps = manifest["components"].get("transformer", {}).get("swaps")
+    swaps = manifest["components"].get("transformer", {}).get("swaps", ())
     if swaps:
         raise StateError(
-            asked, f"its transformer was changed by {', '.join(swaps)}", "Repeat it from Python, with the same swaps"
+            asked,
+            f"its transformer was changed by {', '.join(map(str, swaps))}",
+            "Repeat it from Python, with the same swaps",
         )
     return Script(file, manifest, request, setup, clip)
+
+
+def _usable(components: Mapping[str, Any], machine: Mapping[str, Any]) -> bool:
+    """Whether these parts of a manifest have the form that ``receipt.py`` gives them."""
+    for name, facts in components.items():
+        if name not in (*COMPONENTS, "tokenizer") or not isinstance(facts, dict):
+            return False
+        texts, files = (facts.get("device"), facts.get("dtype")), facts.get("files")
+        if not isinstance(files, dict) or not all(isinstance(x, str) for x in (*texts, *files.values())):
+            return False
+        if any(Path(file).name != file for file in files) or not isinstance(facts.get("swaps", []), list):
+            return False
+    threads = machine.get("threads")
+    return isinstance(machine.get("versions", {}), dict) and (type(threads) is int and threads > 0)
 
 
 def prepare(script: Script) -> Pipe:
@@ -168,13 +186,12 @@ def lossless(file: Path) -> bool:
 
 
 @contextmanager
-def threads(count: int | None) -> Iterator[None]:
+def threads(count: int) -> Iterator[None]:
     """The recorded number of CPU threads: sums are cut into as many parts, and rounding follows."""
     import torch
 
     before = torch.get_num_threads()
-    if count is not None:
-        torch.set_num_threads(count)
+    torch.set_num_threads(count)
     try:
         yield
     finally:

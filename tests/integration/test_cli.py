@@ -10,6 +10,7 @@ import sys
 
 import numpy as np
 import pytest
+from shell import alone
 
 import ditkit
 from ditkit import build, media
@@ -140,7 +141,7 @@ def test_another_process_goes_on_to_the_same_bits(call, model, tmp_path):
     whole = call("generate", PROMPT, "--model", model, "--json", "--no-sheet", "--out", "a.npz")
     call("run", PROMPT, "--model", model, "--stop-at-step", 3, "--save-state", "s.st")
     words = [sys.executable, "-m", "ditkit", "run", "--from", "s.st", "--out", "b.npz", "--json", "--no-sheet"]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env=alone())
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["output_sha256"] == json.loads(whole.out)["output_sha256"]
 

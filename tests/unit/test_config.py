@@ -12,7 +12,8 @@ from ditkit.setup import Setup
 
 
 def typed(*pairs: str, literal: bool = False) -> Layer:
-    return text_layer((*pair.split("=", 1), f"--set {pair.split('=')[0]}", literal) for pair in pairs)  # type: ignore[misc]
+    split = [pair.partition("=") for pair in pairs]
+    return text_layer((key, value, f"--set {key}", literal) for key, _, value in split)
 
 
 def test_request_and_setup_share_no_name():
@@ -40,7 +41,8 @@ def test_the_higher_layer_wins_and_all_are_told(tmp_path):
     assert (request.steps, request.width, request.height, request.guidance_scale) == (5, 64, 32, 2.0)
     assert settled.setup().dtype == "float64"
     assert settled.explain("steps") == [
-        ("default (Wan2.1 generate.py --sample_steps)", 50), ("model tiny", 2), (f"config file {tmp_path / 'c.toml'}", 3),
+        ("default (Wan2.1 generate.py --sample_steps)", 50), ("model tiny", 2),
+        (f"config file {tmp_path / 'c.toml'}", 3),
         ("environment DITKIT_STEPS", 4), ("--set steps", 5),
     ]  # fmt: skip
     assert settle(*layers[:2]).explain("steps")[-1][1] == 3
@@ -61,7 +63,8 @@ def test_a_table_replaces_and_an_entry_joins():
 @pytest.mark.parametrize(
     ("key", "text", "means"),
     [
-        ("steps", "4", 4), ("guidance_scale", "3", 3), ("guidance_scale", "2.5", 2.5), ("prompt", "a red circle", "a red circle"),
+        ("steps", "4", 4), ("guidance_scale", "3", 3), ("guidance_scale", "2.5", 2.5), 
+        ("prompt", "a red circle", "a red circle"),
         ("prompt", "7", "7"), ("prompt", '"7"', "7"), ("prompt", '["a", "b"]', ["a", "b"]), ("seed", "[1, 2]", [1, 2]),
         ("sigmas", "[1.0, 0.5]", [1.0, 0.5]), ("sigmas", "none", None), ("threads", "None", None), ("threads", "2", 2),
         ("batched", "true", True), ("batched", "1", True), ("batched", "0", False), ("dtype", "float32", "float32"),
@@ -118,9 +121,13 @@ def test_what_is_refused(layer, words):
 def test_a_wrong_config_file_is_one_sentence_with_file_and_key(tmp_path, text, words):
     file = tmp_path / "c.toml"
     file.write_text(text)
-    with pytest.raises((SetupError, RequestError)) as error:
+
+    def use() -> None:
         settled = settle(config.file_layer(file))
         settled.setup()
         settled.request()
+
+    with pytest.raises((SetupError, RequestError)) as error:
+        use()
     assert all(word in str(error.value) for word in words), error.value
     assert "\n" not in str(error.value).replace(str(error.value.found), "")

@@ -62,7 +62,7 @@ class Given:
                     if not equals or not entry:
                         raise SetupError(f"{origin} {text}", "it is not of the form NAME=VALUE",
                                          f"Give {FIELDS[key].description}")  # fmt: skip
-                    given.append((f"{key}.{entry}", value, origin, True))
+                    given.append((f"{key}.{entry}", value, origin, False))
             else:
                 given += [(key, text, origin, True) for text in texts]
         for text in self.sets:

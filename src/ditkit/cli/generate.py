@@ -9,7 +9,7 @@ import typer
 from ditkit.cli import job
 from ditkit.cli.flags import Given, Prompt, settle, with_settings
 from ditkit.request import Request
-from ditkit.setup import Setup
+from ditkit.setup import COMPONENTS, Setup
 
 if TYPE_CHECKING:
     from ditkit.config import Settled
@@ -46,6 +46,10 @@ def open_pipe(given: Given) -> tuple[Pipe, Request, Settled]:
 
 
 def load(settled: Settled) -> Pipe:
+    """The pipe of the settled Setup. Raises SetupError for a device that is not there, now rather than half-way."""
     import ditkit
 
-    return ditkit.load(**settled.setup().model_dump())
+    pipe = ditkit.load(**settled.setup().model_dump())
+    for component in COMPONENTS:
+        pipe.setup.device_of(component)
+    return pipe

@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except Exception as e:
         if hasattr(e, "format_message") and hasattr(e, "exit_code"):  # click's usage errors, or typer's
-            print(f"error: {e.format_message()}", file=sys.stderr)
+            print(f"error: {e.format_message().rstrip('.')}.", file=sys.stderr)
             return int(e.exit_code)
         if type(e).__name__ != "Abort":
             raise

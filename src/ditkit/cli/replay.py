@@ -39,7 +39,9 @@ def replay(
     with view or nullcontext():
         replayed = replays.replay(script, pipe, [show.warn_of_truncation, *([] if view is None else [view])])
     if out is not None:
-        console.print(f"clip   {replayed.result.save(out)[0]}")
+        clip = replayed.result.manifests[script.clip]
+        written = media.write_video(out, replayed.result.videos[script.clip], request.fps, clip)
+        console.print(f"clip   {written}")
     if replayed.identical:
         console.print(f"identical: {file} was made again, bit for bit")
         return 0
