@@ -50,6 +50,7 @@ FIELDS: dict[str, Field] = {
         Field("request", "plain", "dict", "", "", "the caller", "the resolved Request, all defaults filled in"),
         Field("model", "plain", "dict", "", "", "the caller", "name and identity of the model that it was begun with"),
         Field("weights", "plain", "dict", "", "", "the pipeline", "fingerprint of each component that worked on it"),
+        Field("stages", "plain", "list[str]", "", "", "the pipeline", "names of the stages that have run, in order"),
         Field("prompt_embeds", "tensor", "float", "R D", "", "encode_text", "text rows, prompt after prompt"),
         Field("prompt_lengths", "plain", "list[int]", "B", "rows", "encode_text", "rows of each prompt"),
         Field("negative_prompt_embeds", "tensor", "float", "Q D", "", "encode_text", "of the negative prompts"),
@@ -84,6 +85,15 @@ def _plain(name: str, value: Any) -> Any:
     return copied
 
 
+def _field(name: str, value: Any) -> Any:
+    """What a State holds for ``value``. In its file a tensor of a group is called FIELD/MEMBER, hence the rule."""
+    group = _is_tensors(value)
+    if not all(isinstance(n, str) and n for n in [name, *(value if group else ())]) or "/" in name:
+        raise StateError(f"a field with the name {name!r}", "a file could not keep it apart from others",
+                         "Give it, and each tensor of a group, a name; a field's name has no slash")  # fmt: skip
+    return value if _is_tensor(value) else dict(value) if group else _plain(name, value)
+
+
 class State(Mapping[str, Any]):
     """An immutable mapping from field names to tensors, groups of tensors or plain values.
 
@@ -91,11 +101,12 @@ class State(Mapping[str, Any]):
     not copied, and must not be written to."""
 
     def __init__(self, fields: Mapping[str, Any] | None = None, fingerprints: Mapping[str, str] | None = None):
-        self._fields = {
-            name: value if _is_tensor(value) else dict(value) if _is_tensors(value) else _plain(name, value)
-            for name, value in (fields or {}).items()
-        }
-        self.fingerprints: dict[str, str] = {k: v for k, v in (fingerprints or {}).items() if k in self._fields}
+        self._fields = {name: _field(name, value) for name, value in (fields or {}).items()}
+        self._fingerprints = {k: v for k, v in (fingerprints or {}).items() if k in self._fields}
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        return dict(self._fingerprints)
 
     def __getitem__(self, name: str) -> Any:
         value = self._fields[name]
@@ -121,11 +132,11 @@ class State(Mapping[str, Any]):
 
     def with_fields(self, fields: Mapping[str, Any], fingerprints: Mapping[str, str] | None = None) -> State:
         """A new State in which ``fields`` are replaced or added; fingerprints of replaced fields are dropped."""
-        kept = {k: v for k, v in self.fingerprints.items() if k not in fields}
+        kept = {k: v for k, v in self._fingerprints.items() if k not in fields}
         return State({**self._fields, **fields}, {**kept, **(fingerprints or {})})
 
     def without(self, *names: str) -> State:
-        return State({k: v for k, v in self._fields.items() if k not in names}, self.fingerprints)
+        return State({k: v for k, v in self._fields.items() if k not in names}, self._fingerprints)
 
     def nbytes(self) -> int:
         """Bytes of all tensors."""
@@ -144,9 +155,15 @@ class State(Mapping[str, Any]):
         """The safetensors file as bytes."""
         from safetensors.torch import save
 
-        tensors = {k: t.detach().cpu().contiguous() for k, t in self._tensors().items()}
+        tensors: dict[str, Tensor] = {}
+        memory: set[int] = set()
+        for key, tensor in self._tensors().items():
+            tensor = tensor.detach().cpu().contiguous()
+            place = tensor.untyped_storage().data_ptr()
+            tensors[key] = tensor.clone() if place in memory else tensor  # safetensors wants each in memory of its own
+            memory.add(place)
         plain = {k: v for k, v in self._fields.items() if not _is_tensor(v) and not _is_tensors(v)}
-        header = {"schema": SCHEMA, "plain": plain, "fingerprints": self.fingerprints}
+        header = {"schema": SCHEMA, "plain": plain, "fingerprints": self._fingerprints}
         return save(tensors, {"ditkit.state": json.dumps(header, sort_keys=True)})
 
     @classmethod
@@ -172,16 +189,17 @@ class State(Mapping[str, Any]):
         if schema != SCHEMA:
             raise StateError(asked, f"it has State version {schema}; this ditkit reads version {SCHEMA}",
                              "Load it with the ditkit version that wrote it, or make it again")  # fmt: skip
-        if not isinstance(plain, dict) or not isinstance(fingerprints, dict):
-            raise StateError(asked, "its description is damaged", "Save the State again")
-        fields: dict[str, Any] = plain
+        single = {key: tensor for key, tensor in tensors.items() if "/" not in key}
+        groups: dict[str, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
-            name, _, member = key.partition("/")
-            if member:
-                fields.setdefault(name, {})[member] = tensor
-            else:
-                fields[name] = tensor
-        return cls(fields, fingerprints)
+            name, slash, member = key.partition("/")
+            if slash:
+                groups.setdefault(name, {})[member] = tensor
+        sound = isinstance(plain, dict) and isinstance(fingerprints, dict)
+        sound = sound and all(isinstance(f, str) for f in fingerprints.values())
+        if not sound or len({*plain, *single, *groups}) < len(plain) + len(single) + len(groups):  # a name twice
+            raise StateError(asked, "its description is damaged", "Save the State again")
+        return cls({**plain, **single, **groups}, fingerprints)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write one file, complete or not at all. Raises OutputError where the disk or the path does not allow it."""
