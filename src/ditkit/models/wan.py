@@ -10,13 +10,13 @@ Source: Wan2.1 ``wan/modules/model.py``; numerics of both conventions in ``nn/pr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ditkit.contracts import Attend, RunBlocks, Site
+from ditkit.contracts import Attend, RunBlocks, Site, Step
 from ditkit.nn.attention import sdpa
 from ditkit.nn.layers import LayerNorm, Linear, RMSNorm, timestep_sinusoid
 from ditkit.nn.precision import Precision, precision
@@ -67,16 +67,17 @@ class BlockContext:
     rope: tuple[Tensor, Tensor]
     text: Text
     attend: Attend
-    site: Site
+    grid: tuple[int, int, int]
     precision: Precision
+    step: Step | None = None
 
 
 class Attention(nn.Module):
     """Projections and the norms of queries and keys, which run over the whole width, before the heads are split."""
 
-    def __init__(self, config: WanConfig):
+    def __init__(self, config: WanConfig, block: int):
         super().__init__()
-        self.heads = config.num_heads
+        self.heads, self.block = config.num_heads, block
         self.q, self.k, self.v, self.o = (Linear(config.dim, config.dim) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(config.dim, config.eps), RMSNorm(config.dim, config.eps)
 
@@ -89,7 +90,8 @@ class SelfAttention(Attention):
         x = x.to(ctx.precision.compute)
         q = rotate(self.split(self.norm_q(self.q(x))), *ctx.rope).to(x.dtype)
         k = rotate(self.split(self.norm_k(self.k(x))), *ctx.rope).to(x.dtype)
-        return self.o(ctx.attend(q, k, self.split(self.v(x)), ctx.site).flatten(2))
+        site = Site(self.block, "self", ctx.grid, ctx.step)
+        return self.o(ctx.attend(q, k, self.split(self.v(x)), site).flatten(2))
 
 
 class CrossAttention(Attention):
@@ -97,7 +99,7 @@ class CrossAttention(Attention):
         x = x.to(ctx.precision.compute)
         q = self.split(self.norm_q(self.q(x))).to(x.dtype)
         k, v = self.keys_values(ctx.text)
-        site = replace(ctx.site, kind="cross")
+        site = Site(self.block, "cross", ctx.grid, ctx.step)
         return self.o(ctx.attend(q, k, v, site).flatten(2))
 
     def keys_values(self, text: Text) -> tuple[Tensor, Tensor]:
@@ -111,12 +113,12 @@ class CrossAttention(Attention):
 
 
 class Block(nn.Module):
-    def __init__(self, config: WanConfig):
+    def __init__(self, config: WanConfig, index: int = 0):
         super().__init__()
         self.norm1 = LayerNorm(config.dim, config.eps)
-        self.self_attn = SelfAttention(config)
+        self.self_attn = SelfAttention(config, index)
         self.norm3 = LayerNorm(config.dim, config.eps, affine=True)  # the official numbering
-        self.cross_attn = CrossAttention(config)
+        self.cross_attn = CrossAttention(config, index)
         self.norm2 = LayerNorm(config.dim, config.eps)
         self.ffn = nn.Sequential(
             Linear(config.dim, config.ffn_dim), nn.GELU(approximate="tanh"), Linear(config.ffn_dim, config.dim)
@@ -127,11 +129,11 @@ class Block(nn.Module):
         wide, stream, compute = ctx.precision.wide, ctx.precision.stream, ctx.precision.compute
         modulation = self.modulation.to(wide) + ctx.modulation.to(wide)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)
-        y = self.self_attn(self.norm1(x) * (1 + scale1) + shift1, ctx)
-        x = (x.to(wide) + y * gate1).to(stream)
+        y = self.self_attn(torch.addcmul(shift1, self.norm1(x), 1 + scale1), ctx)  # shift + norm * (1 + scale)
+        x = torch.addcmul(x.to(wide), y.to(wide), gate1).to(stream)
         x = x + self.cross_attn(self.norm3(x), ctx).to(stream)
-        y = self.ffn((self.norm2(x) * (1 + scale2) + shift2).to(compute))
-        return (x.to(wide) + y * gate2).to(stream)
+        y = self.ffn(torch.addcmul(shift2, self.norm2(x), 1 + scale2).to(compute))
+        return torch.addcmul(x.to(wide), y.to(wide), gate2).to(stream)
 
 
 class Head(nn.Module):
@@ -144,13 +146,13 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor, policy: Precision) -> Tensor:
         shift, scale = (self.modulation.to(policy.wide) + time.to(policy.wide).unsqueeze(1)).chunk(2, dim=1)
-        return self.head((self.norm(x) * (1 + scale) + shift).to(policy.head))
+        return self.head(torch.addcmul(shift, self.norm(x), 1 + scale).to(policy.head))
 
 
 def run_in_order(blocks: Iterable[nn.Module], x: Tensor, ctx: BlockContext) -> Tensor:
     """Seam B at its neutral setting."""
-    for index, block in enumerate(blocks):
-        x = block(x, replace(ctx, site=replace(ctx.site, block=index)))
+    for block in blocks:
+        x = block(x, ctx)
     return x
 
 
@@ -174,7 +176,7 @@ class WanTransformer(nn.Module):
             Linear(config.freq_dim, config.dim), nn.SiLU(), Linear(config.dim, config.dim)
         )
         self.time_projection = nn.Sequential(nn.SiLU(), Linear(config.dim, config.dim * 6))
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
         self.head = Head(config)
 
     @property
@@ -208,13 +210,14 @@ class WanTransformer(nn.Module):
         *,
         run_blocks: RunBlocks = run_in_order,
         attend: Attend = sdpa,
+        step: Step | None = None,
     ) -> Tensor:
         policy = self.precision
         grid = self._grid(latents)
         x = self._patches(latents.to(policy.compute))
         time, modulation = self._time(timestep)
         rope = rope_table(grid, self.config.head_dim, latents.device, policy.wide)
-        ctx = BlockContext(modulation, rope, text, attend, Site(0, "self", grid), policy)
+        ctx = BlockContext(modulation, rope, text, attend, grid, policy, step)
         x = run_blocks(self.blocks, x, ctx)
         return self._unpatch(self.head(x, time, policy), grid)
 
