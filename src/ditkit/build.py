@@ -35,6 +35,7 @@ class Model:
 
     folder: Path
     identity: str
+    flow_shift: float | None
     defaults: Mapping[str, Any]
     latents_rgb: tuple[list[list[float]], list[float]] | None
     strides: tuple[int, int, int]
@@ -79,6 +80,7 @@ class Model:
         return cls(
             folder,
             identity,
+            _flow_shift(folder),
             notes.get("defaults", {}),
             (preview["factors"], preview["bias"]) if preview else None,
             strides,
@@ -87,9 +89,23 @@ class Model:
 
     def request(self, values: Mapping[str, Any], origin: str = "request") -> Request:
         """A Request with this model's defaults, checked against its sizes."""
-        request = Request.of(values, self.defaults, origin)
+        defaults = dict(self.defaults)
+        if values.get("schedule", defaults.get("schedule")) == "diffusers" and self.flow_shift is not None:
+            defaults.setdefault("shift", self.flow_shift)  # the convention's own default is the one in the folder
+        request = Request.of(values, defaults, origin)
         request.check_size(self.strides[1] * self.patch[1], self.strides[0])
         return request
+
+
+def _flow_shift(folder: Path) -> float | None:
+    """The shift in the folder's scheduler_config.json, which is the default of the diffusers convention."""
+    from ditkit.checkpoints.diffusers_folder import read_config
+
+    if not (folder / "scheduler").is_dir():
+        return None
+    config = read_config(folder / "scheduler", "scheduler_config.json")
+    shift = config.get("flow_shift", config.get("shift"))
+    return float(shift) if isinstance(shift, int | float) and shift > 0 else None
 
 
 def _read_notes(folder: Path) -> dict[str, Any]:

@@ -8,8 +8,10 @@ L tokens, N heads, d head width, D text width.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from uuid import uuid4
 
 if TYPE_CHECKING:
     import torch
@@ -39,11 +41,13 @@ class Step:
 
 @dataclass(frozen=True)
 class Site:
-    """Where an attention call stands: ``kind`` is ``self`` or ``cross``; ``grid`` the tokens as (F, h/2, w/2)."""
+    """Where an attention call stands: ``kind`` is ``self`` or ``cross``; ``grid`` the tokens as (F, h/2, w/2);
+    ``step`` the denoising step with its branch, None when the transformer is called outside a run."""
 
     block: int
     kind: str
     grid: tuple[int, int, int]
+    step: Step | None = None
 
 
 class Predict(Protocol):
@@ -53,7 +57,8 @@ class Predict(Protocol):
 
 
 class RunBlocks(Protocol):
-    """Seam B. Tokens ``x`` [B, L, dim] through the blocks; ``ctx`` is what each block needs besides x."""
+    """Seam B. Tokens ``x`` [B, L, dim] through the blocks; ``ctx`` is what each block needs besides x. It has the
+    current ``step`` (with its branch), and each block knows its own number."""
 
     def __call__(self, blocks: Iterable[nn.Module], x: Tensor, ctx: Any) -> Tensor: ...
 
@@ -106,6 +111,39 @@ class Seams:
     swaps: tuple[Swap, ...] = ()
     scheduler: Scheduler | None = None
 
+    def describe(self) -> dict[str, list[str]]:
+        """What is plugged in, by seam; neutral seams are left out. Equal descriptions mean equal plugs: one that could
+        hide a difference (a lambda, a closure) gets a name that no other ever has. Give it a ``fingerprint``
+        attribute, make it a module-level function or a frozen dataclass, and its description lasts."""
+        plugs = {
+            "predict": self.predict,
+            "run_blocks": self.run_blocks,
+            "attend": self.attend,
+            "swaps": tuple(s.name for s in self.swaps),
+            "scheduler": () if self.scheduler is None else (self.scheduler,),
+        }
+        return {seam: [identify(p) for p in plugged] for seam, plugged in plugs.items() if plugged}
+
+
+_unnamed: dict[int, tuple[Any, str]] = {}
+
+
+def identify(plug: Any) -> str:
+    """A name for something that is plugged in: equal only for what computes the same."""
+    if isinstance(plug, str):
+        return plug
+    given = getattr(plug, "fingerprint", None)
+    if isinstance(given, str):
+        return given
+    if is_dataclass(plug) and not isinstance(plug, type):
+        options = ", ".join(f"{f.name}={getattr(plug, f.name)!r}" for f in fields(plug))
+        return f"{type(plug).__module__}.{type(plug).__qualname__}({options})"
+    name = f"{getattr(plug, '__module__', '?')}.{getattr(plug, '__qualname__', type(plug).__qualname__)}"
+    if isinstance(plug, FunctionType) and plug.__closure__ is None and "<" not in name:
+        return name
+    # The object is kept, so that its id is never given to another.
+    return _unnamed.setdefault(id(plug), (plug, f"{name}#{uuid4().hex}"))[1]
+
 
 def wrap(inner: Any, wrappers: Sequence[Callable[[Any], Any]]) -> Any:
     for wrapper in reversed(wrappers):
@@ -143,9 +181,18 @@ class Transformer(Protocol):
         ...
 
     def __call__(
-        self, latents: Tensor, timestep: Tensor, text: Any, *, run_blocks: RunBlocks, attend: Attend
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        text: Any,
+        *,
+        run_blocks: RunBlocks,
+        attend: Attend,
+        step: Step | None = None,
     ) -> Tensor:
-        """``latents`` [B, C, F, h, w], ``timestep`` [B] -> velocity (noise minus data) of the same shape."""
+        """``latents`` [B, C, F, h, w], ``timestep`` [B] -> velocity (noise minus data) of the same shape.
+
+        ``step`` changes nothing here; it is what seams B and D are told."""
         ...
 
 

@@ -147,7 +147,12 @@ class Pipe:
             final = self.pipeline.run(state, components, start=start, until=until, **options)
         else:
             final = self._one_after_the_other(state, components, start, until, options)
-        receipt = recorder.receipt(self.components.describe() if isinstance(self.components, Components) else {})
+        receipt = {
+            **recorder.receipt(self.components.describe() if isinstance(self.components, Components) else {}),
+            "weights": final.get("weights", {}),
+            "seams": self.seams.describe(),
+            "pipeline": self.pipeline.names,
+        }
         return Result(final, receipt, tuple(self._manifests(final, receipt)) if "video" in final else ())
 
     def _one_after_the_other(
@@ -161,14 +166,14 @@ class Pipe:
             if until == first:
                 return state
             start = None if start is None else self.pipeline.names[1]
-        for i, part in enumerate(samples.split(state)):
+        for i, part in enumerate(samples.split(state, self.pipeline.table)):
             options["events"].emit("clip", index=i, count=samples.count(state))
             try:
                 finished.append(self.pipeline.run(part, components, start=start, until=until, **options))
             except Interrupted as e:
                 e.finished = finished
                 raise
-        return samples.join(finished)
+        return samples.join(finished, self.pipeline.table)
 
     def _manifests(self, state: State, receipt: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
         columns = zip(state["prompt"], state["negative_prompt"], state["seed"], state["video"].numpy(), strict=True)

@@ -8,14 +8,14 @@ declared. Leaves out: what the stages compute (``stages/``) and where components
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from ditkit.contracts import Seams
 from ditkit.errors import DitkitError, PipelineError, StateError, nearest
 from ditkit.events import SILENT, Events
-from ditkit.state import FIELDS, Field, State, digest
+from ditkit.state import FIELDS, Field, State, digest, kind_of
 
 SOURCES = ("prompt", "negative_prompt", "seed", "request")
 """Fields that the caller brings."""
@@ -62,6 +62,7 @@ class Stage(Protocol):
 class BaseStage:
     """Neutral values for the attributes of a Stage; a convenience, not a requirement."""
 
+    name = ""
     version = 1
     reads: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
@@ -73,7 +74,11 @@ class BaseStage:
     fields: tuple[Field, ...] = ()
 
     def done(self, state: State) -> bool:
-        return all(name in state for name in self.writes)
+        """It was run; or all that it writes is there, unless it rewrites what it reads."""
+        if self.name in state.get("stages", []):
+            return True
+        rewrites = {*self.reads, *self.optional} & {*self.writes}
+        return bool(self.writes) and not rewrites and all(name in state for name in self.writes)
 
 
 class Only(Mapping[str, Any]):
@@ -122,15 +127,25 @@ class RecordedSettings:
         raise AttributeError("settings are read-only")
 
 
-@dataclass(frozen=True)
 class Context:
-    """What a stage is given besides its inputs."""
+    """What a stage is given besides its inputs: components, settings, events, and the seams if it asks for them."""
 
-    components: Mapping[str, Any]
-    settings: RecordedSettings
-    events: Events = SILENT
-    seams: Seams = field(default_factory=Seams)
-    stop_at_step: int | None = None
+    def __init__(
+        self,
+        components: Mapping[str, Any],
+        settings: RecordedSettings,
+        events: Events = SILENT,
+        seams: Seams | None = None,
+        stop_at_step: int | None = None,
+    ):
+        self.components, self.settings, self.events, self.stop_at_step = components, settings, events, stop_at_step
+        self._seams = seams or Seams()
+        self.plugs: dict[str, list[str]] = {}  # what was plugged into the seams, once they were asked for
+
+    @property
+    def seams(self) -> Seams:
+        self.plugs = self._seams.describe()
+        return self._seams
 
 
 class Interrupted(DitkitError):
@@ -197,6 +212,11 @@ class Pipeline:
     def remove(self, name: str) -> Pipeline:
         at = self.index(name)
         return Pipeline([*self.stages[:at], *self.stages[at + 1 :]], self.given)
+
+    @property
+    def table(self) -> dict[str, Field]:
+        """All fields that can occur: ditkit's own and those that the stages describe."""
+        return FIELDS | {f.name: f for s in self.stages for f in s.fields}
 
     def components(self, start: str | None = None, until: str | None = None) -> list[str]:
         """The components that the stages from ``start`` to ``until`` call, in order of first use."""
@@ -274,6 +294,8 @@ class Pipeline:
 
         With ``stop_at_step`` a looping stage stops after that many steps, and the run with it. Raises Interrupted,
         which carries the State so far, on Ctrl-C."""
+        if stop_at_step is not None and stop_at_step < 0:
+            raise PipelineError(f"stop_at_step={stop_at_step}", "no step comes before the first", "Give 0 or more")
         seams = seams or Seams()
         for stage in self._slice(start, until):
             missing = [name for name in stage.triggers if name not in state]
@@ -309,10 +331,9 @@ class Pipeline:
                 f"running stage {stage.name!r}", f"there is no component {', '.join(lacking)}", "Load it"
             )
         readable = {*stage.reads, *stage.optional, *stage.triggers, *stage.loop}
-        settings = RecordedSettings(state.get("request", {}))
         ctx = Context(
             Only(components, stage.components, stage.name, "component"),
-            settings,
+            RecordedSettings(state.get("request", {})),
             options.events,
             options.seams,
             options.stop_at_step,
@@ -325,7 +346,7 @@ class Pipeline:
             try:
                 written = stage.run(Only(state, readable, stage.name, "field"), ctx)
             except Stopped as e:
-                raise Interrupted(stage.name, _after(stage, state, weights, settings, e.fields)) from None
+                raise Interrupted(stage.name, self._after(stage, state, weights, ctx, e.fields)) from None
         allowed = {*stage.writes, *stage.may_write}
         undeclared, unwritten = sorted(set(written) - allowed), [n for n in stage.writes if n not in written]
         if undeclared or unwritten:
@@ -337,7 +358,28 @@ class Pipeline:
             raise PipelineError(f"running stage {stage.name!r}", found, "Make its declaration and its result agree")
         if options.debug:
             self._check_fields(stage, written, state)
-        return _after(stage, state, weights, settings, written)
+        return self._after(stage, state, weights, ctx, written)
+
+    def _after(
+        self, stage: Stage, state: State, weights: Mapping[str, str], ctx: Context, written: Mapping[str, Any]
+    ) -> State:
+        """The State with what a stage wrote, where that came from, which weights were at work and what is finished.
+
+        A stage that runs once more takes back what the stages after it made of its earlier result."""
+        finished = state.get("stages", [])
+        if stage.name in finished:
+            at = self.index(stage.name)
+            kept = {name for s in self.stages[: at + 1] for name in (*s.writes, *s.may_write)}
+            later = self.stages[at + 1 :]
+            stale = {name for s in later if s.name in finished for name in (*s.writes, *s.may_write)} - kept
+            finished = [n for n in finished if n not in {s.name for s in later}]
+            state = state.without(*stale)
+        fields = {
+            **written,
+            "weights": {**state.get("weights", {}), **weights},
+            "stages": [*(n for n in finished if n != stage.name), stage.name],
+        }
+        return state.with_fields(fields, _fingerprints(stage, state, weights, ctx, written))
 
     def _check_weights(self, stage: Stage, state: State, weights: Mapping[str, str]) -> None:
         """A half-finished loop goes on with the weights that began it, or not at all."""
@@ -352,16 +394,23 @@ class Pipeline:
 
     def _check_fields(self, stage: Stage, values: Mapping[str, Any], state: State) -> None:
         """Debug runs: kind, dtype and shape legend of each field; a letter means one size throughout the values."""
-        table = FIELDS | {f.name: f for s in self.stages for f in s.fields}
+        table = self.table
         sizes: dict[str, int] = {}
         for name, value in values.items():
             spec = table[name]
-            if spec.kind != "tensor":
+            kind = kind_of(value)
+            if kind != "tensor" or spec.kind != "tensor":
+                if kind != spec.kind and not (value == {} and spec.kind == "tensors"):
+                    raise PipelineError(
+                        f"stage {stage.name!r} with field {name!r}",
+                        f"it is a {type(value).__name__}",
+                        f"It must be {spec.kind} {spec.dtype}",
+                    )
                 continue
             dtype, shape = str(value.dtype).removeprefix("torch."), tuple(value.shape)
             letters = spec.shape.split()
             wrong = (
-                not dtype.startswith(spec.dtype)
+                not (value.is_floating_point() if spec.dtype == "float" else dtype == spec.dtype)
                 or len(letters) != len(shape)
                 or any(
                     (size != int(c)) if c.isdigit() else sizes.setdefault(c, size) != size
@@ -389,18 +438,11 @@ def fingerprint_of(state: State, name: str) -> str:
     return state.fingerprints.get(name) or digest(name, state[name])
 
 
-def _after(
-    stage: Stage, state: State, weights: Mapping[str, str], settings: RecordedSettings, written: Mapping[str, Any]
-) -> State:
-    """The State with what a stage wrote, where that came from, and which weights were at work."""
-    fields = {**written, "weights": {**state.get("weights", {}), **weights}}
-    return state.with_fields(fields, _fingerprints(stage, state, weights, settings, written))
-
-
 def _fingerprints(
-    stage: Stage, state: State, weights: Mapping[str, str], settings: RecordedSettings, written: Mapping[str, Any]
+    stage: Stage, state: State, weights: Mapping[str, str], ctx: Context, written: Mapping[str, Any]
 ) -> dict[str, str]:
-    """Name, version and options of the stage, the settings that it read, its weights and its inputs, hashed.
+    """Name, version and options of the stage, the settings that it read, what was plugged into the seams if it asked
+    for them, its weights and its inputs, hashed.
 
     A looping stage adds the step that it reached, and is blind to where it was interrupted: going on from its own
     earlier fields counts as one run."""
@@ -412,18 +454,14 @@ def _fingerprints(
         for n in (*stage.reads, *stage.optional, *stage.triggers)
         if n in state and n not in stage.loop and n != "request"
     }
-    base = [stage.name, stage.version, options, {k: request[k] for k in sorted(settings.read)}, weights, inputs]
+    settings = {k: request[k] for k in sorted(ctx.settings.read)}
+    base = [stage.name, stage.version, options, settings, ctx.plugs, weights, inputs]
 
     def key(name: str, fields: Mapping[str, Any], origin: list[str]) -> str:
         reached = fields.get("step", 0) if stage.loop else 0
         return digest(name, base, reached, origin)
 
     held = [n for n in stage.loop if n in state]
-    own = all(fingerprint_of(state, n) == key(n, state, []) for n in held if n in state.fingerprints) and any(
-        n in state.fingerprints for n in held
-    )
-    origin = [] if own or not held else [fingerprint_of(state, n) for n in held]
+    own = all(state.fingerprints.get(n) == key(n, state, []) for n in held)
+    origin = [] if own else [fingerprint_of(state, n) for n in held]
     return {name: key(name, written, origin) for name in written}
-
-
-Listener = Callable[[Any], None]

@@ -23,7 +23,7 @@ from ditkit.setup import COMPONENTS, Setup
 
 VERSION = 1
 _NEEDED = {"model": str, "setup": dict, "request": dict, "sigmas": list, "components": dict, "machine": dict,
-           "output_sha256": str}  # fmt: skip
+           "seams": dict, "pipeline": list, "output_sha256": str}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,19 @@ def replay(script: Script, pipe: Pipe | None = None, listeners: Iterable[Listene
     from ditkit.media import frames_sha256
 
     pipe = pipe or prepare(script)
+    if pipe.pipeline.names != script.manifest["pipeline"]:
+        raise StateError(
+            f"replaying {script.file}",
+            f"it went through the stages {', '.join(map(str, script.manifest['pipeline']))}",
+            "Repeat it from Python, with the same stages",
+        )
     with threads(script.manifest["machine"]["threads"]):
         result = pipe.run(pipe.begin(script.request), listeners=listeners)
     differences = []
     if result.state["sigmas"] != script.manifest["sigmas"]:
         differences.append("the noise levels are others than those recorded")
+    now, then = result.state["weights"], script.manifest.get("weights", {})
+    differences += [f"the {name} is another one" for name in then if now.get(name, then[name]) != then[name]]
     video = result.videos[script.clip]
     found, recorded = frames_sha256(video), script.manifest["output_sha256"]
     if found != recorded:
@@ -90,12 +98,10 @@ def read(path: str | os.PathLike[str]) -> Script:
         raise StateError(
             asked, f"it is clip {clip!r} of a run that makes {len(request.samples())}", "Use an untouched file"
         )
-    swaps = manifest["components"].get("transformer", {}).get("swaps", ())
-    if swaps:
+    if any(manifest["seams"].values()):
+        plugs = [str(plug) for plugged in manifest["seams"].values() for plug in plugged]
         raise StateError(
-            asked,
-            f"its transformer was changed by {', '.join(map(str, swaps))}",
-            "Repeat it from Python, with the same swaps",
+            asked, f"its run was changed by {', '.join(plugs)}", "Repeat it from Python, with the same parts"
         )
     return Script(file, manifest, request, setup, clip)
 

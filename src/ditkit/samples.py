@@ -2,62 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ditkit.state import State
+from ditkit.errors import StateError
+from ditkit.state import FIELDS, Field, State, digest
 
-_LISTS = ("prompt", "negative_prompt", "seed")
-_ROWS = (("prompt_embeds", "prompt_lengths"), ("negative_prompt_embeds", "negative_prompt_lengths"))
-_BATCHED = ("latents", "video")
+_ROWS = {"prompt_embeds": "prompt_lengths", "negative_prompt_embeds": "negative_prompt_lengths"}
 
 
 def count(state: State) -> int:
     return len(state["prompt"])
 
 
-def split(state: State) -> list[State]:
-    """One State for each clip; fields that all share are in each. A State of one clip comes back as it is."""
+def split(state: State, table: Mapping[str, Field] = FIELDS) -> list[State]:
+    """One State for each clip. What has one entry for each clip (its shape legend begins with B) is divided; the rest
+    is in each. A State of one clip comes back as it is."""
     n = count(state)
     if n == 1:
         return [state]
-    shared = {k: v for k, v in state.items() if k not in {*_LISTS, *_BATCHED, *sum(_ROWS, ()), "history"}}
-    parts: list[dict[str, Any]] = [dict(shared) for _ in range(n)]
-    for name in _LISTS:
-        for part, value in zip(parts, state[name], strict=True):
-            part[name] = [value]
-    for rows, lengths in _ROWS:
-        if rows in state:
-            for part, value, length in zip(parts, state[rows].split(state[lengths]), state[lengths], strict=True):
-                part[rows], part[lengths] = value, [length]
-    for name in _BATCHED:
-        if name in state:
-            for part, value in zip(parts, state[name].split(1), strict=True):
-                part[name] = value
-    if "history" in state:
-        for i, part in enumerate(parts):
-            part["history"] = {k: v[i : i + 1] if v.dim() else v for k, v in state["history"].items()}
+    parts: list[dict[str, Any]] = [{} for _ in range(n)]
+    for name, value in state.items():
+        for part, own in zip(parts, _divide(name, value, state, n, table), strict=True):
+            part[name] = own
     return [State(part) for part in parts]
 
 
-def join(states: Sequence[State]) -> State:
-    """The inverse, for States that stand at the same point of the same request."""
-    import torch
+def _divide(name: str, value: Any, state: State, n: int, table: Mapping[str, Field]) -> list[Any]:
+    if name in _ROWS:
+        return list(value.split(state[_ROWS[name]]))
+    if name == "history":
+        return [{k: v[i : i + 1] if v.dim() else v for k, v in value.items()} for i in range(n)]
+    if not _by_clip(name, table):
+        return [value] * n
+    return [value[i : i + 1] for i in range(n)]
 
+
+def _by_clip(name: str, table: Mapping[str, Field]) -> bool:
+    return name in table and table[name].shape.split()[:1] == ["B"]
+
+
+def join(states: Sequence[State], table: Mapping[str, Field] = FIELDS) -> State:
+    """The inverse, for States that stand at the same point of the same request.
+
+    Raises StateError for a field that differs between the clips and is not described as one entry for each."""
     if len(states) == 1:
         return states[0]
-    first = states[0]
-    fields: dict[str, Any] = dict(first)
-    for name in _LISTS:
-        fields[name] = [s[name][0] for s in states]
-    for rows, lengths in _ROWS:
-        if rows in first:
-            fields[rows], fields[lengths] = torch.cat([s[rows] for s in states]), [n for s in states for n in s[lengths]]
-    for name in _BATCHED:
-        if name in first:
-            fields[name] = torch.cat([s[name] for s in states])
-    if first.get("history"):
-        fields["history"] = {
-            k: torch.cat([s["history"][k] for s in states]) if v.dim() else v for k, v in first["history"].items()
-        }
-    return State(fields)
+    return State({name: _unite(name, states, table) for name in states[0]})
+
+
+def _unite(name: str, states: Sequence[State], table: Mapping[str, Field]) -> Any:
+    import torch
+
+    values = [s[name] for s in states]
+    if name == "history":
+        return {k: torch.cat([v[k] for v in values]) if first.dim() else first for k, first in values[0].items()}
+    if name in _ROWS or _by_clip(name, table):
+        return [x for v in values for x in v] if isinstance(values[0], list) else torch.cat(values)
+    if any(digest(v) != digest(values[0]) for v in values):
+        raise StateError(
+            f"joining the field {name!r} of {len(states)} clips",
+            "each clip has another value",
+            "Describe it with a shape legend that begins with B, and give it one entry for each clip",
+        )
+    return values[0]

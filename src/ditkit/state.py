@@ -72,6 +72,11 @@ def _is_tensors(value: Any) -> bool:
     return isinstance(value, Mapping) and bool(value) and all(_is_tensor(v) for v in value.values())
 
 
+def kind_of(value: Any) -> str:
+    """``tensor``, ``tensors`` or ``plain``, as in the field table. A group without members is ``plain``."""
+    return "tensor" if _is_tensor(value) else "tensors" if _is_tensors(value) else "plain"
+
+
 def _plain(name: str, value: Any) -> Any:
     """A deep copy through JSON: proves that the value is plain, and keeps the State immutable."""
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -212,7 +213,7 @@ def test_version_and_help_start_without_torch():
     assert done.returncode == 0, done.stderr
     assert f"ditkit {ditkit.__version__}" in done.stdout
     for word in ("generate", "demo", "run", "plan", "replay", "stages", "doctor", "config", "bench"):
-        assert f"  {word} " in done.stdout
+        assert f" {word} " in done.stdout
     flags = [
         f"--{name.replace('_', '-')}"
         for name in ditkit.Request.model_fields | ditkit.Setup.model_fields
@@ -254,6 +255,9 @@ def test_the_live_view_changes_nothing_and_shows_pictures(model):
     text = out.file.getvalue()
     assert "decode_latents" in text
     assert "\u2580" in text, "half blocks"
+    bars = [line for line in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).splitlines() if "decode_latents" in line]
+    assert bars
+    assert all("\u2580" not in line for line in bars), "the bar has a line of its own"
 
 
 def test_previews_come_at_most_ten_times_a_second(model, monkeypatch):

@@ -152,7 +152,7 @@ def test_the_difference_is_told_in_pixels(call, mine, tmp_path, clip):
         (lambda m: m["setup"].update(model="nowhere"), "model 'nowhere'"),
         (lambda m: m.update(clip=1), "clip 1 of a run that makes 1"),
         (lambda m: m["components"]["transformer"].update(device="cuda:77"), "device='cuda:77'"),
-        (lambda m: m["components"]["transformer"].update(swaps=["lora"]), "changed by lora"),
+        (lambda m: m["seams"].update(swaps=["lora"]), "changed by lora"),
         (lambda m: m["components"]["transformer"].pop("files"), "no usable"),
         (lambda m: m["components"].update(transformer=3), "no usable"),
         (lambda m: m["components"].update({"../../x": {"files": {"y": "z"}}}), "no usable"),

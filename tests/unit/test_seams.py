@@ -31,8 +31,8 @@ class Same:
         """Neutral too, and nearer to what caches and block swaps do: the blocks are run by the wrapper itself."""
 
         def run(blocks, x, ctx):
-            for index, block in enumerate(blocks):
-                x = block(x, replace(ctx, site=replace(ctx.site, block=index)))
+            for block in blocks:
+                x = block(x, ctx)
             return x
 
         return run
@@ -215,7 +215,7 @@ def test_blocks_and_attention_are_told_where_they_are(pipe):
         def call(blocks, x, ctx):
             assert x.shape[1] == 2 * 2 * 2  # tokens
             assert len(blocks) == 2
-            grids.append(ctx.site.grid)
+            grids.append(ctx.grid)
             out = inner(blocks, x, ctx)
             assert out.shape == x.shape
             return out

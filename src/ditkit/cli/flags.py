@@ -19,13 +19,9 @@ import typer
 from ditkit import config
 from ditkit.config import FIELDS, Layer, Settled
 from ditkit.errors import SetupError
-from ditkit.request import Request, Settings
-from ditkit.setup import Setup
 
 if TYPE_CHECKING:
     from ditkit.build import Model
-
-PANELS: dict[type[Settings], str] = {Request: "What to make", Setup: "How to make it"}
 
 Prompt = Annotated[str | None, typer.Argument(help="What the clip should show.", show_default=False)]
 
@@ -130,16 +126,14 @@ def _parameter(name: str, kind: Any, flag: str, metavar: str, text: str) -> insp
 
 def _annotation(key: str) -> Any:
     field = FIELDS[key]
-    panel = next(title for settings, title in PANELS.items() if key in settings.model_fields)
     source = typing.cast("dict[str, Any]", field.json_schema_extra)["source"]
-    about = field.description or ""
     because = "" if source == "none" else f" ({source})"
-    text = f"{about[:1].upper()}{about[1:]}. Default: {_shown(field.get_default())}{because}."
+    text = f"{field.description}. Default: {_shown(field.get_default())}{because}."
     if field.annotation is bool:
         flag = f"--{kebab(key)}/--no-{kebab(key)}"
-        return Annotated[bool | None, typer.Option(flag, help=text, show_default=False, rich_help_panel=panel)]
+        return Annotated[bool | None, typer.Option(flag, help=text, show_default=False)]
     metavar = "NAME=VALUE" if typing.get_origin(field.annotation) is dict else "VALUE"
-    option = typer.Option(f"--{kebab(key)}", help=text, metavar=metavar, show_default=False, rich_help_panel=panel)
+    option = typer.Option(f"--{kebab(key)}", help=text, metavar=metavar, show_default=False)
     return Annotated[list[str] | None, option]
 
 

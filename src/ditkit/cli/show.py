@@ -73,6 +73,8 @@ def estimate(x: Any, velocity: Any, sigma: float, factors: Factors) -> np.ndarra
 
 
 def seconds(value: float) -> str:
+    if value < 0.1:
+        return f"{1000 * value:.1f} ms"
     return f"{value:.2f} s" if value < 10 else f"{value:.1f} s"
 
 
@@ -197,6 +199,7 @@ class Live:
 
         factor = max(1, COLUMNS // frame.shape[1])
         self.picture = preview_blocks(frame.repeat(factor, 0).repeat(factor, 1), COLUMNS)
+        self.picture.end = "\n"  # the bar comes below
 
 
 def view(out: Console, quiet: bool, factors: Factors | None, frames: int) -> Plain | Live | None:

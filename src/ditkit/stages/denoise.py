@@ -37,7 +37,7 @@ class Denoise(BaseStage):
     optional = ("negative_prompt_embeds", "negative_prompt_lengths", "latents")
     writes = ("latents", "sigmas", "step", "history")
     components = ("transformer",)
-    loop = ("latents", "step", "history")
+    loop = ("latents", "sigmas", "step", "history")
 
     def done(self, state: State) -> bool:
         return "sigmas" in state and "step" in state and state["step"] == len(state["sigmas"]) - 1
@@ -45,11 +45,14 @@ class Denoise(BaseStage):
     def run(self, inputs: Mapping[str, Any], ctx: Context) -> Mapping[str, Any]:
         solver = ctx.seams.scheduler or make(ctx.settings.solver, **ctx.settings.solver_options)
         steps = self.steps(solver, ctx)
+        sigmas = [*(s.sigma for s in steps), steps[-1].sigma_next]
+        if inputs.get("sigmas", sigmas) != sigmas:
+            raise StateError("going on from a State", "it was begun with other noise levels than its request now gives",
+                             "Keep its steps, shift, schedule and solver, or begin anew")  # fmt: skip
         x, done, history = self.begin(inputs, ctx)
         predict = self.predict(inputs, ctx, x)
         noise = self.noise(solver, inputs["seed"], x)
         last = len(steps) if ctx.stop_at_step is None else min(ctx.stop_at_step, len(steps))
-        sigmas = [*(s.sigma for s in steps), steps[-1].sigma_next]
 
         reached = x, history, done
         try:
@@ -76,17 +79,19 @@ class Denoise(BaseStage):
         return step_table(solver, s.steps, s.shift, s.schedule, s.guidance_scale, scale)
 
     def begin(self, inputs: Mapping[str, Any], ctx: Context) -> tuple[Tensor, int, Mapping[str, Tensor]]:
-        """Where a State left off, or fresh noise: for each sample what its seed gives alone."""
+        """Where a State left off; latents that nobody has worked on yet; or fresh noise, for each sample what its seed
+        gives alone."""
         transformer = ctx.components["transformer"]
         s, (t, h, w) = ctx.settings, self.strides
         shape = (transformer.latent_channels, (s.frames - 1) // t + 1, s.height // h, s.width // w)
-        if "latents" in inputs and "step" in inputs:
+        if "latents" in inputs:
             if inputs["latents"].shape != (len(inputs["seed"]), *shape):
                 has, needs = list(inputs["latents"].shape), [len(inputs["seed"]), *shape]
                 found = f"its latents are {has}, its request and this model need {needs}"
                 raise StateError("going on from a State", found, "Use the model that it was made with")
-            history = {k: v.to(transformer.device) if v.dim() else v for k, v in inputs["history"].items()}
-            return inputs["latents"].to(transformer.device), inputs["step"], history
+            history = inputs.get("history", {})
+            history = {k: v.to(transformer.device) if v.dim() else v for k, v in history.items()}
+            return inputs["latents"].to(transformer.device), inputs.get("step", 0), history
         x = torch.stack([initial_noise(seed, shape) for seed in inputs["seed"]])
         return x.to(transformer.device), 0, {}
 
@@ -103,7 +108,7 @@ class Denoise(BaseStage):
         @torch.inference_mode()
         def forward(x: Tensor, step: Step) -> Tensor:
             timestep = torch.full((len(x),), step.timestep, dtype=torch.float64, device=x.device)
-            velocity = transformer(x, timestep, texts[step.branch], run_blocks=run_blocks, attend=attend)
+            velocity = transformer(x, timestep, texts[step.branch], run_blocks=run_blocks, attend=attend, step=step)
             return velocity.to(x.dtype)
 
         return wrap(classifier_free_guidance(forward), ctx.seams.predict)
