@@ -1,4 +1,6 @@
-"""The plan of the house, kept by tests: who may import whom, what is public, what an import costs."""
+"""The plan of the house, kept by tests: what no file may import, what is public, what an import costs.
+
+Who may import whom stands in ``test_import_ranks.py``."""
 
 import ast
 import statistics
@@ -13,23 +15,6 @@ import ditkit
 SOURCE = Path(ditkit.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 
-# A room imports rooms of a lower rank and itself. One line is one room, unless a comma separates them.
-RANKS = [
-    "errors events request setup state config",
-    "contracts, media, shapes",
-    "nn, schedulers, checkpoints",
-    "models, guidance",
-    "pipeline stages",
-    "build samples receipt replay pipe",
-    "lab",
-    "cli __main__",
-]
-ROOMS = {
-    module: (rank, room)
-    for rank, rooms in enumerate(RANKS)
-    for room in rooms.split(", ")
-    for module in room.split()
-}  # fmt: skip
 PUBLIC = {
     "BaseStage", "Context", "DitkitError", "Event", "Events", "Field", "Interrupted", "Pipe", "Pipeline", "Request",
     "Result", "Seams", "Setup", "Site", "Stage", "State", "Step", "Swap", "load",
@@ -46,109 +31,32 @@ def parsed(file: Path) -> ast.Module:
     return ast.parse(file.read_text(encoding="utf-8"))
 
 
-def place(file: Path) -> str:
-    """The first name below ditkit: ``nn`` for nn/rope.py, ``__init__`` for the package itself."""
-    return file.relative_to(SOURCE).with_suffix("").parts[0]
-
-
 def is_type_checking(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and any(
         "TYPE_CHECKING" in (getattr(n, "id", ""), getattr(n, "attr", "")) for n in ast.walk(node.test)
     )
 
 
-def imported(node: ast.AST, package: str) -> list[str]:
-    """Dotted names of everything that is imported in this node, functions included, TYPE_CHECKING blocks not."""
+def imports(node: ast.AST) -> list[str]:
+    """Dotted names of the modules that are imported in this node, functions included, TYPE_CHECKING blocks not."""
     if is_type_checking(node):
         return []
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names]
     if isinstance(node, ast.ImportFrom):
-        parents = package.split(".")
-        above = parents[: len(parents) - node.level + 1] if node.level else []
-        base = ".".join([*above, *([node.module] if node.module else [])])
-        return [f"{base}.{alias.name}" for alias in node.names]
-    return [name for child in ast.iter_child_nodes(node) for name in imported(child, package)]
-
-
-def imports(file: Path, of: ast.AST | None = None) -> list[str]:
-    package = ".".join(("ditkit", *file.relative_to(SOURCE).parts[:-1]))
-    return imported(parsed(file) if of is None else of, package)
+        return [f"{'.' * node.level}{node.module or ''}"]
+    return [name for child in ast.iter_child_nodes(node) for name in imports(child)]
 
 
 def at_the_top(file: Path) -> list[str]:
     """What is imported when the module is."""
-    found = []
-    for node in parsed(file).body:
-        if not isinstance(node, ast.FunctionDef | ast.ClassDef):
-            found += imports(file, node)
-    return found
-
-
-def forbidden(file: Path) -> list[str]:
-    """What this file imports against the ranks."""
-    bad = []
-    for name in imports(file):
-        parts = name.split(".")
-        if parts[0] != "ditkit" or place(file) == "__init__":
-            continue
-        target = parts[1] if len(parts) > 1 else "load"
-        if target == "__version__":
-            continue
-        if target in PUBLIC:  # `import ditkit`, `from ditkit import load`: the highest room that could be behind it
-            target = "pipe"
-        if target not in ROOMS:
-            bad.append(f"{name}: no such room")
-            continue
-        (own, room), (rank, other) = ROOMS[place(file)], ROOMS[target]
-        if rank > own or (rank == own and other != room):
-            bad.append(name)
-    return bad
-
-
-def test_every_room_has_a_rank():
-    rooms = {place(file) for file in FILES} - {"__init__"}
-    assert rooms == set(ROOMS), "write a new room into RANKS, and remove what is gone"
-
-
-@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(SOURCE)))
-def test_a_file_imports_lower_ranks_only(file):
-    assert forbidden(file) == []
-
-
-def test_the_rank_test_can_see(tmp_path, monkeypatch):
-    monkeypatch.setattr(f"{__name__}.SOURCE", tmp_path)
-    cases = {
-        "from ditkit.pipe import load": True,
-        "import ditkit.build": True,
-        "import ditkit": True,
-        "from ditkit import build": True,
-        "from ditkit import load": True,
-        "def f():\n    from ditkit.stages import denoise": True,
-        "class A:\n    def f(self):\n        import ditkit.cli": True,
-        "from ditkit.guidance.cfg import x": True,  # another room of the same rank
-        "from ..build import x": True,
-        "from .. import pipe": True,
-        "from ditkit.nowhere import x": True,
-        "from .wan_vae import x": False,
-        "from ditkit.nn import rope": False,
-        "from ditkit import errors": False,
-        "from ditkit import __version__": False,
-        "from . import wan": False,
-        "from .. import errors": False,
-        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from ditkit.pipe import Pipe": False,
-        "import torch, os.path": False,
-    }
-    (tmp_path / "models").mkdir()
-    for text, bad in cases.items():
-        file = tmp_path / "models" / "new.py"
-        file.write_text(text)
-        assert bool(forbidden(file)) == bad, text
+    nodes = [node for node in parsed(file).body if not isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    return [name for node in nodes for name in imports(node)]
 
 
 def test_no_file_needs_diffusers():
     for file in FILES:
-        tops = {name.split(".")[0] for name in imports(file)}
+        tops = {name.split(".")[0] for name in imports(parsed(file))}
         assert not tops & {"diffusers", "accelerate", "pickle", "cloudpickle", "dill", "marshal", "shelve"}, file
 
 
@@ -176,7 +84,7 @@ def test_a_thousand_stands_in_one_place():
     """timestep = 1000 sigma is said once; everything else asks the transformer for its scale."""
     found = []
     for file in FILES:
-        if place(file) in MILLISECONDS:
+        if file.relative_to(SOURCE).parts[0] in MILLISECONDS:
             continue
         for node in ast.walk(parsed(file)):
             if isinstance(node, ast.Constant) and type(node.value) in (int, float) and node.value == 1000:
