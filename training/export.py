@@ -21,7 +21,7 @@ DEFAULTS = {
     "frames": FRAMES,
     "fps": 8,
     "steps": 20,
-    "guidance_scale": 4.0,
+    "guidance_scale": 2.0,
     "shift": 3.0,
 }
 

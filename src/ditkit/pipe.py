@@ -142,6 +142,10 @@ class Pipe:
             "debug": self.setup.debug,
         }
         request = state["request"]
+        if stop_at_step is None:
+            # A damaged part is found now, not after the denoising that it would throw away.
+            for name in self.pipeline.components(start, until, state):
+                components.get(name)
 
         if request["batched"] or samples.count(state) == 1:
             final = self.pipeline.run(state, components, start=start, until=until, **options)

@@ -15,7 +15,7 @@ from shell import alone
 
 import ditkit
 from ditkit import build, media
-from ditkit.cli import bench, job, show
+from ditkit.cli import job, show
 from ditkit.cli.main import main
 from ditkit.events import Event
 from ditkit.state import State
@@ -194,12 +194,17 @@ def test_doctor(call, model, tmp_path, monkeypatch):
     assert "!!  model shapes" in said.out
 
 
-def test_bench_hands_over(call, monkeypatch, tmp_path):
-    (tmp_path / "measurement.py").write_text("def main(arguments):\n    return len(arguments)\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    assert bench.hand_over("measurement", "bench x", ["a", "--b", "1"]) == 3
-    with pytest.raises(ditkit.DitkitError, match="no_such_room"):
-        bench.hand_over("no_such_room", "bench x", [])
+def test_bench_quality_measures_and_says_whether_the_targets_are_reached(call, model):
+    """A random network reaches no target: exit code 1, and every miss is told."""
+    sizes = ["--width", "64", "--height", "64", "--frames", "5", "--steps", "1"]
+    done = call("bench", "quality", "--model", model, "--clips", "2", "--json", *sizes)
+    told = json.loads(done.out)
+    assert (done.code, told["clips"], told["reached"], len(told["failures"])) == (1, 2, False, 2)
+    shown = call("bench", "quality", "--model", model, "--clips", "1", *sizes)
+    assert shown.code == 1
+    assert "target 95%" in shown.out
+    assert "missed: a red circle" in shown.out
+    assert call("bench", "quality", "--model", model, "--clips", "0").code == 2
 
 
 def test_version_and_help_start_without_torch():

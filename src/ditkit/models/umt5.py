@@ -51,7 +51,7 @@ def build(config: UMT5Config) -> nn.Module:
 
 
 class UMT5TextEncoder:
-    """Satisfies ``contracts.TextEncoder``. ``model`` is a filled ``UMT5EncoderModel``. Threads may share one encoder."""
+    """Satisfies ``contracts.TextEncoder``; ``model`` is a filled ``UMT5EncoderModel``. Threads may share an encoder."""
 
     def __init__(self, model: Any, identify: Callable[[], str]):
         self.model, self.identify = model.eval(), identify
