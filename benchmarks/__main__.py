@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 import time
@@ -16,6 +17,15 @@ GROUPS = ("transformer", "vae", "loop", "start", "memory")
 ROOT = Path(__file__).parents[1]
 
 
+def quiet() -> None:
+    """The libraries beside us print a progress bar for each thing that they load."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+
+
 def rows(groups: list[str], work: Path, threads: int, clock: str, quick: bool) -> Iterator[Row]:
     """Each figure as it is ready. ``quick`` takes the fewest repeats, to see that everything runs."""
     import torch
@@ -23,6 +33,8 @@ def rows(groups: list[str], work: Path, threads: int, clock: str, quick: bool) -
     from benchmarks import compute, loop, models, process
 
     torch.set_num_threads(threads)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    quiet()
     tick = CLOCKS[clock]
 
     def few(repeats: int) -> int:

@@ -34,7 +34,10 @@ class Timed:
         self.run_blocks = None if inner is None else inner.run_blocks
 
     def prepare_text(self, rows: Any, remember: bool = True) -> Any:
-        return rows if self.inner is None else self.inner.prepare_text(rows, remember)
+        begun = time.perf_counter()
+        text = rows if self.inner is None else self.inner.prepare_text(rows, remember)
+        self.seconds += time.perf_counter() - begun
+        return text
 
     def __call__(self, latents: torch.Tensor, timestep: torch.Tensor, text: Any, **seams: Any) -> torch.Tensor:
         begun = time.perf_counter()
