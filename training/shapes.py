@@ -1,7 +1,7 @@
 """Make the embedded model ``shapes``: draw clips, train the VAE, then the text encoder and the transformer, export.
 
     make train-shapes                            everything, with the sizes that the packaged weights were made with
-    python training/shapes.py --only vae         one part: vae, latents, transformer, decoder, export
+    python training/shapes.py --only vae         one part: vae, latents, transformer, decoder, export, card
     python training/shapes.py --device cuda      minutes instead of hours
 
 Every part is seeded and resumable: stop it at any time, call it again, and it goes on from its last save (once a
@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import card
 import export
 import transformer
 import vae as vae_training
@@ -25,7 +26,7 @@ from ditkit.models.wan_vae import WanVAE
 from ditkit.shapes.draw import other_caption, plain_caption
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("vae", "latents", "transformer", "decoder", "export")
+PARTS = ("vae", "latents", "transformer", "decoder", "export", "card")
 
 
 def main() -> None:
@@ -38,8 +39,8 @@ def main() -> None:
     parser.add_argument("--frame-steps", type=int, default=3500)
     parser.add_argument("--clip-steps", type=int, default=1000)
     parser.add_argument("--decoder-steps", type=int, default=1500)
-    parser.add_argument("--clips", type=int, default=8192)
-    parser.add_argument("--steps", type=int, default=12000, help="of the transformer")
+    parser.add_argument("--clips", type=int, default=6144)
+    parser.add_argument("--steps", type=int, default=5500, help="of the transformer")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--no-compile", dest="compiled", action="store_false")
@@ -49,7 +50,9 @@ def main() -> None:
 
     if "vae" in only:
         vae_training.train(folder, args.device, (args.frame_steps, args.clip_steps), args.compiled)
-    if only == {"vae"}:
+    if only == {"card"}:
+        card.write(args.out, folder, args.clips)
+    if only <= {"vae", "card"}:
         return
     vae = WanVAE(vae_training.CONFIG).to(args.device)
     vae.load_state_dict(torch.load(folder / "vae-clips.pt", weights_only=True)["parts"]["vae"])
@@ -78,6 +81,8 @@ def main() -> None:
         model.load_state_dict(saved["parts"]["average"])
         export.write(args.out, vae.cpu(), model, folder, scenes[:256], latents[:256])
         print(f"written: {args.out} (transformer at step {saved['step']})")
+    if "card" in only:
+        card.write(args.out, folder, args.clips)
 
 
 if __name__ == "__main__":
