@@ -1,7 +1,7 @@
 """Make the embedded model ``shapes``: draw clips, train the VAE, then the text encoder and the transformer, export.
 
     make train-shapes                            everything, with the sizes that the packaged weights were made with
-    python training/shapes.py --only vae         one part: vae, latents, transformer, decoder, export, card
+    python training/shapes.py --only vae         one part: vae, latents, transformer, export, card
     python training/shapes.py --device cuda      minutes instead of hours
 
 Every part is seeded and resumable: stop it at any time, call it again, and it goes on from its last save (once a
@@ -26,7 +26,7 @@ from ditkit.models.wan_vae import WanVAE
 from ditkit.shapes.draw import other_caption, plain_caption
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("vae", "latents", "transformer", "decoder", "export", "card")
+PARTS = ("vae", "latents", "transformer", "export", "card")
 
 
 def main() -> None:
@@ -38,7 +38,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--frame-steps", type=int, default=3500)
     parser.add_argument("--clip-steps", type=int, default=1000)
-    parser.add_argument("--decoder-steps", type=int, default=1500)
     parser.add_argument("--clips", type=int, default=6144)
     parser.add_argument("--steps", type=int, default=5500, help="of the transformer")
     parser.add_argument("--batch", type=int, default=32)
@@ -56,8 +55,6 @@ def main() -> None:
         return
     vae = WanVAE(vae_training.CONFIG).to(args.device)
     vae.load_state_dict(torch.load(folder / "vae-clips.pt", weights_only=True)["parts"]["vae"])
-    if "decoder" in only:
-        vae_training.train_decoder(vae, folder, args.device, args.decoder_steps, args.compiled)
 
     scenes, latents = transformer.make_latents(vae, folder, args.clips, args.device, args.compiled)
     mean, std = transformer.statistics(latents)
@@ -72,9 +69,6 @@ def main() -> None:
         transformer.train(folder, normalised, captions, tokenizer.get_vocab_size(), args.steps, args.batch, args.lr,
                           args.device, args.compiled)  # fmt: skip
     if "export" in only:
-        decoder = folder / "vae-decoder.pt"
-        if decoder.exists():
-            vae.load_state_dict(torch.load(decoder, weights_only=True)["parts"]["vae"])
         vae.config = replace(vae.config, latents_mean=mean, latents_std=std)
         saved = torch.load(folder / "transformer.pt", weights_only=True)
         model = transformer.Both(tokenizer.get_vocab_size())

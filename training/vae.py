@@ -1,8 +1,7 @@
-"""Train the VAE of ``shapes``: first on single frames, then on clips, then the decoder alone.
+"""Train the VAE of ``shapes``: first on single frames, then on clips.
 
 Single frames are cheap and teach everything that is spatial. After that each temporal kernel starts as "copy the
-newest frame", so the clip phase begins where the frame phase ended. Once the encoder is good its latents are frozen
-(the transformer trains on them) and the decoder may go on learning.
+newest frame", so the clip phase begins where the frame phase ended.
 """
 
 from __future__ import annotations
@@ -113,15 +112,3 @@ def train(folder: Path, device: str, steps: tuple[int, int], compiled: bool) -> 
         run_phase(vae, phase, opt, random_clips(rng, 1500), 2, device, compiled)
         phase.report(round_trip_psnr=round_trip(vae, device))
     return vae
-
-
-def train_decoder(vae: WanVAE, folder: Path, device: str, steps: int, compiled: bool) -> None:
-    """The decoder alone, on what the finished encoder makes. Latents stay as they are, so the transformer can train
-    beside it."""
-    vae.encoder.requires_grad_(False)
-    vae.conv1.requires_grad_(False)
-    opt = Optimizer(vae.named_parameters(), 1e-3, matrices=is_matrix)
-    phase = Phase(folder, "vae-decoder", steps, {"vae": vae, "opt": opt}, seed=6)
-    if phase.step < phase.steps:
-        run_phase(vae, phase, opt, random_clips(np.random.default_rng(8), 1500), 2, device, compiled)
-        phase.report(round_trip_psnr=round_trip(vae, device))
