@@ -16,7 +16,7 @@ from ditkit.models.wan_vae import WanVAE, WanVAEConfig
 TRANSFORMER = WanConfig(dim=64, ffn_dim=112, num_heads=2, num_layers=2, text_dim=32, freq_dim=32)
 VAE = WanVAEConfig(dim=4)
 TEXT = umt5.UMT5Config(vocab_size=128, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
-WORDS = "a red green blue circle square triangle moving left right up down on black gray background".split()
+WORDS = "a red green blue circle square triangle moving left right up down on black gray background".split()  # noqa: SIM905
 
 
 @torch.no_grad()
@@ -59,7 +59,8 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer.add_special_tokens([p for p, _ in pieces[:4]])
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", bos_token="<s>", model_max_length=512
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", bos_token="<s>",
+        model_max_length=512,
     ).save_pretrained(folder)  # fmt: skip
 
 
@@ -76,8 +77,8 @@ def write(folder: Path) -> Path:
     config = folders.text_encoder_config_out(asdict(TEXT))
     folders.write_component(folder / "text_encoder", config, tensors, weights_name="model.safetensors")
     write_tokenizer(folder / "tokenizer")
-    scheduler = {"_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction", "use_flow_sigmas": True,
-                 "flow_shift": 5.0, "num_train_timesteps": 1000}  # fmt: skip
+    scheduler = {"_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction"}
+    scheduler |= {"use_flow_sigmas": True, "flow_shift": 5.0, "num_train_timesteps": 1000}
     folders.write_component(folder / "scheduler", scheduler, config_name="scheduler_config.json")
     folders.write_index(folder, {
         "transformer": ("diffusers", "WanTransformer3DModel"), "vae": ("diffusers", "AutoencoderKLWan"),

@@ -218,9 +218,7 @@ class Pipeline:
         """All fields that can occur: ditkit's own and those that the stages describe."""
         return FIELDS | {f.name: f for s in self.stages for f in s.fields}
 
-    def components(
-        self, start: str | None = None, until: str | None = None, state: Mapping[str, Any] | None = None
-    ) -> list[str]:
+    def components(self, start: str | None = None, until: str | None = None, state: State | None = None) -> list[str]:
         """The components that the stages from ``start`` to ``until`` call, in order of first use; given a ``state``,
         without those of stages that would be skipped."""
         stages = [s for s in self._slice(start, until) if not (state is not None and start is None and s.done(state))]
