@@ -109,7 +109,7 @@ def markdown(rows: Sequence[Row], facts: dict[str, Any]) -> str:
         "",
         "ditkit beside diffusers: the same random weights, loaded from the same folders, measured in turns in one run",
         "on one machine; a ratio below 1 means that ditkit needs less. Ratios are medians over neighbouring",
-        "measurements. Made by `make bench` (`python -m benchmarks --write`); how it is measured and what was chosen",
+        "measurements. Made by `python -m benchmarks --write`; how it is measured and what was chosen",
         "because of it stands in [guides/performance.md](guides/performance.md).",
         "",
         f"- Date: {facts['date']}",
