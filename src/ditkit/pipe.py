@@ -16,7 +16,7 @@ from ditkit.build import Components, Model, text_to_video
 from ditkit.contracts import Seams, Step
 from ditkit.errors import DitkitError, RequestError, StateError
 from ditkit.events import Events, Listener
-from ditkit.pipeline import Interrupted, Pipeline
+from ditkit.pipeline import Interrupted, Pipeline, Stage
 from ditkit.receipt import Recorder, manifest
 from ditkit.request import Request
 from ditkit.setup import Setup
@@ -143,9 +143,7 @@ class Pipe:
         }
         request = state["request"]
         if stop_at_step is None:
-            # A damaged part is found now, not after the denoising that it would throw away.
-            for name in self.pipeline.components(start, until, state):
-                components.get(name)
+            self._load(self.pipeline.planned(state, start, until), state, components)
 
         if request["batched"] or samples.count(state) == 1:
             final = self.pipeline.run(state, components, start=start, until=until, **options)
@@ -158,6 +156,15 @@ class Pipe:
             "pipeline": self.pipeline.names,
         }
         return Result(final, receipt, tuple(self._manifests(final, receipt)) if "video" in final else ())
+
+    @staticmethod
+    def _load(stages: list[Stage], state: State, components: Mapping[str, Any]) -> None:
+        """All parts first: a damaged one is found now, not after the denoising that it would throw away."""
+        try:
+            for name in (name for stage in stages for name in stage.components):
+                components.get(name)
+        except KeyboardInterrupt:
+            raise Interrupted(stages[0].name, state) from None
 
     def _one_after_the_other(
         self, state: State, components: Mapping[str, Any], start: str | None, until: str | None, options: dict[str, Any]

@@ -218,11 +218,13 @@ class Pipeline:
         """All fields that can occur: ditkit's own and those that the stages describe."""
         return FIELDS | {f.name: f for s in self.stages for f in s.fields}
 
-    def components(self, start: str | None = None, until: str | None = None, state: State | None = None) -> list[str]:
-        """The components that the stages from ``start`` to ``until`` call, in order of first use; given a ``state``,
-        without those of stages that would be skipped."""
-        stages = [s for s in self._slice(start, until) if not (state is not None and start is None and s.done(state))]
-        return list(dict.fromkeys(c for s in stages for c in s.components))
+    def planned(self, state: State, start: str | None = None, until: str | None = None) -> list[Stage]:
+        """The stages from ``start`` to ``until`` that a run from ``state`` would not find done already."""
+        return [s for s in self._slice(start, until) if start is not None or not s.done(state)]
+
+    def components(self, start: str | None = None, until: str | None = None) -> list[str]:
+        """The components that the stages from ``start`` to ``until`` call, in order of first use."""
+        return list(dict.fromkeys(c for s in self._slice(start, until) for c in s.components))
 
     def _slice(self, start: str | None, until: str | None) -> Sequence[Stage]:
         a = 0 if start is None else self.index(start)

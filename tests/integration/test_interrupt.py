@@ -73,7 +73,7 @@ def test_the_run_goes_on_bit_for_bit(call, model, tmp_path, monkeypatch, solver,
     ("when", "stage", "fields"),
     [
         (lambda e: e.name == "load.start" and e["component"] == "text_encoder", "encode_text", {"prompt"}),
-        (lambda e: e.name == "load.end" and e["component"] == "transformer", "denoise", {"prompt", "prompt_embeds"}),
+        (lambda e: e.name == "load.end" and e["component"] == "transformer", "encode_text", {"prompt"}),
         (lambda e: e.name == "frames", "decode_latents", {"prompt", "prompt_embeds", "latents", "sigmas"}),
     ],
 )
