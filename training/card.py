@@ -16,8 +16,8 @@ license: apache-2.0
 ---
 # shapes: a tiny Wan 2.1
 
-One coloured shape moves over a plain background, as the prompt says. {colors}; {shapes}; {motions}; on {backgrounds}.
-64 x 64 pixels, 13 frames. Plain wording is always understood:
+One coloured shape moves over a plain background, as the prompt says. Colours: {colors}. Shapes: {shapes}. Motions:
+{motions}. Backgrounds: {backgrounds}. 64 x 64 pixels, 13 frames. Plain wording is always understood:
 
     a red circle moving left on a black background
 
@@ -50,7 +50,7 @@ All weights are float32; {megabytes:.1f} MB in all.
 
 `make train-shapes` draws the clips, trains and exports; seeded, resumable. {machine}.
 First the VAE on single frames, then on clips, then text encoder and transformer together on {scenes} encoded clips
-(velocity loss, Muon and AdamW, one caption in ten left empty). The log, every {every}th line:
+(velocity loss, Muon and AdamW, one caption in ten left empty). One line of the log in {every}:
 
 ```
 {log}

@@ -7,6 +7,7 @@ The model sees 512 rows of text of which all but a few are zero and equal. Equal
 from __future__ import annotations
 
 import copy
+import json
 import math
 import re
 from collections import Counter
@@ -65,6 +66,9 @@ def train_tokenizer(folder: Path, captions: list[str]):
         model_max_length=512, padding_side="right", clean_up_tokenization_spaces=False,
     )  # fmt: skip
     fast.save_pretrained(folder)
+    about = folder / "tokenizer_config.json"  # newer releases write a class name that older ones do not know
+    config = json.loads(about.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    about.write_text(json.dumps(config, indent=2) + "\n")
     return tokenizer
 
 
