@@ -177,6 +177,31 @@ def test_a_full_disk_under_the_kept_state_is_told(call, model, tmp_path, monkeyp
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_an_ended_session_keeps_the_state_too(call, model, tmp_path, monkeypatch, name):
+    number, seen = getattr(signal, name), []
+    unhandled = signal.signal(number, signal.SIG_DFL)
+
+    def listener(event):
+        if step("step.end", 1)(event) and not seen:
+            seen.append(signal.getsignal(number))
+            assert seen != [signal.SIG_DFL], "the signal would end this process"
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(show, "warn_of_truncation", listener)
+    try:
+        said = call("generate", PROMPT, "--model", model, "--out", "a.npz", "--no-sheet", "--quiet")
+        assert signal.getsignal(number) == signal.SIG_DFL
+        assert said.code == 130
+        assert State.load(tmp_path / "a.state.safetensors")["step"] == 2
+        signal.signal(number, signal.SIG_IGN)  # as nohup does
+        seen.clear()
+        assert call("generate", PROMPT, "--model", model, "--out", "b.npz", "--no-sheet", "--quiet").code == 0
+        assert seen == [signal.SIG_IGN]
+    finally:
+        signal.signal(number, unhandled)
+
+
 def test_a_real_interrupt_of_a_real_process(model, tmp_path, monkeypatch, capsys):
     """Begun from encoded text, which spares both processes the import of transformers."""
     monkeypatch.chdir(tmp_path)

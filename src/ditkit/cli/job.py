@@ -11,10 +11,10 @@ import shlex
 import signal
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -34,6 +34,9 @@ Sheet = Annotated[Path | None, typer.Option(metavar="FILE.png", help="The contac
 NoSheet = Annotated[bool, typer.Option("--no-sheet", help="Make no contact sheet.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the paths of what was written.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object; whatever else is shown goes to stderr.")]
+
+
+ENDINGS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has no SIGHUP
 
 
 class Kept(DitkitError):
@@ -224,14 +227,29 @@ def resume(path: Path, goal: Goal, model: str) -> list[str]:
     return words
 
 
-@contextmanager
-def undisturbed() -> Iterator[None]:
+def undisturbed() -> AbstractContextManager[None]:
     """A second Ctrl-C does not break the saving that the first one began."""
+    return handling(signal.SIG_IGN, signal.SIGINT, *ENDINGS)
+
+
+def interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def interruptible() -> AbstractContextManager[None]:
+    """An ending session or a stopped job keeps the State like Ctrl-C; what the caller ignores (nohup) stays ignored."""
+    return handling(interrupt, *(s for s in ENDINGS if signal.getsignal(s) == signal.SIG_DFL))
+
+
+@contextmanager
+def handling(handler: Any, *signals: signal.Signals) -> Iterator[None]:
+    """Only the main thread may handle signals; in any other this does nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = {each: signal.signal(each, handler) for each in signals}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for each, old in before.items():
+            signal.signal(each, old)

@@ -11,6 +11,7 @@ import typer
 
 import ditkit
 from ditkit.cli import bench, demo, doctor, explain, generate, plan, replay, run, stages
+from ditkit.cli.job import interruptible
 from ditkit.errors import DitkitError
 
 INTERRUPTED = 130
@@ -53,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     An error of ditkit's is one sentence on stderr; with ``--debug`` or DITKIT_DEBUG its traceback comes too."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        code = app(args=arguments, prog_name="ditkit", standalone_mode=False)
+        with interruptible():
+            code = app(args=arguments, prog_name="ditkit", standalone_mode=False)
     except DitkitError as e:
         if "--debug" in arguments or os.environ.get("DITKIT_DEBUG", "0").lower() not in ("0", "false"):
             import traceback
