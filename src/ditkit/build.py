@@ -221,7 +221,7 @@ class Components(Mapping[str, Any]):
         with torch.device("meta"):
             module = WanTransformer(config, policy).eval().requires_grad_(False)
         names = transformer_keys(config.num_layers).to_native
-        load_into(module, files, names, dtype_of=policy.weight_dtype, device=device)
+        load_into(module, files, names, dtype_of=policy.weight_dtype, device=device, check_finite=True)
         apply_swaps(module, self.swaps)
         module.identify = identity(
             files, [asdict(config), self.setup.precision, str(dtype), [s.name for s in self.swaps]]
@@ -254,7 +254,7 @@ class Components(Mapping[str, Any]):
         with torch.device("meta"):
             module = WanVAE(config).eval().requires_grad_(False)
         names = vae_keys(len(config.dim_mult), config.num_res_blocks).to_native
-        load_into(module, files, names, dtype_of=lambda name: dtype, device=device)
+        load_into(module, files, names, dtype_of=lambda name: dtype, device=device, check_finite=True)
         module.identify = identity(files, [asdict(config), str(dtype)])
         self._note("vae", module, self.setup.dtype_of("vae"), device, lambda: files.sha256)
         return module

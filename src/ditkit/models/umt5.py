@@ -82,6 +82,7 @@ class UMT5TextEncoder:
             dtype_of=lambda name: torch.float32 if name in wide else dtype,
             device=device,
             aliases=UMT5_ALIASES,
+            check_finite=True,
         )
 
         @functools.cache
