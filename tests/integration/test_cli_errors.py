@@ -356,3 +356,34 @@ def test_exit_codes_of_real_processes(model, tmp_path, words, word):
     assert len(done.stderr.splitlines()) == 1
     assert done.stdout == ""
     assert left_in(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--out", "a.npz", "--save-state", "a.npz"], ["State a.npz", "the clip goes there too"]),
+        (["--out", "a.npz", "--save-state", "./b/../a.json"], ["a.json", "the clip's manifest goes there too"]),
+        (
+            ["--out", "a.npz", "--sheet", "b.png", "--save-state", "b.png"],
+            ["b.png", "the contact sheet goes there too"],
+        ),
+        (["--out", "a.png", "--save-state", "a/s.st"], ["a/s.st", "replace the folder a"]),
+    ],
+)
+def test_two_results_in_one_place(call, model, tmp_path, words, expected):
+    check(call("run", PROMPT, "--model", model, *words), *expected)
+    assert left_in(tmp_path) == []
+
+
+def test_the_manifest_of_a_clip_of_the_same_name_stays(call, model, tmp_path):
+    words = ["generate", PROMPT, "--model", model, "--no-sheet", "--quiet", "--out"]
+    assert call(*words, "x.npz").code == 0
+    before = (tmp_path / "x.json").read_bytes()
+    for name in ("x.gif", "x.png"):
+        check(call(*words, name), f"writing {name}", "x.json", "that of x.npz")
+    assert left_in(tmp_path) == ["x.json", "x.npz"]
+    assert (tmp_path / "x.json").read_bytes() == before
+    assert call(*words, "x.npz").code == 0, "its own clip may be made again"
+    (tmp_path / "x.npz").unlink()
+    assert call(*words, "x.png").code == 0, "and another when that is gone"
+    check(call(*words, "x.npz"), "that of x")

@@ -5,11 +5,12 @@ Shared by generate, demo and run. Leaves out: where the State and the settings c
 
 from __future__ import annotations
 
+import itertools
 import json
-import re
 import shlex
 import signal
 import threading
+import unicodedata
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -64,7 +65,10 @@ class Goal:
 
 
 def default_out(prompt: str, seed: int) -> Path:
-    slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].rstrip("-")
+    """Letters, digits and marks of every script; as many as leave room in a file name for what is added to them."""
+    text = unicodedata.normalize("NFC", prompt.lower())
+    words = "".join(c if c.isalnum() or unicodedata.category(c)[0] == "M" else " " for c in text).split()
+    slug = "-".join(words)[:60].encode()[:180].decode(errors="ignore").rstrip("-")
     return Path("outputs") / f"{slug or 'clip'}-{seed}.mp4"
 
 
@@ -143,6 +147,7 @@ def check_places(state: State, goal: Goal, makes_video: bool) -> None:
     from ditkit.media import check_writable, files
 
     request, count = state["request"], len(state["prompt"])
+    check_distinct(goal, count, makes_video)
     if makes_video:
         for path in numbered(goal.out, count):
             check_writable(path, width=request["width"], height=request["height"], fps=request["fps"])
@@ -155,6 +160,23 @@ def check_places(state: State, goal: Goal, makes_video: bool) -> None:
     if goal.state is not None:
         not_a_folder(goal.state, "State")
         files.probe(goal.state)
+
+
+def check_distinct(goal: Goal, count: int, makes_video: bool) -> None:
+    """Raise OutputError where one result would replace another, or lie in a folder of frames that is replaced whole."""
+    places: list[tuple[str, Path]] = []
+    if makes_video:
+        for path in numbered(goal.out, count):
+            places.append(("clip", path.with_suffix("") if path.suffix.lower() == ".png" else path))
+            places.append(("clip's manifest", path.with_suffix(".json")))
+        places += [("contact sheet", path) for path in ([] if goal.sheet is None else numbered(goal.sheet, count))]
+    if goal.state is not None:
+        places.append(("State", goal.state))
+    for (what, path), (other, at) in itertools.combinations(places, 2):
+        a, b = path.resolve(), at.resolve()
+        if a == b or a in b.parents:
+            found = f"the {what} goes there too" if a == b else f"the frames of the {what} replace the folder {path}"
+            raise OutputError(f"writing the {other} {at}", found, "Give one of them another name")
 
 
 def not_a_folder(path: Path, what: str) -> None:

@@ -7,6 +7,7 @@ lies beside the clip as ``NAME.json``. Leaves out: what a manifest says.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,11 @@ Card = dict[str, Any]
 _VERSION = "ditkit_clip"
 
 
-def make_card(video: np.ndarray, fps: float, manifest: Mapping[str, Any] | None) -> Card:
+def make_card(video: np.ndarray, fps: float, manifest: Mapping[str, Any] | None, suffix: str) -> Card:
+    """``suffix`` is that of the clip: it tells to which of several files of one name ``NAME.json`` belongs."""
     card = {
         _VERSION: 1,
+        "suffix": suffix,
         "fps": fps,
         "frames": len(video),
         "frames_sha256": frames_sha256(video),
@@ -64,17 +67,28 @@ def sidecar(path: Path) -> Path:
 
 
 def check_sidecar(path: Path) -> None:
-    """``NAME.json`` may be replaced if it is a card. Anything else there is a person's own file."""
-    beside = sidecar(path)
+    """``NAME.json`` may be replaced if it is the card of this clip, or of one that is gone. Anything else there is a
+    person's own file."""
+    beside, found = sidecar(path), "which is something else"
     try:
-        free = parse(beside.read_bytes()) is not None
+        card = parse(beside.read_bytes())
+        free = card is not None
+        if card is not None and (other := _clip_of(path, card)) != path and other.exists():
+            free, found = False, f"which is that of {other}"
     except FileNotFoundError:
         free = True
     except OSError:  # a folder, or not for us to read
         free = False
     if not free:
-        found = f"its manifest goes to {beside}, which is something else"
-        raise OutputError(f"writing {path}", found, "choose another file name")
+        raise OutputError(f"writing {path}", f"its manifest goes to {beside}, {found}", "choose another file name")
+
+
+def _clip_of(path: Path, card: Card) -> Path:
+    """The clip that ``card``, found beside ``path``, was written with: a file, or a folder of frames."""
+    suffix = card.get("suffix")
+    if suffix == path.suffix or not isinstance(suffix, str) or not re.fullmatch(r"\.\w+", suffix):
+        return path
+    return path.with_suffix("" if suffix.lower() == ".png" else suffix)
 
 
 def manifest_of(path: Path, card: Card | None) -> dict[str, Any]:

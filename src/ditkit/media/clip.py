@@ -45,7 +45,7 @@ def write_video(
         raise OutputError(f"crf {crf} for {path}", "only .mp4 has one", "leave it out, or choose .mp4")
     if not 0 <= crf <= 51:
         raise OutputError(f"crf {crf}", "it is out of range", "use 0 (best) to 51")
-    card = cards.make_card(video, fps, manifest)
+    card = cards.make_card(video, fps, manifest, Path(path).suffix)
     encoders: dict[str, Callable[[], files.Content]] = {
         ".mp4": lambda: encode.mp4(video, card, crf),
         ".gif": lambda: encode.gif(video, card),
