@@ -44,7 +44,13 @@ class Model:
     @classmethod
     def open(cls, name: str) -> Model:
         """``name`` is a model that comes with the package, or a folder in the Diffusers layout. Raises LoadError."""
-        from ditkit.checkpoints.diffusers_folder import read_config, read_index, transformer_config, vae_config
+        from ditkit.checkpoints.diffusers_folder import (
+            read_config,
+            read_index,
+            text_encoder_config,
+            transformer_config,
+            vae_config,
+        )
         from ditkit.models.wan import WanConfig
         from ditkit.models.wan_vae import WanVAEConfig
 
@@ -70,9 +76,19 @@ class Model:
                 f"its model_index.json names {named}",
                 "Only Wan 2.1 text-to-video models run in this version",
             )
-        notes = _read_notes(folder)
         vae = WanVAEConfig(**vae_config(read_config(folder / "vae")))
         transformer = WanConfig(**transformer_config(read_config(folder / "transformer")))
+        text_dim = text_encoder_config(read_config(folder / "text_encoder"))["d_model"]
+        for one, its, other, has in (
+            ("text_dim of the transformer", transformer.text_dim, "d_model of the text encoder", text_dim),
+            ("in_channels of the transformer", transformer.in_dim, "z_dim of the VAE", vae.z_dim),
+            ("in_channels of the transformer", transformer.in_dim, "its out_channels", transformer.out_dim),
+        ):
+            if its != has:
+                raise LoadError(
+                    f"opening the model in {folder}", f"{one} is {its} and {other} is {has}", "Use parts of one model"
+                )
+        notes = _read_notes(folder)
         strides = vae.temporal_stride, vae.spatial_stride, vae.spatial_stride
         preview = notes.get("preview")
         configs = [read_config(folder / part) for part in sorted(_CLASSES)]
