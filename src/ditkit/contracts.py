@@ -13,6 +13,8 @@ from types import FunctionType
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from uuid import uuid4
 
+from ditkit.state import digest
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
@@ -78,6 +80,11 @@ class Swap:
     match: Callable[[str, nn.Module], bool]
     make: Callable[[nn.Module], nn.Module]
 
+    @property
+    def fingerprint(self) -> str:
+        """Its name, and what its functions are (``identify``)."""
+        return f"{self.name} {identify(self.match)} {identify(self.make)}"
+
 
 class Scheduler(Protocol):
     """Seam E. Where the sigmas lie and how one step is taken."""
@@ -114,33 +121,47 @@ class Seams:
     def describe(self) -> dict[str, list[str]]:
         """What is plugged in, by seam; neutral seams are left out. Equal descriptions mean equal plugs: one that could
         hide a difference (a lambda, a closure) gets a name that no other ever has. Give it a ``fingerprint``
-        attribute, make it a module-level function or a frozen dataclass, and its description lasts."""
+        attribute, make it a function without closure or a frozen dataclass, and its description lasts."""
         plugs = {
             "predict": self.predict,
             "run_blocks": self.run_blocks,
             "attend": self.attend,
-            "swaps": tuple(s.name for s in self.swaps),
+            "swaps": self.swaps,
             "scheduler": () if self.scheduler is None else (self.scheduler,),
         }
         return {seam: [identify(p) for p in plugged] for seam, plugged in plugs.items() if plugged}
+
+
+def _code(code: Any) -> list[Any]:
+    """What a function does, as plain values; where it stands in its file does not count."""
+    constants = [_code(c) if hasattr(c, "co_code") else repr(c) for c in code.co_consts]
+    return [code.co_code.hex(), list(code.co_names), list(code.co_varnames), constants]
 
 
 _unnamed: dict[int, tuple[Any, str]] = {}
 
 
 def identify(plug: Any) -> str:
-    """A name for something that is plugged in: equal only for what computes the same."""
-    if isinstance(plug, str):
-        return plug
+    """A name for something that is plugged in: equal only for what computes the same.
+
+    A ``fingerprint`` attribute is believed. A frozen dataclass is its class and its options, a function without closure
+    its name and its code (not the globals that it reads), plain values and tensors are their content. Whatever else
+    could hide a difference gets a name that no other object and no other process has."""
     given = getattr(plug, "fingerprint", None)
     if isinstance(given, str):
         return given
-    if is_dataclass(plug) and not isinstance(plug, type):
-        options = ", ".join(f"{f.name}={getattr(plug, f.name)!r}" for f in fields(plug))
+    if plug is None or isinstance(plug, str | int | float | bool):
+        return repr(plug)
+    if isinstance(plug, tuple | list):
+        return f"[{', '.join(map(identify, plug))}]"
+    if type(plug).__module__.startswith("torch") and hasattr(plug, "untyped_storage"):
+        return digest(plug)
+    if is_dataclass(plug) and not isinstance(plug, type) and plug.__dataclass_params__.frozen:  # type: ignore[attr-defined]
+        options = ", ".join(f"{f.name}={identify(getattr(plug, f.name))}" for f in fields(plug))
         return f"{type(plug).__module__}.{type(plug).__qualname__}({options})"
     name = f"{getattr(plug, '__module__', '?')}.{getattr(plug, '__qualname__', type(plug).__qualname__)}"
-    if isinstance(plug, FunctionType) and plug.__closure__ is None and "<" not in name:
-        return name
+    if isinstance(plug, FunctionType) and not (plug.__closure__ or plug.__defaults__ or plug.__kwdefaults__):
+        return f"{name}@{digest(_code(plug.__code__))[:16]}"
     # The object is kept, so that its id is never given to another.
     return _unnamed.setdefault(id(plug), (plug, f"{name}#{uuid4().hex}"))[1]
 

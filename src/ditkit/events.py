@@ -1,6 +1,6 @@
 """Seam F: what happens, told to whoever listens.
 
-Listeners only look: nothing that they do changes a result. An event has a dotted name, a monotonic time and values;
+Listeners only look. An event has a dotted name, a monotonic time and values;
 tensors in it are the live ones and must not be written to. There is no global: a run hands its ``Events`` down.
 """
 

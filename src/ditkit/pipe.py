@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ditkit import media, samples
 from ditkit.build import Components, Model, text_to_video
+from ditkit.checking import check_state
 from ditkit.contracts import Seams, Step
 from ditkit.errors import DitkitError, RequestError, StateError
 from ditkit.events import Events, Listener
@@ -39,7 +40,9 @@ class Result:
         """uint8 [clips, frames, height, width, 3], RGB."""
         if "video" not in self.state:
             raise DitkitError("the video of a run", "it stopped before decode_latents", "Go on from its State")
-        return self.state["video"].numpy()
+        videos = self.state["video"].numpy()
+        videos.flags.writeable = False  # it is the State's own memory; copy it to draw on it
+        return videos
 
     @property
     def video(self) -> np.ndarray:
@@ -120,13 +123,13 @@ class Pipe:
         listeners: Iterable[Listener] = (),
     ) -> Result:
         """Run ``state`` through the pipeline or a slice of it. Raises Interrupted, with the State so far, on Ctrl-C."""
-        if "request" not in state:
-            raise StateError("running a State", "it holds no request", "Start it with Pipe.begin")
+        asked = check_state(state, self.pipeline.table)
+        asked.check_size(self.model.strides[1] * self.model.patch[1], self.model.strides[0])
         begun = state.get("model", {})
         if begun.get("identity", self.model.identity) != self.model.identity:
             raise StateError(
                 f"running a State with model {self.setup.model}",
-                f"it was begun with another model, {begun['name']}",
+                f"it was begun with another model, {begun.get('name')}",
                 "Load that one",
             )
         recorder = Recorder()

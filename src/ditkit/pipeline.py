@@ -12,10 +12,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+from ditkit.checking import fault_of
 from ditkit.contracts import Seams
 from ditkit.errors import DitkitError, PipelineError, StateError, nearest
 from ditkit.events import SILENT, Events
-from ditkit.state import FIELDS, Field, State, digest, kind_of
+from ditkit.state import FIELDS, Field, State, digest
 
 SOURCES = ("prompt", "negative_prompt", "seed", "request")
 """Fields that the caller brings."""
@@ -398,35 +399,11 @@ class Pipeline:
 
     def _check_fields(self, stage: Stage, values: Mapping[str, Any], state: State) -> None:
         """Debug runs: kind, dtype and shape legend of each field; a letter means one size throughout the values."""
-        table = self.table
         sizes: dict[str, int] = {}
         for name, value in values.items():
-            spec = table[name]
-            kind = kind_of(value)
-            if kind != "tensor" or spec.kind != "tensor":
-                if kind != spec.kind and not (value == {} and spec.kind == "tensors"):
-                    raise PipelineError(
-                        f"stage {stage.name!r} with field {name!r}",
-                        f"it is a {type(value).__name__}",
-                        f"It must be {spec.kind} {spec.dtype}",
-                    )
-                continue
-            dtype, shape = str(value.dtype).removeprefix("torch."), tuple(value.shape)
-            letters = spec.shape.split()
-            wrong = (
-                not (value.is_floating_point() if spec.dtype == "float" else dtype == spec.dtype)
-                or len(letters) != len(shape)
-                or any(
-                    (size != int(c)) if c.isdigit() else sizes.setdefault(c, size) != size
-                    for c, size in zip(letters, shape, strict=True)
-                )
-            )
-            if wrong:
-                raise PipelineError(
-                    f"stage {stage.name!r} with field {name!r}",
-                    f"it is {dtype} {list(shape)}",
-                    f"It must be {spec.dtype} [{spec.shape}]",
-                )
+            fault = fault_of(self.table[name], value, sizes)
+            if fault:
+                raise PipelineError(f"stage {stage.name!r} with field {name!r}", fault, "Make them agree")
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ def split(state: State, table: Mapping[str, Field] = FIELDS) -> list[State]:
     for name, value in state.items():
         for part, own in zip(parts, _divide(name, value, state, n, table), strict=True):
             part[name] = own
-    return [State(part) for part in parts]
+    own = [name for name in state if state.fingerprints.get(name)]
+    return [State(part, {k: digest(state.fingerprints[k], i, n) for k in own}) for i, part in enumerate(parts)]
 
 
 def _divide(name: str, value: Any, state: State, n: int, table: Mapping[str, Field]) -> list[Any]:
@@ -48,7 +49,8 @@ def join(states: Sequence[State], table: Mapping[str, Field] = FIELDS) -> State:
     Raises StateError for a field that differs between the clips and is not described as one entry for each."""
     if len(states) == 1:
         return states[0]
-    return State({name: _unite(name, states, table) for name in states[0]})
+    prints = {k: digest([s.fingerprints.get(k, "") for s in states]) for k in states[0].fingerprints}
+    return State({name: _unite(name, states, table) for name in states[0]}, prints)
 
 
 def _unite(name: str, states: Sequence[State], table: Mapping[str, Field]) -> Any:

@@ -316,7 +316,7 @@ def test_an_extra_stage_in_the_real_pipeline(tiny_model):
         (torch.ones(2, 3, dtype=torch.bfloat16), "it is bfloat16"),
         (torch.ones(2, 3, 1), r"it is float32 \[2, 3, 1\]"),
         (torch.ones(6), r"it is float32 \[6\]"),
-        (torch.ones(2, 4), r"It must be float32 \[a 3\]"),
+        (torch.ones(2, 4), r"it must be float32 \[a 3\]"),
         ([1.0, 2.0], "it is a list"),
         ({"x": torch.ones(2, 3)}, "it is a dict"),
         (1.0, "it is a float"),

@@ -195,6 +195,9 @@ class WanTransformer(nn.Module):
     def prepare_text(self, rows: Sequence[Tensor], remember: bool = True) -> Text:
         """``rows``: one [length, text_dim] for each sample. Zero rows fill up to ``text_len`` *after* the text encoder
         and *before* the embedding, and all of them are attended: that is what Wan was trained with."""
+        widths = {r.shape[-1] for r in rows}
+        if widths != {self.config.text_dim}:
+            raise ValueError(f"text rows of width {widths} were given; the transformer takes {self.config.text_dim}")
         longest = max(len(r) for r in rows)
         if longest > self.config.text_len:
             raise ValueError(f"{longest} rows of text were given; the transformer takes {self.config.text_len}")

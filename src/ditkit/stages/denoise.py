@@ -100,6 +100,12 @@ class Denoise(BaseStage):
         transformer = ctx.components["transformer"]
         texts = {"cond": self.text(transformer, inputs["prompt_embeds"], inputs["prompt_lengths"])}
         if ctx.settings.guidance_scale != 1:
+            if "negative_prompt_embeds" not in inputs:
+                raise StateError(
+                    "guiding away from the negative prompt",
+                    "the State has no negative_prompt_embeds",
+                    "Run encode_text with this guidance scale, or set it to 1",
+                )
             negative = inputs["negative_prompt_embeds"], inputs["negative_prompt_lengths"]
             texts["uncond"] = self.text(transformer, *negative)
         attend = wrap(ATTENTION[self.attention], ctx.seams.attend)
@@ -115,7 +121,12 @@ class Denoise(BaseStage):
 
     @torch.inference_mode()
     def text(self, transformer: Any, embeds: Tensor, lengths: list[int]) -> Any:
-        return transformer.prepare_text(embeds.split(lengths), self.remember_text)
+        try:
+            return transformer.prepare_text(embeds.split(lengths), self.remember_text)
+        except ValueError as e:
+            raise StateError(
+                "conditioning on the text of a State", str(e), "Use the text encoder of this model"
+            ) from None
 
     def noise(self, solver: Scheduler, seeds: list[int], x: Tensor):
         def draw(step: Step) -> Tensor | None:

@@ -1,0 +1,91 @@
+"""Is a State what it says it is? Fields against the field table, counts against each other, before anything runs.
+
+A State may come from a file that was edited, cut together or written by another version. Leaves out: damage of the
+file itself (``state.py``) and whether the model is the right one (``pipe.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ditkit.errors import StateError
+from ditkit.request import Request
+from ditkit.state import FIELDS, Field, State, kind_of
+
+_PLAIN: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (float, int), "dict": (dict,)}
+_LENGTHS = {"prompt_embeds": "prompt_lengths", "negative_prompt_embeds": "negative_prompt_lengths"}
+
+
+def fault_of(spec: Field, value: Any, sizes: dict[str, int]) -> str | None:
+    """What is wrong with ``value`` as field ``spec``, or None. ``sizes`` collects what each letter of the legends
+    means; a letter means one size throughout."""
+    kind = kind_of(value)
+    if spec.kind == "tensors" and kind == "plain" and value == {}:
+        return None
+    if kind != spec.kind:
+        return f"it is a {type(value).__name__}, it must be {spec.kind} {spec.dtype}"
+    if kind == "tensors":
+        return None
+    if kind == "plain":
+        return _plain_fault(spec, value, sizes)
+    dtype, shape, letters = str(value.dtype).removeprefix("torch."), tuple(value.shape), spec.shape.split()
+    right_dtype = value.is_floating_point() if spec.dtype == "float" else dtype == spec.dtype
+    if not right_dtype or len(letters) != len(shape) or not all(map(_agrees, letters, shape, [sizes] * len(shape))):
+        return f"it is {dtype} {list(shape)}, it must be {spec.dtype} [{spec.shape}]"
+    return None
+
+
+def _plain_fault(spec: Field, value: Any, sizes: dict[str, int]) -> str | None:
+    inner = spec.dtype.removeprefix("list[").removesuffix("]")
+    if inner not in _PLAIN:  # a description of somebody else's
+        return None
+    items = value if spec.dtype.startswith("list[") and isinstance(value, list) else [value]
+    is_list = spec.dtype.startswith("list[")
+    fits = isinstance(value, list) == is_list and all(
+        isinstance(x, _PLAIN[inner]) and not isinstance(x, bool) for x in items
+    )
+    if not fits:
+        return f"it is {value!r}, it must be {spec.dtype}"
+    if is_list and spec.shape == "B" and not _agrees("B", len(value), sizes):
+        return f"it has {len(value)} entries, the run makes {sizes['B']} clips"
+    return None
+
+
+def _agrees(letter: str, size: int, sizes: dict[str, int]) -> bool:
+    return size == int(letter) if letter.isdigit() else sizes.setdefault(letter, size) == size
+
+
+def check_state(state: State, table: Mapping[str, Field] = FIELDS) -> Request:
+    """The State's request, once all its fields are what they should be. Raises StateError."""
+    asked = "running a State"
+    absent = [name for name in ("request", "prompt", "negative_prompt", "seed") if name not in state]
+    if absent:
+        raise StateError(asked, f"it has no {', '.join(absent)}", "Start it with Pipe.begin")
+    sizes: dict[str, int] = {}
+    for name, value in state.items():
+        fault = fault_of(table[name], value, sizes) if name in table else None
+        if fault:
+            raise StateError(asked, f"its field {name!r} is damaged: {fault}", "Take an untouched State")
+    if not state["prompt"]:
+        raise StateError(asked, "it has no prompt", "Take an untouched State")
+    request = Request.parse(state["request"], "the State's request", StateError)
+    for rows, lengths in _LENGTHS.items():
+        counts = state.get(lengths, [])
+        if (rows in state) != (lengths in state) or (
+            rows in state and (min(counts, default=0) < 1 or sum(counts) != len(state[rows]))
+        ):
+            raise StateError(asked, f"{rows!r} and {lengths!r} do not fit together", "Take an untouched State")
+    _check_progress(asked, state)
+    return request
+
+
+def _check_progress(asked: str, state: State) -> None:
+    """Steps, noise levels, history and latents belong together."""
+    step, sigmas = state.get("step", 0), state.get("sigmas")
+    if step and (sigmas is None or "latents" not in state):
+        raise StateError(asked, f"{step} steps are behind it, but no sigmas or latents", "Take an untouched State")
+    if step < 0 or (sigmas is not None and step > len(sigmas) - 1):
+        raise StateError(asked, f"its step {step} is not one of its run", "Take an untouched State")
+    if sigmas is not None and 0 < step < len(sigmas) - 1 and "history" not in state:
+        raise StateError(asked, "it stands between two steps without the solver's history", "Take an untouched State")
