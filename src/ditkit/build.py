@@ -8,6 +8,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
+import os
 import threading
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ditkit.contracts import Swap
-from ditkit.errors import LoadError, SetupError, nearest
+from ditkit.errors import LoadError, RequestError, SetupError, nearest
 from ditkit.events import SILENT, Events
 from ditkit.pipeline import Pipeline
 from ditkit.request import Request
@@ -37,13 +39,15 @@ class Model:
     identity: str
     flow_shift: float | None
     defaults: Mapping[str, Any]
-    latents_rgb: tuple[list[list[float]], list[float]] | None
+    latents_rgb: LatentsRgb | None
     strides: tuple[int, int, int]
     patch: tuple[int, int, int]
 
     @classmethod
     def open(cls, name: str) -> Model:
-        """``name`` is a model that comes with the package, or a folder in the Diffusers layout. Raises LoadError."""
+        """``name`` is a model that comes with the package, or a folder in the Diffusers layout, which may begin with ``~``.
+
+        No weights are read. Raises LoadError."""
         from ditkit.checkpoints.diffusers_folder import (
             read_config,
             read_index,
@@ -54,13 +58,18 @@ class Model:
         from ditkit.models.wan import WanConfig
         from ditkit.models.wan_vae import WanVAEConfig
 
-        if name not in MODELS and not Path(name).exists():
+        place = os.path.expanduser(name)
+        if name not in MODELS and os.path.isfile(place):
+            raise LoadError(
+                f"model {name!r}", "it is a file, not a folder", "Give the folder that holds model_index.json"
+            )
+        if name not in MODELS and not (name and os.path.exists(place)):
             raise LoadError(
                 f"model {name!r}",
                 f"there is no folder and no model of that name{nearest(name, MODELS)}",
                 f"Give a folder in the Diffusers layout, or one of {', '.join(MODELS)}",
             )
-        folder = MODELS.get(name, Path(name))
+        folder = MODELS.get(name, Path(place))
         index = read_index(folder)
         for part, wanted in _CLASSES.items():
             found = index.components.get(part, ("", "nothing"))[1]
@@ -88,17 +97,18 @@ class Model:
                 raise LoadError(
                     f"opening the model in {folder}", f"{one} is {its} and {other} is {has}", "Use parts of one model"
                 )
-        notes = _read_notes(folder)
         strides = vae.temporal_stride, vae.spatial_stride, vae.spatial_stride
-        preview = notes.get("preview")
+        defaults, latents_rgb = _read_notes(
+            folder / "ditkit.toml", strides[1] * transformer.patch_size[1], strides[0], transformer.in_dim
+        )
         configs = [read_config(folder / part) for part in sorted(_CLASSES)]
         identity = hashlib.sha256(json.dumps(configs, sort_keys=True).encode()).hexdigest()
         return cls(
             folder,
             identity,
             _flow_shift(folder),
-            notes.get("defaults", {}),
-            (preview["factors"], preview["bias"]) if preview else None,
+            defaults,
+            latents_rgb,
             strides,
             transformer.patch_size,
         )
@@ -124,20 +134,57 @@ def _flow_shift(folder: Path) -> float | None:
     return float(shift) if isinstance(shift, int | float) and shift > 0 else None
 
 
-def _read_notes(folder: Path) -> dict[str, Any]:
-    file = folder / "ditkit.toml"
+LatentsRgb = tuple[list[list[float]], list[float]]
+
+
+def _read_notes(file: Path, multiple: int, temporal: int, channels: int) -> tuple[dict[str, Any], LatentsRgb | None]:
+    """The defaults and the preview's matrix in a ``ditkit.toml``; each is checked as if it had been asked for.
+
+    ``multiple`` and ``temporal``: what sides and frames are made of; ``channels`` of the latents. Raises LoadError."""
+    asked = f"reading {file}"
     if not file.exists():
-        return {}
+        return {}, None
     try:
         notes = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-        raise LoadError(f"reading {file}", f"it is not valid TOML ({e})", "Correct it") from None
-    unknown = set(notes) - {"defaults", "preview"}
-    if unknown:
+    except OSError as e:
+        raise LoadError(asked, f"it cannot be read ({e.strerror})", "Check the file and its permissions") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, ValueError) as e:
+        raise LoadError(asked, f"it is not valid TOML ({e})", "Correct it") from None
+    except RecursionError:
+        raise LoadError(asked, "its lists are nested too deeply", "Correct it") from None
+    if unknown := set(notes) - {"defaults", "preview"}:
+        raise LoadError(asked, f"it has unknown tables {', '.join(sorted(unknown))}", "Use [defaults] and [preview]")
+    for name, table in notes.items():
+        if not isinstance(table, dict):
+            raise LoadError(asked, f"{name} is {table!r}, not a table", f"Write [{name}] above its keys")
+    defaults, preview = notes.get("defaults", {}), notes.get("preview")
+    fitting = {"width": multiple, "height": multiple, "frames": 1}  # so that only a fault of the file is found
+    try:
+        request = Request.parse(fitting | defaults, str(file), LoadError)
+        request.samples()
+        request.check_size(multiple, temporal)
+    except RequestError as e:
+        raise LoadError(f"{e.asked} ({file})", e.found, e.do) from None
+    if preview is None:
+        return defaults, None
+    factors, bias = preview.get("factors"), preview.get("bias")
+    if set(preview) != {"factors", "bias"} or not (_is_row(bias) and _is_matrix(factors, channels)):
         raise LoadError(
-            f"reading {file}", f"it has unknown tables {', '.join(sorted(unknown))}", "Use [defaults] and [preview]"
+            asked,
+            f"its [preview] does not consist of factors, {channels} rows of 3 numbers, and bias, 3 numbers",
+            "Correct it, or remove [preview]",
         )
-    return notes
+    return defaults, (factors, bias)
+
+
+def _is_row(value: Any) -> bool:
+    return (
+        isinstance(value, list) and len(value) == 3 and all(type(x) in (int, float) and math.isfinite(x) for x in value)
+    )
+
+
+def _is_matrix(value: Any, rows: int) -> bool:
+    return isinstance(value, list) and len(value) == rows and all(map(_is_row, value))
 
 
 class Components(Mapping[str, Any]):

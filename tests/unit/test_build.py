@@ -8,6 +8,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import ditkit
+from ditkit.build import Model
 from ditkit.errors import LoadError
 
 WEIGHTS = {
@@ -51,3 +52,69 @@ def test_parts_that_do_not_fit_together_are_refused_at_once(copied, part, key, v
     file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
     with pytest.raises(LoadError, match=said):
         ditkit.load(copied)
+
+
+ROWS = "factors = [" + "[1, 2, 3]," * 16 + "]\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[preview]\n", "16 rows of 3 numbers"),
+        (f"[preview]\n{ROWS}", "bias, 3 numbers"),
+        (f"[preview]\n{ROWS}bias = [1, 2]\n", "bias, 3 numbers"),
+        (f"[preview]\n{ROWS}bias = [1, 2, nan]\n", "bias, 3 numbers"),
+        (f"[preview]\n{ROWS}bias = [1, 2, true]\n", "bias, 3 numbers"),
+        (f"[preview]\n{ROWS}bias = [1, 2, 3]\nscale = 2\n", "does not consist of"),
+        ("[preview]\nfactors = [[1, 2, 3]]\nbias = [1, 2, 3]\n", "16 rows of 3 numbers"),
+        ("defaults = 3\n", "defaults is 3, not a table"),
+        ("[[preview]]\n", "not a table"),
+        ("[defaults]\nstps = 4\n", "did you mean 'steps'"),
+        ("[defaults]\nsteps = 'four'\n", "steps='four'"),
+        ("[defaults]\nwidth = 30\n", "width=30"),
+        ("[defaults]\nframes = 6\n", "frames=6"),
+        ("[defaults]\nprompt = ['a', 'b']\nseed = [1, 2, 3]\n", "the lengths differ"),
+        ("[default]\n", "unknown tables default"),
+        ("x = 1 2\n", "not valid TOML"),
+        (f"x = {'[' * 5000}{']' * 5000}\n", "nested too deeply"),
+    ],
+)
+def test_damaged_notes_are_refused_with_the_name_of_the_file(copied, text, said):
+    (copied / "ditkit.toml").write_text(text)
+    with pytest.raises(LoadError) as error:
+        ditkit.load(copied)
+    assert said in str(error.value)
+    assert str(copied / "ditkit.toml") in str(error.value)
+
+
+def test_notes_that_are_right_are_used(copied):
+    (copied / "ditkit.toml").write_text(f"[defaults]\nguidance_scale = 3\n[preview]\n{ROWS}bias = [1, 2.5, 3]\n")
+    model = ditkit.load(copied).model
+    assert model.request({"prompt": "a", "width": 32, "height": 32, "frames": 5}).guidance_scale == 3.0
+    assert model.latents_rgb == ([[1, 2, 3]] * 16, [1, 2.5, 3])
+
+
+@pytest.mark.parametrize("file", ["model_index.json", "vae/config.json", "scheduler/scheduler_config.json"])
+def test_json_that_is_nested_too_deeply(copied, file):
+    (copied / file).write_text('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}")
+    with pytest.raises(LoadError, match=f"{file}: it is nested too deeply"):
+        ditkit.load(copied)
+
+
+def test_a_header_that_is_nested_too_deeply(copied):
+    file = copied / "vae" / WEIGHTS["vae"][0]
+    header = b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+    file.write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(LoadError, match=f"{file.name}: its header cannot be understood"):
+        ditkit.load(copied).components["vae"]
+
+
+def test_the_name_of_a_model(copied, monkeypatch):
+    with pytest.raises(LoadError, match="it is a file, not a folder"):
+        ditkit.load(copied / "model_index.json")
+    monkeypatch.chdir(copied)
+    for name in ("", "~nobody-of-that-name/model", "x\0y", "x" * 5000):
+        with pytest.raises(LoadError, match="no folder and no model of that name"):
+            Model.open(name)
+    monkeypatch.setenv("HOME", str(copied.parent))
+    assert Model.open(f"~/{copied.name}").folder == copied

@@ -71,6 +71,8 @@ def read_json(file: Path) -> dict[str, Any]:
         raise LoadError(asked, f"it cannot be read ({error.strerror})", "Check the file and its permissions") from None
     except ValueError as error:
         raise LoadError(asked, f"it is not valid JSON ({error})", "Download the file again") from None
+    except RecursionError:
+        raise LoadError(asked, "it is nested too deeply", "Download the file again") from None
     if not isinstance(value, dict):
         raise LoadError(asked, f"it holds a {type(value).__name__}, not an object", "Download the file again")
     return value
@@ -115,7 +117,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
                 raise ValueError(f"the bytes of {name} do not fit its shape {shape} or their neighbours")
             tensors[name] = TensorInfo(file, dtype, tuple(shape), 8 + length + start, stop - start)
             end = stop
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise LoadError(asked, f"its header cannot be understood ({error})", again) from None
     if 8 + length + end != size:
         raise LoadError(asked, f"it has {size} bytes where its header asks for {8 + length + end}", again)
