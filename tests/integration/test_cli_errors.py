@@ -64,6 +64,8 @@ def check(said, *words: str, code: int = 2) -> None:
         (["x", "--steps", "4", "--steps", "5"], ["given before"]),
         (["x", "--seed", "1", "--seed", "2", "--set", "seed=3"], ["given twice"]),
         (["x", "--sigmas", "[0.5, 1.0]"], ["sigmas", "fall"]),
+        (["x", "--steps", "20", "--sigmas", "[1, 0.5]"], ["flag --steps with flag --sigmas", "Leave out steps, or"]),
+        (["x", "--shift", "3", "--set", "sigmas=[1, 0.5]"], ["flag --shift with --set sigmas", "Leave out shift"]),
         (["x", "--stpes", "4"], ["No such option", "--stpes"]),
         (["x", "y"], ["unexpected extra argument"]),
         (["x", "--steps"], ["requires an argument"]),
@@ -365,7 +367,7 @@ def test_exit_codes_of_real_processes(model, tmp_path, words, word):
         (["--out", "a.npz", "--save-state", "./b/../a.json"], ["a.json", "the clip's manifest goes there too"]),
         (
             ["--out", "a.npz", "--sheet", "b.png", "--save-state", "b.png"],
-            ["b.png", "the contact sheet goes there too"],
+            ["the contact sheet goes"],
         ),
         (["--out", "a.png", "--save-state", "a/s.st"], ["a/s.st", "replace the folder a"]),
     ],
@@ -387,3 +389,20 @@ def test_the_manifest_of_a_clip_of_the_same_name_stays(call, model, tmp_path):
     (tmp_path / "x.npz").unlink()
     assert call(*words, "x.png").code == 0, "and another when that is gone"
     check(call(*words, "x.npz"), "that of x")
+
+
+def test_sigmas_above_steps_replace_them_and_below_do_not(call, model, tmp_path):
+    """A layer may overrule the one below it; what it says itself is never passed over."""
+    words = ["plan", PROMPT, "--model", model, "--config", "c.toml"]
+    (tmp_path / "c.toml").write_text("steps = 9\n")
+    assert call(*words, "--sigmas", "[1, 0.5]").code == 0
+    (tmp_path / "c.toml").write_text("sigmas = [1, 0.5]\n")
+    check(call(*words, "--steps", "9"), "flag --steps with config file c.toml")
+    assert call(*words, "--steps", "9", "--sigmas", "none").code == 0
+
+
+@pytest.mark.parametrize(
+    "words", [["--seed", "3"], ["--set", "prompt=x"], ["--batched"], ["--no-batched"], ["--set", "seed=[1, 2]"]]
+)
+def test_bench_quality_has_prompts_and_seeds_of_its_own(call, words):
+    check(call("bench", "quality", "--clips", "1", *words), "with bench quality", "Leave it out")

@@ -39,6 +39,10 @@ def quality(
     if clips < 1:
         raise RequestError(f"--clips {clips}", "there is nothing to measure", "Give 1 or more")
     settled, model = settle(given)
+    for key in ("prompt", "seed", "batched"):
+        if said := [origin for origin, _ in settled.said.get(key, ()) if not origin.startswith("model ")]:
+            raise RequestError(f"{said[-1]} with bench quality", f"it has a {key} of its own for each clip"
+                               if key != "batched" else "it makes one clip at a time", "Leave it out")  # fmt: skip
     fixed = {k: v for k, v in settled.of(Request).items() if k not in ("prompt", "seed")}
     model.request({"prompt": "x", **fixed})
     out = show.console(stderr=as_json)

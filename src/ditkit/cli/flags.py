@@ -9,7 +9,7 @@ import inspect
 import json
 import os
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -85,7 +85,20 @@ def settle(given: Given, below: Layer | None = None) -> tuple[Settled, Model]:
     model = Model.open(setup.model)
     settled = config.settle(Layer.of(model.defaults, f"model {setup.model}"), *upper)
     settled.request()  # a fault in a value is told with where the value comes from
+    check_contradiction(settled, upper)
     return settled, model
+
+
+def check_contradiction(settled: Settled, layers: Sequence[Layer]) -> None:
+    """A list of noise levels takes the place of steps and shift, so neither may stand beside or above it."""
+    if settled.values.get("sigmas") is None:
+        return
+    given = {key: max((i for i, layer in enumerate(layers) if key in layer.values), default=-1)
+             for key in ("sigmas", "steps", "shift")}  # fmt: skip
+    for key in ("steps", "shift"):
+        if given[key] >= max(given["sigmas"], 0):
+            raise SetupError(f"{settled.origins[key]} with {settled.origins['sigmas']}",
+                             f"a list of sigmas replaces {key}", f"Leave out {key}, or leave out sigmas")  # fmt: skip
 
 
 def with_settings(command: Callable[..., Any]) -> Callable[..., Any]:
