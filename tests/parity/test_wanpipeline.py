@@ -160,7 +160,6 @@ def test_prompt_embeddings(ours, theirs, case):
         assert not expected[0, len(rows) :].any()
 
 
-@pytest.mark.skipif(not build.MODELS["shapes"].is_dir(), reason="the embedded model `shapes` is not in this checkout")
 @pytest.mark.parametrize("seed", [1, 2])
 def test_the_same_clip_on_the_embedded_model(seed, monkeypatch):
     monkeypatch.setattr(f"{__name__}.SEED", seed)
