@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ditkit.build import Model
+from ditkit.build import MODELS, Model
 from ditkit.errors import DitkitError, LoadError, StateError
 from ditkit.events import Listener
 from ditkit.pipe import Pipe, Result, load
@@ -120,16 +120,19 @@ def _usable(components: Mapping[str, Any], machine: Mapping[str, Any]) -> bool:
     return isinstance(machine.get("versions", {}), dict) and (type(threads) is int and threads > 0)
 
 
-def prepare(script: Script) -> Pipe:
+def prepare(script: Script, model: str | None = None) -> Pipe:
     """Check the weights' hashes and open the model where and how it ran: a device or dtype that was chosen then is
-    named now. Raises LoadError, SetupError."""
-    model = Model.open(script.setup.model)
-    check_weights(script, model.folder)
+    named now. ``model`` is where it is now, if not in its old place. Raises LoadError, SetupError."""
+    folder = script.setup.model if model is None else model
+    if model is None and folder not in MODELS and not Path(folder).exists():
+        raise LoadError(f"replaying {script.file}", f"its model {folder!r} is not there",
+                        "Name the folder where it is now, with --model")  # fmt: skip
+    check_weights(script, Model.open(folder).folder)
     places: dict[str, dict[str, str]] = {"devices": {}, "dtypes": {}}
     for name, facts in script.manifest["components"].items():
         if name in COMPONENTS:
             places["devices"][name], places["dtypes"][name] = facts["device"], facts["dtype"]
-    return load(**{**script.setup.model_dump(), **places, "threads": None})
+    return load(**{**script.setup.model_dump(), **places, "threads": None, "model": folder})
 
 
 def check_weights(script: Script, folder: Path) -> None:

@@ -214,3 +214,36 @@ def test_a_run_with_its_own_threads_replays(call, mine, tmp_path):
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(StateError, match="no such file"):
         replay.read(tmp_path / "nowhere.mp4")
+
+
+def test_from_another_folder(call, mine, tmp_path, monkeypatch):
+    """The clip names its model by a whole path, though it was typed relative to a folder."""
+    assert call("generate", PROMPT, "--model", "mine", "--out", "a.npz", "--no-sheet", "--quiet").code == 0
+    assert media.read_manifest(tmp_path / "a.npz")["setup"]["model"] == str(mine.resolve())
+    (tmp_path / "sub").mkdir()
+    monkeypatch.chdir(tmp_path / "sub")
+    assert call("replay", "../a.npz", "--quiet").code == 0
+
+
+def test_of_a_model_that_was_moved(call, clip, mine, tmp_path):
+    mine.rename(tmp_path / "moved")
+    said = call("replay", clip, "--quiet")
+    assert (said.code, "with --model" in said.err) == (2, True)
+    assert call("replay", clip, "--quiet", "--model", "moved").code == 0
+    said = call("replay", clip, "--quiet", "--model", "shapes")
+    assert said.code == 2, "its weights are others"
+    assert "the clip was made with" in said.err
+
+
+def test_a_tilde_that_the_shell_did_not_see(call, mine, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "c.toml").write_text('model = "~/mine"\n')
+    words = ["--out", "~/a.npz", "--sheet", "~/b.png", "--quiet"]
+    assert call("run", PROMPT, "--config", "~/c.toml", "--save-state", "~/s.st", *words).code == 0
+    assert call("run", "--from", "~/s.st", "--model=~/mine", *words).code == 0
+    monkeypatch.setenv("DITKIT_MODEL", "~/mine")
+    assert call("generate", PROMPT, *words).code == 0
+    assert call("replay", "~/a.npz", "--model=~/mine", "--out", "~/c.npz", "--quiet").code == 0
+    assert call("stages", "--model", "~/mine").code == 0
+    assert {"a.npz", "b.png", "c.npz", "s.st"} <= {p.name for p in tmp_path.iterdir()}
+    assert not (tmp_path / "~").exists()

@@ -10,7 +10,7 @@ import json
 import os
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,6 +24,19 @@ if TYPE_CHECKING:
     from ditkit.build import Model
 
 Prompt = Annotated[str | None, typer.Argument(help="What the clip should show.", show_default=False)]
+
+
+def path(text: str | Path) -> Path:
+    """What a path option means: a ``~`` at its start is the home folder, also where the shell did not see it."""
+    return Path(os.path.expanduser(text))
+
+
+def model_name(text: str) -> str:
+    """A model's folder by its whole path, so that States and clips find it from every folder; any other name as is."""
+    from ditkit.build import MODELS
+
+    folder = path(text)
+    return str(folder.resolve()) if text and text not in MODELS and folder.exists() else text
 
 
 @dataclass(frozen=True)
@@ -80,13 +93,18 @@ def settle(given: Given, below: Layer | None = None) -> tuple[Settled, Model]:
     ``below`` is a layer between the model's defaults and the config file. Raises UserError for whatever is wrong."""
     from ditkit.build import Model
 
-    upper = [*([] if below is None else [below]), *given.layers()]
+    upper = [_located(layer) for layer in (*([] if below is None else [below]), *given.layers())]
     setup = config.settle(*upper).setup()
     model = Model.open(setup.model)
     settled = config.settle(Layer.of(model.defaults, f"model {setup.model}"), *upper)
     settled.request()  # a fault in a value is told with where the value comes from
     check_contradiction(settled, upper)
     return settled, model
+
+
+def _located(layer: Layer) -> Layer:
+    model = layer.values.get("model")
+    return replace(layer, values={**layer.values, "model": model_name(model)}) if isinstance(model, str) else layer
 
 
 def check_contradiction(settled: Settled, layers: Sequence[Layer]) -> None:
@@ -131,7 +149,8 @@ def with_settings(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _parameter(name: str, kind: Any, flag: str, metavar: str, text: str) -> inspect.Parameter:
-    option = typer.Option(flag, metavar=metavar, help=text, show_default=False)
+    parser = path if kind is Path else None
+    option = typer.Option(flag, metavar=metavar, help=text, show_default=False, parser=parser)
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
     )

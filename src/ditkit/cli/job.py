@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from ditkit.cli import show
-from ditkit.cli.flags import flag_of
+from ditkit.cli.flags import flag_of, path
 from ditkit.errors import DitkitError, OutputError, PipelineError
 
 if TYPE_CHECKING:
@@ -29,9 +29,15 @@ if TYPE_CHECKING:
 
 Out = Annotated[
     Path | None,
-    typer.Option(help="An .mp4, .gif or .npz file, or .png for a folder of frames. Default: outputs/PROMPT-SEED.mp4."),
+    typer.Option(
+        metavar="PATH",
+        parser=path,
+        help="An .mp4, .gif or .npz file, or .png for a folder of frames. Default: outputs/PROMPT-SEED.mp4.",
+    ),
 ]
-Sheet = Annotated[Path | None, typer.Option(metavar="FILE.png", help="The contact sheet. Default: beside the clip.")]
+Sheet = Annotated[
+    Path | None, typer.Option(metavar="FILE.png", parser=path, help="The contact sheet. Default: beside the clip.")
+]
 NoSheet = Annotated[bool, typer.Option("--no-sheet", help="Make no contact sheet.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the paths of what was written.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object; whatever else is shown goes to stderr.")]
@@ -196,7 +202,7 @@ def write(result: Result, goal: Goal, makes_video: bool) -> dict[str, list[Path]
             request, state = result.state["request"], result.state
             for i, path in enumerate(numbered(goal.sheet, len(result.videos))):
                 how = f"{len(state['sigmas']) - 1} steps, guidance {request['guidance_scale']:g}"
-                caption = f"seed {state['seed'][i]}, {how}, {state['model']['name']}"
+                caption = f"seed {state['seed'][i]}, {how}, {Path(state['model']['name']).name}"
                 contact_sheet(result.videos[i], path, state["prompt"][i], caption, fps=request["fps"])
                 files["sheets"].append(path)
     return files

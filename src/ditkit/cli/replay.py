@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ditkit.cli import show
+from ditkit.cli.flags import model_name, path
 from ditkit.cli.job import Quiet
 
 
@@ -17,8 +18,13 @@ def add_to(app: typer.Typer) -> None:
 
 
 def replay(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A clip that ditkit wrote, or its .json.")],
-    out: Annotated[Path | None, typer.Option(help="Write the clip that was made again here.")] = None,
+    file: Annotated[Path, typer.Argument(metavar="FILE", parser=path, help="A clip that ditkit wrote, or its .json.")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="PATH", parser=path, help="Write the clip that was made again here.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="FOLDER|NAME", help="Where its model is now. Default: where it was then.")
+    ] = None,
     quiet: Quiet = False,
 ) -> int:
     """Make a clip again and compare: exit code 0 when every pixel is the same, 1 when not."""
@@ -31,7 +37,7 @@ def replay(
     request = script.request
     if out is not None:
         media.check_writable(out, width=request.width, height=request.height, fps=request.fps)
-    pipe = replays.prepare(script)
+    pipe = replays.prepare(script, None if model is None else model_name(model))
     for difference in replays.machine_differences(script.manifest):
         print(f"note: {difference}", file=sys.stderr)
     console = show.console()

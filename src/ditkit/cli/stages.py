@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ditkit.cli import show
+from ditkit.cli.flags import model_name
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -22,7 +23,7 @@ def stages(model: Annotated[str, typer.Option(help="A model's name or folder.")]
     """List the stages of a pipeline: what each reads and writes, and the components that it calls."""
     import ditkit
 
-    show.console().print(stage_table(ditkit.load(model).pipeline))
+    show.console().print(stage_table(ditkit.load(model_name(model)).pipeline))
 
 
 def stage_table(pipeline: Pipeline) -> Text:
