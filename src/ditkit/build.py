@@ -36,7 +36,6 @@ class Model:
     """A model's folder, opened: what is in it, and its own defaults for a Request (``ditkit.toml``)."""
 
     folder: Path
-    identity: str
     flow_shift: float | None
     defaults: Mapping[str, Any]
     latents_rgb: LatentsRgb | None
@@ -45,7 +44,7 @@ class Model:
 
     @classmethod
     def open(cls, name: str) -> Model:
-        """``name`` is a model that comes with the package, or a folder in the Diffusers layout, which may begin with ``~``.
+        """``name`` is a model that comes with the package, or a folder in the Diffusers layout (``~`` is home).
 
         No weights are read. Raises LoadError."""
         from ditkit.checkpoints.diffusers_folder import (
@@ -101,17 +100,27 @@ class Model:
         defaults, latents_rgb = _read_notes(
             folder / "ditkit.toml", strides[1] * transformer.patch_size[1], strides[0], transformer.in_dim
         )
-        configs = [read_config(folder / part) for part in sorted(_CLASSES)]
-        identity = hashlib.sha256(json.dumps(configs, sort_keys=True).encode()).hexdigest()
         return cls(
             folder,
-            identity,
             _flow_shift(folder),
             defaults,
             latents_rgb,
             strides,
             transformer.patch_size,
         )
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """Stands for the configs, the weights and the tokenizer, wherever the folder lies; a State remembers it.
+
+        Made when first asked for, in milliseconds: of the weights it takes the headers, the sizes and samples of the
+        data. Full hashes are in the components' fingerprints and in the manifest. Raises LoadError."""
+        from ditkit.checkpoints.diffusers_folder import read_config
+        from ditkit.checkpoints.files import TensorFiles, file_sample
+
+        parts = [(read_config(self.folder / part), TensorFiles(self.folder / part).sketch) for part in sorted(_CLASSES)]
+        about = [parts, file_sample(self.folder / "tokenizer" / "tokenizer.json")]
+        return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
     def request(self, values: Mapping[str, Any], origin: str = "request") -> Request:
         """A Request with this model's defaults, checked against its sizes."""

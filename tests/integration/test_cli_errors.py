@@ -96,9 +96,9 @@ def test_unknown_environment(call, model, monkeypatch):
 def test_unknown_default_of_a_model(call, model, tmp_path):
     mine = copy(model, tmp_path)
     (mine / "ditkit.toml").write_text("[defaults]\nstpes = 4\n")
-    check(call("generate", PROMPT, "--model", mine), f"model {mine}: stpes", "did you mean 'steps'")
+    check(call("generate", PROMPT, "--model", mine), f"stpes=4 ({mine / 'ditkit.toml'})", "did you mean 'steps'")
     (mine / "ditkit.toml").write_text("[defaults]\nsteps = 'many'\n")
-    check(call("generate", PROMPT, "--model", mine), f"steps='many' (model {mine})", "valid integer")
+    check(call("generate", PROMPT, "--model", mine), f"steps='many' ({mine / 'ditkit.toml'})", "valid integer")
 
 
 def test_an_empty_prompt_in_python_and_an_empty_negative_prompt(model):
@@ -209,10 +209,10 @@ def test_a_state_with_another_model_or_other_weights(call, state, model, tmp_pat
     mine = copy(model, tmp_path)
     (file,) = (mine / "transformer").glob("*.safetensors")
     change(file, lambda t: t[sorted(t)[0]].add_(1))
-    check(call("run", "--from", "s.st", "--model", mine, "--quiet"), "begun with another transformer")
+    check(call("run", "--from", "s.st", "--model", mine, "--quiet"), "begun with another model")
     config = json.loads((mine / "vae" / "config.json").read_text())
     (mine / "vae" / "config.json").write_text(json.dumps({**config, "note": 1}))
-    check(call("run", "--from", "s.st", "--model", mine, "--quiet"))
+    check(call("run", "--from", "s.st", "--model", mine, "--quiet"), "begun with another model")
     check(call("run", "--from", "s.st", "--dtype", "float64", "--quiet"), "begun with another transformer")
 
 

@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 
 import ditkit
 from ditkit.build import Model
-from ditkit.errors import LoadError
+from ditkit.checkpoints.files import file_sample
+from ditkit.errors import LoadError, StateError
 
 WEIGHTS = {
     "transformer": ("diffusion_pytorch_model.safetensors", "blocks.1.ffn.net.2.bias"),
@@ -118,3 +119,38 @@ def test_the_name_of_a_model(copied, monkeypatch):
             Model.open(name)
     monkeypatch.setenv("HOME", str(copied.parent))
     assert Model.open(f"~/{copied.name}").folder == copied
+
+
+def test_a_state_belongs_to_the_weights_not_to_their_place(tiny_model, copied):
+    begun = ditkit.load(tiny_model)
+    state = begun.begin(begun.model.request({"prompt": "a red circle"}))
+    assert ditkit.load(copied).run(state, until="encode_text").state["model"] == state["model"]
+    for part in WEIGHTS:
+        other = Path(shutil.copytree(copied, copied.with_name(part)))
+        change(other, part, 0.5)
+        with pytest.raises(StateError, match="begun with another model"):
+            ditkit.load(other).run(state, until="encode_text")
+    (copied / "tokenizer" / "tokenizer.json").open("a").write(" ")
+    with pytest.raises(StateError, match="begun with another model"):
+        ditkit.load(copied).run(state, until="encode_text")
+
+
+def test_samples_of_a_file_cover_both_ends_and_its_size(tmp_path):
+    file, data = tmp_path / "x", bytearray(1_000_000)
+    seen = set()
+    for place in (None, 0, 16_383, 500_000, 999_999):
+        changed = bytearray(data)
+        if place is not None:
+            changed[place] = 1
+        file.write_bytes(changed)
+        seen.add(file_sample(file))
+    for size in (0, 5, 999_999):
+        file.write_bytes(data[:size])
+        seen.add(file_sample(file))
+    assert len(seen) == 8
+
+
+def test_the_identity_of_a_model_without_weights(copied):
+    (copied / "vae" / WEIGHTS["vae"][0]).unlink()
+    with pytest.raises(LoadError, match=r"no \.safetensors file"):
+        _ = ditkit.load(copied).model.identity
