@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -321,3 +322,29 @@ def test_debug_shows_the_traceback(call, monkeypatch):
 def test_nothing_on_the_command_line_is_help_not_a_traceback(capsys):
     assert main([]) in (0, 2)
     assert "generate" in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize("kind", ["pipe", "full", "ascii"])
+def test_an_output_that_takes_nothing(model, tmp_path, kind):
+    """A reader that has gone loses no run; a full disk is told; a letter that cannot be shown is a question mark."""
+    command = [sys.executable, "-m", "ditkit"]
+    make = [*command, "generate", "红", "--model", str(model), "--out", "红.npz", "--no-sheet"]
+    if kind == "pipe":
+        reader, writer = os.pipe()
+        os.close(reader)
+        done = subprocess.run(make, cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE, text=True, env=alone())
+        os.close(writer)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert (tmp_path / "红.npz").exists()
+    elif kind == "full":
+        with open("/dev/full", "w") as full:
+            done = subprocess.run([*command, "stages"], stdout=full, stderr=subprocess.PIPE, text=True, env=alone())
+        assert (done.returncode, done.stderr) == (
+            1,
+            "error: the output: no space left on device. Print to a place that has room.\n",
+        )
+    else:
+        environment = {**alone(), "LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
+        done = subprocess.run(make, cwd=tmp_path, capture_output=True, text=True, env=environment)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "clip   ?.npz" in done.stdout

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Prompt = Annotated[str | None, typer.Argument(help="What the clip should show.", show_default=False)]
 
 
-def path(text: str | Path) -> Path:
+def to_path(text: str | Path) -> Path:
     """What a path option means: a ``~`` at its start is the home folder, also where the shell did not see it."""
     return Path(os.path.expanduser(text))
 
@@ -35,7 +35,7 @@ def model_name(text: str) -> str:
     """A model's folder by its whole path, so that States and clips find it from every folder; any other name as is."""
     from ditkit.build import MODELS
 
-    folder = path(text)
+    folder = to_path(text)
     return str(folder.resolve()) if text and text not in MODELS and folder.exists() else text
 
 
@@ -149,7 +149,7 @@ def with_settings(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _parameter(name: str, kind: Any, flag: str, metavar: str, text: str) -> inspect.Parameter:
-    parser = path if kind is Path else None
+    parser = to_path if kind is Path else None
     option = typer.Option(flag, metavar=metavar, help=text, show_default=False, parser=parser)
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from ditkit.cli import show
-from ditkit.cli.flags import flag_of, path
+from ditkit.cli.flags import flag_of, to_path
 from ditkit.errors import DitkitError, OutputError, PipelineError
 
 if TYPE_CHECKING:
@@ -31,12 +31,12 @@ Out = Annotated[
     Path | None,
     typer.Option(
         metavar="PATH",
-        parser=path,
+        parser=to_path,
         help="An .mp4, .gif or .npz file, or .png for a folder of frames. Default: outputs/PROMPT-SEED.mp4.",
     ),
 ]
 Sheet = Annotated[
-    Path | None, typer.Option(metavar="FILE.png", parser=path, help="The contact sheet. Default: beside the clip.")
+    Path | None, typer.Option(metavar="FILE.png", parser=to_path, help="The contact sheet. Default: beside the clip.")
 ]
 NoSheet = Annotated[bool, typer.Option("--no-sheet", help="Make no contact sheet.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the paths of what was written.")]

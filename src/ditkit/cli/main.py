@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from typing import Annotated
 import typer
 
 import ditkit
-from ditkit.cli import bench, demo, doctor, explain, generate, plan, replay, run, stages
+from ditkit.cli import bench, demo, doctor, explain, generate, plan, replay, run, show, stages
 from ditkit.cli.job import interruptible
 from ditkit.errors import DitkitError
 
@@ -52,10 +53,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 1 (it failed), 2 (a mistake of the user's), 130 (interrupted).
 
     An error of ditkit's is one sentence on stderr; with ``--debug`` or DITKIT_DEBUG its traceback comes too."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a prompt's letters may be more than the terminal's
+            stream.reconfigure(errors="replace")
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         with interruptible():
             code = app(args=arguments, prog_name="ditkit", standalone_mode=False)
+        sys.stdout.flush()
     except DitkitError as e:
         if "--debug" in arguments or os.environ.get("DITKIT_DEBUG", "0").lower() not in ("0", "false"):
             import traceback
@@ -64,7 +69,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {e}", file=sys.stderr)
         return e.exit_code
     except BrokenPipeError:  # whoever read our output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        show.silence(sys.stdout)
+        return 1
+    except OSError as e:  # ditkit's own files have errors of their own: what is left is the output
+        show.silence(sys.stdout)
+        print(f"error: the output: {(e.strerror or str(e)).lower()}. Print to a place that has room.", file=sys.stderr)
         return 1
     except Exception as e:
         if hasattr(e, "format_message") and hasattr(e, "exit_code"):  # click's usage errors, or typer's

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ditkit.cli import show
-from ditkit.cli.flags import model_name, path
+from ditkit.cli.flags import model_name, to_path
 from ditkit.cli.job import Quiet
 
 
@@ -18,9 +18,11 @@ def add_to(app: typer.Typer) -> None:
 
 
 def replay(
-    file: Annotated[Path, typer.Argument(metavar="FILE", parser=path, help="A clip that ditkit wrote, or its .json.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", parser=to_path, help="A clip that ditkit wrote, or its .json.")
+    ],
     out: Annotated[
-        Path | None, typer.Option(metavar="PATH", parser=path, help="Write the clip that was made again here.")
+        Path | None, typer.Option(metavar="PATH", parser=to_path, help="Write the clip that was made again here.")
     ] = None,
     model: Annotated[
         str | None, typer.Option(metavar="FOLDER|NAME", help="Where its model is now. Default: where it was then.")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ditkit.cli import job
-from ditkit.cli.flags import Given, Prompt, kebab, path, settle, with_settings
+from ditkit.cli.flags import Given, Prompt, kebab, settle, to_path, with_settings
 from ditkit.cli.generate import load, open_pipe
 from ditkit.config import Layer, Settled
 from ditkit.errors import RequestError, StateError
@@ -29,12 +29,12 @@ def run(
     given: Given,
     prompt: Prompt = None,
     source: Annotated[
-        Path | None, typer.Option("--from", metavar="FILE", parser=path, help="Go on from this State.")
+        Path | None, typer.Option("--from", metavar="FILE", parser=to_path, help="Go on from this State.")
     ] = None,
     start: Annotated[str | None, typer.Option(metavar="STAGE", help="Begin with this stage, done or not.")] = None,
     until: Annotated[str | None, typer.Option(metavar="STAGE", help="End with this stage.")] = None,
     save_state: Annotated[
-        Path | None, typer.Option(metavar="FILE", parser=path, help="Save the State at the end.")
+        Path | None, typer.Option(metavar="FILE", parser=to_path, help="Save the State at the end.")
     ] = None,
     stop_at_step: Annotated[int | None, typer.Option(metavar="K", help="End after K denoising steps.")] = None,
     out: job.Out = None,

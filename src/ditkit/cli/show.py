@@ -7,10 +7,11 @@ nothing here changes a result. Leaves out: running.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from ditkit.events import Event
 
@@ -30,9 +31,22 @@ LONG, HEAD, TAIL = 20, 8, 4  # a step table of more lines is shown by its first 
 
 
 def console(stderr: bool = False) -> Console:
+    """A console that falls silent when its reader has gone (``| head``): the run and its files matter more."""
     from rich.console import Console
 
-    return Console(stderr=stderr, highlight=False, markup=False, soft_wrap=True)
+    class Enduring(Console):
+        def on_broken_pipe(self) -> None:
+            self.quiet = True
+            silence(sys.stderr if stderr else sys.stdout)
+
+    return Enduring(stderr=stderr, highlight=False, markup=False, soft_wrap=True)
+
+
+def silence(stream: TextIO) -> None:
+    """What is still to come, and what lies in the buffer, goes nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def step_table(steps: Sequence[Step], whole: bool = False) -> Text:
