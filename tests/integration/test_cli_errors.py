@@ -212,7 +212,7 @@ def test_a_state_with_another_model_or_other_weights(call, state, model, tmp_pat
     check(call("run", "--from", "s.st", "--model", mine, "--quiet"), "begun with another model")
     config = json.loads((mine / "vae" / "config.json").read_text())
     (mine / "vae" / "config.json").write_text(json.dumps({**config, "note": 1}))
-    check(call("run", "--from", "s.st", "--model", mine, "--quiet"), "begun with another model")
+    check(call("run", "--from", "s.st", "--model", mine, "--quiet"), "note")
     check(call("run", "--from", "s.st", "--dtype", "float64", "--quiet"), "begun with another transformer")
 
 
