@@ -296,7 +296,7 @@ class Components(Mapping[str, Any]):
         load_into(module, files, names, dtype_of=policy.weight_dtype, device=device, check_finite=True)
         apply_swaps(module, self.swaps)
         module.identify = identity(
-            files, [asdict(config), self.setup.precision, str(dtype), [s.name for s in self.swaps]]
+            files, [asdict(config), self.setup.precision, str(dtype), [s.fingerprint for s in self.swaps]]
         )
         self._note(
             "transformer",
