@@ -84,13 +84,19 @@ class Pipe:
     def __call__(self, prompt: str | list[str] = "", *, listeners: Iterable[Listener] = (), **request: Any) -> Result:
         return self.run(self.begin(self.model.request({"prompt": prompt, **request})), listeners=listeners)
 
-    def begin(self, request: Request) -> State:
-        """The State that a run starts from."""
-        prompts, negatives, seeds = zip(*request.samples(), strict=True)
-        if not all(prompt.strip() for prompt in prompts):
+    @staticmethod
+    def check(request: Request) -> list[tuple[str, str, int]]:
+        """Prompt, negative prompt and seed of every clip. Raises RequestError for a prompt that says nothing."""
+        samples = request.samples()
+        if not all(prompt.strip() for prompt, _, _ in samples):
             raise RequestError(
                 "a run with an empty prompt", "there is nothing to make", "Say what the clip should show"
             )
+        return samples
+
+    def begin(self, request: Request) -> State:
+        """The State that a run starts from."""
+        prompts, negatives, seeds = zip(*self.check(request), strict=True)
         fields = {"prompt": list(prompts), "negative_prompt": list(negatives), "seed": list(seeds)}
         model = {"name": self.setup.model, "identity": self.model.identity}
         return State({**fields, "request": request.model_dump(), "model": model})

@@ -25,7 +25,7 @@ def add_to(app: typer.Typer) -> None:
 def plan(given: Given, prompt: Prompt = None) -> None:
     """Show the resolved request, setup, stages and steps of a run; nothing is computed."""
     pipe, request, settled = open_pipe(given)
-    pipe.begin(request)
+    pipe.check(request)
     out = show.console()
     for title, settings in (("Request", request), ("Setup", pipe.setup)):
         out.print(show.heading(title))
