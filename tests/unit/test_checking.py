@@ -1,4 +1,4 @@
-"""States that were edited, cut together or written by another version are refused in one sentence, before any compute."""
+"""States that were edited, cut together or written by another version are refused, in one sentence, before they run."""
 
 from __future__ import annotations
 
