@@ -5,6 +5,7 @@ A Pipe holds no state of any run; threads may share it. Leaves out: finding and 
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -35,14 +36,15 @@ class Result:
     receipt: Mapping[str, Any]
     manifests: tuple[Mapping[str, Any], ...]
 
-    @property
+    @functools.cached_property
     def videos(self) -> np.ndarray:
-        """uint8 [clips, frames, height, width, 3], RGB."""
+        """uint8 [clips, frames, height, width, 3], RGB; a copy, to draw on as you like."""
+        return self._frames().copy()
+
+    def _frames(self) -> np.ndarray:
         if "video" not in self.state:
             raise DitkitError("the video of a run", "it stopped before decode_latents", "Go on from its State")
-        videos = self.state["video"].numpy()
-        videos.flags.writeable = False  # it is the State's own memory; copy it to draw on it
-        return videos
+        return self.state["video"].numpy()
 
     @property
     def video(self) -> np.ndarray:
@@ -55,13 +57,13 @@ class Result:
         """Write mp4, gif, png frames or npz by suffix, with the manifest inside and beside it.
 
         Several clips become NAME-0, NAME-1, ... Raises OutputError."""
-        path = Path(path)
+        path, frames = Path(path), self._frames()
         targets = (
-            [path] if len(self.videos) == 1 else [path.with_stem(f"{path.stem}-{i}") for i in range(len(self.videos))]
+            [path] if len(frames) == 1 else [path.with_stem(f"{path.stem}-{i}") for i in range(len(frames))]
         )
         fps = self.state["request"]["fps"]
         return [
-            media.write_video(t, v, fps, m, crf) for t, v, m in zip(targets, self.videos, self.manifests, strict=True)
+            media.write_video(t, v, fps, m, crf) for t, v, m in zip(targets, frames, self.manifests, strict=True)
         ]
 
 
