@@ -58,13 +58,9 @@ class Result:
 
         Several clips become NAME-0, NAME-1, ... Raises OutputError."""
         path, frames = Path(path), self._frames()
-        targets = (
-            [path] if len(frames) == 1 else [path.with_stem(f"{path.stem}-{i}") for i in range(len(frames))]
-        )
+        targets = [path] if len(frames) == 1 else [path.with_stem(f"{path.stem}-{i}") for i in range(len(frames))]
         fps = self.state["request"]["fps"]
-        return [
-            media.write_video(t, v, fps, m, crf) for t, v, m in zip(targets, frames, self.manifests, strict=True)
-        ]
+        return [media.write_video(t, v, fps, m, crf) for t, v, m in zip(targets, frames, self.manifests, strict=True)]
 
 
 class Pipe:
