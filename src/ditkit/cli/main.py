@@ -77,7 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except Exception as e:
         if hasattr(e, "format_message") and hasattr(e, "exit_code"):  # click's usage errors, or typer's
-            print(f"error: {e.format_message().rstrip('.')}.", file=sys.stderr)
+            message = e.format_message().rstrip(".")
+            print(f"error: {message}{'' if message.endswith('?') else '.'}", file=sys.stderr)
             return int(e.exit_code)
         if type(e).__name__ != "Abort":
             raise
