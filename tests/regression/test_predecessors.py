@@ -193,7 +193,7 @@ def test_f11_what_shall_stay_float32_does(tiny_model):
 
     def watch(inner):
         def call(blocks, x, ctx):
-            seen.extend([x.dtype, ctx.modulation.dtype, *(t.dtype for t in ctx.rope)])
+            seen.extend([x.dtype, ctx.modulation.values.dtype, *(t.dtype for t in ctx.rope)])
             return inner(blocks, x, ctx)
 
         return call

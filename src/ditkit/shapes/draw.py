@@ -91,8 +91,7 @@ def draw(scene: Scene, frames: int = FRAMES) -> np.ndarray:
 
 def plain_caption(scene: Scene) -> str:
     """The wording that is always understood: "a red circle moving left on a black background"."""
-    motion = {"still": "standing still", "growing": "growing"}.get(scene.motion, f"moving {scene.motion}")
-    return f"a {scene.color} {scene.shape} {motion} on a {scene.background} background"
+    return f"a {scene.color} {scene.shape} {motion_caption(scene)} on a {scene.background} background"
 
 
 _SHAPE_WORDS = {
@@ -138,3 +137,19 @@ def other_caption(scene: Scene, rng: np.random.Generator) -> str:
         color=scene.color, shape=pick(_SHAPE_WORDS[scene.shape]), background=pick(_BACKGROUND_WORDS[scene.background]),
         motion=motion,
     )  # fmt: skip
+
+
+_SUBJECTS = ("it", "the shape", "the thing", "")
+
+
+def motion_caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
+    """Only what moves and how, for a model that has the first frame: "moving left", or another wording of it."""
+    if rng is None:
+        return {"still": "standing still", "growing": "growing"}.get(scene.motion, f"moving {scene.motion}")
+    words = _MOTION_WORDS[scene.motion]
+    motion = words[rng.integers(len(words))]
+    if scene.motion in DIRECTIONS:
+        motion = f"{_VERBS[rng.integers(len(_VERBS))]} {motion}"
+    plain = motion_caption(scene)
+    subject = _SUBJECTS[rng.integers(len(_SUBJECTS))]
+    return f"{subject} {plain if rng.random() < 0.4 else motion}".strip()
