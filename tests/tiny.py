@@ -20,6 +20,7 @@ from ditkit.checkpoints.keys import rename, vae_keys
 from ditkit.models import umt5
 from ditkit.models.wan import WanConfig, WanTransformer
 from ditkit.models.wan_vae import WanVAE, WanVAEConfig
+from ditkit.nn.precision import precision
 
 TRANSFORMER = WanConfig(dim=64, ffn_dim=112, num_heads=2, num_layers=2, text_dim=32, freq_dim=32)
 VAE = WanVAEConfig(dim=4)
@@ -75,6 +76,15 @@ def transformer(seed: int = 1, config: WanConfig = TRANSFORMER) -> WanTransforme
 
 def vae(seed: int = 2, config: WanVAEConfig = VAE) -> WanVAE:
     return randomise(WanVAE(config), seed)
+
+
+def built(sizes: WanConfig, tensors: dict[str, torch.Tensor], policy: str, dtype: torch.dtype) -> WanTransformer:
+    """A transformer with these weights, each held in the dtype that the policy wants."""
+    chosen = precision(policy, dtype)
+    model = WanTransformer(sizes, chosen).eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        parameter.data = tensors[name].to(chosen.weight_dtype(name))
+    return model
 
 
 def text_encoder(seed: int = 3, config: umt5.UMT5Config = TEXT) -> torch.nn.Module:
@@ -153,7 +163,7 @@ def _write_diffusers(folder: Path, task: str) -> None:
     classes = {}
     for name, model in zip(("transformer", "transformer_2"), experts(task), strict=False):
         tensors = names.renamed(model.state_dict(), names.TRANSFORMER)
-        folders.write_component(folder / name, _transformer_json(model.config, kind), tensors)
+        folders.write_component(folder / name, transformer_json(model.config, kind), tensors)
         classes[name] = ("diffusers", kind)
     if task == "ti2v":
         vae22().save_pretrained(folder / "vae")
@@ -180,7 +190,7 @@ def _write_diffusers(folder: Path, task: str) -> None:
     folders.write_index(folder, classes, PIPELINES.get(task, "WanPipeline"), values)
 
 
-def _transformer_json(sizes: WanConfig, kind: str) -> dict:
+def transformer_json(sizes: WanConfig, kind: str) -> dict:
     """As diffusers' own ``save_pretrained`` writes it, a VACE config without the usual one's defaults included."""
     config = folders.transformer_config_out(asdict(replace(sizes, image_dim=None, image_tokens=None, vace_layers=())))
     branch = {"image_dim": sizes.image_dim, "pos_embed_seq_len": sizes.image_tokens}

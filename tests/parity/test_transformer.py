@@ -10,11 +10,11 @@ import torch
 from reference import l2, rel, wan
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tiny import built
 
 from ditkit.checkpoints import diffusers_folder as folders
 from ditkit.checkpoints.keys import rename, transformer_keys
 from ditkit.models.wan import WanConfig, WanTransformer
-from ditkit.nn.precision import precision
 
 GOLDEN = Path(__file__).parents[1] / "data/golden/transformer"
 CASES = [("wan21_t2v", 0), ("wan21_t2v", 1), ("wan21_t2v", 2), ("wan21_t2v_head128", 0)]
@@ -45,15 +45,6 @@ def inputs(name: str, dtype: torch.dtype = torch.float32):
 
 def weights(name: str) -> dict[str, torch.Tensor]:
     return tiny.transformer(7 + NAMES.index(name), configured(name)).state_dict()
-
-
-def built(config: WanConfig, tensors: dict[str, torch.Tensor], policy: str, dtype: torch.dtype) -> WanTransformer:
-    """Ours with these weights, each held in the dtype that the policy wants."""
-    chosen = precision(policy, dtype)
-    model = WanTransformer(config, chosen).eval().requires_grad_(False)
-    for name, parameter in model.named_parameters():
-        parameter.data = tensors[name].to(chosen.weight_dtype(name))
-    return model
 
 
 def theirs(config: WanConfig, tensors: dict[str, torch.Tensor], folder: Path, dtype: torch.dtype):
