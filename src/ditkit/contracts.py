@@ -43,7 +43,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Site:
-    """Where an attention call stands: ``kind`` is ``self`` or ``cross``; ``grid`` the tokens as (F, h/2, w/2);
+    """Where an attention call stands: ``kind`` is ``self``, ``cross`` (text) or ``image``; ``grid`` the tokens as (F, h/2, w/2);
     ``step`` the denoising step with its branch, None when the transformer is called outside a run."""
 
     block: int
@@ -189,16 +189,28 @@ class TextEncoder(Protocol):
 
 
 @runtime_checkable
+class ImageEncoder(Protocol):
+    fingerprint: str
+
+    def encode(self, images: Tensor, processing: str) -> Tensor:
+        """Pictures uint8 [B, I, J, 3] -> features [B, r, d]. ``processing``: official or diffusers (resize, crop)."""
+        ...
+
+
+@runtime_checkable
 class Transformer(Protocol):
     fingerprint: str
     timestep_scale: float  # timestep = timestep_scale * sigma
     latent_channels: int
+    condition_channels: int  # of the condition that stands behind the latents' channels; 0: none
+    control_channels: int  # of the control input; 0: none
     device: torch.device
     run_blocks: RunBlocks  # seam B at its neutral setting
 
-    def prepare_text(self, rows: Sequence[Tensor], remember: bool = True) -> Any:
-        """B tensors [length, D] -> the text conditioning for forward passes. With ``remember`` what each block
-        derives from it is kept in the returned object, which belongs to the caller."""
+    def prepare_text(self, rows: Sequence[Tensor], remember: bool = True, image: Tensor | None = None) -> Any:
+        """B tensors [length, D], and image features [B, r, d] where the model takes them -> the conditioning for
+        forward passes. With ``remember`` what each block derives from it is kept in the returned object, which belongs
+        to the caller."""
         ...
 
     def __call__(
@@ -207,11 +219,14 @@ class Transformer(Protocol):
         timestep: Tensor,
         text: Any,
         *,
+        control: Tensor | None = None,
+        control_scale: float = 1.0,
         run_blocks: RunBlocks,
         attend: Attend,
         step: Step | None = None,
     ) -> Tensor:
-        """``latents`` [B, C, F, h, w], ``timestep`` [B] -> velocity (noise minus data) of the same shape.
+        """``latents`` [B, C + condition, F, h, w], ``timestep`` [B] or one for each frame [B, F], ``control``
+        [B, V, F, h, w] -> velocity (noise minus data) [B, C, F, h, w].
 
         ``step`` changes nothing here; it is what seams B and D are told."""
         ...

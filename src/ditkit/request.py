@@ -81,6 +81,28 @@ class Request(Settings):
     guidance_scale: Float = default(
         5.0, "Wan2.1 generate.py --sample_guide_scale", "a finite number of at least 0; 1 turns guidance off"
     )
+    guidance_scale_2: Float | None = default(
+        None, "Wan2.2 configs: the low-noise expert has its own", "a number for the second expert, as guidance_scale"
+    )
+    boundary: Float | None = default(
+        None, "the model: 0.875 or 0.9 in Wan2.2", "where the second expert takes over, a noise level from 0 to 1"
+    )
+    image: str | None = default(None, "none", "a picture file, which the video begins with")
+    last_image: str | None = default(None, "none", "a picture file, which the video ends with")
+    control_video: str | None = default(None, "none", "a video file whose frames steer the result (VACE)")
+    control_mask: str | None = default(
+        None, "none: all is made anew", "a video or picture file, white where the model shall make pixels (VACE)"
+    )
+    reference_images: list[str] = default([], "none", "a list of picture files of what shall appear (VACE)")
+    control_scale: Float = default(1.0, "Wan2.1 vace.py context_scale", "how much the control counts, 0 for nothing")
+    size_from: Literal["request", "image"] = default(
+        "request",
+        "ditkit; the official image-to-video code takes it from the image",
+        "image for the image's proportions on the area of width x height, or request",
+    )
+    image_processing: Literal["official", "diffusers"] = default(
+        "official", "the official code", "official or diffusers: how pictures are resized and cropped"
+    )
     solver: str = default(
         "unipc", "Wan2.1 generate.py --sample_solver", "the name of a solver, such as unipc, dpm++ or euler"
     )
@@ -98,9 +120,11 @@ class Request(Settings):
     )
     batched: bool = default(False, "ditkit", "true to run all samples in one batch, false for one after the other")
 
-    _float = field_validator("guidance_scale", "shift", mode="before")(_number)
+    _float = field_validator(
+        "guidance_scale", "guidance_scale_2", "shift", "boundary", "control_scale", mode="before"
+    )(_number)
 
-    @field_validator("prompt", "negative_prompt", "seed", "sigmas", mode="before")
+    @field_validator("prompt", "negative_prompt", "seed", "sigmas", "reference_images", mode="before")
     @classmethod
     def _lists(cls, value: Any) -> Any:
         return [*value] if isinstance(value, tuple) else value
@@ -134,11 +158,18 @@ class Request(Settings):
             raise ValueError(f"{value} is more than 512")
         return value
 
-    @field_validator("guidance_scale")
+    @field_validator("guidance_scale", "guidance_scale_2", "control_scale")
     @classmethod
-    def _guidance(cls, value: float) -> float:
-        if value < 0:
+    def _guidance(cls, value: float | None) -> float | None:
+        if value is not None and value < 0:
             raise ValueError(f"{value} is negative")
+        return value
+
+    @field_validator("boundary")
+    @classmethod
+    def _boundary(cls, value: float | None) -> float | None:
+        if value is not None and not 0 <= value <= 1:
+            raise ValueError(f"{value} is outside 0 to 1")
         return value
 
     @field_validator("shift")

@@ -7,17 +7,28 @@ from typing import Any, Literal
 
 from pydantic import field_validator
 
-from ditkit.errors import SetupError
+from ditkit.errors import SetupError, nearest
 from ditkit.request import Settings, default
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-COMPONENTS = ("text_encoder", "transformer", "vae")
+COMPONENTS = ("text_encoder", "image_encoder", "transformer", "transformer_2", "vae")
+PARTS = (*COMPONENTS, "tokenizer")
 
 
 class Setup(Settings):
     """Model, devices, dtypes, kernels. ``devices`` and ``dtypes`` override single components by name."""
 
-    model: str = default("shapes", "ditkit", "a model's name or folder")
+    model: str = default("shapes", "ditkit", "a model's name, folder, file or manifest, or hf:OWNER/NAME@REVISION")
+    parts: dict[str, str] = default(
+        {}, "none", "files or folders that take the place of the model's, such as {vae = 'taew2_1.safetensors'}"
+    )
+    variant: str | None = default(None, "none", "which set of weights of a Diffusers folder, such as fp16")
+    offline: bool = default(False, "ditkit", "true to use no network: what is not here is an error")
+    loras: list[str] = default([], "none", "a list of LoRA files, each FILE, FILE:STRENGTH or EXPERT=FILE:STRENGTH")
+    lora_mode: Literal["side", "fused"] = default(
+        "side", "ditkit", "side to keep LoRAs beside the weights, fused to add them while loading"
+    )
+    lora_allow: list[str] = default([], "none", "named rules for LoRA keys without a target, such as image_branch")
     device: str = default("auto", "ditkit", "auto, cpu, cuda, cuda:N or mps")
     devices: dict[str, str] = default({}, "none", "devices of single components, such as {vae = 'cpu'}")
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = default(
@@ -38,6 +49,19 @@ class Setup(Settings):
     def _positive(cls, value: int | None) -> int | None:
         if value is not None and value < 1:
             raise ValueError(f"{value} is less than 1")
+        return value
+
+    @field_validator("loras", "lora_allow", mode="before")
+    @classmethod
+    def _lists(cls, value: Any) -> Any:
+        return [*value] if isinstance(value, tuple) else value
+
+    @field_validator("parts")
+    @classmethod
+    def _parts(cls, value: dict[str, str]) -> dict[str, str]:
+        for name in value:
+            if name not in PARTS:
+                raise ValueError(f"there is no part {name!r}{nearest(name, PARTS)}; there are {', '.join(PARTS)}")
         return value
 
     @field_validator("devices", "dtypes")
@@ -79,9 +103,9 @@ class Setup(Settings):
         return "cuda:0" if asked == "cuda" else asked
 
     def dtype_of(self, component: str) -> str:
-        """The dtype of ``component``. ``auto``: bfloat16 on a GPU and float32 on a CPU; the VAE is always float32,
-        as in the official code."""
+        """The dtype of ``component``. ``auto``: bfloat16 on a GPU and float32 on a CPU; VAE and image encoder are
+        always float32, as in the official code (the VAE) and in diffusers' guides (both)."""
         asked = self.dtypes.get(component, self.dtype)
         if asked != "auto":
             return asked
-        return "float32" if component == "vae" or self.device_of(component) == "cpu" else "bfloat16"
+        return "float32" if component in ("vae", "image_encoder") or self.device_of(component) == "cpu" else "bfloat16"

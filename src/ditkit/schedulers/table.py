@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from ditkit.contracts import Scheduler, Step
 from ditkit.errors import RequestError
@@ -71,6 +72,27 @@ def step_table(
         )
         for i in range(count)
     ]
+
+
+def request_steps(solver: Scheduler, request: Any, scale: float, experts: int = 1) -> list[Step]:
+    """The step table that ``request`` asks for (anything with a Request's attributes). With two ``experts`` it needs a
+    boundary; with one, a boundary or a second guidance scale is refused rather than ignored."""
+    own = request.sigmas is not None
+    if experts == 2 and request.boundary is None:
+        raise RequestError("a run of two experts", "no boundary between them is known", "Give one, such as boundary=0.875")
+    if experts == 1 and request.boundary is not None:
+        raise RequestError(f"boundary={request.boundary}", "this model has one transformer", "Leave it out")
+    return step_table(
+        solver,
+        None if own else request.steps,
+        None if own else request.shift,
+        request.schedule,
+        request.guidance_scale,
+        scale,
+        request.sigmas,
+        boundary=request.boundary,
+        guidance_scale_2=request.guidance_scale_2,
+    )
 
 
 def format_table(steps: Iterable[Step]) -> str:

@@ -18,6 +18,7 @@ class DecodeLatents(BaseStage):
 
     name = "decode_latents"
     reads = ("latents", "request")
+    optional = ("reference_images",)
     writes = ("video",)
     components = ("vae",)
 
@@ -25,7 +26,9 @@ class DecodeLatents(BaseStage):
     def run(self, inputs: Mapping[str, Any], ctx: Context) -> Mapping[str, Any]:
         vae = ctx.components["vae"]
         clips: list[torch.Tensor] = []
-        for latents in inputs["latents"].split(1):  # one clip at a time: equal to its single run, and less memory
+        references = inputs["reference_images"].shape[1] if "reference_images" in inputs else 0
+        video = inputs["latents"][:, :, references:]  # they were denoised as frames before the video
+        for latents in video.split(1):  # one clip at a time: equal to its single run, and less memory
             frames = []
             for chunk in vae.decode(latents.to(vae.device, vae.dtype), self.frames_per_chunk):
                 pixels = torch.from_numpy(to_uint8(chunk[0].float().cpu(), ctx.settings.rounding))

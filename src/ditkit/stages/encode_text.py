@@ -22,7 +22,8 @@ class EncodeText(BaseStage):
     def run(self, inputs: Mapping[str, Any], ctx: Context) -> Mapping[str, Any]:
         rows, lengths = self.encode(inputs["prompt"], "prompt", ctx)
         written = {"prompt_embeds": rows, "prompt_lengths": lengths}
-        if ctx.settings.guidance_scale != 1:  # without guidance nobody looks at the negative prompt
+        scales = ctx.settings.guidance_scale, ctx.settings.guidance_scale_2
+        if any(scale not in (None, 1) for scale in scales):  # without guidance nobody looks at the negative prompt
             rows, lengths = self.encode(inputs["negative_prompt"], "negative_prompt", ctx)
             written |= {"negative_prompt_embeds": rows, "negative_prompt_lengths": lengths}
         return written

@@ -1,0 +1,119 @@
+"""Pictures of a run: files or pixels that a caller hands over become fields of a State and names in its request.
+
+Leaves out: reading single files (``media``) and what models make of them (``stages/encode_*``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ditkit.errors import RequestError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from ditkit.request import Request
+
+FIELDS = ("image", "last_image", "control_video", "control_mask", "reference_images")
+IN_MEMORY = "sha256:"
+"""How a request names pixels that came from no file."""
+
+
+def take(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(values as a Request has them, pixels that were handed over in memory). A path stays a path; anything else that
+    is a picture (PIL, numpy, torch) is named by the hash of its pixels."""
+    plain, pixels = dict(values), {}
+    for name in FIELDS:
+        value = values.get(name)
+        if name == "reference_images" and isinstance(value, list | tuple):
+            if any(not _is_path(item) for item in value):
+                pixels[name] = [_pixels(name, item) for item in value]
+                plain[name] = [_name(item) for item in pixels[name]]
+            else:
+                plain[name] = [str(item) for item in value]
+        elif value is not None and _is_path(value):
+            plain[name] = str(value)
+        elif value is not None:
+            pixels[name] = _pixels(name, value)
+            plain[name] = _name(pixels[name])
+    return plain, pixels
+
+
+def read(request: Request, pixels: Mapping[str, Any]) -> dict[str, Any]:
+    """The pictures of ``request`` as arrays, those of files read now: image and last_image uint8 [H, W, 3],
+    reference_images a list of such, control_video uint8 [T, H, W, 3], control_mask float32 [T or 1, H, W]."""
+    found: dict[str, Any] = {}
+    for name in FIELDS:
+        value = getattr(request, name)
+        if not value:
+            continue
+        if name == "reference_images":
+            given = pixels.get(name, [None] * len(value))
+            found[name] = [_load(name, path, own) for path, own in zip(value, given, strict=True)]
+        else:
+            found[name] = _load(name, value, pixels.get(name))
+    return found
+
+
+def tensors(pictures: Mapping[str, Any], clips: int, frames: int) -> dict[str, Tensor]:
+    """State fields: the same pictures for each of ``clips``; a mask that is one picture, for each of ``frames``."""
+    import numpy as np
+    import torch
+
+    def repeat(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).unsqueeze(0).repeat(clips, *(1,) * array.ndim)
+
+    fields = {name: value for name, value in pictures.items() if name != "reference_images"}
+    if "control_mask" in fields and len(fields["control_mask"]) == 1:
+        fields["control_mask"] = np.repeat(fields["control_mask"], frames, axis=0)
+    if references := pictures.get("reference_images"):
+        if len({picture.shape for picture in references}) > 1:
+            sizes = ", ".join(f"{p.shape[1]}x{p.shape[0]}" for p in references)
+            raise RequestError("reference_images", f"their sizes differ ({sizes})", "Give pictures of one size")
+        fields["reference_images"] = np.stack(references)
+    return {name: repeat(value) for name, value in fields.items()}
+
+
+def _is_path(value: Any) -> bool:
+    return isinstance(value, str) or hasattr(value, "__fspath__")
+
+
+def _name(pixels: np.ndarray) -> str:
+    from ditkit.state import digest
+
+    return IN_MEMORY + digest(pixels.tobytes().hex(), list(pixels.shape), str(pixels.dtype))
+
+
+def _pixels(name: str, value: Any) -> np.ndarray:
+    """What was handed over as ``name``, as an array of its kind. Raises RequestError."""
+    import numpy as np
+
+    from ditkit.media import as_image
+
+    if name not in ("control_video", "control_mask"):
+        return as_image(value)
+    array = np.asarray(value)
+    if name == "control_video" and array.dtype == np.uint8 and array.ndim == 4 and array.shape[-1] == 3:
+        return array
+    if name == "control_mask" and array.dtype.kind == "f" and array.ndim == 3:
+        return array.astype(np.float32)
+    wanted = "uint8 [T, H, W, 3]" if name == "control_video" else "floats [T, H, W] from 0 to 1"
+    raise RequestError(f"{name} of {array.dtype} {list(array.shape)}", "it is of another form", f"Give {wanted}")
+
+
+def _load(name: str, path: str, pixels: np.ndarray | None) -> np.ndarray:
+    import numpy as np
+
+    from ditkit.media import read_image, read_video
+
+    if pixels is not None:
+        return pixels
+    if path.startswith(IN_MEMORY):
+        raise RequestError(f"{name}={path}", "these pixels came from no file", f"Hand {name} over again")
+    if name in ("image", "last_image", "reference_images"):
+        return read_image(path)
+    picture = path.lower().endswith((".png", ".jpg", ".jpeg", ".webp", ".bmp")) and name == "control_mask"
+    frames = read_image(path)[None] if picture else read_video(path)[0]
+    return frames if name == "control_video" else frames.mean(-1).astype(np.float32) / 255
