@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from reference import rel
 
-from ditkit.models.wan_vae import RMSNorm, WanVAEConfig
+from ditkit.models.vae_layers import RMSNorm
+from ditkit.models.wan_vae import WanVAEConfig
 from ditkit.nn import convolution as module
 from ditkit.nn.convolution import ENOUGH_PRODUCTS, convolution, products, takes_onednn
 

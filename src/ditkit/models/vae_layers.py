@@ -1,0 +1,174 @@
+"""What the video VAEs of Wan 2.1 and 2.2 are made of: causal convolutions, residual blocks, halving and doubling.
+
+A network of these is causal in time: no output frame looks at a later one. So it can work on a whole clip or on pieces
+of any length, and the only thing that has to be carried from piece to piece is a few past frames in front of each
+temporal convolution. Here that memory is an ordinary dict that the caller holds (``FeatureCache``), never an
+attribute of a module: two threads can share one network.
+
+Parameter names are those of the official checkpoints (``residual.2.weight``, ...). Leaves out: how the blocks are
+joined (wan_vae.py, wan_vae22.py), and chunks and normalisation (causal_vae.py).
+Source: Wan2.1 ``wan/modules/vae.py``, Wan2.2 ``wan/modules/vae2_2.py``, compared with diffusers ``AutoencoderKLWan``.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ditkit.nn.convolution import convolution
+
+FeatureCache = dict[nn.Module, Tensor]
+"""The past frames of each temporal layer. Start a stream with ``{}`` and hand the same dict to every chunk."""
+
+
+class RMSNorm(nn.Module):
+    """Unit L2 norm over channels, times sqrt(C) and a gain, then SiLU if ``silu``. ``x``: [N, C, ...].
+
+    Large frames are bound by memory, so without gradients the later steps work in place on the first one's result."""
+
+    def __init__(self, dim: int, axes: int, silu: bool = False):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(dim, *(1,) * axes))
+        self.scale, self.silu = dim**0.5, silu
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min(1e-12)
+        y = x * (self.scale / norm)
+        in_place = not torch.is_grad_enabled()
+        y = y.mul_(self.gamma) if in_place else y * self.gamma
+        return F.silu(y, inplace=in_place) if self.silu else y
+
+
+class CausalConv3d(nn.Conv3d):
+    """A convolution whose time padding is all in the past: zeros at the start of a stream, cached frames later."""
+
+    def __init__(
+        self, in_dim: int, out_dim: int, kernel: tuple[int, int, int], stride: tuple[int, int, int] = (1, 1, 1)
+    ):
+        self.margins = (0, kernel[1] // 2, kernel[2] // 2)
+        super().__init__(in_dim, out_dim, kernel, stride, self.margins)
+        self.past = kernel[0] - stride[0]
+
+    def forward(self, x: Tensor, cache: FeatureCache | None = None) -> Tensor:
+        """``x`` [B, C, T, H, W] -> [B, C', T, H', W'] (T / 2 with stride 2, given one past frame)."""
+        if self.past:
+            past = cache.get(self) if cache is not None else None
+            if past is None:
+                past = x[:, :, :0]
+            known = torch.cat((past, x), 2) if past.shape[2] else x
+            if cache is not None:
+                cache[self] = known[:, :, -self.past :].clone()  # a view would keep the whole chunk alive
+            missing = self.past - past.shape[2]
+            if missing == self.past and x.shape[2] == 1 and self.stride[0] == 1:
+                # The first frame sees nothing but zeros behind it: only the last tap of the kernel counts.
+                y = convolution(x[:, :, 0], self.weight[:, :, -1], self.bias, self.stride[1:], self.margins[1:])
+                return y.unsqueeze(2)
+            x = F.pad(known, (0, 0, 0, 0, missing, 0)) if missing else known
+        return convolution(x, self.weight, self.bias, self.stride, self.margins)
+
+
+def frames_as_batch(x: Tensor) -> Tensor:
+    """[B, C, T, H, W] -> [B*T, C, H, W]; free of copies when x is channels-last."""
+    b, c, t, h, w = x.shape
+    return x.transpose(1, 2).reshape(b * t, c, h, w)
+
+
+def batch_as_frames(x: Tensor, batch: int) -> Tensor:
+    """The inverse: [B*T, C, H, W] -> [B, C, T, H, W]."""
+    return x.unflatten(0, (batch, -1)).transpose(1, 2)
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, in_dim: int, out_dim: int):
+        super().__init__()
+        self.residual = nn.Sequential(  # indices as in the checkpoint; 1 and 4 were SiLUs, 5 a dropout of 0
+            RMSNorm(in_dim, 3, silu=True),
+            nn.Identity(),
+            CausalConv3d(in_dim, out_dim, (3, 3, 3)),
+            RMSNorm(out_dim, 3, silu=True),
+            nn.Identity(),
+            nn.Identity(),
+            CausalConv3d(out_dim, out_dim, (3, 3, 3)),
+        )
+        self.shortcut = CausalConv3d(in_dim, out_dim, (1, 1, 1)) if in_dim != out_dim else nn.Identity()
+
+    def forward(self, x: Tensor, cache: FeatureCache | None) -> Tensor:
+        y = x
+        for layer in self.residual:
+            y = layer(y, cache) if isinstance(layer, CausalConv3d) else layer(y)
+        return y + self.shortcut(x)
+
+
+class AttentionBlock(nn.Module):
+    """One head over the pixels of each frame."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.norm = RMSNorm(dim, 2)
+        self.to_qkv = nn.Conv2d(dim, dim * 3, 1)
+        self.proj = nn.Conv2d(dim, dim, 1)
+
+    def forward(self, x: Tensor, cache: FeatureCache | None) -> Tensor:
+        b, c, _, h, w = x.shape
+        frames = frames_as_batch(x)
+        q, k, v = self.to_qkv(self.norm(frames)).flatten(2).transpose(1, 2).unsqueeze(1).chunk(3, dim=-1)
+        o = F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2).reshape(-1, c, h, w)
+        return x + batch_as_frames(self.proj(o), b)
+
+
+class Downsample(nn.Module):
+    """Halve height and width, and with ``temporal`` also the frames after the first (T -> 1 + (T - 1) / 2)."""
+
+    def __init__(self, dim: int, temporal: bool):
+        super().__init__()
+        self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(dim, dim, 3, stride=2))
+        self.time_conv = CausalConv3d(dim, dim, (3, 1, 1), (2, 1, 1)) if temporal else None
+
+    def forward(self, x: Tensor, cache: FeatureCache | None) -> Tensor:
+        x = batch_as_frames(self.resample(frames_as_batch(x)), x.shape[0])
+        if self.time_conv is None:
+            return x
+        cache = {} if cache is None else cache
+        if self.time_conv in cache:
+            return self.time_conv(x, cache)
+        # The first frame of a stream passes alone; the convolution starts with it as its past.
+        first, rest = x[:, :, :1], x[:, :, 1:]
+        cache[self.time_conv] = first.clone()
+        return torch.cat((first, self.time_conv(rest, cache)), 2) if rest.shape[2] else first
+
+
+class Upsample(nn.Module):
+    """Double height and width, and with ``temporal`` also the frames after the first (T -> 1 + 2 (T - 1))."""
+
+    def __init__(self, dim: int, out_dim: int, temporal: bool):
+        super().__init__()
+        # Index 0 is the nearest-neighbour doubling, done in forward.
+        self.resample = nn.Sequential(nn.Identity(), nn.Conv2d(dim, out_dim, 3, padding=1))
+        self.time_conv = CausalConv3d(dim, dim * 2, (3, 1, 1)) if temporal else None
+
+    def forward(self, x: Tensor, cache: FeatureCache | None) -> Tensor:
+        if self.time_conv is not None:
+            x = self._double_frames(self.time_conv, x, {} if cache is None else cache)
+        y = F.interpolate(frames_as_batch(x), scale_factor=2.0, mode="nearest-exact")
+        return batch_as_frames(self.resample(y), x.shape[0])
+
+    @staticmethod
+    def _double_frames(time_conv: CausalConv3d, x: Tensor, cache: FeatureCache) -> Tensor:
+        first, rest = x[:, :, :0], x
+        if time_conv not in cache:  # the first frame stays single, and the convolution never sees it
+            first, rest = x[:, :, :1], x[:, :, 1:]
+            cache[time_conv] = first[:, :, :0]
+        if rest.shape[2] == 0:
+            return first
+        even, odd = time_conv(rest, cache).chunk(2, dim=1)
+        doubled = torch.stack((even, odd), 3).flatten(2, 3)
+        return torch.cat((first, doubled), 2) if first.shape[2] else doubled
+
+
+def middle(dim: int) -> nn.Sequential:
+    return nn.Sequential(ResidualBlock(dim, dim), AttentionBlock(dim), ResidualBlock(dim, dim))
+
+
+def head(dim: int, out_dim: int) -> nn.Sequential:
+    return nn.Sequential(RMSNorm(dim, 3, silu=True), nn.Identity(), CausalConv3d(dim, out_dim, (3, 3, 3)))
