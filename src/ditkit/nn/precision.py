@@ -15,9 +15,14 @@ import torch
 from ditkit.errors import SetupError, nearest
 from ditkit.nn.layers import at_least_float32
 
-# Module paths (as the checkpoint spells them, block numbers left out) whose weights stay in float32 under bf16.
-_OFFICIAL_WIDE = {"time_embedding", "time_projection", "modulation", "norm3", "norm_q", "norm_k", "head"}
-_DIFFUSERS_WIDE = {"time_embedding", "modulation", "norm3"}
+# Parts of module paths, as the checkpoint spells them, whose weights stay in float32 under bf16. The official code
+# holds all weights so; named here are those that it uses so, and not through a bf16 linear. img_emb.proj.0 and .4 are
+# the layer norms around the linears of the image rows, emb_pos what is added before them.
+_IMAGE_NORMS = {"img_emb.proj.0", "img_emb.proj.4"}
+_OFFICIAL_WIDE = {
+    "time_embedding", "time_projection", "modulation", "norm3", "norm_q", "norm_k", "norm_k_img", "head", "emb_pos",
+} | _IMAGE_NORMS  # fmt: skip
+_DIFFUSERS_WIDE = {"time_embedding", "modulation", "norm3"} | _IMAGE_NORMS
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,8 @@ class Precision:
 
     def weight_dtype(self, name: str) -> torch.dtype:
         """The dtype in which the transformer parameter ``name`` is held. Whole path segments are compared."""
-        return self.wide if self.wide_weights.intersection(name.split(".")) else self.storage
+        whole = f".{name}."
+        return self.wide if any(f".{part}." in whole for part in self.wide_weights) else self.storage
 
 
 def precision(name: str, dtype: torch.dtype) -> Precision:
