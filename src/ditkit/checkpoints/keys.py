@@ -81,14 +81,6 @@ class KeyTable:
         rules = self.ignored_native if side == "native" else self.ignored_other
         return any(name.startswith(rule) if rule.endswith(".") else name == rule for rule in rules)
 
-    def alone(self, side: Side) -> KeyTable:
-        """A table of one layout with itself: it takes out what is ignored, and gives second names their first."""
-        pairs = [(name, name) for rule in self.rules for name in rule.names(side)]
-        if side == "native":
-            return KeyTable.of(pairs, ignored_native=self.ignored_native, ignored_other=self.ignored_native)
-        ignored = {"ignored_native": self.ignored_other, "ignored_other": self.ignored_other}
-        return KeyTable.of(pairs, aliases=self.aliases, **ignored)
-
     @cached_property
     def to_other(self) -> Mapping[str, str]:
         """Native name -> other name, read-only. Only for tables that rename and do no more."""
@@ -356,5 +348,5 @@ def table_of(kind: str, config: Mapping[str, Any]) -> KeyTable:
     if kind == "umt5":
         return umt5_keys(config["num_layers"])
     if kind == "clip":
-        return clip_keys(config["num_layers"])
+        return clip_keys(config["num_hidden_layers"])
     raise ValueError(f"there is no key table for {kind!r}")

@@ -34,7 +34,8 @@ class _Piece:
 
 
 class Mapped:
-    """``source`` in the layout ``to`` of ``table``: its native side, or its other one.
+    """``source`` in the layout ``to`` of ``table``: its native side, or its other one. ``source`` is in the opposite one,
+    or says with ``of`` in which; in ``to`` itself it only loses what is ignored and what has two names.
 
     ``ignored``: the tensors that the table leaves out by name. ``unknown``: those that it does not know; they keep
     their names, so that whoever loads them can count them. A name that stands in the source twice, as itself and as an
@@ -42,11 +43,13 @@ class Mapped:
     table says, for members that are missing, and for a mixture of both layouts; ``require_known`` raises for unknown
     names."""
 
-    def __init__(self, source: TensorSource, table: KeyTable, to: Side):
+    def __init__(self, source: TensorSource, table: KeyTable, to: Side, of: Side | None = None):
         self.source, self.table, self.to = source, table, to
         self._asked = f"mapping the names of {source.path}"
-        side: Side = "other" if to == "native" else "native"
+        side: Side = of or ("other" if to == "native" else "native")
         rules = table.by_name(side)
+        if side == to:
+            rules = {name: Rule((name,), (name,)) for name in rules}
         places, ignored, unknown = self._sort(rules, side)
         self.ignored, self.unknown = tuple(ignored), tuple(unknown)
         self._known = rules.keys()
