@@ -6,16 +6,19 @@ Leaves out: decoding latents, and what belongs into a manifest.
 """
 
 from .clip import check_writable, write_video
+from .image import as_image, read_image
 from .pixels import frames_sha256, to_uint8
 from .preview import preview_blocks
 from .read import read_manifest, read_video
 from .sheet import contact_sheet
 
 __all__ = [
+    "as_image",
     "check_writable",
     "contact_sheet",
     "frames_sha256",
     "preview_blocks",
+    "read_image",
     "read_manifest",
     "read_video",
     "to_uint8",
