@@ -4,8 +4,9 @@ Reading turns a component's ``config.json`` into the fields of our own config cl
 room knows no model. The rule for keys: those that shape the arithmetic are read or, where we have no such arithmetic,
 refused; those known to have no effect on inference, and all that begin with ``_``, are ignored; any other key is
 refused unless its value is null. Absent keys have diffusers' own defaults.
-Leaves out: tensors' names (keys.py), schedulers' settings, image-to-video and VACE transformers, the 2.2 VAE.
-Sources of names and defaults: diffusers ``transformer_wan.py``, ``autoencoder_kl_wan.py``; transformers ``UMT5Config``.
+Leaves out: tensors' names (keys.py), what shapes tell (sizes.py), schedulers' settings.
+Sources of names and defaults: diffusers ``transformer_wan.py``, ``transformer_wan_vace.py``,
+``autoencoder_kl_wan.py``; transformers ``UMT5Config``, ``CLIPVisionConfig``.
 """
 
 from __future__ import annotations
@@ -13,25 +14,26 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from ditkit.checkpoints.files import TensorInfo, read_json
+from ditkit.checkpoints.files import read_json
+from ditkit.checkpoints.sizes import Tensors, clip_sizes, settle, transformer_sizes, umt5_sizes, vae_sizes
 from ditkit.errors import LoadError, OutputError, nearest
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 DIFFUSERS_VERSION = "0.42.1"  # the release whose layout is written
-TRANSFORMER_CLASS, VAE_CLASS, TEXT_ENCODER_CLASS = "WanTransformer3DModel", "AutoencoderKLWan", "UMT5EncoderModel"
-Tensors = Mapping[str, TensorInfo]
-_REQUIRED = object()
+TRANSFORMER_CLASS, VACE_CLASS, VAE_CLASS = "WanTransformer3DModel", "WanVACETransformer3DModel", "AutoencoderKLWan"
+TEXT_ENCODER_CLASS, IMAGE_ENCODER_CLASS = "UMT5EncoderModel", "CLIPVisionModel"
+REQUIRED: Any = object()
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def read_config(folder: str | Path, name: str = "config.json") -> dict[str, Any]
     return read_json(Path(folder) / name)
 
 
-class _Keys:
+class ConfigKeys:
     """The keys of one config, taken one by one; ``done`` refuses what nobody took."""
 
     def __init__(self, config: Mapping[str, Any], asked: str):
@@ -90,7 +92,7 @@ class _Keys:
     def any(self, key: str, default: Any) -> Any:
         self.known.append(key)
         value = self.rest.pop(key, default)
-        if value is _REQUIRED:
+        if value is REQUIRED:
             raise self.error(f"the config has no {key}", "Use the config.json that belongs to the weights")
         return value
 
@@ -98,6 +100,12 @@ class _Keys:
         value = self.any(key, default)
         if type(value) is not int or value < least:
             raise self.error(f"{key} is {value!r}, not a whole number of at least {least}", "Correct the config")
+        return value
+
+    def integer_or_none(self, key: str) -> int | None:
+        value = self.any(key, None)
+        if value is not None and (type(value) is not int or value < 1):
+            raise self.error(f"{key} is {value!r}, neither null nor a whole number above 0", "Correct the config")
         return value
 
     def number(self, key: str, default: Any) -> float:
@@ -131,44 +139,32 @@ class _Keys:
                     f"the key {key!r} is unknown{nearest(key, self.known)}", "Remove it if it has no effect"
                 )
 
-    def agree(self, said: str, value: int, tensor: str, has: int) -> None:
-        """The config's ``value``, described by ``said``, against what the shape of ``tensor`` says."""
-        if value != has:
-            raise self.error(
-                f"{said} is {value} in the config and {has} in {tensor}", "Use the config of these weights"
-            )
-
 
 def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
 
 
-def _axis(keys: _Keys, tensors: Tensors, name: str, axis: int, axes: int) -> int:
-    if name not in tensors:
-        raise keys.error(f"the weights have no {name}", "Use weights in the diffusers layout")
-    shape = tensors[name].shape
-    if len(shape) != axes:
-        raise keys.error(f"{name} has the shape {list(shape)}, not {axes} axes", "Use the config of these weights")
-    return shape[axis]
+IMAGE_CLAIM = "image_claim"
+"""Rule: a config that claims an image branch is used for weights that have none (a 5B config with one is about)."""
+
+_SAID_BY_TRANSFORMERS = MappingProxyType({
+    "in_dim": "in_channels", "out_dim": "out_channels", "image_tokens": "pos_embed_seq_len",
+    "vace_in_dim": "vace_in_channels",
+})  # fmt: skip
+VACE_LAYERS = (0, 5, 10, 15, 20, 25, 30, 35)  # diffusers' default
 
 
-def _count(tensors: Tensors, pattern: str) -> int:
-    """1 + the largest number that ``pattern`` captures in the names; 0 when it fits none."""
-    return 1 + max((int(match[1]) for name in tensors if (match := re.match(pattern, name))), default=-1)
+def transformer_config(
+    config: Mapping[str, Any], tensors: Tensors | None = None, allow: Collection[str] = ()
+) -> dict[str, Any]:
+    """The config of a ``WanTransformer3DModel`` or a ``WanVACETransformer3DModel`` -> the fields of ``WanConfig``.
 
-
-IMAGE_PARTS = ("condition_embedder.image_embedder.", "attn2.add_k_proj.", "attn2.add_v_proj.", "attn2.norm_added_k.")
-
-
-def transformer_config(config: Mapping[str, Any], tensors: Tensors | None = None) -> dict[str, Any]:
-    """The config of a ``WanTransformer3DModel`` -> the fields of our transformer config.
-
-    With ``tensors`` (facts under diffusers names) their shapes are compared. The image branch is judged by the tensors
-    when they are given, because configs are in circulation that claim one that the weights do not have.
-    Raises LoadError for unsupported, unknown and contradicting values."""
-    keys = _Keys(config, "reading the transformer's config")
-    if config.get("_class_name", TRANSFORMER_CLASS) != TRANSFORMER_CLASS:
-        raise keys.error(f"its class is {config['_class_name']}, and only {TRANSFORMER_CLASS} is supported")
+    With ``tensors`` (facts under diffusers names) every field that shapes tell is compared. ``allow``: names of rules,
+    here ``image_claim``. Raises LoadError for unsupported, unknown and contradicting values."""
+    keys = ConfigKeys(config, "reading the transformer's config")
+    kind = config.get("_class_name", TRANSFORMER_CLASS)
+    if kind not in (TRANSFORMER_CLASS, VACE_CLASS):
+        raise keys.error(f"its class is {kind}, and only {TRANSFORMER_CLASS} and {VACE_CLASS} are supported")
     keys.only("patch_size", (1, 2, 2))
     keys.only("qk_norm", "rms_norm_across_heads")
     keys.only("cross_attn_norm", True)
@@ -188,61 +184,116 @@ def transformer_config(config: Mapping[str, Any], tensors: Tensors | None = None
         "eps": keys.number("eps", 1e-6),
         "patch_size": (1, 2, 2),
         "text_len": 512,
+        **_image_fields(keys, heads * width),
     }
     if type(fields["out_dim"]) is not int:
         raise keys.error(f"out_channels is {out!r}, not a whole number", "Correct the config")
+    if kind == VACE_CLASS:
+        fields["vace_layers"] = keys.list_of("vace_layers", VACE_LAYERS, lambda x: type(x) is int, "whole numbers")
+        fields["vace_in_dim"] = keys.integer("vace_in_channels", 96)
+    else:
+        fields["vace_layers"] = ()
     keys.ignore(["rope_max_seq_len"])  # the length of a table, not its values
-    claims = {key: keys.any(key, None) for key in ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len")}
     keys.done()
     if tensors is None:
-        if claimed := [f"{key} {value}" for key, value in claims.items() if value is not None]:
-            raise keys.error(f"it has an image branch ({', '.join(claimed)}), which is not supported yet")
         return fields
-    if any(part in name for name in tensors for part in IMAGE_PARTS):
-        raise keys.error("the weights have an image branch, which is not supported yet")
-    patches = math.prod(fields["patch_size"])
-    for said, value, name, axis, axes in (
-        (f"num_attention_heads {heads} x attention_head_dim {width}", fields["dim"], "patch_embedding.weight", 0, 5),
-        ("in_channels", fields["in_dim"], "patch_embedding.weight", 1, 5),
-        ("text_dim", fields["text_dim"], "condition_embedder.text_embedder.linear_1.weight", 1, 2),
-        ("freq_dim", fields["freq_dim"], "condition_embedder.time_embedder.linear_1.weight", 1, 2),
-        ("ffn_dim", fields["ffn_dim"], "blocks.0.ffn.net.0.proj.weight", 0, 2),
-        (f"out_channels x {patches}", fields["out_dim"] * patches, "proj_out.weight", 0, 2),
-    ):
-        keys.agree(said, value, name, _axis(keys, tensors, name, axis, axes))
-    keys.agree("num_layers", fields["num_layers"], "the names of the blocks", _count(tensors, r"blocks\.(\d+)\."))
-    return fields
+    sizes = transformer_sizes(tensors, "diffusers")
+    if IMAGE_CLAIM in allow and sizes.fields["image_dim"] is None:
+        fields |= {"image_dim": None, "image_tokens": None}
+    said = {**_SAID_BY_TRANSFORMERS, "dim": f"num_attention_heads {heads} x attention_head_dim {width}"}
+    return settle(keys.asked, sizes, fields, said, _about_image_claims)
+
+
+def _image_fields(keys: ConfigKeys, dim: int) -> dict[str, Any]:
+    image, tokens = (keys.integer_or_none(key) for key in ("image_dim", "pos_embed_seq_len"))
+    added = keys.integer_or_none("added_kv_proj_dim")
+    if added is not None and added != dim:
+        raise keys.error(f"added_kv_proj_dim is {added}, and only the width {dim} is supported")
+    if (image is None) != (added is None):
+        raise keys.error(f"image_dim is {image} and added_kv_proj_dim is {added}", "Give both, or null for both")
+    if image is None and tokens is not None:
+        raise keys.error(f"pos_embed_seq_len is {tokens} and image_dim is null", "Correct the config")
+    return {"image_dim": image, "image_tokens": tokens}
+
+
+def _about_image_claims(key: str) -> str | None:
+    if key != "image_dim":
+        return None
+    return (
+        "Use the config of these weights; if they are whole, set image_dim and added_kv_proj_dim to null in it, or "
+        f"allow {IMAGE_CLAIM}"
+    )
+
+
+_SAID_BY_VAES = MappingProxyType({
+    "dim": "base_dim", "temporal_downsample": "temperal_downsample", "dec_dim": "decoder_base_dim",
+})  # fmt: skip
 
 
 def vae_config(config: Mapping[str, Any], tensors: Tensors | None = None) -> dict[str, Any]:
-    """The config of an ``AutoencoderKLWan`` (2.1) -> the fields of our VAE config; ``tensors`` as above."""
-    keys = _Keys(config, "reading the VAE's config")
-    if config.get("_class_name", VAE_CLASS) != VAE_CLASS:
-        raise keys.error(f"its class is {config['_class_name']}, and only {VAE_CLASS} is supported")
+    """The config of an ``AutoencoderKLWan`` of Wan 2.1 -> the fields of ``WanVAEConfig``; ``tensors`` as above."""
+    keys = _vae_keys(config)
     keys.only("is_residual", False)
     keys.only("patch_size", None, 1)
-    keys.only("attn_scales", ())
     keys.only("in_channels", 3)
     keys.only("out_channels", 3)
+    fields = _vae_fields(keys, 16)
+    keys.only("decoder_base_dim", None, fields["dim"])
+    keys.only("scale_factor_spatial", 2 ** (len(fields["dim_mult"]) - 1))
+    keys.done()
+    if tensors is None:
+        return fields
+    return settle(keys.asked, vae_sizes(tensors, "diffusers"), fields, _SAID_BY_VAES)
+
+
+def vae22_config(config: Mapping[str, Any], tensors: Tensors | None = None) -> dict[str, Any]:
+    """The config of an ``AutoencoderKLWan`` of Wan 2.2 -> the fields of ``WanVAE22Config``; ``tensors`` as above."""
+    keys = _vae_keys(config)
+    keys.only("is_residual", True)
+    patch = keys.integer("patch_size", 2)
+    for key in ("in_channels", "out_channels"):
+        keys.only(key, 3 * patch**2)
+    fields = _vae_fields(keys, 48)
+    fields |= {"dec_dim": keys.integer("decoder_base_dim", fields["dim"]), "patch_size": patch}
+    keys.only("scale_factor_spatial", patch * 2 ** (len(fields["dim_mult"]) - 1))
+    keys.done()
+    if tensors is None:
+        return fields
+    return settle(keys.asked, vae_sizes(tensors, "diffusers", "wan_vae22"), fields, _SAID_BY_VAES)
+
+
+def is_residual(config: Mapping[str, Any]) -> bool:
+    """Whether this is the config of a VAE of Wan 2.2."""
+    return config.get("is_residual", False) is True
+
+
+def _vae_keys(config: Mapping[str, Any]) -> ConfigKeys:
+    keys = ConfigKeys(config, "reading the VAE's config")
+    if config.get("_class_name", VAE_CLASS) != VAE_CLASS:
+        raise keys.error(f"its class is {config['_class_name']}, and only {VAE_CLASS} is supported")
+    keys.only("attn_scales", ())
     keys.ignore(["dropout"])  # inactive outside training
-    dim = keys.integer("base_dim", 96)
-    keys.only("decoder_base_dim", None, dim)
+    return keys
+
+
+def _vae_fields(keys: ConfigKeys, usual: int) -> dict[str, Any]:
+    """What both VAEs have. ``usual``: the latent channels whose statistics need not be in the config."""
     z_dim = keys.integer("z_dim", 16)
     mult = keys.list_of("dim_mult", (1, 2, 4, 4), lambda x: type(x) is int and x > 0, "whole numbers")
     temporal = keys.list_of("temperal_downsample", (False, True, True), lambda x: type(x) is bool, "true and false")
-    blocks = keys.integer("num_res_blocks", 2)
     fields = {
-        "dim": dim, "z_dim": z_dim, "dim_mult": mult, "num_res_blocks": blocks, "temporal_downsample": temporal,
+        "dim": keys.integer("base_dim", 96), "z_dim": z_dim, "dim_mult": mult,
+        "num_res_blocks": keys.integer("num_res_blocks", 2), "temporal_downsample": temporal,
     }  # fmt: skip
     if not mult or len(temporal) != len(mult) - 1:
         raise keys.error(
             f"temperal_downsample has {len(temporal)} values where dim_mult has {len(mult)}", "There must be one less"
         )
     for key in ("latents_mean", "latents_std"):
-        if key not in config:
-            if z_dim != 16:
-                raise keys.error(f"it has no {key}, and the usual one is for 16 channels", "Add it to the config")
-            continue  # our defaults are diffusers' defaults
+        if key not in keys.rest:
+            if z_dim != usual:
+                raise keys.error(f"it has no {key}, and the usual one is for {usual} channels", "Add it to the config")
+            continue  # our defaults are the official ones
         values = keys.list_of(key, (), _is_number, "finite numbers")
         if len(values) != z_dim:
             raise keys.error(f"{key} has {len(values)} values where z_dim is {z_dim}", "Correct the config")
@@ -250,28 +301,6 @@ def vae_config(config: Mapping[str, Any], tensors: Tensors | None = None) -> dic
             raise keys.error(f"latents_std has the value {min(values)}", "Correct the config, all must be above 0")
         fields[key] = tuple(map(float, values))
     keys.only("scale_factor_temporal", 2 ** sum(temporal))
-    keys.only("scale_factor_spatial", 2 ** (len(mult) - 1))
-    keys.done()
-    if tensors is None:
-        return fields
-    for said, value, name, axis in (
-        ("base_dim", dim, "encoder.conv_in.weight", 0),
-        ("z_dim", z_dim, "post_quant_conv.weight", 0),
-        (f"base_dim x {mult[-1]}", dim * mult[-1], "encoder.mid_block.resnets.0.conv1.weight", 0),
-    ):
-        keys.agree(said, value, name, _axis(keys, tensors, name, axis, 5))
-    for said, value, pattern in (
-        ("num_res_blocks + 1", blocks + 1, r"decoder\.up_blocks\.0\.resnets\.(\d+)\."),
-        ("the length of dim_mult", len(mult), r"decoder\.up_blocks\.(\d+)\."),
-    ):
-        keys.agree(said, value, "the names of the decoder's blocks", _count(tensors, pattern))
-    for level, halves in enumerate(temporal):
-        name = f"encoder.down_blocks.{level * (blocks + 1) + blocks}.time_conv.weight"
-        if halves != (name in tensors):
-            raise keys.error(
-                f"temperal_downsample[{level}] is {halves} and {name} is {'absent' if halves else 'present'}",
-                "Use the config of these weights",
-            )
     return fields
 
 
@@ -288,7 +317,7 @@ UMT5_SIZES = {
 
 def text_encoder_config(config: Mapping[str, Any], tensors: Tensors | None = None) -> dict[str, Any]:
     """The config of a transformers UMT5 model -> the fields of our UMT5 config; ``tensors`` as above."""
-    keys = _Keys(config, "reading the text encoder's config")
+    keys = ConfigKeys(config, "reading the text encoder's config")
     keys.only("model_type", "umt5")
     keys.only("feed_forward_proj", "gated-gelu")
     keys.only("dense_act_fn", "gelu_new")
@@ -299,66 +328,103 @@ def text_encoder_config(config: Mapping[str, Any], tensors: Tensors | None = Non
     keys.done()
     if tensors is None:
         return fields
-    embedding = "shared.weight" if "shared.weight" in tensors else "encoder.embed_tokens.weight"
-    first = "encoder.block.0.layer"
-    heads, width = fields["num_heads"], fields["d_kv"]
-    table = f"{first}.0.SelfAttention.relative_attention_bias.weight"
-    for said, value, name, axis in (
-        ("vocab_size", fields["vocab_size"], embedding, 0),
-        ("d_model", fields["d_model"], embedding, 1),
-        (f"num_heads {heads} x d_kv {width}", heads * width, f"{first}.0.SelfAttention.q.weight", 0),
-        ("d_ff", fields["d_ff"], f"{first}.1.DenseReluDense.wi_0.weight", 0),
-        ("relative_attention_num_buckets", fields["relative_attention_num_buckets"], table, 0),
-        ("num_heads", heads, table, 1),
-    ):
-        keys.agree(said, value, name, _axis(keys, tensors, name, axis, 2))
-    layers = _count(tensors, r"encoder\.block\.(\d+)\.")
-    keys.agree("num_layers", fields["num_layers"], "the names of the blocks", layers)
-    return fields
+    return settle(keys.asked, umt5_sizes(tensors), fields)
+
+
+CLIP_WITHOUT_EFFECT = (
+    "architectures", "attention_dropout", "dropout", "dtype", "initializer_factor", "initializer_range",
+    "projection_dim", "torch_dtype", "transformers_version",
+    # what transformers 4 wrote into every nested config, for text that a vision tower does not generate
+    "add_cross_attention", "bad_words_ids", "begin_suppress_tokens", "bos_token_id", "chunk_size_feed_forward",
+    "cross_attention_hidden_size", "decoder_start_token_id", "diversity_penalty", "do_sample", "early_stopping",
+    "encoder_no_repeat_ngram_size", "eos_token_id", "exponential_decay_length_penalty", "finetuning_task",
+    "forced_bos_token_id", "forced_eos_token_id", "id2label", "is_decoder", "is_encoder_decoder", "label2id",
+    "length_penalty", "max_length", "min_length", "no_repeat_ngram_size", "num_beam_groups", "num_beams",
+    "num_return_sequences", "output_attentions", "output_hidden_states", "output_scores", "pad_token_id", "prefix",
+    "problem_type", "pruned_heads", "remove_invalid_values", "repetition_penalty", "return_dict",
+    "return_dict_in_generate", "sep_token_id", "suppress_tokens", "task_specific_params", "temperature",
+    "tf_legacy_loss", "tie_encoder_decoder", "tie_word_embeddings", "tokenizer_class", "top_k", "top_p",
+    "torchscript", "typical_p", "use_bfloat16",
+)  # fmt: skip
+CLIP_SIZES = MappingProxyType({
+    "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+    "image_size": 224, "patch_size": 32,
+})  # fmt: skip
+CLIP_ACTIVATIONS = ("quick_gelu", "gelu")  # the first is transformers' default
+
+
+def clip_config(config: Mapping[str, Any], tensors: Tensors | None = None) -> dict[str, Any]:
+    """The config of a transformers CLIP vision model, or of a whole CLIP model (its ``vision_config``) -> the fields
+    of ``CLIPConfig``; ``tensors`` as above, under names without ``vision_model.``."""
+    asked = "reading the image encoder's config"
+    if config.get("model_type") == "clip":
+        nested = config.get("vision_config")
+        if not isinstance(nested, Mapping):
+            raise LoadError(asked, "it is of a whole CLIP model and has no vision_config", "Correct the config")
+        config = nested
+    keys = ConfigKeys(config, asked)
+    keys.only("model_type", "clip_vision_model")
+    keys.only("num_channels", 3)
+    fields: dict[str, Any] = {key: keys.integer(key, default) for key, default in CLIP_SIZES.items()}
+    fields["hidden_act"] = keys.any("hidden_act", CLIP_ACTIVATIONS[0])
+    if fields["hidden_act"] not in CLIP_ACTIVATIONS:
+        listed = " or ".join(CLIP_ACTIVATIONS)
+        raise keys.error(f"hidden_act is {fields['hidden_act']!r}, and only {listed} is supported")
+    fields["layer_norm_eps"] = keys.number("layer_norm_eps", 1e-5)
+    keys.ignore(CLIP_WITHOUT_EFFECT)
+    keys.done()
+    if tensors is None:
+        return fields
+    return settle(keys.asked, clip_sizes(tensors), fields)
 
 
 def transformer_config_out(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of ``transformer_config``, with diffusers' class name and version."""
+    image, layers = fields.get("image_dim"), fields.get("vace_layers", ())
+    control = {"vace_layers": list(layers), "vace_in_channels": fields.get("vace_in_dim", 96)} if layers else {}
     return {
-        "_class_name": TRANSFORMER_CLASS,
+        "_class_name": VACE_CLASS if layers else TRANSFORMER_CLASS,
         "_diffusers_version": DIFFUSERS_VERSION,
-        "added_kv_proj_dim": None,
+        "added_kv_proj_dim": None if image is None else fields["dim"],
         "attention_head_dim": fields["dim"] // fields["num_heads"],
         "cross_attn_norm": True,
         "eps": fields["eps"],
         "ffn_dim": fields["ffn_dim"],
         "freq_dim": fields["freq_dim"],
-        "image_dim": None,
+        "image_dim": image,
         "in_channels": fields["in_dim"],
         "num_attention_heads": fields["num_heads"],
         "num_layers": fields["num_layers"],
         "out_channels": fields["out_dim"],
         "patch_size": list(fields["patch_size"]),
-        "pos_embed_seq_len": None,
+        "pos_embed_seq_len": fields.get("image_tokens"),
         "qk_norm": "rms_norm_across_heads",
         "rope_max_seq_len": 1024,
         "text_dim": fields["text_dim"],
+        **control,
     }
 
 
 def vae_config_out(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of ``vae_config``."""
+    """The inverse of ``vae_config``, and of ``vae22_config`` for fields with a ``dec_dim``."""
+    residual = "dec_dim" in fields
+    patch = fields["patch_size"] if residual else 1
     return {
         "_class_name": VAE_CLASS,
         "_diffusers_version": DIFFUSERS_VERSION,
         "attn_scales": [],
         "base_dim": fields["dim"],
-        "decoder_base_dim": None,
+        "decoder_base_dim": fields["dec_dim"] if residual else None,
         "dim_mult": list(fields["dim_mult"]),
         "dropout": 0.0,
-        "in_channels": 3,
-        "is_residual": False,
+        "in_channels": 3 * patch**2,
+        "is_residual": residual,
         "latents_mean": list(fields["latents_mean"]),
         "latents_std": list(fields["latents_std"]),
         "num_res_blocks": fields["num_res_blocks"],
-        "out_channels": 3,
-        "patch_size": None,
-        "scale_factor_spatial": 2 ** (len(fields["dim_mult"]) - 1),
+        "out_channels": 3 * patch**2,
+        "patch_size": patch if residual else None,
+        "scale_factor_spatial": patch * 2 ** (len(fields["dim_mult"]) - 1),
         "scale_factor_temporal": 2 ** sum(fields["temporal_downsample"]),
         "temperal_downsample": list(fields["temporal_downsample"]),
         "z_dim": fields["z_dim"],
@@ -379,6 +445,17 @@ def text_encoder_config_out(fields: Mapping[str, Any]) -> dict[str, Any]:
         "pad_token_id": 0,
         "eos_token_id": 1,
         "decoder_start_token_id": 0,
+        **fields,
+    }
+
+
+def clip_config_out(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of ``clip_config``, for a vision model on its own."""
+    return {
+        "architectures": [IMAGE_ENCODER_CLASS],
+        "model_type": "clip_vision_model",
+        "attention_dropout": 0.0,
+        "num_channels": 3,
         **fields,
     }
 
