@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ditkit.checkpoints.files import DTYPES, TensorFiles, read_header
+from ditkit.checkpoints.files import DTYPES, TensorFiles, kind_of, open_source, read_header
+from ditkit.checkpoints.pickles import PickleFile
 from ditkit.errors import LoadError
 
 
@@ -176,17 +177,70 @@ def test_a_missing_folder_and_a_missing_file(tmp_path):
         TensorFiles(tmp_path / "x.safetensors")
 
 
-def test_a_folder_without_weights_and_one_with_pickles(tmp_path):
-    with says("it holds no .safetensors file"):
+def test_a_folder_without_weights(tmp_path):
+    with says("it holds no file of tensors (.safetensors, .bin"):
         TensorFiles(tmp_path)
+    with says("it holds no file of tensors"):
+        open_source(tmp_path)
+
+
+def test_other_formats_are_not_safetensors(tmp_path):
     torch.save({}, tmp_path / "pytorch_model.bin")
-    with says("only pickles (pytorch_model.bin)", "Convert them to safetensors"):
+    with says("pytorch_model.bin", "it is a checkpoint of torch, not safetensors", "Convert it to safetensors"):
         TensorFiles(tmp_path)
-    with says("it is a pickle", "Convert it to safetensors"):
-        TensorFiles(tmp_path / "pytorch_model.bin")
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    with says("not a .safetensors file"):
+    with says("it is a GGUF file, not safetensors"):
         TensorFiles(tmp_path / "model.gguf")
+
+
+def test_the_format_is_told_by_content_not_by_name(tmp_path):
+    tensors = {"x": torch.ones(3)}
+    torch.save(tensors, tmp_path / "a.safetensors")
+    save_file(tensors, tmp_path / "b.pth")
+    sources = [open_source(tmp_path / name) for name in ("a.safetensors", "b.pth")]
+    assert [type(source) for source in sources] == [PickleFile, TensorFiles]
+    assert all(same(source["x"], tensors["x"]) for source in sources)
+    with says("it is a checkpoint of torch, not safetensors"):
+        TensorFiles(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("mark", [b"PK\x03\x04", b"GGUF", b"\x80\x02\x00\x00"])
+def test_a_header_whose_length_looks_like_the_mark_of_another_format(tmp_path, mark):
+    length = struct.unpack("<Q", mark + b"\0" * 4)[0]
+    head = struct.pack("<Q", length) + b"{"
+    (tmp_path / "x").write_bytes(head)
+    assert kind_of(tmp_path / "x") == "safetensors"
+
+
+def test_safetensors_are_taken_where_a_pickle_holds_the_same(tmp_path):
+    save_file({"x": torch.ones(1)}, tmp_path / "model.safetensors")
+    torch.save({"x": torch.zeros(1)}, tmp_path / "pytorch_model.bin")
+    assert open_source(tmp_path)["x"] == 1
+
+
+def test_a_folder_with_one_pickle_and_with_two(tmp_path):
+    torch.save({"x": torch.ones(1)}, tmp_path / "pytorch_model.bin")
+    torch.save({"x": torch.zeros(1)}, tmp_path / "pytorch_model.fp16.bin")
+    assert open_source(tmp_path)["x"] == 1
+    assert open_source(tmp_path, variant="fp16")["x"] == 0
+    torch.save({"x": torch.ones(1)}, tmp_path / "other.pt")
+    with says("2 sets of weights could be meant (other.pt, pytorch_model.bin)"):
+        open_source(tmp_path)
+
+
+def test_an_entry_of_a_file_without_entries(tmp_path):
+    save_file({"x": torch.ones(1)}, tmp_path / "x.safetensors")
+    with says("entry 'ema' was given with a file that has no entries"):
+        open_source(tmp_path, entry="ema")
+
+
+def test_metadata_of_a_file_and_of_shards(tmp_path):
+    for n, notes in ((1, {"format": "pt", "part": "a"}), (2, {"format": "pt", "part": "b"}), (3, {"format": "pt"})):
+        save_file({f"x{n}": torch.ones(1)}, tmp_path / f"model-0000{n}-of-00003.safetensors", notes)
+    names = {f"x{n}": f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3)}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    assert open_source(tmp_path).metadata == {"format": "pt", "part": ("a", "b")}
+    assert TensorFiles(tmp_path / names["x1"]).metadata == {"format": "pt", "part": "a"}
 
 
 def test_two_sets_of_weights(tmp_path):

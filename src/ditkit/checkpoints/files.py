@@ -1,8 +1,9 @@
-"""Tensors on disk: which names, types and shapes a safetensors file or a sharded set holds, and their bytes.
+"""Tensors on disk: which file of which format is meant, what a safetensors file or a sharded set holds, their bytes.
 
 Only headers are read when a set is opened. Data is read with ordinary file reads into memory of its own: nothing is
 mapped, so a file that changes later cannot change (or crash) a running model, and no second copy stands around.
-Leaves out: what the names mean (keys.py), and every format but safetensors.
+The format is told by a file's first bytes, never by its name. Leaves out: what the names mean (keys.py), the formats
+of torch (pickles.py) and GGUF (gguf.py), quantisation (quantized.py), prefixes (prefixes.py).
 Source of the format: https://github.com/huggingface/safetensors#format
 """
 
@@ -14,7 +15,7 @@ import math
 import mmap
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -38,9 +39,12 @@ SIZES = MappingProxyType({"F64": 8, "C64": 8, "I64": 8, "U64": 8, "F32": 4, "I32
                           "I16": 2, "U16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "BOOL": 1, "I8": 1, "U8": 1})  # fmt: skip
 PAGED = 2**20  # bytes; smaller tensors come from the ordinary heap
 HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors library
-PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+OTHERS = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".gguf")  # looked at in a folder that has no safetensors
+INDEX = re.compile(r"(.+)\.safetensors\.index(?:\.(.+))?\.json")
 SHARD = re.compile(r"-\d{5}-of-\d{5}")
-VARIANT = re.compile(r"(?:diffusion_pytorch_model|model)\.(.+)")  # the base names of diffusers and transformers
+VARIANT = re.compile(
+    r"(?:diffusion_pytorch_model|pytorch_model|model)\.(.+)"
+)  # the base names of diffusers and transformers
 
 
 @dataclass(frozen=True)
@@ -79,16 +83,44 @@ def read_json(file: Path) -> dict[str, Any]:
     return value
 
 
+def kind_of(file: Path) -> str:
+    """The format, by the first bytes: ``safetensors``, ``index`` (of its shards), ``torch``, ``old torch`` (a bare
+    pickle), ``gguf`` or ``unknown``. Raises LoadError when the file cannot be read."""
+    asked = f"opening {file}"
+    try:
+        with file.open("rb") as stream:
+            start = stream.read(9)
+    except FileNotFoundError:
+        raise LoadError(asked, "there is no such file", "Check the path, or download the model again") from None
+    except OSError as error:
+        raise LoadError(asked, f"it cannot be read ({error.strerror})", "Check the file and its permissions") from None
+    if start[5:] == b"\0\0\0{":  # first, because the length before it may begin with the mark of another format
+        return "safetensors"
+    return next((kind for kind, mark in MARKS.items() if mark.match(start)), "unknown")
+
+
+MARKS: Mapping[str, re.Pattern[bytes]] = MappingProxyType({
+    "gguf": re.compile(b"GGUF"), "torch": re.compile(b"PK\x03\x04"), "old torch": re.compile(b"\x80[\x02-\x05]"),
+    "index": re.compile(rb"\s*\{"),
+})  # fmt: skip
+KINDS: Mapping[str, str] = MappingProxyType({
+    "torch": "a checkpoint of torch", "old torch": "a pickle", "gguf": "a GGUF file", "index": "a JSON file",
+})  # fmt: skip
+
+
 def read_header(file: Path) -> dict[str, TensorInfo]:
     """Names and places of the tensors in one safetensors file, in the order of their bytes.
 
     Raises LoadError when the file is missing, is no safetensors file, or does not have the length its header says."""
+    return _header(file)[0]
+
+
+def _header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """The tensors of ``read_header``, and the file's ``__metadata__``."""
     asked = f"opening {file}"
     again = "Download the file again, it is damaged or incomplete"
-    if file.suffix in PICKLES:
-        raise LoadError(asked, "it is a pickle, which can run code when it is opened", "Convert it to safetensors")
-    if file.suffix != ".safetensors":
-        raise LoadError(asked, "it is not a .safetensors file", "Give a .safetensors file or a folder with one")
+    if (kind := kind_of(file)) in KINDS:
+        raise LoadError(asked, f"it is {KINDS[kind]}, not safetensors", "Convert it to safetensors")
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
@@ -98,13 +130,11 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
             if length > min(size - 8, HEADER_LIMIT):
                 raise LoadError(asked, f"it has {size} bytes, too few for a header of {length}", again)
             raw = stream.read(length)
-    except FileNotFoundError:
-        raise LoadError(asked, "there is no such file", "Check the path, or download the model again") from None
     except OSError as error:
         raise LoadError(asked, f"it cannot be read ({error.strerror})", "Check the file and its permissions") from None
     try:
         header = json.loads(raw, object_pairs_hook=_no_duplicates)
-        header.pop("__metadata__", None)
+        metadata = dict(header.pop("__metadata__", None) or {})
         places = sorted(
             ((*entry["data_offsets"], name, entry["dtype"], entry["shape"]) for name, entry in header.items())
         )
@@ -122,7 +152,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         raise LoadError(asked, f"its header cannot be understood ({error})", again) from None
     if 8 + length + end != size:
         raise LoadError(asked, f"it has {size} bytes where its header asks for {8 + length + end}", again)
-    return tensors
+    return tensors, metadata
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -145,14 +175,15 @@ def _read_index(index: Path) -> dict[str, str]:
     return names
 
 
-def _sharded(index: Path) -> dict[str, TensorInfo]:
+def _sharded(index: Path) -> tuple[dict[str, TensorInfo], dict[str, Any]]:
     names = _read_index(index)
     shards = sorted(set(names.values()))
     asked = f"opening the {len(shards)} shards of {index}"
     again = "Download the folder again"
     if absent := [shard for shard in shards if not (index.parent / shard).is_file()]:
         raise LoadError(asked, f"{len(absent)} of them are not there ({some(absent)})", again)
-    found = {(name, shard): info for shard in shards for name, info in read_header(index.parent / shard).items()}
+    headers = {shard: _header(index.parent / shard) for shard in shards}
+    found = {(name, shard): info for shard, (tensors, _) in headers.items() for name, info in tensors.items()}
     listed = set(names.items())
     if lost := [f"{name} in {shard}" for name, shard in listed - found.keys()]:
         raise LoadError(asked, f"{len(lost)} tensors of the index are not in their shard ({some(lost)})", again)
@@ -160,24 +191,32 @@ def _sharded(index: Path) -> dict[str, TensorInfo]:
         raise LoadError(
             asked, f"the shards hold {len(stray)} tensors that the index does not name ({some(stray)})", again
         )
-    return {name: info for (name, _), info in found.items()}
+    return {name: info for (name, _), info in found.items()}, _merged([notes for _, notes in headers.values()])
+
+
+def _merged(notes: Sequence[Mapping[str, str]]) -> dict[str, Any]:
+    """The notes of all shards: one value where they agree, a tuple of the different ones where they do not."""
+    values: dict[str, dict[str, None]] = {}
+    for note in notes:
+        for key, value in note.items():
+            values.setdefault(key, {})[value] = None
+    return {key: next(iter(found)) if len(found) == 1 else tuple(found) for key, found in values.items()}
 
 
 def _choose(folder: Path, variant: str | None) -> Path:
     """The index or the single file that ``variant`` means in ``folder``.
 
     A set is an index with its shards, or a file that no index names. ``None`` means the set without a variant in its
-    name, as in diffusers; there must be exactly one."""
+    name, as in diffusers; there must be exactly one. Where there are safetensors, files of other formats are not
+    looked at: in the folders of diffusers and transformers they hold the same weights once more."""
     asked = f"loading weights from {folder}" + (f" (variant {variant!r})" if variant else "")
     if not folder.is_dir():
         raise LoadError(asked, "there is no such folder", "Check the path, or download the model")
-    indices = {
-        file: match
-        for file in sorted(folder.iterdir())
-        if (match := re.fullmatch(r"(.+)\.safetensors\.index(?:\.(.+))?\.json", file.name))
-    }
+    indices = {file: match for file in sorted(folder.iterdir()) if (match := INDEX.fullmatch(file.name))}
     claimed = {shard for index in indices for shard in _read_index(index).values()}
     loose = [file for file in sorted(folder.glob("*.safetensors")) if file.name not in claimed]
+    if not indices and not loose:
+        loose = [file for file in sorted(folder.iterdir()) if file.suffix in OTHERS]
     if parts := [file.name for file in loose if SHARD.search(file.name)]:
         raise LoadError(
             asked, f"{len(parts)} shards are named by no index ({some(parts)})", "Add the .safetensors.index.json file"
@@ -187,11 +226,8 @@ def _choose(folder: Path, variant: str | None) -> Path:
         match = VARIANT.fullmatch(file.stem)
         sets[file] = match[1] if match else None
     if not sets:
-        pickles = [file.name for file in folder.iterdir() if file.suffix in PICKLES]
-        if pickles:
-            found = f"it holds only pickles ({some(pickles)}), which can run code when they are opened"
-            raise LoadError(asked, found, "Convert them to safetensors")
-        raise LoadError(asked, "it holds no .safetensors file", "Check the path, or download the model again")
+        found = "it holds no file of tensors (.safetensors, " + ", ".join(OTHERS) + ")"
+        raise LoadError(asked, found, "Check the path, or download the model again")
     fitting = [file for file, name in sets.items() if name == variant]
     if len(fitting) == 1:
         return fitting[0]
@@ -202,29 +238,51 @@ def _choose(folder: Path, variant: str | None) -> Path:
     raise LoadError(asked, f"the weights there have other variants ({known})", "Ask for one of these variants")
 
 
-class TensorFiles:
-    """The tensors of one safetensors file, or of an index and its shards; ``path`` is either, or their folder.
+def _resolve(path: str | Path, variant: str | None) -> Path:
+    """The file that is meant: ``path`` itself, or the one that ``_choose`` finds in it."""
+    path = Path(path)
+    if path.is_dir() or (path.suffix not in (".safetensors", ".json", *OTHERS) and not path.exists()):
+        return _choose(path, variant)
+    if variant is not None:
+        raise LoadError(f"opening {path}", f"variant {variant!r} was given with a file", "Give its folder instead")
+    return path
 
-    ``tensors`` maps each name to its TensorInfo, in the order of files and bytes. Opening checks all headers and
-    reads no data. ``variant`` selects ``diffusion_pytorch_model.VARIANT.safetensors``. Raises LoadError for missing,
-    damaged, contradictory and ambiguous files."""
 
-    def __init__(self, path: str | Path, variant: str | None = None):
-        path = Path(path)
-        if path.is_dir() or (path.suffix not in (".safetensors", ".json", *PICKLES) and not path.exists()):
-            path = _choose(path, variant)
-        elif variant is not None:
-            raise LoadError(f"opening {path}", f"variant {variant!r} was given with a file", "Give its folder instead")
-        self.path = path
-        self.tensors: Mapping[str, TensorInfo] = MappingProxyType(
-            _sharded(path) if path.suffix == ".json" else read_header(path)
-        )
-        if not self.tensors:
+def open_source(path: str | Path, variant: str | None = None, entry: str | None = None) -> StoredTensors:
+    """The tensors of a file of any known format, or of the one file or set of shards that ``path``, a folder, holds.
+
+    ``variant`` selects among the sets of a folder, ``entry`` among the state dicts of a training checkpoint of torch.
+    What is given holds what the file stores: quantised weights are quantised still (``Dequantized``), names have their
+    prefixes (``Unprefixed``). Raises LoadError; MissingDependency for a GGUF file without the gguf library."""
+    path = _resolve(path, variant)
+    kind = kind_of(path)
+    if kind in ("torch", "old torch"):
+        from ditkit.checkpoints.pickles import PickleFile
+
+        return PickleFile(path, entry)
+    if entry is not None:
+        raise LoadError(f"opening {path}", f"entry {entry!r} was given with a file that has no entries", "Leave it out")
+    if kind == "gguf":
+        from ditkit.checkpoints.gguf import GGUFFile
+
+        return GGUFFile(path)
+    return TensorFiles(path)
+
+
+class StoredTensors:
+    """Tensors in files, of any format: ``tensors`` says where each lies, and data is read when it is asked for."""
+
+    def __init__(self, path: Path, tensors: Mapping[str, TensorInfo], metadata: Mapping[str, Any]):
+        if not tensors:
             raise LoadError(f"opening {path}", "it holds no tensors", "Download the file again")
+        self.path = path
+        self.tensors: Mapping[str, TensorInfo] = MappingProxyType(dict(tensors))
+        self.metadata: Mapping[str, Any] = MappingProxyType(dict(metadata))
         self.files = tuple(dict.fromkeys(info.file for info in self.tensors.values()))
+        self.notes: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
-        return f"TensorFiles({str(self.path)!r}: {len(self.tensors)} tensors in {len(self.files)} files)"
+        return f"{type(self).__name__}({str(self.path)!r}: {len(self.tensors)} tensors in {len(self.files)} files)"
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, tensor) one by one, each read once, in memory of its own."""
@@ -232,12 +290,15 @@ class TensorFiles:
             with file.open("rb", buffering=0) as stream:
                 for name, info in self.tensors.items():
                     if info.file == file:
-                        yield name, _read(stream, name, info)
+                        yield name, self._read(stream, name, info)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         info = self.tensors[name]
         with info.file.open("rb", buffering=0) as stream:
-            return _read(stream, name, info)
+            return self._read(stream, name, info)
+
+    def _read(self, stream: IO[bytes], name: str, info: TensorInfo) -> torch.Tensor:
+        return read(stream, name, info)
 
     @property
     def sha256(self) -> dict[str, str]:
@@ -259,7 +320,21 @@ class TensorFiles:
         return hashlib.sha256(json.dumps(about).encode()).hexdigest()
 
 
-def _read(stream: IO[bytes], name: str, info: TensorInfo) -> torch.Tensor:
+class TensorFiles(StoredTensors):
+    """The tensors of one safetensors file, or of an index and its shards; ``path`` is either, or their folder.
+
+    ``tensors`` maps each name to its TensorInfo, in the order of files and bytes. Opening checks all headers and
+    reads no data. ``variant`` selects ``diffusion_pytorch_model.VARIANT.safetensors``. ``metadata`` is the header's
+    ``__metadata__``; where shards differ in a value, a tuple of theirs. Raises LoadError for missing, damaged,
+    contradictory and ambiguous files."""
+
+    def __init__(self, path: str | Path, variant: str | None = None):
+        path = _resolve(path, variant)
+        super().__init__(path, *(_sharded(path) if path.suffix == ".json" else _header(path)))
+
+
+def read(stream: IO[bytes], name: str, info: TensorInfo) -> torch.Tensor:
+    """The bytes of one tensor, contiguous, in memory of its own. Raises LoadError when the file ends before."""
     import torch
 
     dtype = getattr(torch, DTYPES[info.dtype])

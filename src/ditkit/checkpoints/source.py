@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,3 +63,56 @@ class TensorSource(Protocol):
     def sketch(self) -> str:
         """One hash over headers, sizes and samples (milliseconds)."""
         ...
+
+
+class View:
+    """A source seen in another way: same place, same files, same hashes. Subclasses give ``tensors`` and the data.
+
+    ``notes`` says in plain words what was left out or chosen on the way, innermost first."""
+
+    tensors: Mapping[str, Facts]
+
+    def __init__(self, source: TensorSource, notes: tuple[str, ...] = ()):
+        self.source = source
+        self.notes: tuple[str, ...] = (*notes_of(source), *notes)
+
+    @property
+    def path(self) -> Path:
+        return self.source.path
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return self.source.files
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        return self.source.metadata
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        for name in self.tensors:
+            yield name, self[name]
+
+    def __getitem__(self, name: str) -> Tensor:
+        raise NotImplementedError
+
+    @property
+    def sha256(self) -> dict[str, str]:
+        return self.source.sha256
+
+    @property
+    def fingerprint(self) -> str:
+        return self.source.fingerprint
+
+    @property
+    def sketch(self) -> str:
+        return self.source.sketch
+
+
+@runtime_checkable
+class Noted(Protocol):
+    notes: tuple[str, ...]
+
+
+def notes_of(source: TensorSource) -> tuple[str, ...]:
+    """What ``source`` has to say about itself; nothing when it keeps no notes."""
+    return source.notes if isinstance(source, Noted) else ()
