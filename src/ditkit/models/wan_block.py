@@ -1,0 +1,185 @@
+"""One block of the Wan transformer: self-attention, attention to the text and the image, and a feed-forward net.
+
+Also what a block needs besides the tokens (``BlockContext``), and the sizes that all parts are made of (``WanConfig``).
+Leaves out: what stands before and behind the blocks (``wan.py``) and the control branch (``vace.py``).
+Source: Wan2.1 and Wan2.2 ``wan/modules/model.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ditkit.contracts import Attend, Site, Step
+from ditkit.nn.layers import LayerNorm, Linear, RMSNorm
+from ditkit.nn.precision import Precision
+from ditkit.nn.rope import rotate
+
+if TYPE_CHECKING:
+    from ditkit.models.vace import Control
+
+
+@dataclass(frozen=True)
+class WanConfig:
+    """Sizes of a Wan transformer; the defaults are those of the 1.3B text-to-video model.
+
+    ``in_dim`` beyond ``out_dim`` is the condition that comes with the latents (an image: 4 mask channels and 16 latent
+    ones). ``image_dim`` is the width of CLIP features, None without that branch; ``image_tokens`` the rows of learned
+    positions for them (514 in the first-and-last-frame model). ``vace_layers``: the blocks that get a hint."""
+
+    dim: int = 1536
+    ffn_dim: int = 8960
+    num_heads: int = 12
+    num_layers: int = 30
+    in_dim: int = 16
+    out_dim: int = 16
+    text_dim: int = 4096
+    freq_dim: int = 256
+    text_len: int = 512
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    eps: float = 1e-6
+    image_dim: int | None = None
+    image_tokens: int | None = None
+    vace_layers: tuple[int, ...] = ()
+    vace_in_dim: int = 96
+
+    def __post_init__(self):
+        if self.dim % self.num_heads or (self.dim // self.num_heads) % 2 or self.dim // self.num_heads < 6:
+            raise ValueError(f"dim {self.dim} over {self.num_heads} heads: the head width must be even and at least 6")
+        layers = self.vace_layers
+        if layers and (layers[0] != 0 or sorted(set(layers)) != [*layers] or layers[-1] >= self.num_layers):
+            raise ValueError(f"vace_layers {layers}: they must rise from 0 and stay below {self.num_layers}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+
+@dataclass
+class Text:
+    """The text of one run, embedded: ``rows`` [B, 512, dim]; and the image, where there is one: ``image`` [B, n, dim].
+    ``keys_values`` keeps what each cross-attention made of them, because it is the same at every step; None makes it
+    anew each time. Equal results either way."""
+
+    rows: Tensor
+    keys_values: dict[tuple[nn.Module, str], tuple[Tensor, Tensor]] | None
+    image: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Modulation:
+    """What the timestep does to blocks and head: ``values`` [B, n, dim], or one row for each different timestep and
+    ``token`` [B, L], which says whose row each token takes (a few rows stand for 30,000 tokens)."""
+
+    values: Tensor
+    token: Tensor | None = None
+
+    def parts(self, own: Tensor, wide: torch.dtype) -> Iterator[Tensor]:
+        """``own`` [1, n, dim] added, then the n parts one by one: [B, 1, dim], or [B, L, dim]."""
+        for part in (own.to(wide) + self.values.to(wide)).chunk(own.shape[1], dim=1):
+            yield part if self.token is None else part.squeeze(1)[self.token]
+
+
+@dataclass(frozen=True)
+class BlockContext:
+    """What a block needs besides the tokens. ``rope`` is a pair of [L, 1, d/2]."""
+
+    modulation: Modulation
+    rope: tuple[Tensor, Tensor]
+    text: Text
+    attend: Attend
+    grid: tuple[int, int, int]
+    precision: Precision
+    step: Step | None = None
+    control: Control | None = None
+
+
+class Attention(nn.Module):
+    """Projections and the norms of queries and keys, which run over the whole width, before the heads are split."""
+
+    def __init__(self, config: WanConfig, block: int):
+        super().__init__()
+        self.heads, self.block = config.num_heads, block
+        self.q, self.k, self.v, self.o = (Linear(config.dim, config.dim) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(config.dim, config.eps), RMSNorm(config.dim, config.eps)
+
+    def split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1))
+
+
+class SelfAttention(Attention):
+    def forward(self, x: Tensor, ctx: BlockContext) -> Tensor:
+        x = x.to(ctx.precision.compute)
+        q = rotate(self.split(self.norm_q(self.q(x))), *ctx.rope).to(x.dtype)
+        k = rotate(self.split(self.norm_k(self.k(x))), *ctx.rope).to(x.dtype)
+        site = Site(self.block, "self", ctx.grid, ctx.step)
+        return self.o(ctx.attend(q, k, self.split(self.v(x)), site).flatten(2))
+
+
+class CrossAttention(Attention):
+    """Attends to the text and, with keys and values of its own, to the image. The two results are added."""
+
+    def __init__(self, config: WanConfig, block: int):
+        super().__init__(config, block)
+        if config.image_dim is not None:
+            self.k_img, self.v_img = Linear(config.dim, config.dim), Linear(config.dim, config.dim)
+            self.norm_k_img = RMSNorm(config.dim, config.eps)
+
+    def forward(self, x: Tensor, ctx: BlockContext) -> Tensor:
+        x = x.to(ctx.precision.compute)
+        q = self.split(self.norm_q(self.q(x))).to(x.dtype)
+        text = ctx.text
+        k, v = self.keys_values(text, "cross", text.rows, lambda rows: self.norm_k(self.k(rows)), self.v)
+        out = ctx.attend(q, k, v, Site(self.block, "cross", ctx.grid, ctx.step)).flatten(2)
+        if text.image is not None:
+            k, v = self.keys_values(
+                text, "image", text.image, lambda rows: self.norm_k_img(self.k_img(rows)), self.v_img
+            )
+            out = out + ctx.attend(q, k, v, Site(self.block, "image", ctx.grid, ctx.step)).flatten(2)
+        return self.o(out)
+
+    def keys_values(self, text: Text, kind: str, rows: Tensor, key: Callable, value: Callable) -> tuple[Tensor, Tensor]:
+        known = text.keys_values.get((self, kind)) if text.keys_values is not None else None
+        if known is None:
+            known = self.split(key(rows)).to(rows.dtype), self.split(value(rows))
+            if text.keys_values is not None:
+                text.keys_values[self, kind] = known
+        return known
+
+
+class Block(nn.Module):
+    def __init__(self, config: WanConfig, index: int = 0):
+        super().__init__()
+        self.norm1 = LayerNorm(config.dim, config.eps)
+        self.self_attn = SelfAttention(config, index)
+        self.norm3 = LayerNorm(config.dim, config.eps, affine=True)  # the official numbering
+        self.cross_attn = CrossAttention(config, index)
+        self.norm2 = LayerNorm(config.dim, config.eps)
+        self.ffn = nn.Sequential(
+            Linear(config.dim, config.ffn_dim), nn.GELU(approximate="tanh"), Linear(config.ffn_dim, config.dim)
+        )
+        self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
+
+    def forward(self, x: Tensor, ctx: BlockContext) -> Tensor:
+        wide, stream, compute = ctx.precision.wide, ctx.precision.stream, ctx.precision.compute
+        part = ctx.modulation.parts(self.modulation, wide)  # shift, scale and gate, twice
+        y = self.self_attn(torch.addcmul(next(part), self.norm1(x), 1 + next(part)), ctx)  # shift + norm * (1 + scale)
+        x = torch.addcmul(x.to(wide), y.to(wide), next(part)).to(stream)
+        x = x + self.cross_attn(self.norm3(x), ctx).to(stream)
+        y = self.ffn(torch.addcmul(next(part), self.norm2(x), 1 + next(part)).to(compute))
+        return torch.addcmul(x.to(wide), y.to(wide), next(part)).to(stream)
+
+
+def patches(latents: Tensor, embedding: nn.Conv3d) -> Tensor:
+    """[B, C, F, h, w] -> tokens [B, L, dim], column fastest. The same sum as a convolution with stride = kernel."""
+    b, c, f, h, w = latents.shape
+    p, q, r = embedding.kernel_size
+    x = latents.reshape(b, c, f // p, p, h // q, q, w // r, r).permute(0, 2, 4, 6, 1, 3, 5, 7)
+    weight, bias = embedding.weight, embedding.bias
+    assert bias is not None  # the convolution was made with one
+    return F.linear(x.flatten(4).flatten(1, 3), weight.flatten(1).to(x.dtype), bias.to(x.dtype))
