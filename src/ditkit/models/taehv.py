@@ -1,0 +1,285 @@
+"""TAEHV, a tiny VAE for Wan latents: hundreds of times less work than the real one, for previews and drafts.
+
+Frames go through plain 2D convolutions; a block sees, besides its own frame, what it was given at the frame before.
+That one frame of memory for each block is in a dict that the caller holds, so latents can come one by one.
+Frames are [B, T, C, H, W] inside, pixels in [0, 1]; ``encode`` and ``decode`` speak as the other VAEs do
+([B, 3, T, H, W] in [-1, 1], normalised latents). Parameter names are those of the official files.
+Leaves out: everything about which file is which. Source: madebyollin/taehv ``taehv.py`` (structure, both variants).
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ditkit.checkpoints.load import load_into
+from ditkit.checkpoints.source import Facts, TensorFacts, TensorSource, View
+from ditkit.models.vae_layers import FeatureCache
+
+VARIANTS = ("base", "super")
+BLOCKS = 3  # in each level, in both variants
+
+
+@dataclass(frozen=True)
+class TAEHVConfig:
+    """Sizes; the defaults are ``taew2_1`` (11,315,539 parameters).
+
+    ``taew2_2``: z_dim 48, patch_size 2. ``taew2_2_super``: also variant "super", decoder_widths (512, 256, 128, 64).
+    ``temporal_downsample`` and ``temporal_upsample`` tell which levels halve or double the frames."""
+
+    z_dim: int = 16
+    patch_size: int = 1
+    variant: str = "base"
+    encoder_width: int = 64
+    decoder_widths: tuple[int, ...] = (256, 128, 64, 64)
+    temporal_downsample: tuple[bool, ...] = (True, True, False)
+    temporal_upsample: tuple[bool, ...] = (False, True, True)
+
+    def __post_init__(self) -> None:
+        levels = {len(self.temporal_downsample), len(self.temporal_upsample), len(self.decoder_widths) - 1}
+        if self.variant not in VARIANTS or len(levels) > 1:
+            raise ValueError(f"no TAEHV has this shape: {self}; variants are {', '.join(VARIANTS)}")
+
+    @property
+    def spatial_stride(self) -> int:
+        return self.patch_size * 2 ** len(self.temporal_downsample)
+
+    @property
+    def temporal_stride(self) -> int:
+        """Frames that one latent frame is made of."""
+        return 2 ** sum(self.temporal_downsample)
+
+    @property
+    def frames_of_a_latent(self) -> int:
+        """Frames that the decoder makes of one latent frame; of the first, all but the last are dropped."""
+        return 2 ** sum(self.temporal_upsample)
+
+
+def conv(in_dim: int, out_dim: int, bias: bool = True, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(in_dim, out_dim, 3, stride, 1, bias=bias)
+
+
+class SoftClamp(nn.Module):
+    """Keeps latents within -3 and 3."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x / 3) * 3
+
+
+def with_past(block: nn.Module, x: Tensor, cache: FeatureCache) -> Tensor:
+    """Each frame of ``x`` [B, T, C, H, W] with the one before it, [B * T, 2C, H, W]; zeros before the first."""
+    past = cache.get(block)
+    past = torch.zeros_like(x[:, :1]) if past is None else past
+    cache[block] = x[:, -1:].clone()  # a view would keep the whole piece alive
+    return torch.cat((x, torch.cat((past, x[:, :-1]), 1)), 2).flatten(0, 1)
+
+
+class MemBlock(nn.Module):
+    def __init__(self, dim: int):
+        super().__init__()
+        self.conv = nn.Sequential(conv(2 * dim, dim), nn.ReLU(), conv(dim, dim), nn.ReLU(), conv(dim, dim))
+
+    def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
+        return F.relu(self.conv(with_past(self, x, cache)).view_as(x) + x)
+
+
+class SuperMemBlock(nn.Module):
+    """The wider block of the "super" variant: a depthwise 7x7, then two pointwise layers."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.conv = nn.Sequential(
+            nn.Conv2d(2 * dim, 2 * dim, 7, padding=3, groups=2 * dim, bias=False),
+            nn.Conv2d(2 * dim, 4 * dim, 1),
+            nn.ReLU(),
+            nn.Conv2d(4 * dim, dim, 1, bias=False),
+        )
+
+    def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
+        return self.conv(with_past(self, x, cache)).view_as(x) + x
+
+
+class JoinFrames(nn.Module):
+    """``frames`` neighbours become one: [B, T, C, H, W] -> [B, T / frames, C, H, W]."""
+
+    def __init__(self, dim: int, frames: int):
+        super().__init__()
+        self.frames = frames
+        self.conv = nn.Conv2d(dim * frames, dim, 1, bias=False)
+
+    def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
+        return self.conv(x.unflatten(1, (-1, self.frames)).flatten(2, 3).flatten(0, 1)).unflatten(0, (len(x), -1))
+
+
+class GrowFrames(nn.Module):
+    """One frame becomes ``frames``: [B, T, C, H, W] -> [B, T * frames, C, H, W]."""
+
+    def __init__(self, dim: int, frames: int):
+        super().__init__()
+        self.frames = frames
+        self.conv = nn.Conv2d(dim, dim * frames, 1, bias=False)
+
+    def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
+        return self.conv(x.flatten(0, 1)).unflatten(1, (self.frames, -1)).unflatten(0, (len(x), -1)).flatten(1, 2)
+
+
+IN_TIME = (MemBlock, SuperMemBlock, JoinFrames, GrowFrames)
+
+
+def encoder(config: TAEHVConfig) -> nn.Sequential:
+    dim = config.encoder_width
+    layers: list[nn.Module] = [conv(3 * config.patch_size**2, dim), nn.ReLU()]
+    for halves in config.temporal_downsample:
+        layers += [JoinFrames(dim, 1 + halves), conv(dim, dim, bias=False, stride=2)]
+        layers += [MemBlock(dim) for _ in range(BLOCKS)]
+    return nn.Sequential(*layers, conv(dim, config.z_dim))
+
+
+def decoder(config: TAEHVConfig) -> nn.Sequential:
+    widths, out_dim = config.decoder_widths, 3 * config.patch_size**2
+    layers: list[nn.Module] = [SoftClamp(), conv(config.z_dim, widths[0]), nn.ReLU()]
+    for (dim, next_dim), doubles in zip(pairwise(widths), config.temporal_upsample, strict=True):
+        layers += [MemBlock(dim) for _ in range(BLOCKS)]
+        layers += [nn.Upsample(scale_factor=2), GrowFrames(dim, 1 + doubles), conv(dim, next_dim, bias=False)]
+    return nn.Sequential(*layers, nn.ReLU(), conv(widths[-1], out_dim))
+
+
+def super_decoder(config: TAEHVConfig) -> nn.Sequential:
+    widths, out_dim = config.decoder_widths, 3 * config.patch_size**2
+    layers: list[nn.Module] = [nn.Conv2d(config.z_dim, widths[0], 1, bias=False)]
+    for (dim, next_dim), doubles in zip(pairwise(widths), config.temporal_upsample, strict=True):
+        layers += [SuperMemBlock(dim) for _ in range(BLOCKS)]
+        layers += [conv(dim, 4 * next_dim), nn.ReLU(), nn.PixelShuffle(2), GrowFrames(next_dim, 1 + doubles)]
+    return nn.Sequential(*layers, conv(widths[-1], out_dim))
+
+
+def run(layers: nn.Sequential, x: Tensor, cache: FeatureCache) -> Tensor:
+    """``x`` [B, T, C, H, W] through all layers; those that do not look along time take frames as samples."""
+    for layer in layers:
+        if isinstance(layer, IN_TIME):
+            x = layer(x, cache)
+        else:
+            x = layer(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+    return x
+
+
+class LastRows(View):
+    """``source`` with no more than ``rows[name]`` rows of each of these tensors, the last ones.
+
+    A file made for a finer rate in time has more rows in its frame-growing layers; the last belong to the last frame
+    of each group, which is the one to keep (``patch_tgrow_layers`` in ``taehv.py``)."""
+
+    def __init__(self, source: TensorSource, rows: Mapping[str, int]):
+        longer = {name: n for name, n in rows.items() if self._is_longer(source.tensors.get(name), n)}
+        notes = (f"{name}: the last {n} of {source.tensors[name].shape[0]} rows" for name, n in longer.items())
+        super().__init__(source, tuple(notes))
+        self.rows = longer
+        self.tensors = {
+            name: TensorFacts(facts.dtype, (longer.get(name, facts.shape[0]), *facts.shape[1:]))
+            for name, facts in source.tensors.items()
+        }
+
+    @staticmethod
+    def _is_longer(facts: Facts | None, rows: int) -> bool:
+        return facts is not None and facts.shape[0] > rows and facts.shape[0] % rows == 0
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self.source[name]
+        return tensor[-self.rows[name] :].clone() if name in self.rows else tensor
+
+
+class TAEHV(nn.Module):
+    """Satisfies ``contracts.VAE``; ``fingerprint`` stands for the weights, as in the other VAEs."""
+
+    def __init__(self, config: TAEHVConfig | None = None):
+        super().__init__()
+        self.config = config = config or TAEHVConfig()
+        self.encoder = encoder(config)
+        self.decoder = super_decoder(config) if config.variant == "super" else decoder(config)
+        self.identify: Callable[[], str] = lambda: "not loaded from files"
+
+    @classmethod
+    def load(
+        cls,
+        config: TAEHVConfig,
+        source: TensorSource,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> TAEHV:
+        """``source`` has the official names. Strict but for the rows that ``LastRows`` leaves out. Raises LoadError."""
+        with torch.device("meta"):
+            module = cls(config).eval().requires_grad_(False)
+        rows = {
+            f"{name}.conv.weight": part.conv.out_channels
+            for name, part in module.named_modules()
+            if isinstance(part, GrowFrames)
+        }
+        source = LastRows(source, rows)
+        load_into(module, source, dtype_of=lambda name: dtype, device=device, check_finite=True)
+
+        @functools.cache
+        def identify() -> str:
+            about = json.dumps([source.fingerprint, str(dtype), asdict(config)], sort_keys=True)
+            return hashlib.sha256(about.encode()).hexdigest()
+
+        module.identify = identify
+        return module
+
+    @property
+    def fingerprint(self) -> str:
+        """Stands for the weights and their dtype; whoever loads the module sets ``identify``."""
+        return self.identify()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    def encode(self, video: Tensor, frames_per_chunk: int = 4) -> Tensor:
+        """``video`` [B, 3, T, H, W] in [-1, 1] -> normalised latents [B, z, ceil(T / 4), h, w].
+
+        The last frame is repeated until the count is a multiple of the stride, as officially. Works piece by piece.
+        Raises ValueError for a size that the stride does not divide."""
+        (_, channels, t, height, width), stride = video.shape, self.config.spatial_stride
+        if channels != 3 or not t or any(not side or side % stride for side in (height, width)):
+            raise ValueError(
+                f"cannot encode a video of {t} frames, {width}x{height}, {channels} channels: "
+                f"the sides must be multiples of {stride}, the channels 3"
+            )
+        step = self.config.temporal_stride
+        if frames_per_chunk < 1 or frames_per_chunk % step:
+            raise ValueError(f"frames_per_chunk is {frames_per_chunk}; it must be a multiple of {step}")
+        frames, cache = video.transpose(1, 2), FeatureCache()
+        frames = torch.cat((frames, frames[:, -1:].expand(-1, -t % step, -1, -1, -1)), 1)
+        pieces = [
+            run(self.encoder, F.pixel_unshuffle(piece * 0.5 + 0.5, self.config.patch_size), cache)
+            for piece in frames.split(frames_per_chunk, dim=1)
+        ]
+        return torch.cat(pieces, 1).transpose(1, 2)
+
+    def decode(self, latents: Tensor, frames_per_chunk: int = 1, cache: FeatureCache | None = None) -> Iterator[Tensor]:
+        """Normalised ``latents`` [B, z, F, h, w] -> chunks [B, 3, t, H, W] in [-1, 1] as they are ready.
+
+        The first latent frame gives 1 pixel frame, every other one 4. ``frames_per_chunk`` counts latent frames.
+        Pass a ``cache`` to go on with a stream. Raises ValueError, when first asked for a chunk."""
+        if latents.shape[1] != self.config.z_dim or 0 in latents.shape:
+            raise ValueError(f"cannot decode latents of {list(latents.shape)}; they have {self.config.z_dim} channels")
+        if frames_per_chunk < 1:
+            raise ValueError(f"frames_per_chunk is {frames_per_chunk}; it must be at least 1")
+        cache = {} if cache is None else cache
+        for piece in latents.split(frames_per_chunk, dim=2):
+            unneeded = 0 if cache else self.config.frames_of_a_latent - 1  # frames before the first of a stream
+            frames = run(self.decoder, piece.transpose(1, 2), cache)[:, unneeded:]
+            pixels = F.pixel_shuffle(frames, self.config.patch_size).clamp(0, 1)
+            yield (pixels * 2 - 1).transpose(1, 2)
