@@ -271,6 +271,16 @@ def test_equal_timesteps_of_all_tokens_are_one_timestep(policy, dtype):
         assert not torch.equal(forward(model, replace(sample, timestep=time.expand(-1, 6) + 1)), expected)
 
 
+def test_a_timestep_for_each_frame_is_that_of_its_tokens():
+    config, tensors, given = drawn("ti2v of two")
+    model = built(config, tensors, "official", torch.float32)
+    frames = torch.tensor([[0.0, 12.5], [937.0, 3.0]], dtype=torch.float64)
+    tokens = replace(given, timestep=torch.tensor([[0.0] * 3 + [12.5] * 3, [937.0] * 3 + [3.0] * 3]).double())
+    output = forward(model, replace(given, timestep=frames))
+    assert torch.equal(output, forward(model, tokens))
+    assert rel(output, exact(config, tensors, tokens)) <= 3e-6
+
+
 def test_each_token_has_its_own_timestep():
     config, tensors, given = drawn("ti2v")
     model = built(config, tensors, "official", torch.float32)
