@@ -137,7 +137,7 @@ def test_rules_do_one_thing():
     with pytest.raises(ValueError, match="does one thing"):
         Rule(("a", "b"), ("c", "d"))
     with pytest.raises(TypeError, match="more than rename"):
-        clip_keys(1).to_other
+        dict(clip_keys(1).to_other)
     with pytest.raises(ValueError, match="twice"):
         KeyTable.of([("a", "x"), ("b", "x")])
 

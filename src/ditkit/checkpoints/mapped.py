@@ -34,8 +34,8 @@ class _Piece:
 
 
 class Mapped:
-    """``source`` in the layout ``to`` of ``table``: its native side, or its other one. ``source`` is in the opposite one,
-    or says with ``of`` in which; in ``to`` itself it only loses what is ignored and what has two names.
+    """``source`` in the layout ``to`` of ``table``: its native side, or its other one. ``source`` is in the opposite
+    one, or in the one that ``of`` says; in ``to`` itself it only loses what is ignored and what has two names.
 
     ``ignored``: the tensors that the table leaves out by name. ``unknown``: those that it does not know; they keep
     their names, so that whoever loads them can count them. A name that stands in the source twice, as itself and as an
