@@ -38,6 +38,9 @@ def control_context(
     new = (mask > 0.5).float()
     latents = torch.cat([encode((video * part)[None])[0].float() for part in (1 - new, new)])
     context = torch.cat([latents, fold_mask(mask[0].float(), strides).to(latents.device)])
-    ahead = [encode(picture[None, :, None])[0].float() for picture in (() if references is None else references)]
+    # A copy of its own: a view into the others' memory can move the last bit of a convolution.
+    layout = torch.contiguous_format
+    pictures = [] if references is None else [x[None, :, None].clone(memory_format=layout) for x in references]
+    ahead = [encode(picture)[0].float() for picture in pictures]
     blank = [x.new_zeros(len(context) - len(x), *x.shape[1:]) for x in ahead]
     return torch.cat([*(torch.cat(pair) for pair in zip(ahead, blank, strict=True)), context], dim=1)

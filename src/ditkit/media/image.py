@@ -6,7 +6,6 @@ code; 16-bit grey is scaled to 8 bits. Leaves out: colour profiles (numbers are 
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +29,13 @@ def read_image(path: str | Path) -> np.ndarray:
     if not Path(path).is_file():
         raise RequestError(asked, "there is no such file", "Check the path")
     try:
-        with warnings.catch_warnings(), Image.open(path) as picture:
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(path) as picture:
             picture.load()
             return _from_pil(picture, asked)
     except UnidentifiedImageError:
         raise RequestError(asked, "it is not a picture of a known format", "Give a png, jpg or webp file") from None
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        limit = f"it has more than {Image.MAX_IMAGE_PIXELS} pixels"
-        raise RequestError(asked, limit, "Make it smaller first") from None
+    except Image.DecompressionBombError as error:  # PIL's guard against files that unpack to no end
+        raise RequestError(asked, f"it is too large ({error})", "Make it smaller first") from None
     except (OSError, SyntaxError, ValueError) as error:
         if isinstance(error, RequestError):
             raise
@@ -57,7 +54,7 @@ def as_image(value: Any) -> np.ndarray:
     if isinstance(value, Image.Image):
         return _from_pil(value, "using a PIL image as a picture")
     if hasattr(value, "detach"):  # a tensor; so nothing of torch is imported here
-        value = value.detach().cpu().numpy()
+        value = (value.detach().float() if value.is_floating_point() else value.detach()).cpu().numpy()
     if isinstance(value, np.ndarray):
         return _from_array(value)
     raise RequestError(f"a {type(value).__name__} as a picture", "it is none",
@@ -105,4 +102,4 @@ def _from_array(array: np.ndarray) -> np.ndarray:
         from PIL import Image
 
         return _from_pil(Image.fromarray(np.ascontiguousarray(array)), asked)
-    return np.ascontiguousarray(np.broadcast_to(array, (*array.shape[:2], 3)))
+    return np.array(np.broadcast_to(array, (*array.shape[:2], 3)), order="C")

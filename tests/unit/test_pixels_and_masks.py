@@ -65,7 +65,8 @@ def test_scaling_to_signed_values():
     exact = torch.arange(256, dtype=torch.float64) / 127.5 - 1
     for processing in ("official", "diffusers"):
         found = signed(every, processing)
-        assert found.dtype == torch.float32 and found.shape == (1, 3, 1, 256)
+        assert found.dtype == torch.float32
+        assert found.shape == (1, 3, 1, 256)
         assert (found[0, 1, 0].double() - exact).abs().max() < 1e-7
 
 
@@ -105,7 +106,8 @@ def test_covering_keeps_proportions_and_the_centre():
     board[:, :, 50:] = 200  # an edge in the middle stays in the middle
     found = covered(board, 32, 32)
     assert found.shape == (1, 3, 32, 32)
-    assert (found[..., :14] == -1).all() and (found[..., 18:] > 0.5).all()
+    assert (found[..., :14] == -1).all()
+    assert (found[..., 18:] > 0.5).all()
     scaled = Image.fromarray(board[0].numpy()).resize((53, 32), Image.Resampling.LANCZOS).crop((10, 0, 42, 32))
     assert torch.equal(found[0], signed(torch.from_numpy(np.array(scaled))))
 
@@ -133,10 +135,12 @@ def test_proportions_of_another_picture(given, wanted, expected):
 def test_a_reference_lies_whole_in_the_middle_of_white():
     image = torch.zeros(1, 20, 60, 3, dtype=torch.uint8)
     found = on_white(image, 32, 48)  # scale 0.8: 16 x 48
-    assert (found[..., :8, :] == 1).all() and (found[..., 24:, :] == 1).all()
+    assert (found[..., :8, :] == 1).all()
+    assert (found[..., 24:, :] == 1).all()
     assert (found[..., 8:24, :] == -1).all()
     narrow = on_white(torch.zeros(1, 4000, 2, 3, dtype=torch.uint8), 32, 48)
-    assert (narrow == -1).any() and (narrow == 1).any()
+    assert (narrow == -1).any()
+    assert (narrow == 1).any()
 
 
 def test_references_of_different_sizes_become_one_tensor():
@@ -144,7 +148,8 @@ def test_references_of_different_sizes_become_one_tensor():
     assert torch.equal(one_size(same, 32, 48), torch.stack(same))
     mixed = [*same, pixels(64, 32, 3)]
     found = one_size(mixed, 32, 48)
-    assert found.dtype == torch.uint8 and found.shape == (3, 32, 48, 3)
+    assert found.dtype == torch.uint8
+    assert found.shape == (3, 32, 48, 3)
     for one, image in zip(found, mixed, strict=True):
         assert (signed(one) - on_white(image[None], 32, 48)[0]).abs().max() <= 1 / 255 + 1e-6
 
@@ -194,10 +199,12 @@ def test_an_unknown_processing_is_refused():
 def test_the_mask_marks_known_frames(frames, stride):
     mask = known_frames(frames, False, 3, 2, stride)
     assert mask.shape == (stride, (frames - 1) // stride + 1, 3, 2)
-    assert (mask[:, 0] == 1).all() and not mask[:, 1:].any()
+    assert (mask[:, 0] == 1).all()
+    assert not mask[:, 1:].any()
     if frames > 1:
         both = known_frames(frames, True, 3, 2, stride)
-        assert (both[-1, -1] == 1).all() and not both[:-1, -1].any()
+        assert (both[-1, -1] == 1).all()
+        assert not both[:-1, -1].any()
         assert torch.equal(both[:, :-1], mask[:, :-1])
 
 
@@ -213,7 +220,8 @@ def test_channels_of_a_folded_mask_are_rows_and_columns():
     mask[0, 8 + 3, 16 + 5] = 1
     folded = fold_mask(mask)
     assert folded.shape == (64, 1, 2, 3)
-    assert folded[3 * 8 + 5, 0, 1, 2] == 1 and folded.sum() == 1
+    assert folded[3 * 8 + 5, 0, 1, 2] == 1
+    assert folded.sum() == 1
 
 
 # --- stages
@@ -250,7 +258,8 @@ CONTROL = {
 @pytest.mark.parametrize("processing", ["official", "diffusers"])
 def test_each_clip_equals_its_single_run(vae, stage, fields, processing):
     together = run(stage, vae, prompt=[""] * 3, image_processing=processing, **fields)
-    assert together.dtype == torch.float32 and together.device.type == "cpu"
+    assert together.dtype == torch.float32
+    assert together.device.type == "cpu"
     for index in range(3):
         alone = run(stage, vae, image_processing=processing, **{k: v[index : index + 1] for k, v in fields.items()})
         assert torch.equal(together[index : index + 1], alone)
@@ -274,15 +283,18 @@ def test_clips_differ_if_one_field_does():
 def test_without_a_control_video_all_is_made_anew(vae):
     found = run(EncodeControl(), vae)
     grey = vae.encode(torch.zeros(1, 3, 5, 32, 48))
-    assert torch.equal(found[:, :16], grey) and torch.equal(found[:, 16:32], grey)
-    assert (found[:, 32:] == 1).all() and found.shape == (1, 96, 2, 4, 6)
+    assert torch.equal(found[:, :16], grey)
+    assert torch.equal(found[:, 16:32], grey)
+    assert (found[:, 32:] == 1).all()
+    assert found.shape == (1, 96, 2, 4, 6)
 
 
 def test_the_reference_pictures_are_frames_in_front(vae):
     one, two = pixels(1, 2, 32, 48, 3).split(1, 1)
     plain = run(EncodeControl(), vae)
     found = run(EncodeControl(), vae, reference_images=torch.cat([one, two], 1))
-    assert torch.equal(found[:, :, 2:], plain) and not found[:, 16:, :2].any()
+    assert torch.equal(found[:, :, 2:], plain)
+    assert not found[:, 16:, :2].any()
     first = run(EncodeControl(), vae, reference_images=one)
     assert torch.equal(found[:, :, :1], first[:, :, :1])
     turned = run(EncodeControl(), vae, reference_images=torch.cat([one, two], 1), image_processing="diffusers")
