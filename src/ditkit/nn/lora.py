@@ -1,0 +1,177 @@
+"""LoRAs beside the weights (seam C): the base stays as it is, and what is added is computed with each call.
+
+Low-rank changes of linears become ``AdaptedLinear``. What has no such form (norms, biases, modulation, the patch
+embedding, LoHa, LoKr, DoRA, written-out differences) gets a merged copy of that one parameter, in a twin of its module.
+Base tensors are shared and never written, so the transformer without LoRA is there all along.
+Leaves out: reading LoRA files (``checkpoints/lora.py``) and merging while loading (``checkpoints/lora_merge.py``).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ditkit.contracts import Swap
+from ditkit.errors import SetupError
+from ditkit.nn.layers import at_least_float32
+
+
+class Adapter(Protocol):
+    """What a LoRA adds to each parameter; ``checkpoints.lora.Adapter`` is one."""
+
+    @property
+    def deltas(self) -> Mapping[str, Any]: ...
+    @property
+    def fingerprint(self) -> str: ...
+    def added(self, name: str, weight: Tensor) -> Tensor: ...
+    def low_rank(self, name: str) -> list[tuple[Tensor, Tensor, float]] | None: ...
+
+
+Adapters = tuple[tuple[Adapter, float], ...]
+
+
+class AdaptedLinear(nn.Module):
+    """``base(x) + sum of factor * up(down(x))`` over pairs of down [r, in] and up [out, r].
+
+    All pairs stand side by side, so there are two more matrix products however many LoRAs there are. Factors keep the
+    dtype of their file and are cast to the input's for the call, like weights are."""
+
+    def __init__(self, base: nn.Module, pairs: Sequence[tuple[Tensor, Tensor, float]], device: torch.device):
+        super().__init__()
+        self.base = base
+        factors = torch.cat([torch.full((len(down),), factor, dtype=torch.float32) for down, _, factor in pairs])
+        self.factors = nn.Parameter(factors.to(device), requires_grad=False)
+        self.down = nn.Parameter(_joined([down for down, _, _ in pairs], 0).to(device), requires_grad=False)
+        self.up = nn.Parameter(_joined([up for _, up, _ in pairs], 1).to(device), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.base(x)
+        inner = F.linear(x, self.down.to(x.dtype)) * self.factors
+        inner, up = inner.to(out.dtype).flatten(0, -2), self.up.to(out.dtype)
+        return torch.addmm(out.flatten(0, -2), inner, up.t()).view(out.shape)
+
+
+def _joined(tensors: list[Tensor], axis: int) -> Tensor:
+    dtype = tensors[0].dtype
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype) if tensor.dtype != dtype else dtype
+    if dtype.itemsize < 2:
+        dtype = torch.bfloat16
+    return torch.cat([tensor.to(dtype) for tensor in tensors], axis)
+
+
+def twin(module: nn.Module) -> nn.Module:
+    """A module of its own with the same tensors: its parts can be replaced, and the first one does not notice."""
+    new = copy.copy(module)
+    for name, value in vars(module).items():
+        if isinstance(value, dict):  # its parameters, its hooks ...
+            new.__dict__[name] = value.copy()
+    for name, child in module.named_children():
+        setattr(new, name, twin(child))
+    return new
+
+
+@dataclass(frozen=True)
+class At:
+    """Matches the module of one name."""
+
+    name: str
+
+    def __call__(self, name: str, module: nn.Module) -> bool:
+        return name == self.name
+
+
+@dataclass(frozen=True)
+class Adapt:
+    """Makes of the module at ``where`` its twin with ``adapters`` in it."""
+
+    where: str
+    adapters: Adapters
+
+    @property
+    def fingerprint(self) -> str:
+        return f"side {self.where} {[(adapter.fingerprint, strength) for adapter, strength in self.adapters]}"
+
+    def __call__(self, module: nn.Module) -> nn.Module:
+        new = twin(module)
+        names = {name for adapter, _ in self.adapters for name in adapter.deltas if name.split(".")[0] == self.where}
+        pairs: dict[str, list[tuple[Tensor, Tensor, float]]] = {}
+        with torch.inference_mode(False):  # parameters made in inference mode could never be trained
+            for name in sorted(names):
+                found = _pairs(name, self.adapters)
+                path, _, leaf = name.partition(".")[2].rpartition(".")
+                if found is None or not _is_linear(new.get_submodule(path)):
+                    _merge(new.get_submodule(path), leaf, name, self.adapters)
+                else:
+                    pairs[path] = found
+            for path, found in pairs.items():
+                new = _replaced(new, path, found)
+        return new
+
+
+def lora_swaps(adapters: Sequence[tuple[Adapter, float]]) -> tuple[Swap, ...]:
+    """Swaps that put LoRAs with their strengths beside the weights of a transformer; one for each of its top modules
+    that changes, however many LoRAs there are. A strength of 0 is no LoRA. Raises SetupError for a strength that is no
+    finite number."""
+    for _, strength in adapters:
+        if not math.isfinite(strength):
+            raise SetupError(f"a LoRA strength of {strength}", "it is not a finite number", "Give one, such as 1.0")
+    used = tuple((adapter, float(strength)) for adapter, strength in adapters if strength)
+    tops = dict.fromkeys(name.split(".")[0] for adapter, _ in used for name in adapter.deltas)
+    return tuple(Swap(f"lora {top}", At(top), Adapt(top, _touching(used, top))) for top in tops)
+
+
+def _touching(adapters: Adapters, top: str) -> Adapters:
+    return tuple((a, s) for a, s in adapters if any(name.split(".")[0] == top for name in a.deltas))
+
+
+def _pairs(name: str, adapters: Adapters) -> list[tuple[Tensor, Tensor, float]] | None:
+    """The pairs of all adapters with their whole factors; None when one of them adds something else."""
+    found: list[tuple[Tensor, Tensor, float]] = []
+    for adapter, strength in adapters:
+        if name in adapter.deltas:
+            own = adapter.low_rank(name)
+            if own is None:
+                return None
+            found += [(down, up, factor * strength) for down, up, factor in own]
+    return found
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether it is called, with an input of rows; a convolution's weight is read by others."""
+    return not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+
+
+def _merge(owner: nn.Module, leaf: str, name: str, adapters: Adapters) -> None:
+    """A new parameter in the place of the shared one, rounded to its dtype."""
+    old = owner._parameters.get(leaf)
+    if old is None or not old.is_floating_point() or old.dtype.itemsize < 2:
+        raise SetupError(
+            f"a LoRA beside the weights that changes {name} other than by low rank",
+            f"{type(owner).__name__} has no plain floating-point {leaf} there",
+            "Merge the LoRA (mode fused), or leave that layer unquantized",
+        )
+    plain = old.detach().to(at_least_float32(old.dtype))
+    total = plain.clone()
+    for adapter, strength in adapters:
+        if name in adapter.deltas:
+            total.add_(adapter.added(name, plain), alpha=strength)
+    owner._parameters[leaf] = nn.Parameter(total.to(old.dtype), requires_grad=old.requires_grad)
+
+
+def _replaced(root: nn.Module, path: str, pairs: list[tuple[Tensor, Tensor, float]]) -> nn.Module:
+    base = root.get_submodule(path)
+    device = next((t.device for t in (*base.parameters(), *base.buffers())), torch.device("cpu"))
+    adapted = AdaptedLinear(base, pairs, device)
+    if not path:
+        return adapted
+    parent, _, leaf = path.rpartition(".")
+    setattr(root.get_submodule(parent), leaf, adapted)
+    return root
