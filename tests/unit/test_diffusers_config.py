@@ -8,27 +8,41 @@ import torch
 from safetensors.torch import load_file
 
 from ditkit.checkpoints.diffusers_folder import (
+    IMAGE_CLAIM,
     UMT5_SIZES,
+    clip_config,
+    clip_config_out,
     read_config,
     read_index,
     text_encoder_config,
     text_encoder_config_out,
     transformer_config,
     transformer_config_out,
+    vae22_config,
     vae_config,
     vae_config_out,
     write_component,
     write_index,
 )
 from ditkit.checkpoints.files import TensorInfo
-from ditkit.checkpoints.keys import UMT5_ALIASES, transformer_keys, umt5_keys, vae_keys
+from ditkit.checkpoints.keys import UMT5_ALIASES, clip_keys, transformer_keys, umt5_keys, vae22_keys, vae_keys
 from ditkit.errors import LoadError, OutputError
 from ditkit.models.umt5 import UMT5Config, build
 from ditkit.models.wan_vae import WanVAE, WanVAEConfig
 
 WAN = {
     "dim": 24, "ffn_dim": 40, "num_heads": 2, "num_layers": 3, "in_dim": 5, "out_dim": 7, "text_dim": 9, "freq_dim": 8,
-    "eps": 1e-5, "patch_size": (1, 2, 2), "text_len": 512,
+    "eps": 1e-5, "patch_size": (1, 2, 2), "text_len": 512, "image_dim": None, "image_tokens": None, "vace_layers": (),
+}  # fmt: skip
+I2V = WAN | {"image_dim": 6, "image_tokens": 10}
+VACE = WAN | {"num_layers": 4, "vace_layers": (0, 3), "vace_in_dim": 11}
+VAE22 = {
+    "dim": 4, "z_dim": 3, "dim_mult": (1, 2, 2), "num_res_blocks": 2, "temporal_downsample": (True, False),
+    "latents_mean": (0.5, -1.0, 0.0), "latents_std": (2.0, 3.0, 1.0), "dec_dim": 6, "patch_size": 2,
+}  # fmt: skip
+CLIP = {
+    "hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": 12,
+    "patch_size": 4, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-6,
 }  # fmt: skip
 VAE = {
     "dim": 4, "z_dim": 2, "dim_mult": (1, 2, 3), "num_res_blocks": 1, "temporal_downsample": (True, False),
@@ -44,11 +58,12 @@ def facts(shapes: dict[str, torch.Size | tuple[int, ...]]) -> dict[str, TensorIn
     return {name: TensorInfo(Path("x"), "F32", tuple(shape), 0, 0) for name, shape in shapes.items()}
 
 
-def transformer_facts() -> dict[str, TensorInfo]:
-    from diffusers import WanTransformer3DModel
+def transformer_facts(fields: dict = WAN) -> dict[str, TensorInfo]:
+    import diffusers
 
+    config = transformer_config_out(fields)
     with torch.device("meta"):
-        model = WanTransformer3DModel.from_config(transformer_config_out(WAN))
+        model = getattr(diffusers, config["_class_name"]).from_config(config)
     return facts({name: tensor.shape for name, tensor in model.state_dict().items()})
 
 
@@ -59,6 +74,22 @@ def vae_facts() -> dict[str, TensorInfo]:
     return facts({names[name]: tensor.shape for name, tensor in model.state_dict().items()})
 
 
+def vae22_facts() -> dict[str, TensorInfo]:
+    from diffusers import AutoencoderKLWan
+
+    with torch.device("meta"):
+        model = AutoencoderKLWan.from_config(vae_config_out(VAE22))
+    return facts({name: tensor.shape for name, tensor in model.state_dict().items()})
+
+
+def clip_facts() -> dict[str, TensorInfo]:
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    with torch.device("meta"):
+        model = CLIPVisionModel(CLIPVisionConfig(**CLIP))
+    return facts({name: tensor.shape for name, tensor in model.state_dict().items()})
+
+
 def umt5_facts() -> dict[str, TensorInfo]:
     names = build(UMT5Config(**UMT5)).state_dict()
     return facts({name: tensor.shape for name, tensor in names.items() if name not in UMT5_ALIASES})
@@ -66,7 +97,11 @@ def umt5_facts() -> dict[str, TensorInfo]:
 
 KINDS = {
     "transformer": (transformer_config, transformer_config_out(WAN), WAN, transformer_facts),
+    "i2v": (transformer_config, transformer_config_out(I2V), I2V, lambda: transformer_facts(I2V)),
+    "vace": (transformer_config, transformer_config_out(VACE), VACE, lambda: transformer_facts(VACE)),
     "vae": (vae_config, vae_config_out(VAE), VAE, vae_facts),
+    "vae22": (vae22_config, vae_config_out(VAE22), VAE22, vae22_facts),
+    "clip": (clip_config, clip_config_out(CLIP), CLIP, clip_facts),
     "text_encoder": (text_encoder_config, text_encoder_config_out(UMT5), UMT5, umt5_facts),
 }
 
@@ -113,15 +148,19 @@ def test_the_published_text_encoder_config():
 
 
 @pytest.mark.parametrize(("kind", "change", "parts"), [
-    ("transformer", {"_class_name": "WanVACETransformer3DModel"}, ("its class is WanVACETransformer3DModel",)),
+    ("transformer", {"_class_name": "WanAnimateTransformer3DModel"}, ("its class is WanAnimateTransformer3DModel",)),
     ("transformer", {"qk_norm": "rms_norm"}, ("qk_norm is 'rms_norm'", "only 'rms_norm_across_heads'")),
     ("transformer", {"qk_norm": None}, ("qk_norm is None",)),
     ("transformer", {"patch_size": [1, 4, 4]}, ("patch_size is (1, 4, 4)", "only (1, 2, 2)")),
     ("transformer", {"cross_attn_norm": False}, ("cross_attn_norm is False",)),
     ("transformer", {"cross_attn_norm": 1}, ("cross_attn_norm is 1,",)),
-    ("transformer", {"image_dim": 1280}, ("image branch (image_dim 1280)",)),
-    ("transformer", {"added_kv_proj_dim": 24}, ("image branch (added_kv_proj_dim 24)",)),
-    ("transformer", {"pos_embed_seq_len": 514}, ("image branch (pos_embed_seq_len 514)",)),
+    ("transformer", {"image_dim": 1280}, ("image_dim is 1280 and added_kv_proj_dim is None",)),
+    ("transformer", {"added_kv_proj_dim": 24}, ("image_dim is None and added_kv_proj_dim is 24",)),
+    ("transformer", {"pos_embed_seq_len": 514}, ("pos_embed_seq_len is 514 and image_dim is null",)),
+    ("transformer", {"vace_layers": [0]}, ("the key 'vace_layers' is unknown",)),
+    ("i2v", {"added_kv_proj_dim": 12}, ("added_kv_proj_dim is 12, and only the width 24",)),
+    ("i2v", {"image_dim": "6"}, ("image_dim is '6', neither null nor a whole number",)),
+    ("vace", {"vace_layers": [0, "3"]}, ("vace_layers is [0, '3'], not a list of whole numbers",)),
     ("transformer", {"num_layers": "3"}, ("num_layers is '3', not a whole number",)),
     ("transformer", {"num_layers": 0}, ("num_layers is 0",)),
     ("transformer", {"num_layers": True}, ("num_layers is True",)),
@@ -143,6 +182,15 @@ def test_the_published_text_encoder_config():
     ("vae", {"latents_std": [1.0, 0.0]}, ("latents_std has the value 0.0",)),
     ("vae", {"scale_factor_spatial": 8}, ("scale_factor_spatial is 8, and only 4",)),
     ("vae", {"temporal_downsample": [True]}, ("'temporal_downsample' is unknown (did you mean 'temperal_down",)),
+    ("vae22", {"is_residual": False}, ("is_residual is False, and only True",)),
+    ("vae22", {"in_channels": 3}, ("in_channels is 3, and only 12",)),
+    ("vae22", {"scale_factor_spatial": 4}, ("scale_factor_spatial is 4, and only 8",)),
+    ("vae22", {"latents_mean": [0.0]}, ("latents_mean has 1 values where z_dim is 3",)),
+    ("clip", {"model_type": "siglip"}, ("model_type is 'siglip'",)),
+    ("clip", {"model_type": "clip"}, ("has no vision_config",)),
+    ("clip", {"hidden_act": "relu"}, ("hidden_act is 'relu', and only quick_gelu or gelu",)),
+    ("clip", {"num_channels": 1}, ("num_channels is 1",)),
+    ("clip", {"hidden_sizes": 3}, ("'hidden_sizes' is unknown (did you mean 'hidden_size'?)",)),
     ("text_encoder", {"model_type": "t5"}, ("model_type is 't5'",)),
     ("text_encoder", {"feed_forward_proj": "relu"}, ("feed_forward_proj is 'relu'",)),
     ("text_encoder", {"d_model": 12.0}, ("d_model is 12.0",)),
@@ -169,23 +217,37 @@ def test_keys_without_effect_are_ignored():
     ("transformer", {"num_attention_heads": 3}, ("num_attention_heads 3 x attention_head_dim 12 is 36", "24 in patch")),
     ("transformer", {"attention_head_dim": 6}, ("is 12 in the config and 24 in patch_embedding.weight",)),
     ("transformer", {"in_channels": 16}, ("in_channels is 16 in the config and 5 in patch_embedding.weight",)),
-    ("transformer", {"out_channels": 5}, ("out_channels x 4 is 20 in the config and 28 in proj_out.weight",)),
+    ("transformer", {"out_channels": 5}, ("out_channels is 5 in the config and 7 in proj_out.weight",)),
     ("transformer", {"text_dim": 4096}, ("text_dim is 4096 in the config and 9",)),
     ("transformer", {"freq_dim": 256}, ("freq_dim is 256 in the config and 8",)),
     ("transformer", {"ffn_dim": 41}, ("ffn_dim is 41 in the config and 40",)),
     ("transformer", {"num_layers": 4}, ("num_layers is 4 in the config and 3",)),
     ("transformer", {"num_layers": 2}, ("num_layers is 2 in the config and 3",)),
+    ("i2v", {"image_dim": 8}, ("image_dim is 8 in the config and 6 in condition_embedder.image_embedder.norm1",)),
+    ("i2v", {"image_dim": None, "added_kv_proj_dim": None, "pos_embed_seq_len": None},
+     ("image_dim is absent in the config and 6",)),
+    ("i2v", {"pos_embed_seq_len": None}, ("pos_embed_seq_len is absent in the config and 10",)),
+    ("vace", {"vace_layers": [0, 1, 2]}, ("the length of vace_layers is 3 in the config and 2",)),
+    ("vace", {"vace_in_channels": 96}, ("vace_in_channels is 96 in the config and 11 in vace_patch_embedding",)),
+    ("vace", {"vace_layers": []}, ("the length of vace_layers is 0 in the config and 2",)),
     ("vae", {"base_dim": 6}, ("base_dim is 6 in the config and 4",)),
     ("vae", {"z_dim": 1, "latents_mean": [0], "latents_std": [1]}, ("z_dim is 1 in the config and 2",)),
-    ("vae", {"dim_mult": [1, 2, 4]}, ("base_dim x 4 is 16 in the config and 12",)),
-    ("vae", {"num_res_blocks": 2}, ("num_res_blocks + 1 is 3 in the config and 2",)),
+    ("vae", {"dim_mult": [1, 2, 4]}, ("dim_mult is [1, 2, 4] in the config and [1, 2, 3]",)),
+    ("vae", {"num_res_blocks": 2}, ("num_res_blocks is 2 in the config and 1",)),
     ("vae", {"dim_mult": [1, 3], "temperal_downsample": [True], "scale_factor_spatial": 2},
-     ("the length of dim_mult is 2 in the config and 3",)),
-    ("vae", {"temperal_downsample": [False, True]}, ("temperal_downsample[0] is False", "time_conv.weight is present")),
+     ("dim_mult is [1, 3] in the config and [1, 2, 3]",)),
+    ("vae", {"temperal_downsample": [False, True]}, 
+     ("temperal_downsample is [False, True] in the config and [True, False]",)),
+    ("vae22", {"decoder_base_dim": 8}, ("decoder_base_dim is 8 in the config and 6 in decoder.conv_in.weight",)),
+    ("vae22", {"temperal_downsample": [False, True]}, ("temperal_downsample is [False, True] in the config",)),
+    ("vae22", {"num_res_blocks": 1}, ("num_res_blocks is 1 in the config and 2",)),
+    ("clip", {"hidden_size": 16}, ("hidden_size is 16 in the config and 12 in embeddings.patch_embedding.weight",)),
+    ("clip", {"image_size": 16}, ("image_size is 16 in the config and 12",)),
+    ("clip", {"num_hidden_layers": 3}, ("num_hidden_layers is 3 in the config and 2",)),
     ("text_encoder", {"vocab_size": 51}, ("vocab_size is 51 in the config and 50",)),
     ("text_encoder", {"d_model": 16}, ("d_model is 16 in the config and 12",)),
     ("text_encoder", {"num_heads": 5, "d_kv": 3}, ("num_heads is 5 in the config and 3",)),
-    ("text_encoder", {"d_kv": 4}, ("num_heads 3 x d_kv 4 is 12 in the config and 15",)),
+    ("text_encoder", {"d_kv": 4}, ("d_kv is 4 in the config and 5 in",)),
     ("text_encoder", {"d_ff": 16}, ("d_ff is 16 in the config and 20",)),
     ("text_encoder", {"num_layers": 24}, ("num_layers is 24 in the config and 2",)),
     ("text_encoder", {"relative_attention_num_buckets": 32}, ("num_buckets is 32 in the config and 16",)),
@@ -198,22 +260,54 @@ def test_a_config_that_contradicts_the_tensors_is_refused_with_both_numbers(kind
         assert part in str(error.value), f"{part!r} is not in {str(error.value)!r}"
 
 
-def test_an_image_branch_is_judged_by_the_tensors():
+def test_a_claimed_image_branch_is_a_contradiction_unless_a_rule_allows_it():
     """A published 5B config claims one that the weights do not have."""
     claims = transformer_config_out(WAN) | {"image_dim": 1280, "added_kv_proj_dim": 24}
     tensors = transformer_facts()
-    assert transformer_config(claims, tensors) == WAN
+    with pytest.raises(LoadError) as error:
+        transformer_config(claims, tensors)
+    assert "image_dim is 1280 in the config and absent" in str(error.value)
+    assert "set image_dim and added_kv_proj_dim to null in it, or allow image_claim" in str(error.value)
+    assert transformer_config(claims, tensors, allow=(IMAGE_CLAIM,)) == WAN
     extra = facts({"blocks.0.attn2.add_k_proj.weight": (24, 24)})
-    with pytest.raises(LoadError, match="the weights have an image branch"):
-        transformer_config(claims, tensors | extra)
+    with pytest.raises(LoadError, match=r"no condition_embedder.image_embedder.norm1.weight"):
+        transformer_config(claims, tensors | extra, allow=(IMAGE_CLAIM,))
+    with pytest.raises(LoadError, match="image_dim is 1280 in the config and 6"):
+        transformer_config(claims | {"pos_embed_seq_len": 10}, transformer_facts(I2V), allow=(IMAGE_CLAIM,))
+
+
+def test_a_whole_clip_model_has_its_vision_config_inside():
+    inner = clip_config_out(CLIP) | {"num_beams": 1, "torchscript": False, "top_k": 50, "bad_words_ids": None}
+    whole = {"model_type": "clip", "projection_dim": 8, "text_config": {"hidden_size": 5}, "vision_config": inner}
+    assert clip_config(whole) == clip_config(whole, clip_facts()) == CLIP
+    with pytest.raises(LoadError, match="'num_beamss' is unknown"):
+        clip_config(whole | {"vision_config": inner | {"num_beamss": 1}})
+
+
+def test_absent_keys_of_clip_and_vace_have_their_defaults():
+    from diffusers import WanVACETransformer3DModel
+    from transformers import CLIPVisionConfig
+
+    with torch.device("meta"):
+        vace = dict(WanVACETransformer3DModel(num_layers=36, ffn_dim=8, num_attention_heads=1, text_dim=8).config)
+    kind = {"_class_name": "WanVACETransformer3DModel"}
+    read = transformer_config(json.loads(json.dumps(vace)) | kind)
+    missing = transformer_config(kind | {"num_layers": 36, "ffn_dim": 8, "num_attention_heads": 1, "text_dim": 8})
+    assert read == missing
+    assert read["vace_layers"] == (0, 5, 10, 15, 20, 25, 30, 35)
+    assert clip_config({}) == clip_config(json.loads(CLIPVisionConfig().to_json_string()))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_of_another_layout_are_refused(kind):
     read, config, _, _ = KINDS[kind]
-    table = {"transformer": transformer_keys(3), "vae": vae_keys(3, 1), "text_encoder": umt5_keys(2)}[kind]
+    tables = {
+        "transformer": transformer_keys(3), "i2v": transformer_keys(3, image=True), "vace": transformer_keys(4, vace=2),
+        "vae": vae_keys(3, 1), "vae22": vae22_keys(3, 2), "text_encoder": umt5_keys(2), "clip": clip_keys(2),
+    }  # fmt: skip
+    native = [name for rule in tables[kind].rules for name in rule.native]
     with pytest.raises(LoadError):
-        read(config, facts(dict.fromkeys(table.to_native.values(), (1, 1))))
+        read(config, facts(dict.fromkeys(native, (1, 1))))
 
 
 def refused(folder: Path, *parts: str) -> None:

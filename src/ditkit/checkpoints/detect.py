@@ -1,4 +1,4 @@
-"""What a set of tensors is: kind, layout, task and size, told by names, shapes, types and metadata, never by file names.
+"""What a set of tensors is: kind, layout, task and size, by names, shapes, types and metadata, never by file names.
 
 One signature must fit, and one only; no signature and several are errors that list the candidates. What is recognised
 but cannot be run (relatives of Wan with branches of their own) is named, with the reason in ``problems``.
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -103,7 +103,7 @@ class Detected:
     size_name: str | None = None
     possible: tuple[str, ...] = ()
     decides: str | None = None
-    config: Mapping[str, Any] = MappingProxyType({})
+    config: Mapping[str, Any] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
 
 
@@ -128,15 +128,21 @@ def plain(source: TensorSource) -> Plain:
 
 def detect(source: TensorSource) -> Detected:
     """What ``source`` is. Raises LoadError when nothing fits, or several kinds do."""
-    asked = f"recognising {source.path}"
+    return recognise(source)[0]
+
+
+def recognise(source: TensorSource) -> tuple[Detected, TensorSource]:
+    """What ``source`` is, and ``source`` as it was looked at: for parts of a model, plain."""
     if "ditkit.state" in source.metadata:
-        return Detected("state", "", family="ditkit", problems=("it is a saved State of ditkit, not a model",))
+        problem = "it is a saved State of ditkit, not a model"
+        return Detected("state", "", family="ditkit", problems=(problem,)), source
     if any(LORA.fullmatch(name) for name in source.tensors):
-        return Detected("lora", "", family="Wan")
-    return detect_plain(plain(source), asked)
+        return Detected("lora", "", family="Wan"), source
+    view = plain(source)
+    return _recognise(view, f"recognising {source.path}"), view.source
 
 
-def detect_plain(view: Plain, asked: str) -> Detected:
+def _recognise(view: Plain, asked: str) -> Detected:
     tensors = view.source.tensors
     fitting = dict.fromkeys(
         (one.kind, one.layout)
@@ -149,7 +155,7 @@ def detect_plain(view: Plain, asked: str) -> Detected:
     if not fitting:
         raise LoadError(asked, _unknown(tensors), "Give weights of a supported model")
     ((kind, layout),) = fitting
-    about = {"prefix": view.prefix, "quantization": view.quantization}
+    about: dict[str, Any] = {"prefix": view.prefix, "quantization": view.quantization}
     if kind == "vace_module":
         problem = "it holds only VACE's control branch, without the transformer that it belongs to"
         return Detected(kind, layout, **about, family="Wan 2.1", variant="vace", problems=(problem,))
@@ -203,7 +209,10 @@ def _relatives(tensors: Iterable[str], config: Mapping[str, Any]) -> tuple[str, 
     return tuple(names) or ((by_channels,) if by_channels else ())
 
 
-EXPERTS = "the role that its folder or a manifest gives it (high_noise_model is `transformer`, low_noise_model is `transformer_2`)"
+EXPERTS = (
+    "the role that its folder or a manifest gives it (high_noise_model is `transformer`, low_noise_model "
+    "`transformer_2`)"
+)
 
 
 def _possible(variant: str | None, size: str | None, image: bool) -> tuple[tuple[str, ...], str | None]:
@@ -213,7 +222,7 @@ def _possible(variant: str | None, size: str | None, image: bool) -> tuple[tuple
     if variant == "t2v":
         if size == "14B":
             return ("Wan 2.1 T2V-14B", *two), EXPERTS
-        return (f"Wan 2.1 T2V {name}",), None
+        return (f"Wan 2.1 T2V {name}",) if size else (f"Wan T2V {name}",), None
     if variant == "i2v" and not image:
         if size == "14B":
             return tuple(two), EXPERTS
@@ -230,8 +239,8 @@ def _possible(variant: str | None, size: str | None, image: bool) -> tuple[tuple
 
 
 def _family(possible: Iterable[str]) -> str:
-    versions = sorted({name[:7] for name in possible})
-    return " or ".join(versions) if versions else "Wan"
+    versions = {version for name in possible for version in re.findall(r"Wan 2\.\d", name)}
+    return " or ".join(sorted(versions)) or "Wan"
 
 
 def _unknown(tensors: Tensors) -> str:

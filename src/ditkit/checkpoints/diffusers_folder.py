@@ -47,8 +47,9 @@ class ModelIndex:
     values: Mapping[str, Any]
 
 
-def read_index(folder: str | Path) -> ModelIndex:
-    """Raises LoadError for a missing or malformed index, and for a component whose folder is not there."""
+def read_index(folder: str | Path, require_folders: bool = True) -> ModelIndex:
+    """Raises LoadError for a missing or malformed index, and for a component whose folder is not there (unless
+    ``require_folders`` is false)."""
     folder = Path(folder)
     asked = f"opening the model in {folder}"
     if not folder.is_dir():
@@ -69,7 +70,8 @@ def read_index(folder: str | Path) -> ModelIndex:
                 components[key] = (value[0], value[1])
         else:
             values[key] = value
-    if absent := sorted(name for name in components if not (folder / name).is_dir()):
+    absent = sorted(name for name in components if not (folder / name).is_dir())
+    if absent and require_folders:
         raise LoadError(asked, f"these components have no folder: {', '.join(absent)}", "Download the model again")
     return ModelIndex(folder, str(raw.get("_class_name", "")), components, values)
 
