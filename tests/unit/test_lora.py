@@ -188,7 +188,7 @@ def test_self_and_cross_attention_of_diffusers_do_not_collide(model, lora):
 
 
 def test_differences_of_everything(model, base, lora):
-    """What a distilled extract holds: factors, differences of weights, norms, biases and modulation. None is dropped."""
+    """What a distilled extract holds: factors, and differences of weights, norms, biases, modulation. None is lost."""
     pairs, g = factors(model, LINEARS), torch.Generator().manual_seed(3)
     tensors = written(pairs, lambda n: f"diffusion_model.{n}", **KOHYA, alpha=ALPHA)
     wanted = dense(model, pairs, ALPHA / RANK, 0.9)
@@ -242,11 +242,11 @@ def random_factors(seed, **sizes):
 
 NAME, D = "blocks.0.self_attn.v", CONFIG.dim
 LYCORIS = {
-    "loha": (dict(hada_w1_a=(D, 3), hada_w1_b=(3, D), hada_w2_a=(D, 3), hada_w2_b=(3, D)), 3),
-    "lokr": (dict(lokr_w1=(4, 4), lokr_w2=(D // 4, D // 4)), None),
-    "lokr, second factored": (dict(lokr_w1=(4, 8), lokr_w2_a=(D // 4, 3), lokr_w2_b=(3, D // 8)), 3),
+    "loha": ({"hada_w1_a": (D, 3), "hada_w1_b": (3, D), "hada_w2_a": (D, 3), "hada_w2_b": (3, D)}, 3),
+    "lokr": ({"lokr_w1": (4, 4), "lokr_w2": (D // 4, D // 4)}, None),
+    "lokr, second factored": ({"lokr_w1": (4, 8), "lokr_w2_a": (D // 4, 3), "lokr_w2_b": (3, D // 8)}, 3),
     "lokr, both factored": (
-        dict(lokr_w1_a=(8, 2), lokr_w1_b=(2, 8), lokr_w2_a=(D // 8, 2), lokr_w2_b=(2, D // 8)),
+        {"lokr_w1_a": (8, 2), "lokr_w1_b": (2, 8), "lokr_w2_a": (D // 8, 2), "lokr_w2_b": (2, D // 8)},
         2,
     ),
 }
@@ -552,7 +552,8 @@ def test_shapes_that_do_not_fit(model, lora):
         "bias": {f"{NAME}.diff_b": torch.ones(D + 1)},
         "difference": {f"{NAME}.diff": torch.ones(D, D + 1)},
         "transposed": {"blocks.0.ffn.0.diff": torch.ones(CONFIG.dim, CONFIG.ffn_dim)},
-        "magnitude": {f"{NAME}.lora_A.weight": down, f"{NAME}.lora_B.weight": up, f"{NAME}.dora_scale": torch.ones(D - 1)},
+        "magnitude": {f"{NAME}.lora_A.weight": down, f"{NAME}.lora_B.weight": up,
+                      f"{NAME}.dora_scale": torch.ones(D - 1)},
         "alpha": {f"{NAME}.lora_A.weight": down, f"{NAME}.lora_B.weight": up, f"{NAME}.alpha": torch.ones(2)},
     }  # fmt: skip
     for name, tensors in cases.items():
