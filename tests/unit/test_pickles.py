@@ -193,7 +193,7 @@ def test_things_that_are_no_plain_tensors(tmp_path):
     refused(saved(tmp_path, {}), "no dictionary")
 
 
-def test_r20_the_moving_average_is_taken_by_a_named_rule():
+def test_the_moving_average_is_taken_by_a_named_rule():
     """Both sets of weights have the same names; nothing but the entry tells them apart."""
     source = open_source(SELF_FORCING)
     assert isinstance(source, PickleFile)

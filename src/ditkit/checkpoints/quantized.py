@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -52,11 +51,9 @@ DO = "Use a file in 16 bits, scaled or plain float8, int8 or GGUF"
 CODES = 2**16  # two 8-bit codes at once
 
 
-@dataclass(frozen=True)
-class _Weight:
-    """A tensor that is not stored as what it is: the full name of its scale, if it has one."""
-
-    scale: str | None
+def _beside(name: str) -> bool:
+    """Whether a tensor is there for others, or for the file, and is no weight itself."""
+    return name in IGNORED or name.endswith((*SCALES, *ACTIVATIONS, SETTINGS))
 
 
 class Dequantized(View):
@@ -76,14 +73,13 @@ class Dequantized(View):
         self._settings = dict(_settings(source, self._asked))
         self._weights = self._find(source)
         self.quantization = _name(source, self._weights)
-        ends = (*SCALES, *ACTIVATIONS, SETTINGS)
-        left = [name for name in source.tensors if name in IGNORED or name.endswith(ends)]
+        left = [name for name in source.tensors if _beside(name)]
         super().__init__(source, tuple(_notes(left)))
         self.dtype = dtype
         self.tensors: Mapping[str, Facts] = MappingProxyType({
             name: TensorFacts(dtype, facts.shape) if name in self._weights else facts
             for name, facts in source.tensors.items()
-            if name not in set(left)
+            if not _beside(name)
         })  # fmt: skip
 
     def __repr__(self) -> str:
@@ -102,7 +98,7 @@ class Dequantized(View):
             from ditkit.checkpoints.gguf import dequantise
 
             return dequantise(self.source[name], facts.dtype, facts.shape, dtype)
-        scale = self._weights[name].scale
+        scale = self._weights[name]
         return widened(self.source[name], None if scale is None else self._scale(scale), dtype)
 
     def _scale(self, name: str) -> Tensor:
@@ -113,8 +109,8 @@ class Dequantized(View):
             raise LoadError(self._asked, f"{name} is not finite", "Download the file again")
         return scale
 
-    def _find(self, source: TensorSource) -> dict[str, _Weight]:
-        """All quantised tensors, each with its scale."""
+    def _find(self, source: TensorSource) -> dict[str, str | None]:
+        """All quantised tensors, each with the name of its scale, None when it has none."""
         tensors = source.tensors
         scales: dict[str, str] = {}
         for end in SCALES:
@@ -124,7 +120,7 @@ class Dequantized(View):
                     if weight in scales:
                         raise self._error(f"{weight} has two scales ({scales[weight]}, {name})")
                     scales[weight] = name
-        eight = {name for name, facts in tensors.items() if facts.dtype in (*FLOAT8, "I8")}
+        eight = {name for name, facts in tensors.items() if facts.dtype in (*FLOAT8, "I8") and not _beside(name)}
         if lost := [scales[weight] for weight in scales.keys() - eight]:
             raise self._error(f"{len(lost)} scales have no 8-bit weight ({some(lost)})")
         int8 = {name for name in eight if tensors[name].dtype == "I8"}
@@ -134,8 +130,8 @@ class Dequantized(View):
         self._agree(source)
         for weight, scale in scales.items():
             _check_scale(weight, tensors[weight], scale, tensors[scale], self._asked)
-        found = {name: _Weight(scales.get(name)) for name in tensors if name in eight}
-        return found | {name: _Weight(None) for name, facts in tensors.items() if facts.dtype in BLOCKS}
+        blocks = {name for name, facts in tensors.items() if facts.dtype in BLOCKS}
+        return {name: scales.get(name) for name in eight | blocks}
 
     def _agree(self, source: TensorSource) -> None:
         """What the settings of each layer say, against what is stored."""
@@ -212,7 +208,7 @@ def _check_scale(weight: str, facts: Facts, scale: str, scale_facts: Facts, aske
         raise LoadError(asked, found, DO)
 
 
-def _name(source: TensorSource, weights: Mapping[str, _Weight]) -> str | None:
+def _name(source: TensorSource, weights: Mapping[str, str | None]) -> str | None:
     """The flavour: of the type that most of the quantised tensors have, with ``_scaled`` when there are scales."""
     kinds = Counter(source.tensors[name].dtype for name in weights)
     if not kinds:
@@ -222,7 +218,7 @@ def _name(source: TensorSource, weights: Mapping[str, _Weight]) -> str | None:
         return f"gguf {kind}"
     if kind == "I8":
         return "int8"
-    return "fp8_scaled" if any(weight.scale for weight in weights.values()) else "fp8"
+    return "fp8_scaled" if any(weights.values()) else "fp8"
 
 
 def _notes(left: list[str]) -> Iterator[str]:
