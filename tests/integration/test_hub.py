@@ -14,7 +14,7 @@ from hub_server import HubServer
 
 from ditkit.checkpoints.hub import Hub
 from ditkit.checkpoints.lock import changes, lock_text, make_lock, read_lock, verify
-from ditkit.checkpoints.manifest import Manifest
+from ditkit.checkpoints.manifest import Manifest, place_of
 from ditkit.errors import LoadError
 
 TOKEN = "hf_of_the_test"
@@ -145,6 +145,21 @@ def test_a_collection_of_files_is_not_fetched_as_a_model(server, hub):
     server.add("o/native").commit({"config.json": b"{}", "x.pth": b"x", "google/umt5/t.json": b"{}", "a.py": b""})
     opened = Manifest.fetch("hf:o/native", hub)
     assert (opened.components, fetched(opened.folder)) == ({}, {"config.json", "x.pth", "google/umt5/t.json"})
+
+
+def test_a_single_file_comes_with_the_config_beside_it_and_nothing_else(server, hub):
+    """Whatever else of the repository lies in the cache, a loader sees the same files."""
+    server.add("o/n").commit(
+        {"q/a.gguf": b"a", "q/b.gguf": b"b", "q/config.json": b"{}", "c.gguf": b"c", "r/x.json": b""}
+    )
+    for name, files in (("q/a.gguf", {"q/a.gguf", "q/config.json"}), ("c.gguf", {"c.gguf"})):
+        place = place_of("transformer", f"hf:o/n/{name}")
+        with pytest.raises(LoadError, match="can mean another commit tomorrow"):
+            place.resolve(hub)
+        pinned = place.pin(hub)
+        assert set(pinned.files_of(hub.look("o/n"))) == files
+        assert pinned.resolve(hub).read_bytes() == name[-6:-5].encode()
+    assert fetched(pinned.resolve(hub).parent) == {"q/a.gguf", "q/config.json", "c.gguf"}
 
 
 def test_one_of_several_variants_is_fetched(server, hub, tmp_path):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ditkit.checkpoints.hub import HubName
 from ditkit.checkpoints.lock import Entry, changes, lock_file, lock_text, make_lock, read_lock, verify
-from ditkit.checkpoints.manifest import Manifest
+from ditkit.checkpoints.manifest import Manifest, place_of
 from ditkit.checkpoints.used import used
 from ditkit.cli.main import main
 from ditkit.errors import LoadError
@@ -98,6 +98,14 @@ def test_a_repository_in_full_and_in_short(tmp_path):
     assert dict(vae.sha256) == {"vae/diffusion_pytorch_model.fp16.safetensors": "a" * 64}
     assert (text.repo, text.subfolder, text.file, text.revision) == ("o/n", "text_encoder", None, COMMIT)
     assert (transformer.repo, transformer.subfolder, transformer.file) == ("o/q", "sub", "x-Q4_K.gguf")
+
+
+def test_a_place_outside_of_any_manifest(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.gguf").write_bytes(b"")
+    assert place_of("transformer", "x.gguf").resolve() == tmp_path / "x.gguf"
+    place = place_of("vae", f"hf:o/n/vae/w.pth@{COMMIT}")
+    assert (place.repo, place.subfolder, place.file, place.pinned) == ("o/n", "vae", "w.pth", True)
 
 
 def test_a_name_with_a_slash_is_a_folder_unless_hf_is_written(tmp_path):
@@ -353,9 +361,10 @@ def test_single_files_and_shards_are_locked(tmp_path):
     weights = {"a": "x-00001-of-00002.safetensors", "b": "x-00002-of-00002.safetensors"}
     (tmp_path / "x.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
     manifest(tmp_path, '[components]\nvae = "y.safetensors"\ntransformer = "x.safetensors.index.json"')
+    (tmp_path / "config.json").write_text("{}")  # a loader may read it, so it is locked
     lock = read_lock(write_lock(tmp_path))
-    assert set(lock["vae"].files) == {"y.safetensors"}
-    assert set(lock["transformer"].files) == {"x.safetensors.index.json", *weights.values()}
+    assert set(lock["vae"].files) == {"config.json", "y.safetensors"}
+    assert set(lock["transformer"].files) == {"config.json", "x.safetensors.index.json", *weights.values()}
     (tmp_path / weights["b"]).write_bytes(b"X" + weights["b"].encode()[1:])
     with pytest.raises(LoadError, match=r"00002-of-00002\.safetensors is not what it was"):
         verify_all(tmp_path)

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from ditkit.checkpoints.files import read_json
 from ditkit.checkpoints.hub import Hub
 from ditkit.checkpoints.manifest import Manifest, Place
 from ditkit.checkpoints.used import used
@@ -127,10 +128,11 @@ def files_at(place: Place, at: Path) -> dict[str, Path]:
 
 
 def _beside(file: Path) -> list[str]:
-    """The shards that an index names."""
+    """What a loader reads beside a file of weights: the config there, and the shards that an index names."""
+    config = ["config.json"] if (file.parent / "config.json").is_file() else []
     if not file.name.endswith(".index.json"):
-        return []
-    return sorted({str(name) for name in json.loads(file.read_text(encoding="utf-8"))["weight_map"].values()})
+        return config
+    return [*config, *sorted({str(name) for name in read_json(file).get("weight_map", {}).values()})]
 
 
 def check_names(place: Place, at: Path) -> None:
@@ -148,10 +150,13 @@ def check_names(place: Place, at: Path) -> None:
 
 
 def verify(place: Place, at: Path) -> int:
-    """Hash every pinned file of the component that lies ``at`` a folder or file. Returns how many bytes were read.
+    """Hash every pinned file of the component that lies ``at`` a folder or file. Returns how many bytes were
+    read, 0 when nothing is pinned.
 
     Always reads the bytes: neither the size nor the time of change of a file is trusted. Raises LoadError with the
     first file that is not what it was."""
+    if not place.sha256:
+        return 0
     check_names(place, at)
     files = {name: file for name, file in files_at(place, at).items() if name in place.sha256}
     for name, digest in _digests(files).items():
@@ -198,8 +203,7 @@ def _index_entry(manifest: Manifest) -> Entry | None:
 
 
 def _entry(place: Place, hub: Hub) -> Entry:
-    if place.repo is not None and not place.pinned:
-        place = replace(place, revision=hub.look(place.repo, place.revision).commit)
+    place = place.pin(hub)
     at = place.resolve(hub)
     verify(place, at)  # what the manifest itself pins
     files = files_at(place, at)

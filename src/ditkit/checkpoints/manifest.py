@@ -104,6 +104,12 @@ class Place:
             names = tuple(self.inner + name.removeprefix(self.prefix) for name in self.names)
         return hub.fetch(self.repo, self.revision, names) / self.subfolder / (self.file or "")
 
+    def pin(self, hub: Hub) -> Place:
+        """The same place at the commit that its branch or tag means now."""
+        if self.pinned or self.repo is None:
+            return self
+        return replace(self, revision=hub.look(self.repo, self.revision).commit)
+
     @property
     def inner(self) -> str:
         """The subfolder with its slash, or nothing."""
@@ -119,7 +125,9 @@ class Place:
         """Which files of the repository make this component. Raises LoadError when there are none."""
         start, where = self.inner, f"{self.repo}/{self.inner}".rstrip("/")
         if self.file is not None:
-            names: tuple[str, ...] = (self.file,) if start + self.file in listing.names else ()
+            there = listing.within(f"{start}{PurePosixPath(self.file).parent.as_posix()}".removesuffix(".").rstrip("/"))
+            beside = [PurePosixPath(self.file).with_name("config.json").as_posix()] if "config.json" in there else []
+            names: tuple[str, ...] = (self.file, *beside) if start + self.file in listing.names else ()
         else:
             names = used(listing.within(self.subfolder), self.variant, where)
         if not names:
@@ -298,6 +306,17 @@ def _places(table: Mapping[str, Any], file: Path, base: _Local | _Remote) -> dic
             raise LoadError(asked, f"{name} is {value!r}", "Give a path, hf:OWNER/NAME@REVISION, or a table")
         places[name] = _place(name, keys, f"reading [components.{name}] of {file}", base)
     return places
+
+
+def place_of(component: str, text: str, folder: Path | None = None) -> Place:
+    """A place outside of any manifest: a path, relative to ``folder`` (the current one when None), or
+    ``hf:OWNER/NAME[/FOLDER or /FOLDER/FILE]@REVISION``. Raises LoadError."""
+    return _place(component, _short(text), f"{component}={text}", _Local(folder or Path.cwd()))
+
+
+def place_of(component: str, text: str) -> Place:
+    """The place that a short form means: a path, or ``hf:OWNER/NAME[/FOLDER]@REVISION``. Raises LoadError."""
+    return _place(component, _short(text), f"finding the {component} at {text}", _Local(Path.cwd()))
 
 
 def _short(text: str) -> dict[str, Any]:
