@@ -8,27 +8,17 @@ Leaves out: where tensors come from (files.py) and what they are called elsewher
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ditkit.checkpoints.files import DTYPES, TensorInfo, some
+from ditkit.checkpoints.files import DTYPES, some
+from ditkit.checkpoints.source import TensorSource
 from ditkit.errors import LoadError
 
 NOTHING: Mapping[str, str] = MappingProxyType({})
-
-
-class TensorSource(Protocol):
-    """What can be loaded from: facts about all tensors at once, and their data one by one. TensorFiles is one."""
-
-    path: Path
-    tensors: Mapping[str, TensorInfo]
-
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]: ...
 
 
 def load_into(
@@ -51,33 +41,7 @@ def load_into(
     where reading and casting 480 MiB from the file cache takes 350 to 470 ms (one thread).
     Raises LoadError for unknown, missing, doubled, mis-shaped and non-float tensors, counting all of them."""
     asked = f"loading {type(module).__name__} from {source.path}"
-    wanted = {name: t for name, t in module.state_dict(keep_vars=True).items() if name not in aliases}
-    if len({id(tensor) for tensor in wanted.values()}) < len(wanted):
-        raise ValueError(f"{type(module).__name__} has one tensor under two names; list the second in aliases")
-    target, unknown, doubled = _match(source, wanted, names, aliases)
-    missing = wanted.keys() - target.values()
-    shapes = [
-        f"{name} has {list(info.shape)} where the model has {list(wanted[target[name]].shape)}"
-        for name, info in source.tensors.items()
-        if name in target and info.shape != tuple(wanted[target[name]].shape)
-    ]
-    kinds = [
-        f"{name} is {info.dtype}"
-        for name, info in source.tensors.items()
-        if name in target
-        and getattr(torch, DTYPES[info.dtype]).is_floating_point != wanted[target[name]].dtype.is_floating_point
-    ]
-    problems = [
-        f"{len(items)} {text} ({some(items)})"
-        for items, text in (
-            (missing, "tensors are missing"),
-            (unknown, "tensors are unknown to the model"),
-            (doubled, "tensors come twice under two names"),
-            (shapes, "tensors have another shape"),
-            (kinds, "tensors have a type that is no weight"),
-        )
-        if items
-    ]
+    target, problems = _compare(module, source, names, aliases)
     if problems:
         raise LoadError(asked, "; ".join(problems), "Use the weights and the config of one and the same model")
 
@@ -102,6 +66,50 @@ def load_into(
             setattr(parent, leaf, module.get_parameter(first))
     if left := [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]:
         raise LoadError(asked, f"{len(left)} tensors stayed without data ({some(left)})", "Report this as a bug")
+
+
+def mismatches(
+    module: nn.Module,
+    source: TensorSource,
+    names: Mapping[str, str] | None = None,
+    *,
+    aliases: Mapping[str, str] = NOTHING,
+) -> list[str]:
+    """What ``load_into`` would refuse about names, shapes and types, as words; it reads no data."""
+    return _compare(module, source, names, aliases)[1]
+
+
+def _compare(
+    module: nn.Module, source: TensorSource, names: Mapping[str, str] | None, aliases: Mapping[str, str]
+) -> tuple[dict[str, str], list[str]]:
+    """(source name -> module name, what does not fit)."""
+    wanted = {name: t for name, t in module.state_dict(keep_vars=True).items() if name not in aliases}
+    if len({id(tensor) for tensor in wanted.values()}) < len(wanted):
+        raise ValueError(f"{type(module).__name__} has one tensor under two names; list the second in aliases")
+    target, unknown, doubled = _match(source, wanted, names, aliases)
+    missing = wanted.keys() - target.values()
+    shapes = [
+        f"{name} has {list(info.shape)} where the model has {list(wanted[target[name]].shape)}"
+        for name, info in source.tensors.items()
+        if name in target and info.shape != tuple(wanted[target[name]].shape)
+    ]
+    kinds = [
+        f"{name} is {info.dtype}"
+        for name, info in source.tensors.items()
+        if name in target
+        and getattr(torch, DTYPES[info.dtype]).is_floating_point != wanted[target[name]].dtype.is_floating_point
+    ]
+    return target, [
+        f"{len(items)} {text} ({some(items)})"
+        for items, text in (
+            (missing, "tensors are missing"),
+            (unknown, "tensors are unknown to the model"),
+            (doubled, "tensors come twice under two names"),
+            (shapes, "tensors have another shape"),
+            (kinds, "tensors have a type that is no weight"),
+        )
+        if items
+    ]
 
 
 def _all_finite(tensor: Tensor) -> bool:

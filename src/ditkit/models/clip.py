@@ -1,0 +1,186 @@
+"""The CLIP image encoder of Wan 2.1 image-to-video: pictures -> one row of features a patch, and one for the whole.
+
+The network is transformers' ``CLIPVisionModel``, built empty and filled by our own strict loader; transformers is
+imported only when an encoder is built. Wan takes what comes out of the last block but one, so the last block and the
+final norm are checked like all others, but never run. Leaves out: the text half, the projection, all about files.
+Source: Wan2.1 ``wan/modules/clip.py`` (ViT-H/14 of XLM-RoBERTa CLIP), transformers ``modeling_clip.py``.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ditkit.checkpoints.load import load_into
+from ditkit.checkpoints.source import TensorSource
+from ditkit.errors import LoadError, RequestError, nearest
+
+ACTIVATIONS = ("gelu", "quick_gelu")
+PROCESSINGS = ("official", "diffusers")
+
+# Of the pictures that CLIP was trained on, R G B in [0, 1] (openai/CLIP ``clip/clip.py``).
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class CLIPConfig:
+    """Sizes under transformers' names; the defaults are Wan's ViT-H/14 (630,766,080 parameters without projection).
+
+    ``hidden_act``: "gelu" is the exact one, "quick_gelu" that of OpenAI's own ViT-B and ViT-L."""
+
+    hidden_size: int = 1280
+    intermediate_size: int = 5120
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 16
+    image_size: int = 224
+    patch_size: int = 14
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-5
+
+    @property
+    def tokens(self) -> int:
+        """Rows of features for one picture."""
+        return (self.image_size // self.patch_size) ** 2 + 1
+
+
+def build(config: CLIPConfig) -> Any:
+    """transformers' vision model on the meta device, in eval mode. Raises LoadError for an activation unknown here."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    if config.hidden_act not in ACTIVATIONS:
+        found = f"hidden_act is {config.hidden_act!r}{nearest(config.hidden_act, ACTIVATIONS)}"
+        raise LoadError("building a CLIP image encoder", found, f"Use {' or '.join(ACTIVATIONS)}")
+    settings: dict[str, Any] = asdict(config) | {"attn_implementation": "sdpa"}
+    theirs = CLIPVisionConfig(**settings)
+    with torch.device("meta"):
+        model: Any = CLIPVisionModel(theirs).eval().requires_grad_(False)
+    model = getattr(model, "vision_model", model)  # where transformers 4 has what is the model itself in 5
+    model.embeddings.position_ids = torch.arange(config.tokens).unsqueeze(0)  # in no file, so it must not be meta
+    return model
+
+
+class CLIPImageEncoder:
+    """Satisfies ``contracts.ImageEncoder``; ``model`` is a filled ``CLIPVisionModel`` without its last block.
+
+    Threads may share an encoder."""
+
+    def __init__(self, model: Any, identify: Callable[[], str]):
+        self.model, self.identify = model.eval(), identify
+        weight = model.embeddings.patch_embedding.weight
+        self.dim, self.dtype, self.device = len(weight), weight.dtype, weight.device
+        self.image_size: int = model.config.image_size
+
+    @classmethod
+    def load(
+        cls,
+        config: CLIPConfig,
+        source: TensorSource,
+        names: Mapping[str, str] | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> CLIPImageEncoder:
+        """``names``: the source's names -> transformers' (``embeddings...``, ``encoder.layers.0...``, no prefix);
+        None: equal. Raises LoadError, also when not one name fits: no weight is ever left random."""
+        model = build(config)
+        load_into(model, source, names, dtype_of=lambda name: dtype, device=device, check_finite=True)
+        model.embeddings.position_ids = model.embeddings.position_ids.to(device)
+        model.encoder.layers = model.encoder.layers[:-1]
+
+        @functools.cache
+        def identify() -> str:
+            about = json.dumps([source.fingerprint, str(dtype), asdict(config)], sort_keys=True)
+            return hashlib.sha256(about.encode()).hexdigest()
+
+        return cls(model, identify)
+
+    @property
+    def fingerprint(self) -> str:
+        """Stands for the weights, the sizes and the dtype. Made when first asked for: it reads all files."""
+        return self.identify()
+
+    def encode(self, images: Tensor, processing: str) -> Tensor:
+        """Pictures uint8 [B, H, W, 3] of any size -> features [B, tokens, width] in the encoder's dtype.
+
+        ``processing`` is ``official`` or ``diffusers``, see ``preprocess``. Raises RequestError."""
+        return self(preprocess(images, self.image_size, processing))
+
+    @torch.no_grad()
+    def __call__(self, pixel_values: Tensor) -> Tensor:
+        """``pixel_values`` [B, 3, S, S], S = ``image_size``, normalised -> [B, tokens, width], the class token first.
+
+        What transformers calls ``hidden_states[-2]``: after all blocks but the last, no final norm.
+        Raises RequestError for another shape."""
+        side = self.image_size
+        if pixel_values.shape[1:] != (3, side, side):
+            raise RequestError(
+                "encoding a picture", f"it is {list(pixel_values.shape)}", f"Give [B, 3, {side}, {side}], normalised"
+            )
+        return self.model(pixel_values=pixel_values.to(self.device, self.dtype)).last_hidden_state
+
+
+def preprocess(images: Tensor, size: int, processing: str) -> Tensor:
+    """Pictures uint8 [B, H, W, 3] -> float32 [B, 3, size, size], normalised for CLIP, on the CPU.
+
+    ``official``: squeezed to a square, bicubic without antialiasing (Wan2.1 ``wan/modules/clip.py``).
+    ``diffusers``: the shorter side becomes ``size`` by antialiased bicubic, then the middle square is cut out
+    (transformers' ``CLIPImageProcessor`` with PIL, bit for bit). A wide picture loses its ends there.
+    Raises RequestError for another name or another kind of picture."""
+    if processing not in PROCESSINGS:
+        found = f"it is {processing!r}{nearest(processing, PROCESSINGS)}"
+        raise RequestError("choosing how pictures are prepared", found, f"Use {' or '.join(PROCESSINGS)}")
+    if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[-1] != 3 or 0 in images.shape:
+        found = f"they are {images.dtype} {list(images.shape)}"
+        raise RequestError("preparing pictures for CLIP", found, "Give bytes of shape [B, H, W, 3]")
+    images = images.cpu()
+    if processing == "diffusers":
+        return torch.stack([_cropped(image.numpy(), size) for image in images])
+    x = images.permute(0, 3, 1, 2).float().div(255).sub(0.5).div(0.5)
+    x = F.interpolate(x, size=(size, size), mode="bicubic", align_corners=False).mul(0.5).add(0.5)
+    shape = (1, 3, 1, 1)
+    return (x - torch.tensor(MEAN).view(shape)) / torch.tensor(STD).view(shape)
+
+
+def _cropped(image: np.ndarray, size: int) -> Tensor:
+    """uint8 [H, W, 3] -> float32 [3, size, size]."""
+    from PIL import Image
+
+    height, width = image.shape[:2]
+    longer = int(size * max(height, width) / min(height, width))
+    to = (size, longer) if width <= height else (longer, size)
+    resized = np.asarray(Image.fromarray(image).resize(to, Image.Resampling.BICUBIC))
+    top, left = (resized.shape[0] - size) // 2, (resized.shape[1] - size) // 2
+    square = resized[top : top + size, left : left + size]
+    scaled = (square.astype(np.float64) * (1 / 255)).astype(np.float32)  # each step in the type that theirs has
+    return torch.from_numpy((scaled - np.array(MEAN, np.float32)) / np.array(STD, np.float32)).permute(2, 0, 1)
+
+
+PROCESSOR = {
+    "do_convert_rgb": (True,), "do_resize": (True,), "do_center_crop": (True,), "do_rescale": (True,),
+    "do_normalize": (True,), "do_pad": (None, False), "resample": (3,), "rescale_factor": (1 / 255,),
+    "image_mean": (list(MEAN),), "image_std": (list(STD),),
+}  # fmt: skip
+"""What ``preprocess`` does in the mode ``diffusers``, in the words of a ``preprocessor_config.json`` (3: bicubic)."""
+
+
+def check_processor(config: Mapping[str, Any], size: int) -> None:
+    """That the mode ``diffusers`` of ``preprocess`` is what a ``preprocessor_config.json`` asks for, at ``size``.
+
+    A key that is not there means CLIP's default. Raises LoadError with the first key that says something else."""
+    allowed = PROCESSOR | {
+        "size": (size, {"shortest_edge": size}),
+        "crop_size": (size, {"height": size, "width": size}),
+    }
+    for key, values in allowed.items():
+        if key in config and config[key] not in values:
+            asked, found = "reading the image processor's config", f"its {key} is {config[key]!r}, not {values[-1]!r}"
+            raise LoadError(asked, found, "Use image_processing=official, or the config of a CLIP image processor")
