@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ditkit import media, samples
-from ditkit.build import Components, Model, text_to_video
+from ditkit import media, pictures, samples
+from ditkit.build import Components, Model, pipeline_of
 from ditkit.checking import check_state
 from ditkit.contracts import Seams, Step
 from ditkit.errors import DitkitError, RequestError, StateError
@@ -80,7 +80,9 @@ class Pipe:
         self.seams, self.listeners = seams or Seams(), tuple(listeners)
 
     def __call__(self, prompt: str | list[str] = "", *, listeners: Iterable[Listener] = (), **request: Any) -> Result:
-        return self.run(self.begin(self.model.request({"prompt": prompt, **request})), listeners=listeners)
+        """Pictures (``image``, ``last_image``, ...) may be paths, PIL images, arrays or tensors."""
+        values, pixels = pictures.take({"prompt": prompt, **request})
+        return self.run(self.begin(self.model.request(values), pixels), listeners=listeners)
 
     @staticmethod
     def check(request: Request) -> list[tuple[str, str, int]]:
@@ -92,30 +94,26 @@ class Pipe:
             )
         return samples
 
-    def begin(self, request: Request) -> State:
-        """The State that a run starts from."""
+    def begin(self, request: Request, pixels: Mapping[str, Any] | None = None) -> State:
+        """The State that a run starts from. Its request has everything filled in, the size that follows from an image
+        too. ``pixels``: pictures that the request names by their hash (``pictures.take``); files are read here."""
+        self.model.check(request)
+        found = pictures.read(request, pixels or {})
+        request = self.model.fit(request, found)
         prompts, negatives, seeds = zip(*self.check(request), strict=True)
         fields = {"prompt": list(prompts), "negative_prompt": list(negatives), "seed": list(seeds)}
         model = {"name": self.setup.model, "identity": self.model.identity}
-        return State({**fields, "request": request.model_dump(), "model": model})
+        seen = pictures.tensors(found, len(prompts), request.frames)
+        return State({**fields, **seen, "request": request.model_dump(), "model": model})
 
     def steps(self, request: Request) -> list[Step]:
         """The step table of a run, before it runs; no weights are loaded."""
         from ditkit.models.wan import TIMESTEP_SCALE
         from ditkit.schedulers import make
-        from ditkit.schedulers.table import step_table
+        from ditkit.schedulers.table import request_steps
 
         solver = self.seams.scheduler or make(request.solver, **request.solver_options)
-        own = request.sigmas is not None
-        return step_table(
-            solver,
-            None if own else request.steps,
-            None if own else request.shift,
-            request.schedule,
-            request.guidance_scale,
-            TIMESTEP_SCALE,
-            request.sigmas,
-        )
+        return request_steps(solver, request, TIMESTEP_SCALE, len(self.model.experts))
 
     def run(
         self,
@@ -226,7 +224,7 @@ def load(
         import torch
 
         torch.set_num_threads(chosen.threads)
-    seams, opened = seams or Seams(), Model.open(chosen.model)
+    seams, opened = seams or Seams(), Model.open(chosen.model, chosen)
     return Pipe(
-        opened, chosen, Components(opened, chosen, seams.swaps), text_to_video(opened, chosen), seams, listeners
+        opened, chosen, Components(opened, chosen, seams.swaps), pipeline_of(opened, chosen), seams, listeners
     )

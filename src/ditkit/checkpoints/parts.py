@@ -27,7 +27,7 @@ from ditkit.errors import LoadError, nearest
 KINDS: Mapping[str, tuple[str, ...]] = MappingProxyType({
     "transformer": ("wan",),
     "transformer_2": ("wan",),
-    "vae": ("wan_vae", "wan_vae22"),
+    "vae": ("wan_vae", "wan_vae22", "taehv"),
     "text_encoder": ("umt5",),
     "image_encoder": ("clip",),
     "preview_decoder": ("taehv",),
@@ -189,32 +189,37 @@ def _tokenizer(folder: Path) -> Part:
 # --- a whole model
 
 
-def locate(path: str | Path, variant: str | None = None, *, allow: Collection[str] = ()) -> Located:
+def locate(
+    path: str | Path,
+    variant: str | None = None,
+    *,
+    instead: Mapping[str, Path] = MappingProxyType({}),
+    values: Mapping[str, Any] = MappingProxyType({}),
+    allow: Collection[str] = (),
+) -> Located:
     """All parts of the model in ``path``: a folder of diffusers, a native one, or one file of weights.
 
-    ``variant`` selects among the weights of each folder of diffusers. Raises LoadError when nothing can be opened, or
-    when two files are the same part; whatever keeps the parts from running is in ``problems``."""
+    ``variant`` selects among the weights of each folder of diffusers. ``instead``: component -> a file or folder that
+    stands in for the model's own, or for one that it does not have. ``values`` go before those of the model's index
+    (``boundary_ratio``, ``expand_timesteps``). Raises LoadError when nothing can be opened, or when two files are the
+    same part; whatever keeps the parts from running is in ``problems``."""
     path = Path(path).expanduser()
+    asked = f"opening the model in {path}"
     if not path.exists():
-        raise LoadError(f"opening the model in {path}", "there is no such file or folder", "Check the path")
-    if path.is_file():
-        part = open_part(path, allow=allow)
-        return _located(path, "file", {part.component: part}, {})
-    if (path / "model_index.json").is_file():
-        return _diffusers(path, variant, allow)
-    if (path / "modular_model_index.json").is_file():
-        raise LoadError(
-            f"opening the model in {path}",
-            "it has only modular_model_index.json, which names parts in other places",
-            "Open it as a manifest",
-        )
+        raise LoadError(asked, "there is no such file or folder", "Check the path")
+    if path.is_dir() and (path / "model_index.json").is_file():
+        return _diffusers(path, variant, instead, values, allow)
+    if path.is_dir() and (path / "modular_model_index.json").is_file():
+        found = "it has only modular_model_index.json, which names parts in other places"
+        raise LoadError(asked, found, "Open it as a manifest")
     if variant is not None:
-        raise LoadError(
-            f"opening the model in {path}",
-            f"variant {variant!r} was given and it has no model_index.json",
-            "Leave it out",
-        )
-    return _native(path, allow)
+        raise LoadError(asked, f"variant {variant!r} was given and it has no model_index.json", "Leave it out")
+    others = {name: open_part(place, name, allow=allow) for name, place in instead.items()}
+    if path.is_file():
+        part = open_part(path, None, allow=allow)
+        return _located(path, "file", {part.component: part, **others}, values)
+    parts, unused = _native(path, others, allow)
+    return _located(path, "native", parts, values, unused)
 
 
 def assemble(
@@ -235,7 +240,9 @@ def assemble(
     return _located(path, layout, parts, values)
 
 
-def _diffusers(folder: Path, variant: str | None, allow: Collection[str]) -> Located:
+def _diffusers(
+    folder: Path, variant: str | None, instead: Mapping[str, Path], values: Mapping[str, Any], allow: Collection[str]
+) -> Located:
     index = read_index(folder, require_folders=False)
     asked = f"opening the model in {folder}"
     known = (*KINDS, "tokenizer", *WITHOUT_WEIGHTS)
@@ -245,17 +252,17 @@ def _diffusers(folder: Path, variant: str | None, allow: Collection[str]) -> Loc
                 asked, f"its model_index.json names the component {name!r}{nearest(name, known)}", "Remove it"
             )
     places = {name: folder / name for name in index.components if (folder / name).is_dir()}
-    return assemble(folder, "diffusers", places, index.values, dict.fromkeys(places, variant), allow)
+    variants = dict.fromkeys(places.keys() - instead.keys(), variant)
+    return assemble(folder, "diffusers", {**places, **instead}, {**index.values, **values}, variants, allow)
 
 
-def _native(folder: Path, allow: Collection[str]) -> Located:
-    """The native layout: weights beside one another, or two experts in folders of their own."""
-    parts: dict[str, Part] = {}
-    unused: dict[str, str] = {}
+def _native(folder: Path, others: Mapping[str, Part], allow: Collection[str]) -> tuple[dict[str, Part], dict[str, str]]:
+    """The parts of a native folder, weights beside one another and two experts in folders of their own, with
+    ``others`` in their places; and the files that are none."""
+    parts, unused = dict(others), {}
     for name, component in EXPERTS.items():
-        if (folder / name).is_dir():
+        if component not in others and (folder / name).is_dir():
             parts[component] = open_part(folder / name, component, allow=allow)
-    two = bool(parts)
     for file in weight_files(folder):
         try:
             source = open_source(file)
@@ -263,22 +270,22 @@ def _native(folder: Path, allow: Collection[str]) -> Located:
         except LoadError as error:
             unused[file.name] = error.found
             continue
-        if part.component in parts:
+        if part.component in others:
+            unused[file.name] = f"another {part.component} stands in for it"
+        elif part.component in parts:
             raise LoadError(
                 f"opening the model in {folder}",
                 f"both {parts[part.component].path.name} and {file.name} are its {part.component}",
-                "Leave one of them, or give the parts in a manifest",
+                "Leave one of them, or name one in a manifest",
             )
-        parts[part.component] = part
-    if (folder / NATIVE_TOKENIZER / "tokenizer.json").is_file():
+        else:
+            parts[part.component] = part
+    if "tokenizer" not in parts and (folder / NATIVE_TOKENIZER / "tokenizer.json").is_file():
         parts["tokenizer"] = _tokenizer(folder / NATIVE_TOKENIZER)
-    if not parts and len(unused) == 1:
-        ((name, found),) = unused.items()
-        raise LoadError(f"opening {folder / name}", found, "Give weights of a supported model")
     if not parts:
         why = f" ({some(f'{name}: {reason}' for name, reason in unused.items())})" if unused else ""
         raise LoadError(f"opening the model in {folder}", f"it holds no part of a model{why}", "Check the path")
-    return _located(folder, "native", parts, {}, unused, two)
+    return parts, unused
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -316,18 +323,23 @@ WHAT: Mapping[str, str] = MappingProxyType({
 
 
 def _located(
-    path: Path, layout: str, parts: Mapping[str, Part], values: Mapping[str, Any],
-    unused: Mapping[str, str] = MappingProxyType({}), two: bool = False,
-) -> Located:  # fmt: skip
+    path: Path,
+    layout: str,
+    parts: Mapping[str, Part],
+    values: Mapping[str, Any],
+    unused: Mapping[str, str] = MappingProxyType({}),
+) -> Located:
     main = parts.get("transformer") or parts.get("transformer_2")
     task = task_of(main.config) if main else None
-    boundary = values.get("boundary_ratio", values.get("boundary"))
-    if two and boundary is None:
-        boundary = BOUNDARIES.get(str(task))
+    boundary = values.get("boundary_ratio")
+    halves = layout == "native" and any((path / folder).is_dir() for folder in EXPERTS)
+    two = halves or "transformer_2" in parts
+    if boundary is None and two and layout != "diffusers":
+        boundary = BOUNDARIES.get(str(task))  # the layout has no place for it
     expand = values.get("expand_timesteps")
     look = _Look(path, layout, parts, unused)
     problems = [
-        *look.missing(boundary is not None or "transformer_2" in parts or two),
+        *look.missing(two),
         *look.experts(boundary),
         *look.fits(),
     ]

@@ -62,7 +62,7 @@ class Given:
         origins: dict[str, str] = {}
         for key, texts in self.flags.items():
             origin = "PROMPT" if key == "prompt" else f"flag --{kebab(key)}"
-            if len(texts) > 1 and config.takes_list(key):
+            if config.takes_list(key) and (len(texts) > 1 or _one_of_a_list(key, texts[0])):
                 item = _item(key)
                 whole[key], origins[key] = [config.from_text(t, item, literal=True) for t in texts], origin
             elif typing.get_origin(FIELDS[key].annotation) is dict and not texts[0].lstrip().startswith("{"):
@@ -94,9 +94,10 @@ def settle(given: Given, below: Layer | None = None) -> tuple[Settled, Model]:
     from ditkit.build import Model
 
     upper = [_located(layer) for layer in (*([] if below is None else [below]), *given.layers())]
-    setup = config.settle(*upper).setup()
-    model = Model.open(setup.model)
-    settled = config.settle(Layer.of(model.defaults, f"model {setup.model}"), *upper)
+    asked = config.settle(*upper)
+    setup = asked.setup()
+    model = Model.open(setup.model, setup)
+    settled = config.settle(Layer.of(model.defaults_for(asked.values), f"model {setup.model}"), *upper)
     settled.request()  # a fault in a value is told with where the value comes from
     check_contradiction(settled, upper)
     return settled, model
@@ -183,8 +184,15 @@ def _texts(value: Any) -> tuple[str, ...]:
 
 def _item(key: str) -> Any:
     """The type of one entry of a setting that may be a list."""
-    lists = [option for option in typing.get_args(FIELDS[key].annotation) if typing.get_origin(option) is list]
+    annotation = FIELDS[key].annotation
+    options = (annotation, *typing.get_args(annotation))
+    lists = [option for option in options if typing.get_origin(option) is list]
     return typing.get_args(lists[0])[0]
+
+
+def _one_of_a_list(key: str, text: str) -> bool:
+    """Whether ``text`` is the only entry of a setting that is always a list, and not the whole list in TOML."""
+    return typing.get_origin(FIELDS[key].annotation) is list and not text.lstrip().startswith("[")
 
 
 def kebab(key: str) -> str:

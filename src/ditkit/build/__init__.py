@@ -1,0 +1,12 @@
+"""Setup -> components: find a model's parts, build each on the meta device, fill it strictly, apply swaps.
+
+The one room where model classes, their files, dtypes and devices come together. Leaves out: running (``pipe.py``).
+"""
+
+from ditkit.build.components import Components, apply_swaps
+from ditkit.build.find import ASSETS, MODELS
+from ditkit.build.model import Model
+from ditkit.build.notes import LatentsRgb
+from ditkit.build.pipelines import pipeline_of
+
+__all__ = ["ASSETS", "MODELS", "Components", "LatentsRgb", "Model", "apply_swaps", "pipeline_of"]

@@ -1,0 +1,227 @@
+"""Components: the parts of a model, each built on the meta device and filled strictly when it is first asked for.
+
+Leaves out: finding the parts (``find.py``) and what a run does with them.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from functools import partial
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from ditkit.build.adapters import Adapters
+from ditkit.build.model import Model, tokenizer_file
+from ditkit.contracts import Swap
+from ditkit.errors import SetupError
+from ditkit.events import SILENT, Events
+from ditkit.setup import Setup
+from ditkit.shared import Holder, Shared
+
+if TYPE_CHECKING:
+    from ditkit.checkpoints.parts import Part
+
+
+class Components(Mapping[str, Any]):
+    """The parts of a model, each loaded when it is first asked for, once, whichever thread asks.
+
+    Parts of equal files, sizes, dtype, device and swaps are one object for all Components with the same ``shared``.
+    ``describe()`` tells of each loaded part its class, dtype, device, policy and files."""
+
+    def __init__(self, model: Model, setup: Setup, swaps: tuple[Swap, ...] = (), shared: Shared | None = None):
+        self.model, self.setup, self.own_swaps = model, setup, swaps
+        self.adapters = Adapters.open(setup, model.parts)
+        self.holder = Holder(
+            shared or Shared(),
+            {name: (partial(self._key, name), partial(self._make, name)) for name in model.parts},
+        )
+        self._lock = threading.RLock()
+
+    def __getitem__(self, name: str) -> Any:
+        return self.get_component(name, SILENT)
+
+    def get_component(self, name: str, events: Events) -> Any:
+        with self._lock:
+            if name in self.holder.loaded:
+                return self.holder[name]
+            with events.span("load", component=name):
+                return self.holder[name]
+
+    def _make(self, name: str) -> Any:
+        part = self.model.parts[name]
+        self.model.verify.get(name, lambda: None)()
+        return LOADERS[part.kind](self, part)
+
+    def _key(self, name: str) -> Any:
+        """What two parts must have in common to be one object. Files count by place, size and time, so a copy of a file
+        is another one: to know that it is not would mean to read both."""
+        part = self.model.parts[name]
+        source = self.source(part) if part.source else None
+        files = source.files if source else [tokenizer_file(part)]
+        stats = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+        told = [part.kind, dict(part.config), stats, source.sketch if source else "", self.setup.precision]
+        swaps = [s.fingerprint for s in self.swaps(name)] if part.kind == "wan" else []
+        place = [] if part.kind == "tokenizer" else [str(x) for x in self.place(name)]
+        return json.dumps([*told, swaps, place], sort_keys=True, default=list)
+
+    def source(self, part: Part) -> Any:
+        """The tensors of a part as they are loaded: LoRAs added, where they are to be."""
+        return self.adapters.fused(part.component, part.source) if part.kind == "wan" else part.source
+
+    def swaps(self, name: str) -> tuple[Swap, ...]:
+        return (*self.adapters.swaps(name), *self.own_swaps)
+
+    def listening(self, events: Events) -> Mapping[str, Any]:
+        """The same components; ``events`` hears of those that are loaded through this view."""
+        return _Listening(self, events)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.model.parts)
+
+    def __len__(self) -> int:
+        return len(self.model.parts)
+
+    def place(self, name: str) -> tuple[Any, str]:
+        """dtype and device of a component."""
+        import torch
+
+        return getattr(torch, self.setup.dtype_of(name)), self.setup.device_of(name)
+
+    def describe(self) -> dict[str, dict[str, Any]]:
+        with self._lock:
+            return {name: self._facts(name, component) for name, component in self.holder.loaded.items()}
+
+    def _facts(self, name: str, component: Any) -> dict[str, Any]:
+        from ditkit.checkpoints.files import file_hash
+
+        part = self.model.parts[name]
+        facts: dict[str, Any] = {"class": type(component).__name__, "dtype": "none", "device": "cpu"}
+        if part.source is None:
+            return {**facts, "files": {tokenizer_file(part).name: file_hash(tokenizer_file(part))}}
+        dtype, device = self.place(name)
+        facts |= {"dtype": str(dtype).removeprefix("torch."), "device": device, "layout": part.layout}
+        facts |= {"quantization": part.quantization, "files": self.source(part).sha256}
+        if part.kind != "wan":
+            return facts
+        more = {"precision": self.setup.precision, "attention": self.setup.attention}
+        return {**facts, **more, "swaps": [s.name for s in self.own_swaps], "loras": self.adapters.describe(name)}
+
+
+def load_tokenizer(components: Components, part: Part) -> Any:
+    from ditkit.models.text import WanTokenizer
+
+    return WanTokenizer(tokenizer_file(part).parent)
+
+
+def load_umt5(components: Components, part: Part) -> Any:
+    from ditkit.models.umt5 import UMT5Config, UMT5TextEncoder
+
+    assert part.source is not None
+    return UMT5TextEncoder.load(UMT5Config(**part.config), part.source, None, *components.place(part.component))
+
+
+def load_clip(components: Components, part: Part) -> Any:
+    from ditkit.models.clip import CLIPConfig, CLIPImageEncoder
+
+    assert part.source is not None
+    return CLIPImageEncoder.load(CLIPConfig(**part.config), part.source, None, *components.place(part.component))
+
+
+def load_wan(components: Components, part: Part) -> Any:
+    import torch
+
+    from ditkit.checkpoints.load import load_into
+    from ditkit.models.wan import WanConfig, WanTransformer
+    from ditkit.nn.precision import precision
+
+    assert part.source is not None
+    setup, config = components.setup, WanConfig(**part.config)
+    dtype, device = components.place(part.component)
+    policy = precision(setup.precision, dtype)
+    with torch.device("meta"):
+        module = WanTransformer(config, policy).eval().requires_grad_(False)
+    source, swaps = components.source(part), components.swaps(part.component)
+    load_into(module, source, dtype_of=policy.weight_dtype, device=device, check_finite=True)
+    apply_swaps(module, swaps)
+    how = [asdict(config), setup.precision, str(dtype), [s.fingerprint for s in swaps]]
+    module.identify = identity(source, how)
+    return module
+
+
+def load_vae(components: Components, part: Part) -> Any:
+    import torch
+
+    from ditkit.checkpoints.load import load_into
+    from ditkit.models.taehv import TAEHV, TAEHVConfig
+    from ditkit.models.wan_vae import WanVAE, WanVAEConfig
+    from ditkit.models.wan_vae22 import WanVAE22, WanVAE22Config
+
+    assert part.source is not None
+    classes: dict[str, tuple[Any, Any]] = {
+        "wan_vae": (WanVAE, WanVAEConfig),
+        "wan_vae22": (WanVAE22, WanVAE22Config),
+        "taehv": (TAEHV, TAEHVConfig),
+    }
+    cls, config_cls = classes[part.kind]
+    config = config_cls(**part.config)
+    dtype, device = components.place(part.component)
+    with torch.device("meta"):
+        module = cls(config).eval().requires_grad_(False)
+    load_into(module, part.source, dtype_of=lambda name: dtype, device=device, check_finite=True)
+    module.identify = identity(part.source, [part.kind, asdict(config), str(dtype)])
+    return module
+
+
+LOADERS: Mapping[str, Callable[[Components, Any], Any]] = MappingProxyType({
+    "tokenizer": load_tokenizer,
+    "umt5": load_umt5,
+    "clip": load_clip,
+    "wan": load_wan,
+    "wan_vae": load_vae,
+    "wan_vae22": load_vae,
+    "taehv": load_vae,
+})  # fmt: skip
+"""Kind of a part -> what builds and fills it."""
+
+
+class _Listening(Mapping[str, Any]):
+    def __init__(self, components: Components, events: Events):
+        self._components, self._events = components, events
+
+    def __getitem__(self, name: str) -> Any:
+        return self._components.get_component(name, self._events)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._components)
+
+    def __len__(self) -> int:
+        return len(self._components)
+
+
+def identity(source: Any, how: list[Any]) -> Callable[[], str]:
+    """A hash over the weights and how they compute, made when first asked for (it reads all files)."""
+
+    @functools.cache
+    def identify() -> str:
+        return hashlib.sha256(json.dumps([source.fingerprint, *how], sort_keys=True).encode()).hexdigest()
+
+    return identify
+
+
+def apply_swaps(module: Any, swaps: tuple[Swap, ...]) -> None:
+    """Seam C: replace every module that a swap matches. Raises SetupError for a swap that matches none."""
+    for swap in swaps:
+        found = [name for name, child in module.named_modules() if name and swap.match(name, child)]
+        if not found:
+            raise SetupError(
+                f"swap {swap.name!r}", "it matches no module of the transformer", "Compare with named_modules()"
+            )
+        for name in found:
+            parent, _, leaf = name.rpartition(".")
+            owner = module.get_submodule(parent)
+            setattr(owner, leaf, swap.make(module.get_submodule(name)))

@@ -1,0 +1,141 @@
+"""From what a user names to the parts of a model: packaged models, folders, files, manifests, repositories, and single
+parts that the user puts in the place of the model's own.
+
+Leaves out: what a folder's layout means (``checkpoints/parts.py``), manifests and downloads (``checkpoints/manifest.py``).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ditkit.errors import LoadError, nearest
+from ditkit.setup import Setup
+
+if TYPE_CHECKING:
+    from ditkit.checkpoints.hub import Hub
+    from ditkit.checkpoints.manifest import Manifest
+    from ditkit.checkpoints.parts import Located
+
+ASSETS = Path(__file__).parents[1] / "assets"
+MODELS = {"shapes": ASSETS / "shapes", "shapes-i2v": ASSETS / "shapes-i2v"}
+"""Models that come with the package, by name."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """``tables``: those of ``ditkit.toml`` that speak of requests, and ``file``, where they stand. ``verify``: for each
+    part of a locked manifest, what raises LoadError unless its files are those that were locked."""
+
+    located: Located
+    flow_shift: float | None
+    tables: Mapping[str, Mapping[str, Any]]
+    file: Path
+    verify: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
+
+
+def find(name: str, setup: Setup | None = None) -> Found:
+    """The parts of the model ``name``, opened (headers only). ``setup`` says what stands in for single parts, which
+    variant of a Diffusers folder, and whether the network may be used. Raises LoadError."""
+    from ditkit.checkpoints.hub import Hub, HubName
+    from ditkit.checkpoints.parts import locate
+
+    setup = setup or Setup(model=name)
+    hub = Hub(offline=setup.offline)
+    instead = {part: _place(where, hub, part) for part, where in setup.parts.items()}
+    if HubName.parse(name) is not None:
+        return _from_manifest(_fetched(name, hub), setup, instead, hub)
+    path = _path(name)
+    manifest = _manifest(path)
+    if manifest is not None:
+        return _from_manifest(manifest, setup, instead, hub)
+    return Found(locate(path, setup.variant, instead=instead), None, {}, path)
+
+
+def _path(name: str) -> Path:
+    path = MODELS.get(name, Path(os.path.expanduser(name)))
+    if not name or not path.exists():
+        raise LoadError(
+            f"model {name!r}",
+            f"there is no folder, no file and no model of that name{nearest(name, MODELS)}",
+            f"Give a folder or file of Wan weights, hf:OWNER/NAME, or one of {', '.join(MODELS)}",
+        )
+    return path
+
+
+def _place(where: str, hub: Hub, component: str) -> Path:
+    """A part that the user names: a path, or a place in a repository."""
+    from ditkit.checkpoints.hub import HubName
+    from ditkit.checkpoints.manifest import place_of
+
+    if HubName.parse(where) is not None:
+        return place_of(component, where).resolve(hub)
+    path = Path(os.path.expanduser(where))
+    if not path.exists():
+        raise LoadError(f"{component}={where}", "there is nothing of that name", "Check the path")
+    return path
+
+
+def _fetched(name: str, hub: Hub) -> Manifest:
+    from ditkit.checkpoints.manifest import Manifest
+
+    return Manifest.fetch(name, hub)
+
+
+def _manifest(path: Path) -> Manifest | None:
+    """The manifest that ``path`` is or holds, if any."""
+    from ditkit.checkpoints.manifest import NAMES, Manifest
+
+    if path.is_dir():
+        return Manifest.open(path) if any((path / name).is_file() for name in NAMES) else None
+    return Manifest.open(path) if path.suffix == ".toml" or path.name in NAMES else None
+
+
+def _from_manifest(manifest: Manifest, setup: Setup, instead: Mapping[str, Path], hub: Hub) -> Found:
+    from ditkit.checkpoints import lock
+    from ditkit.checkpoints.manifest import INDEX, MODULAR
+    from ditkit.checkpoints.parts import WITHOUT_WEIGHTS, assemble, locate
+
+    named = {name: place for name, place in manifest.components.items() if name not in instead}
+    places = {name: place.resolve(hub) for name, place in named.items() if name not in WITHOUT_WEIGHTS}
+    variants = {name: named[name].variant or setup.variant for name in places}
+    folder = manifest.folder
+    values = _values(manifest)
+    indexed = any((folder / one).is_file() for one in (INDEX, MODULAR))
+    if indexed:
+        located = assemble(folder, "diffusers", {**places, **instead}, values, variants)
+    else:
+        located = locate(folder, setup.variant if not places else None, instead={**places, **instead}, values=values)
+    scheduler = named["scheduler"].resolve(hub) if "scheduler" in named else None
+    verify = {
+        name: partial(lock.verify, named[name], places[name]) for name in places if manifest.locked
+    }
+    return Found(located, _flow_shift(scheduler), manifest.tables, manifest.file or folder, verify)
+
+
+def _values(manifest: Manifest) -> dict[str, Any]:
+    """The notes on the whole model. A key that nobody here knows is refused, because it may matter."""
+    known = {"boundary": "boundary_ratio", "expand_timesteps": "expand_timesteps"}
+    unknown = sorted(k for k, v in manifest.model.items() if k not in known and v not in (None, False))
+    if unknown:
+        raise LoadError(
+            f"opening the model in {manifest.folder}",
+            f"its index has {', '.join(unknown)}, which this version does not know",
+            "Remove it if it does not matter",
+        )
+    return {known[k]: v for k, v in manifest.model.items() if k in known}
+
+
+def _flow_shift(scheduler: Path | None) -> float | None:
+    """The shift in the folder's scheduler_config.json, which is the default of the diffusers convention."""
+    from ditkit.checkpoints.diffusers_folder import read_config
+
+    if scheduler is None:
+        return None
+    config = read_config(scheduler, "scheduler_config.json")
+    shift = config.get("flow_shift", config.get("shift"))
+    return float(shift) if isinstance(shift, int | float) and shift > 0 else None

@@ -1,0 +1,182 @@
+"""Model: the parts that a name, a folder, a file or a manifest stands for, understood and held against each other.
+
+Only headers and configs are read. Leaves out: how parts are found (``checkpoints/parts.py``, ``checkpoints/manifest.py``)
+and filled with weights (``components.py``).
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ditkit.build.defaults import official
+from ditkit.build.find import find
+from ditkit.build.notes import LatentsRgb, check_defaults, check_preview
+from ditkit.build.pipelines import INPUTS, NEEDED
+from ditkit.errors import LoadError, RequestError
+from ditkit.request import Request
+
+if TYPE_CHECKING:
+    from ditkit.checkpoints.parts import Part
+    from ditkit.setup import Setup
+
+@dataclass(frozen=True)
+class Model:
+    """``task``: t2v, i2v, flf2v, ti2v or vace. ``strides``: pixels to latents as (frames, height, width); ``patch``:
+    latents to tokens. ``defaults``: the model's own for a Request."""
+
+    name: str
+    path: Path
+    parts: Mapping[str, Part]
+    task: str
+    flow_shift: float | None
+    own_defaults: Mapping[str, Any]
+    latents_rgb: LatentsRgb | None
+    strides: tuple[int, int, int]
+    patch: tuple[int, int, int]
+    boundary: float | None = None
+
+    verify: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, name: str, setup: Setup | None = None) -> Model:
+        """``name``: a model that comes with the package, a folder of any layout, a single file, a manifest, or
+        ``hf:OWNER/NAME@REVISION``. ``setup`` may put other files in the place of single parts.
+
+        No weights are read. Raises LoadError."""
+        found = find(name, setup)
+        located = found.located.check()
+        parts = located.parts
+        vae = vae_geometry(parts["vae"])
+        patch = tuple(parts["transformer"].config["patch_size"])
+        check_fit(str(located.path), parts, vae)
+        defaults = check_defaults(found.tables.get("defaults", {}), found.file, vae.strides[1] * patch[1], vae.strides[0])
+        rgb = check_preview(found.tables.get("preview"), found.file, vae.z_dim)
+        if rgb is None and vae.official:
+            from ditkit.models.latent_rgb import factors_for
+
+            rgb = factors_for(vae.z_dim)
+        return cls(
+            name, located.path, parts, str(located.task), found.flow_shift, defaults, rgb, vae.strides, patch,
+            located.boundary, found.verify,
+        )  # fmt: skip
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        return ("transformer", "transformer_2") if "transformer_2" in self.parts else ("transformer",)
+
+    @property
+    def has_image_branch(self) -> bool:
+        return self.parts["transformer"].config.get("image_dim") is not None
+
+    @functools.cached_property
+    def defaults(self) -> dict[str, Any]:
+        """What a Request is filled with: the official values of the task, and above them the model's own."""
+        return self.defaults_for({})
+
+    def defaults_for(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The same for a request of these ``values``: some defaults follow from others."""
+        own = dict(self.own_defaults)
+        found = official(self.task, len(self.experts), {**own, **values})
+        if self.boundary is not None:
+            found["boundary"] = self.boundary
+        if values.get("schedule", own.get("schedule")) == "diffusers" and self.flow_shift is not None:
+            found["shift"] = self.flow_shift  # the convention's own default is the one in the folder
+        return {**found, **own}
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """Stands for the configs, the weights and the tokenizer, wherever they lie; a State remembers it.
+
+        Made when first asked for, in milliseconds: of the weights it takes the headers, the sizes and samples of the
+        data. Full hashes are in the components' fingerprints and in the manifest. Raises LoadError."""
+        from ditkit.checkpoints.files import file_sample
+
+        about = [
+            [name, part.kind, dict(part.config), part.source.sketch if part.source else file_sample(tokenizer_file(part))]
+            for name, part in sorted(self.parts.items())
+        ]
+        return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+
+    def request(self, values: Mapping[str, Any], origin: str = "request") -> Request:
+        """A Request with this model's defaults, checked against its sizes and its task."""
+        request = Request.of(values, self.defaults_for(values), origin)
+        if request.size_from == "request" or request.image is None:
+            request.check_size(self.strides[1] * self.patch[1], self.strides[0])
+        self.check(request)
+        return request
+
+    def fit(self, request: Request, pictures: Mapping[str, Any]) -> Request:
+        """``request`` with the size that its image asks for, where it goes by the image: the same area, the image's
+        proportions, as the official code of the task makes them. ``pictures``: arrays by field."""
+        if request.size_from == "request" or "image" not in pictures:
+            return request.model_copy(update={"size_from": "request"})
+        from ditkit.conditioning.sizes import size_i2v, size_ti2v
+
+        height, width = pictures["image"].shape[:2]
+        rule = size_ti2v if self.task == "ti2v" else size_i2v
+        wide, high = rule(width, height, request.width * request.height)
+        fitted = request.model_copy(update={"width": wide, "height": high, "size_from": "request"})
+        fitted.check_size(self.strides[1] * self.patch[1], self.strides[0])
+        return fitted
+
+    def check(self, request: Request) -> None:
+        """Raises RequestError for inputs that the task has no use for, and for settings that would be ignored."""
+        asked = f"a run of {self.name}"
+        known = {name for names in INPUTS.values() for name in names}
+        for name in sorted(known):
+            if getattr(request, name) and name not in INPUTS[self.task]:
+                takes = ", ".join(INPUTS[self.task]) or "text alone"
+                raise RequestError(f"{asked} with {name}", f"its model takes {takes}", f"Leave {name} out")
+        for name in NEEDED[self.task]:
+            if not getattr(request, name):
+                raise RequestError(f"{asked} without {name}", f"its model goes on from {name}", f"Give {name}=FILE")
+        if request.control_scale != 1 and self.task != "vace":
+            raise RequestError(f"{asked} with control_scale", "its model takes no control", "Leave it out")
+
+
+@dataclass(frozen=True)
+class VAEGeometry:
+    kind: str
+    z_dim: int
+    strides: tuple[int, int, int]
+    official: bool  # whether its latents are those that the published models know
+
+
+def vae_geometry(part: Part) -> VAEGeometry:
+    """What other parts need to know of a VAE, from its config. Raises LoadError for a part that is none."""
+    from ditkit.models.taehv import TAEHVConfig
+    from ditkit.models.wan_vae import WanVAEConfig
+    from ditkit.models.wan_vae22 import WanVAE22Config
+
+    classes: dict[str, Any] = {"wan_vae": WanVAEConfig, "wan_vae22": WanVAE22Config, "taehv": TAEHVConfig}
+    if part.kind not in classes:
+        raise LoadError(f"using {part.path} as vae", f"it is a {part.kind}", f"Give one of {', '.join(classes)}")
+    config = classes[part.kind](**part.config)
+    spatial = config.spatial_stride
+    official = part.kind == "taehv" or config.latents_mean == classes[part.kind]().latents_mean
+    return VAEGeometry(part.kind, config.z_dim, (config.temporal_stride, spatial, spatial), official)
+
+
+def check_fit(where: str, parts: Mapping[str, Part], vae: VAEGeometry) -> None:
+    """What the parts alone cannot tell (``checkpoints/parts.py`` compares their sizes): what a VAE gives to a control
+    input. Raises LoadError."""
+    transformer = parts["transformer"].config
+    if not transformer.get("vace_layers"):
+        return
+    needs, gives = transformer["vace_in_dim"], 2 * vae.z_dim + vae.strides[1] * vae.strides[2]
+    if needs != gives:
+        raise LoadError(
+            f"opening the model in {where}",
+            f"vace_in_channels of the transformer is {needs} and its VAE gives {gives}",
+            "Use parts of one model",
+        )
+
+
+def tokenizer_file(part: Part) -> Path:
+    return part.path / "tokenizer.json" if part.path.is_dir() else part.path
