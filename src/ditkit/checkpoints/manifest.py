@@ -314,11 +314,6 @@ def place_of(component: str, text: str, folder: Path | None = None) -> Place:
     return _place(component, _short(text), f"{component}={text}", _Local(folder or Path.cwd()))
 
 
-def place_of(component: str, text: str) -> Place:
-    """The place that a short form means: a path, or ``hf:OWNER/NAME[/FOLDER]@REVISION``. Raises LoadError."""
-    return _place(component, _short(text), f"finding the {component} at {text}", _Local(Path.cwd()))
-
-
 def _short(text: str) -> dict[str, Any]:
     hub = HubName.parse(text)
     if hub is None:
