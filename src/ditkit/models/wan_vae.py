@@ -13,18 +13,10 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
+from ditkit.checkpoints.latents import WAN21_MEAN as LATENTS_MEAN
+from ditkit.checkpoints.latents import WAN21_STD as LATENTS_STD
 from ditkit.models.causal_vae import CausalVAE
 from ditkit.models.vae_layers import CausalConv3d, Downsample, FeatureCache, ResidualBlock, Upsample, head, middle
-
-# Per-channel statistics of the official 16-channel latents (Wan2.1 ``wan/modules/vae.py``).
-LATENTS_MEAN = (
-    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
-    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
-)  # fmt: skip
-LATENTS_STD = (
-    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
-    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
