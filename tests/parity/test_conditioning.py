@@ -12,12 +12,16 @@ from reference import rel
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from ditkit.checkpoints.keys import rename, vae_keys
+from ditkit.checkpoints.files import TensorFiles
+from ditkit.checkpoints.keys import clip_keys, rename, vae_keys
+from ditkit.checkpoints.mapped import Mapped
 from ditkit.conditioning.condition import image_condition
 from ditkit.conditioning.control import control_context
 from ditkit.conditioning.images import on_white, signed, stretched, video_pixels
 from ditkit.conditioning.sizes import size_i2v, size_ti2v
+from ditkit.models.clip import CLIPConfig, CLIPImageEncoder
 from ditkit.models.wan_vae import WanVAE, WanVAEConfig
+from ditkit.models.wan_vae22 import WanVAE22, WanVAE22Config
 from ditkit.pipeline import Pipeline
 from ditkit.request import Request
 from ditkit.stages.encode_condition import EncodeCondition
@@ -39,7 +43,7 @@ TOLERANCE = 1e-5
 def run(stage, component, size, frames=5, processing="official", **fields) -> torch.Tensor:
     """What ``stage`` makes of the caller's fields, through a pipeline."""
     request = Request(width=size[0], height=size[1], frames=frames, image_processing=processing)
-    state = State({"prompt": [""], "request": request.model_dump(), **fields})
+    state = State({"prompt": fields.pop("prompt", [""]), "request": request.model_dump(), **fields})
     out = Pipeline([stage], GIVEN).run(state, {stage.components[0]: component}, debug=True)
     return out[stage.writes[0]]
 
@@ -88,8 +92,6 @@ def test_control_context(official, name):
 
 
 def test_first_frame_of_ti2v():
-    from ditkit.models.wan_vae22 import WanVAE22, WanVAE22Config
-
     raw = json.loads((GOLDEN / "vae/wan22/config.json").read_text())
     vae = WanVAE22(WanVAE22Config(dim=raw["dim"], dec_dim=raw["dec_dim"]))
     vae.load_state_dict(load_file(GOLDEN / "vae/wan22/Wan2.2_VAE.safetensors"))
@@ -235,9 +237,13 @@ def test_a_long_video_is_encoded_piece_by_piece(pair):
 
 @pytest.fixture(scope="module")
 def clip():
-    from held import golden_clip
-
-    return golden_clip()
+    raw = json.loads((GOLDEN / "clip/config.json").read_text())
+    width, layers = raw["vision_dim"], raw["vision_layers"]
+    config = CLIPConfig(
+        width, width * raw["vision_mlp_ratio"], layers, raw["vision_heads"], raw["image_size"], raw["patch_size"]
+    )
+    (file,) = (GOLDEN / "clip").glob("models_clip*.safetensors")
+    return CLIPImageEncoder.load(config, Mapped(TensorFiles(file), clip_keys(layers), "other"))
 
 
 def test_features_of_the_original_picture(clip):
@@ -250,3 +256,25 @@ def test_features_of_both_pictures(clip):
     found = run(EncodeImage(), clip, (48, 32), image=first, last_image=last)
     expected = CONDITIONING["flf2v.clip_fea"]
     assert rel(found, expected.flatten(0, 1)[None]) <= TOLERANCE
+
+
+def test_features_as_diffusers_prepares_the_picture(clip):
+    """Its pipeline hands the original picture to CLIPImageProcessor and takes the last hidden state but one."""
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    (image,) = pictures((100, 66))
+    side = clip.image_size
+    processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    with torch.no_grad():
+        expected = clip(processor(images=image, return_tensors="pt")["pixel_values"])
+    found = run(EncodeImage(), clip, (48, 32), processing="diffusers", image=bytes_of(image))
+    assert rel(found, expected) <= TOLERANCE
+    assert rel(run(EncodeImage(), clip, (48, 32), image=bytes_of(image)), expected) > 1e-3
+
+
+def test_features_of_each_clip_alone(clip):
+    one, two = pictures((100, 66), (100, 66))
+    together = run(EncodeImage(), clip, (48, 32), prompt=[""] * 3, image=bytes_of(one, two, one))
+    assert torch.equal(together[1:2], run(EncodeImage(), clip, (48, 32), image=bytes_of(two)))
+    assert torch.equal(together[0], together[2])
+    assert not torch.allclose(together[0], together[1], atol=1e-2)
