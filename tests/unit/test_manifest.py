@@ -163,6 +163,12 @@ def test_the_toml_goes_before_the_index_component_by_component(tiny_model, tmp_p
     assert opened.tables == {"defaults": {"steps": 4}}
 
 
+def test_what_the_toml_replaces_need_not_be_there(tiny_model, tmp_path):
+    shutil.copytree(tiny_model, tmp_path / "m")
+    shutil.move(tmp_path / "m" / "vae", tmp_path / "other")
+    assert manifest(tmp_path / "m", '[components]\nvae = "../other"').resolve()["vae"] == tmp_path / "other"
+
+
 # --- indexes of diffusers
 
 
@@ -240,8 +246,11 @@ def test_f21_no_absolute_path_is_written(parts, tmp_path):
 def test_f21_an_absolute_path_that_is_stale_is_an_error(tmp_path):
     (tmp_path / "vae").mkdir()
     spec = {"pretrained_model_name_or_path": "/saved/elsewhere", "subfolder": "vae"}
-    with pytest.raises(LoadError, match=r"vae lies at /saved/elsewhere/vae, where nothing is. Write '\.' there"):
-        Manifest.open(index(tmp_path, {"vae": ["diffusers", "X", spec]}, "modular_model_index.json"))
+    opened = Manifest.open(index(tmp_path, {"vae": ["diffusers", "X", spec]}, "modular_model_index.json"))
+    with pytest.raises(
+        LoadError, match=r"there is nothing at /saved/elsewhere/vae\. Correct .* \('\.' is its own folder"
+    ):
+        opened.resolve()
 
 
 @pytest.mark.parametrize("revision", ["", "@main", "@v1.0", "@0123456"])

@@ -91,7 +91,7 @@ class Place:
             raise LoadError(
                 f"finding the {self.component}",
                 f"there is nothing at {place}",
-                f"Correct {self.written} in the manifest",
+                f"Correct {self.written!r} in the manifest ('.' is its own folder), or get the files again",
             )
         return place
 
@@ -206,9 +206,6 @@ class _Local:
             own = self.folder / component
             return {"path": own if own.is_dir() else self.folder}
         return {"path": Path(os.path.normpath(self.folder / os.path.expanduser(path)))}
-
-    def has(self, component: str) -> bool:
-        return (self.folder / component).is_dir()
 
 
 @dataclass(frozen=True)
@@ -426,8 +423,4 @@ def _indexed(name: str, value: list[Any], asked: str, base: _Local | _Remote) ->
             return replace(place, revision=base.listing.commit)  # the revision of the whole is that of its parts
         return place
     keys.pop("revision", None)  # diffusers writes one for local places too, where it means nothing
-    place = _place(name, keys | {"path": where}, f"{asked}, {name}", base)
-    if place.path is not None and not (place.path / place.subfolder).exists():
-        do = "Write '.' there, for the folder of the index" if base.has(name) else "Download the model again"
-        raise LoadError(asked, f"{name} lies at {place.path / place.subfolder}, where nothing is", do)
-    return place
+    return _place(name, keys | {"path": where}, f"{asked}, {name}", base)
