@@ -21,7 +21,7 @@ from ditkit.checkpoints.keys import table_of
 from ditkit.checkpoints.layouts import SIZES, config_of, kind_of_config, task_of
 from ditkit.checkpoints.mapped import Mapped
 from ditkit.checkpoints.sizes import Tensors
-from ditkit.checkpoints.source import TensorSource
+from ditkit.checkpoints.source import TensorSource, notes_of
 from ditkit.errors import LoadError, nearest
 
 KINDS: Mapping[str, tuple[str, ...]] = MappingProxyType({
@@ -56,7 +56,8 @@ NATIVE_TOKENIZER = Path("google", "umt5-xxl")
 @dataclass(frozen=True)
 class Part:
     """One component. ``config``: keywords of the kind's config class. ``source``: tensors under the names of our
-    module (transformers' own for umt5 and clip), without scales; None for a tokenizer. ``layout`` is the file's."""
+    module (transformers' own for umt5 and clip), without scales; None for a tokenizer. ``layout`` is the file's.
+    ``notes``: what was left out or chosen on the way, in plain words."""
 
     component: str
     kind: str
@@ -66,6 +67,7 @@ class Part:
     layout: str
     quantization: str | None = None
     detected: Detected | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,7 @@ def _part(
     return Part(
         component or COMPONENT_OF[found.kind], found.kind, source.path, MappingProxyType(config),
         under_module_names(view, found.kind, found.layout, config), found.layout, found.quantization, found,
+        notes_of(view),
     )  # fmt: skip
 
 

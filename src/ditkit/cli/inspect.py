@@ -1,0 +1,263 @@
+"""``ditkit inspect PATH``: what a file or folder of weights is, and whether it can be used. Reads headers only.
+
+A file, or a folder with one part, is inspected as that part: it can be used if it would load. Anything else is
+inspected as a model: it can be used if it is whole and its parts fit together. A LoRA is held against ``--model``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ditkit.cli import show
+from ditkit.cli.flags import to_path
+from ditkit.errors import DitkitError, LoadError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ditkit.checkpoints.parts import Located, Part
+
+UNUSABLE = 2
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command("inspect")(inspect)
+
+
+def inspect(
+    path: Annotated[
+        Path, typer.Argument(parser=to_path, help="A file of weights, or the folder of a model or a part.")
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    variant: Annotated[str | None, typer.Option(help="Which weights of a Diffusers folder, such as fp16.")] = None,
+    model: Annotated[str | None, typer.Option(help="For a LoRA: the model that it is for.")] = None,
+) -> int:
+    """Tell what weights are and what they lack; exit with 0 only if they can be used."""
+    try:
+        report = examine(path, variant, model)
+    except DitkitError as error:
+        if not as_json:
+            raise
+        report = {"path": str(path), "usable": False, "problems": [str(error)]}
+    if as_json:
+        print(json.dumps(report, indent=2))
+    else:
+        _print(report)
+    return 0 if report["usable"] else UNUSABLE
+
+
+def examine(path: Path, variant: str | None = None, model: str | None = None) -> dict[str, Any]:
+    """The report, as plain values. Raises LoadError for what cannot be opened or recognised."""
+    from ditkit.checkpoints.detect import recognise
+    from ditkit.checkpoints.files import open_source
+
+    if path.is_file() and path.suffix != ".toml":
+        source = open_source(path)
+        found, _ = recognise(source)
+        if found.kind == "lora":
+            return _lora(path, source, model)
+        if found.problems:
+            return {"path": str(path), **_detected(found), "usable": False, "problems": list(found.problems)}
+    if model is not None:
+        raise LoadError(f"inspecting {path}", "--model was given and it is no LoRA", "Leave --model out")
+    located = _locate(path, variant)
+    parts = {name: _part(part) for name, part in located.parts.items()}
+    problems = [f"{name}: {problem}" for name, about in parts.items() for problem in about.pop("problems")]
+    one = len(parts) == 1 and not any((path / name).exists() for name in ("model_index.json", "ditkit.toml"))
+    needs = [f"{problem.found}. {problem.do}." for problem in located.problems]
+    if not one:
+        problems, needs = [*problems, *needs], []
+    return {
+        "path": str(path), "layout": located.layout, "task": located.task, "boundary": located.boundary,
+        "expand_timesteps": located.expand_timesteps, "parts": parts, "unused": dict(located.unused),
+        "needs": needs, "problems": problems, "usable": not problems,
+    }  # fmt: skip
+
+
+def _locate(path: Path, variant: str | None) -> Located:
+    from ditkit.build.find import find
+    from ditkit.checkpoints.manifest import NAMES
+    from ditkit.checkpoints.parts import locate
+    from ditkit.setup import Setup
+
+    if path.suffix == ".toml" or any((path / name).is_file() for name in NAMES):
+        return find(str(path), Setup(model=str(path), variant=variant)).located
+    return locate(path, variant)
+
+
+def _detected(found: Any) -> dict[str, Any]:
+    keys = ("kind", "family", "variant", "size_name", "layout", "prefix", "quantization", "possible", "decides")
+    return {key: getattr(found, key) for key in keys}
+
+
+def _part(part: Part) -> dict[str, Any]:
+    """Facts about one part, and what keeps it from loading (``problems``)."""
+    if part.source is None or part.detected is None:
+        return {"kind": part.kind, "path": str(part.path), "problems": _tokenizer_problems(part)}
+    stored = part.source
+    while hasattr(stored, "source"):
+        stored = stored.source
+    types = Counter[str]()
+    for facts in stored.tensors.values():
+        types[facts.dtype] += math.prod(facts.shape)
+    return {
+        **_detected(part.detected),
+        "path": str(part.path),
+        "files": [file.name for file in part.source.files],
+        "bytes": sum(file.stat().st_size for file in part.source.files),
+        "parameters": sum(math.prod(facts.shape) for facts in part.source.tensors.values()),
+        "tensors": len(part.source.tensors),
+        "types": dict(types.most_common()),
+        "config": {key: list(value) if isinstance(value, tuple) else value for key, value in part.config.items()},
+        "notes": list(part.notes),
+        "problems": _load_problems(part),
+    }
+
+
+def _tokenizer_problems(part: Part) -> list[str]:
+    from ditkit.models.text import WanTokenizer
+
+    try:
+        WanTokenizer(part.path)
+    except DitkitError as error:
+        return [error.found]
+    return []
+
+
+def _load_problems(part: Part) -> list[str]:
+    """What strict loading would refuse, found on a module without memory."""
+    import torch
+
+    from ditkit.checkpoints.keys import UMT5_ALIASES
+    from ditkit.checkpoints.load import mismatches
+
+    assert part.source is not None
+    try:
+        with torch.device("meta"):
+            module = SKELETONS[part.kind](dict(part.config))
+    except (TypeError, ValueError) as error:
+        return [str(error)]
+    return mismatches(module, part.source, aliases=UMT5_ALIASES if part.kind == "umt5" else {})
+
+
+def _wan(config: dict[str, Any]) -> Any:
+    from ditkit.models.wan import WanConfig, WanTransformer
+
+    return WanTransformer(WanConfig(**config))
+
+
+def _wan_vae(config: dict[str, Any]) -> Any:
+    from ditkit.models.wan_vae import WanVAE, WanVAEConfig
+
+    return WanVAE(WanVAEConfig(**config))
+
+
+def _wan_vae22(config: dict[str, Any]) -> Any:
+    from ditkit.models.wan_vae22 import WanVAE22, WanVAE22Config
+
+    return WanVAE22(WanVAE22Config(**config))
+
+
+def _umt5(config: dict[str, Any]) -> Any:
+    from ditkit.models.umt5 import UMT5Config, build
+
+    return build(UMT5Config(**config))
+
+
+def _clip(config: dict[str, Any]) -> Any:
+    from ditkit.models.clip import CLIPConfig, build
+
+    return build(CLIPConfig(**config))
+
+
+def _taehv(config: dict[str, Any]) -> Any:
+    from ditkit.models.taehv import TAEHV, TAEHVConfig
+
+    return TAEHV(TAEHVConfig(**config))
+
+
+SKELETONS: Mapping[str, Callable[[dict[str, Any]], Any]] = MappingProxyType({
+    "wan": _wan, "wan_vae": _wan_vae, "wan_vae22": _wan_vae22, "umt5": _umt5, "clip": _clip, "taehv": _taehv,
+})  # fmt: skip
+"""Kind of a part -> what builds its module."""
+
+
+def _lora(path: Path, source: Any, model: str | None) -> dict[str, Any]:
+    from ditkit.checkpoints.lora import inspect_lora
+
+    if model is None:
+        return {"path": str(path), "kind": "lora", **inspect_lora(source)}
+    from ditkit.build.find import find
+
+    part = find(model).located.parts.get("transformer")
+    if part is None or part.source is None:
+        raise LoadError(f"holding {path} against {model}", "that has no transformer", "Name a whole model")
+    targets = {name: facts.shape for name, facts in part.source.tensors.items()}
+    return {"path": str(path), "kind": "lora", "model": model, **inspect_lora(source, targets)}
+
+
+# --- for people
+
+
+def _print(report: Mapping[str, Any]) -> None:
+    out = show.console()
+    out.print(f"{report['path']}: {_title(report)}")
+    for name, about in report.get("parts", {}).items():
+        out.print(show.heading(name))
+        out.print(show.table(("what", "value"), _rows(about)))
+    if "parts" not in report:
+        rest = {key: value for key, value in report.items() if key not in ("path", "problems", "usable")}
+        out.print(show.table(("what", "value"), _rows(rest)))
+    for title, key in (("Left aside", "unused"), ("To make a clip", "needs"), ("Problems", "problems")):
+        _list(out, title, report.get(key, ()))
+
+
+def _title(report: Mapping[str, Any]) -> str:
+    usable = "it can be used" if report["usable"] else "it cannot be used"
+    if report.get("kind"):
+        return f"{'a LoRA' if report['kind'] == 'lora' else report['kind']}; {usable}"
+    parts, task = report["parts"], report["task"]
+    what = f"a model for {task}" if task and len(parts) > 1 else f"{len(parts)} part{'s' * (len(parts) != 1)}"
+    return f"{what}, {report['layout']} layout; {usable}"
+
+
+def _rows(about: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [
+        (key.replace("_", " "), _text(key, value))
+        for key, value in about.items()
+        if value not in (None, "", [], (), {})
+    ]
+
+
+LONG = 8  # longer lists, such as the statistics of latents, are for --json
+
+
+def _text(key: str, value: Any) -> str:
+    if key == "config":
+        short = {k: v for k, v in value.items() if v not in (None, [])}
+        return ", ".join(f"{k}={v}" for k, v in short.items() if not (isinstance(v, list) and len(v) > LONG))
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_text('', inner)}" for name, inner in value.items())
+    if isinstance(value, list | tuple):
+        return "; ".join(map(str, value))
+    if key == "bytes":
+        return f"{value / 1e6:,.1f} MB"
+    if key == "coverage":
+        return f"{value:.1%}"
+    return f"{value:,}" if type(value) is int else str(value)
+
+
+def _list(out: Console, title: str, items: Any) -> None:
+    if not items:
+        return
+    out.print(show.heading(title))
+    for item in items.items() if isinstance(items, Mapping) else items:
+        out.print(f"  {': '.join(item) if isinstance(item, tuple) else item}")
