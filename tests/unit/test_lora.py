@@ -425,7 +425,7 @@ def test_settings_of_peft(inside, rs, model, base, lora, tmp_path):
     names = [NAME, "blocks.1.self_attn.v", "blocks.1.ffn.0"]
     pairs = factors(model, names)
     settings = {"peft_type": "LORA", "r": RANK, "lora_alpha": 16, "use_rslora": rs, "rank_pattern": {}}
-    settings["alpha_pattern"] = {"blocks.1.attn1.to_v": 3}
+    settings["alpha_pattern"] = {"1.attn1.to_v": 3}
     below = RANK**0.5 if rs else RANK
     scales = {NAME: 16 / below, names[1]: 3 / below, names[2]: 16 / below}
     metadata = None

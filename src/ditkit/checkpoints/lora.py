@@ -309,7 +309,6 @@ class _Survey:
             name=next(iter(rest.values())).spelled,
             rank=form.rank,
             alpha=None if alpha is None else self._number(alpha),
-            whole=form.whole,
         )
         delta: Delta = form.delta(read, {role: key.text for role, key in rest.items()}, factor)
         kind = form.kind
@@ -418,14 +417,13 @@ def _same(size: Shape, shape: Shape) -> bool:
 
 @dataclass(frozen=True)
 class _Form:
-    """Factors that fit each other: what they make has ``size`` (outputs, inputs times kernel). ``whole``: alpha has no
-    meaning, because nothing is factored."""
+    """Factors that fit each other: what they make has ``size`` (outputs, inputs times kernel). ``rank``: None when
+    nothing is factored."""
 
     kind: str
     size: tuple[int, int]
     rank: int | None
     delta: Any
-    whole: bool = False
 
 
 def _product(shapes: Mapping[str, Shape], *names: str) -> tuple[tuple[str, ...], tuple[int, int], int | None] | None:
@@ -475,7 +473,7 @@ def _two(kind: str, of: Any, first: Any, second: Any, size: tuple[int, int], ran
     def make(read: Any, keys: Mapping[str, str], scale: float) -> Delta:
         return of(*(Product(read, tuple(keys[role] for role in part[0])) for part in (first, second)), scale)
 
-    return _Form(kind, size, rank, make, whole=rank is None)
+    return _Form(kind, size, rank, make)
 
 
 FORMS = (

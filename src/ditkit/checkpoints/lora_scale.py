@@ -34,9 +34,9 @@ class Scale:
     root: bool
     config: Mapping[str, Any]
 
-    def of(self, name: str, rank: int | None, alpha: float | None, whole: bool) -> float:
-        """Of the module ``name`` (as the file spells it). ``alpha``: what stands beside the factors. ``whole``:
-        nothing is factored, and LyCORIS then gives alpha no meaning (peft does)."""
+    def of(self, name: str, rank: int | None, alpha: float | None) -> float:
+        """Of the module ``name`` (as the file spells it). ``alpha``: what stands beside the factors. ``rank``: None
+        when nothing is factored; LyCORIS then gives alpha no meaning, and peft takes the rank of its settings."""
         told = self._pattern("rank_pattern", name, self.config.get("r"))
         if rank is not None and isinstance(told, int) and told != rank:
             raise LoadError(
@@ -49,8 +49,6 @@ class Scale:
             alpha = self.alpha
         elif alpha is None:
             alpha = self._pattern("alpha_pattern", name, self.config.get("lora_alpha", self.config.get("alpha")))
-        elif whole:
-            return 1.0
         if alpha is None or rank is None:
             if self.root and rank is not None:
                 raise LoadError(
