@@ -66,6 +66,16 @@ def test_official_statistics():
     torch.testing.assert_close(1 / torch.tensor(LATENTS_STD), IO["norm.inv_std"], rtol=0, atol=0)
 
 
+def test_official_size():
+    """Parameters and tensors of the published file."""
+    with torch.device("meta"):
+        vae = WanVAE()
+    assert sum(p.numel() for p in vae.parameters()) == 126_892_531
+    assert sum(p.numel() for p in vae.encoder.parameters()) == 53_595_872
+    assert sum(p.numel() for p in vae.decoder.parameters()) == 73_295_331
+    assert len(vae.state_dict()) == 194
+
+
 @pytest.mark.parametrize("chunk", [4, 400])
 @pytest.mark.parametrize("t", [1, 5, 13])
 def test_official_encoder(official, t, chunk):

@@ -160,7 +160,7 @@ def _cropped(image: np.ndarray, size: int) -> Tensor:
     resized = np.asarray(Image.fromarray(image).resize(to, Image.Resampling.BICUBIC))
     top, left = (resized.shape[0] - size) // 2, (resized.shape[1] - size) // 2
     square = resized[top : top + size, left : left + size]
-    scaled = (square.astype(np.float64) * (1 / 255)).astype(np.float32)  # each step in the type that theirs has
+    scaled = square / np.float32(255)
     return torch.from_numpy((scaled - np.array(MEAN, np.float32)) / np.array(STD, np.float32)).permute(2, 0, 1)
 
 
