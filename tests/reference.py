@@ -162,9 +162,9 @@ def one(w: Mapping[str, Tensor], heads: int, layers: int, eps: float, latents: T
 
 
 def wan(
-    weights: Mapping[str, Tensor], heads: int, latents: Tensor, timestep: Tensor, text: Sequence[Tensor],
-    image: Tensor | None = None, control: Tensor | None = None, hints: Mapping[int, float] | None = None,
-    eps: float = 1e-6,
+    weights: Mapping[str, Tensor], heads: int, latents: Tensor, timestep: Tensor | Sequence[float],
+    text: Sequence[Tensor], image: Tensor | None = None, control: Tensor | None = None,
+    hints: Mapping[int, float] | None = None, eps: float = 1e-6,
 ) -> Tensor:  # fmt: skip
     """``weights`` under their official names. Latents [B, C, F, h, w] with any condition behind them, timesteps [B] or
     [B, L], B times [rows, D] of text; CLIP features [B, n, D'], VACE's input [B, 96, F, h, w]."""
@@ -172,7 +172,7 @@ def wan(
     layers = 1 + max(int(name.split(".")[1]) for name in w if name.startswith("blocks."))
     results = []
     for i, (x, rows) in enumerate(zip(latents.double(), text, strict=True)):
-        times = [float(t) for t in timestep[i].reshape(-1)]
+        times = torch.as_tensor(timestep[i], dtype=torch.float64).reshape(-1).tolist()
         seen, steered = (None if extra is None else extra[i].double() for extra in (image, control))
         results.append(one(w, heads, layers, eps, x, times, rows.double(), seen, steered, hints or {}))
     return torch.stack(results)

@@ -5,6 +5,7 @@ timestep for each token and the networks of 2.2. What belongs to no oracle (seam
 """
 
 import json
+import re
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -223,6 +224,40 @@ def test_the_same_weights_stay_wide_as_in_diffusers(name, tmp_path):
     model = theirs(config, tensors, tmp_path / "transformer", torch.bfloat16)
     ours = names.renamed(built(config, tensors, "diffusers", torch.bfloat16).state_dict(), names.TRANSFORMER)
     assert {k: t.dtype for k, t in ours.items()} == {k: t.dtype for k, t in model.state_dict().items()}
+
+
+WIDE = {  # what the official code uses in float32 under bfloat16, block numbers left out
+    "time_embedding.0.weight", "time_embedding.0.bias", "time_embedding.2.weight", "time_embedding.2.bias",
+    "time_projection.1.weight", "time_projection.1.bias", "head.head.weight", "head.head.bias", "head.modulation",
+    "blocks.modulation", "blocks.norm3.weight", "blocks.norm3.bias", "blocks.self_attn.norm_q.weight",
+    "blocks.self_attn.norm_k.weight", "blocks.cross_attn.norm_q.weight", "blocks.cross_attn.norm_k.weight",
+}  # fmt: skip
+WIDE_IMAGE = {
+    "blocks.cross_attn.norm_k_img.weight", "img_emb.emb_pos", "img_emb.proj.0.weight", "img_emb.proj.0.bias",
+    "img_emb.proj.4.weight", "img_emb.proj.4.bias",
+}  # fmt: skip
+
+
+def test_the_weights_that_stay_wide_in_the_official_policy():
+    for name, extra in (
+        ("flf2v", WIDE_IMAGE),
+        ("vace", {f"vace_{k}" for k in WIDE if k.startswith("blocks.")}),
+        ("ti2v", set()),
+    ):
+        config, tensors, _ = drawn(name)
+        model = built(config, tensors, "official", torch.bfloat16)
+        wide = {re.sub(r"blocks\.\d+", "blocks", k) for k, p in model.named_parameters() if p.dtype == torch.float32}
+        assert wide == WIDE | extra
+
+
+@pytest.mark.parametrize("name", ["flf2v", "vace", "ti2v of two"])
+def test_float32_arithmetic_on_narrow_weights(name):
+    """precision=float32 with bfloat16 storage is the float32 network with rounded weights, to the bit."""
+    config, tensors, given = drawn(name)
+    narrow = built(config, tensors, "float32", torch.bfloat16)
+    rounded = {k: tensors[k].to(p.dtype).float() for k, p in narrow.named_parameters()}
+    assert torch.equal(forward(narrow, given), forward(built(config, rounded, "official", torch.float32), given))
+    assert not torch.equal(forward(narrow, given), forward(built(config, tensors, "official", torch.float32), given))
 
 
 @pytest.mark.parametrize("task", tiny.TASKS)
