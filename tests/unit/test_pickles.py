@@ -174,6 +174,14 @@ def test_compressed_big_endian_and_short_records(tmp_path):
     refused(short, "the archive does not hold the data of x", "Download the file again")
 
 
+def test_a_second_archive_in_the_same_file(tmp_path):
+    """Which of two records counts would be a matter of the reader, so one could be checked and another one used."""
+    path = saved(tmp_path, {"x": torch.ones(2)})
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("other/byteorder", b"little")
+    refused(path, "its records are not those of one archive of torch")
+
+
 def test_an_archive_that_another_program_packed(tmp_path):
     """Without torch's padding between records, so the places must be read, not computed."""
     value = {"x": torch.arange(2000.0), "y": torch.arange(5.0)}

@@ -46,6 +46,7 @@ def test_wrappers_are_removed_wherever_they_stand(tmp_path, name):
 def test_only_whole_segments_of_all_tensors_count(tmp_path):
     for names in (
         ["model.a", "b"],
+        ["model.a", "other"],
         ["modelx.a", "modelx.b"],
         ["transformer_2.a", "transformer_2.b"],
         ["my_orig_mod.a"],

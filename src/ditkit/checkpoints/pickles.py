@@ -123,6 +123,8 @@ def _records(path: Path, asked: str) -> dict[int, int]:
         with zipfile.ZipFile(path) as archive, path.open("rb") as stream:
             members = archive.infolist()
             inside = {member.filename.partition("/")[2]: member for member in members}
+            if len(inside) < len(members) or len({member.filename.partition("/")[0] for member in members}) > 1:
+                raise LoadError(asked, "its records are not those of one archive of torch", AGAIN)
             if "constants.pkl" in inside or any(name.startswith("code/") for name in inside):
                 raise LoadError(asked, "it is a TorchScript archive, which is a program", CONVERT)
             if "data.pkl" not in inside:

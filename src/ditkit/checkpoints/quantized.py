@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-FLOAT8: Mapping[str, str] = MappingProxyType({"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"})
+EIGHT_BITS = ("F8_E4M3", "F8_E5M2", "I8")
 FORMATS: Mapping[str, str] = MappingProxyType(
     {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "int8_tensorwise": "I8"}
 )
@@ -57,7 +57,8 @@ def _beside(name: str) -> bool:
 
 
 class Dequantized(View):
-    """``source``, whose names are bare (``Unprefixed``), with all quantised weights as numbers of the type ``dtype`` (spelt ``F32``, ``BF16``, ``F16``).
+    """``source``, whose names are bare (``Unprefixed``), with all quantised weights as numbers of the type ``dtype``
+    (spelt ``F32``, ``BF16``, ``F16``).
 
     Other tensors stay as they are stored; scales, markers and the like are gone. Each number is computed in float32
     and rounded once. ``quantization`` names the flavour (``fp8``, ``fp8_scaled``, ``int8``, ``gguf Q4_K``), None when
@@ -120,7 +121,7 @@ class Dequantized(View):
                     if weight in scales:
                         raise self._error(f"{weight} has two scales ({scales[weight]}, {name})")
                     scales[weight] = name
-        eight = {name for name, facts in tensors.items() if facts.dtype in (*FLOAT8, "I8") and not _beside(name)}
+        eight = {name for name, facts in tensors.items() if facts.dtype in EIGHT_BITS and not _beside(name)}
         if lost := [scales[weight] for weight in scales.keys() - eight]:
             raise self._error(f"{len(lost)} scales have no 8-bit weight ({some(lost)})")
         int8 = {name for name in eight if tensors[name].dtype == "I8"}
