@@ -67,7 +67,7 @@ def comfy(tensors):
     q = scaled(tensors, "weight_scale")
     setting = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
     layers = [k.removesuffix(".weight") for k, v in q.items() if v.element_size() == 1]
-    return {**q, **{f"{layer}.comfy_quant": setting for layer in layers}}
+    return {**q, **{f"{layer}.comfy_quant": setting.clone() for layer in layers}}
 
 
 def gguf_file(tmp_path, tensors):
@@ -102,7 +102,7 @@ CASES = {
     "i2v without CLIP": (
         lambda f, t: saved(t, native(f, "i2v_a14b")), "wan", "native", {"variant": "i2v", "family": "Wan 2.2"},
     ),
-    "native ti2v": (lambda f, t: saved(t, native(f, "ti2v")), "wan", "native", {"variant": "ti2v", "family": "Wan 2.2"}),
+    "native ti2v": (lambda f, t: saved(t, native(f, "ti2v")), "wan", "native", {"variant": "ti2v"}),
     "diffusers t2v": (
         lambda f, t: saved(t, load_file(weights(f["t2v"]["diffusers"] / "transformer"))), "wan", "diffusers",
         {"variant": "t2v"},
@@ -123,11 +123,13 @@ CASES = {
         lambda f, t: saved(t, prefixed(native(f), "diffusion_model.")), "wan", "native", {"prefix": "diffusion_model."},
     ),
     "Self-Forcing": (
-        lambda f, t: pickled(t, {"generator_ema": prefixed(native(f), "model."), "generator": prefixed(native(f), "model.")}),
+        lambda f, t: pickled(t, dict.fromkeys(("generator", "generator_ema"), prefixed(native(f), "model."))),
         "wan", "native", {"prefix": "model.", "variant": "t2v"},
     ),
     "nested": (lambda f, t: pickled(t, {"state_dict": native(f), "step": 3}), "wan", "native", {}),
-    "16 bits": (lambda f, t: saved(t, {k: v.bfloat16() for k, v in native(f).items()}), "wan", "native", {"quantization": None}),
+    "16 bits": (
+        lambda f, t: saved(t, {k: v.bfloat16() for k, v in native(f).items()}), "wan", "native", {"quantization": None},
+    ),
     "plain fp8": (lambda f, t: saved(t, fp8(native(f))), "wan", "native", {"quantization": "fp8"}),
     "scaled fp8": (
         lambda f, t: saved(t, prefixed(scaled(native(f)), "model.diffusion_model.") | {"scaled_fp8": torch.zeros(2)}),
@@ -142,13 +144,15 @@ CASES = {
         lambda f, t: saved(t, load_file(weights(f["t2v"]["diffusers"] / "vae"))), "wan_vae", "diffusers", {},
     ),
     "VAE 2.2, official": (
-        lambda f, t: shutil.copy(f["ti2v"]["native"] / "Wan2.2_VAE.pth", t / "Wan2.1_VAE.pth"), "wan_vae22", "native", {},
+        lambda f, t: shutil.copy(f["ti2v"]["native"] / "Wan2.2_VAE.pth", t / "Wan2.1_VAE.pth"),
+        "wan_vae22", "native", {},
     ),
     "VAE 2.2, diffusers": (
         lambda f, t: saved(t, load_file(weights(f["ti2v"]["diffusers"] / "vae"))), "wan_vae22", "diffusers", {},
     ),
     "UMT5, official": (
-        lambda f, t: shutil.copy(f["t2v"]["native"] / "models_t5_umt5-xxl-enc-bf16.pth", t / "x.pt"), "umt5", "native", {},
+        lambda f, t: shutil.copy(f["t2v"]["native"] / "models_t5_umt5-xxl-enc-bf16.pth", t / "x.pt"),
+        "umt5", "native", {},
     ),
     "UMT5, ComfyUI": (
         lambda f, t: saved(t, tiny._text_tensors() | {"spiece_model": torch.zeros(9, dtype=torch.uint8)}),
@@ -164,17 +168,21 @@ CASES = {
             "text_model.encoder.layers.0.self_attn.q_proj.weight": torch.zeros(2, 2), "logit_scale": torch.zeros(()),
         }), "clip", "transformers", {},
     ),
-    "TAEHV": (lambda f, t: shutil.copy(GOLDEN / "taehv/taew2_1_tiny.safetensors", t / MISLEADING), "taehv", "native", {}),
+    "TAEHV": (
+        lambda f, t: shutil.copy(GOLDEN / "taehv/taew2_1_tiny.safetensors", t / MISLEADING), "taehv", "native", {},
+    ),
     "TAEHV 2.2": (
         lambda f, t: shutil.copy(GOLDEN / "taehv/taew2_2_tiny.safetensors", t / MISLEADING), "taehv", "native", {},
     ),
     "LoRA": (
         lambda f, t: saved(t, {"diffusion_model.blocks.0.self_attn.q.lora_down.weight": torch.zeros(4, 64),
-                               "diffusion_model.blocks.0.self_attn.q.lora_up.weight": torch.zeros(64, 4)}), "lora", "", {},
+                               "diffusion_model.blocks.0.self_attn.q.lora_up.weight": torch.zeros(64, 4)}),
+        "lora", "", {},
     ),
     "kohya": (lambda f, t: saved(t, {"lora_unet_blocks_0_ffn_0.lora_up.weight": torch.zeros(4, 4)}), "lora", "", {}),
     "peft": (
-        lambda f, t: saved(t, {"base_model.model.blocks.0.ffn.0.lora_A.default.weight": torch.zeros(4, 4)}), "lora", "", {},
+        lambda f, t: saved(t, {"base_model.model.blocks.0.ffn.0.lora_A.default.weight": torch.zeros(4, 4)}),
+        "lora", "", {},
     ),
     "deltas": (lambda f, t: saved(t, {"diffusion_model.head.diff_m": torch.zeros(4, 4)}), "lora", "", {}),
     "LyCORIS": (lambda f, t: saved(t, {"lycoris_blocks_0_ffn_0.lokr_w1": torch.zeros(4, 4)}), "lora", "", {}),
@@ -191,8 +199,9 @@ def test_every_flavour(case, folders, tmp_path):
 
 
 def test_every_golden_component():
+    transformers = GOLDEN.glob("transformer/**/diffusion_pytorch_model.safetensors")
     for file, kind in {
-        **{str(p.relative_to(GOLDEN)): "wan" for p in GOLDEN.glob("transformer/**/diffusion_pytorch_model.safetensors")},
+        **{str(p.relative_to(GOLDEN)): "wan" for p in transformers},
         "causal/model_prefix.safetensors": "wan", "causal/self_forcing_dmd.pt": "wan",
         "clip/models_clip_open-clip-xlm-roberta-large-vit-huge-14.safetensors": "clip",
         "umt5/models_t5_umt5-xxl-enc.safetensors": "umt5", "vae/wan21/Wan2.1_VAE.safetensors": "wan_vae",
