@@ -11,7 +11,7 @@ from ditkit.errors import SetupError, nearest
 from ditkit.request import Settings, default
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-COMPONENTS = ("text_encoder", "image_encoder", "transformer", "transformer_2", "vae")
+COMPONENTS = ("text_encoder", "image_encoder", "transformer", "transformer_2", "vae", "preview_decoder")
 PARTS = (*COMPONENTS, "tokenizer")
 
 
@@ -108,4 +108,4 @@ class Setup(Settings):
         asked = self.dtypes.get(component, self.dtype)
         if asked != "auto":
             return asked
-        return "float32" if component in ("vae", "image_encoder") or self.device_of(component) == "cpu" else "bfloat16"
+        return "float32" if component in ("vae", "image_encoder", "preview_decoder") or self.device_of(component) == "cpu" else "bfloat16"

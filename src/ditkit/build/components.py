@@ -157,7 +157,6 @@ def load_vae(components: Components, part: Part) -> Any:
     import torch
 
     from ditkit.checkpoints.load import load_into
-    from ditkit.models.taehv import TAEHV, TAEHVConfig
     from ditkit.models.wan_vae import WanVAE, WanVAEConfig
     from ditkit.models.wan_vae22 import WanVAE22, WanVAE22Config
 
@@ -165,7 +164,6 @@ def load_vae(components: Components, part: Part) -> Any:
     classes: dict[str, tuple[Any, Any]] = {
         "wan_vae": (WanVAE, WanVAEConfig),
         "wan_vae22": (WanVAE22, WanVAE22Config),
-        "taehv": (TAEHV, TAEHVConfig),
     }
     cls, config_cls = classes[part.kind]
     config = config_cls(**part.config)
@@ -177,6 +175,13 @@ def load_vae(components: Components, part: Part) -> Any:
     return module
 
 
+def load_taehv(components: Components, part: Part) -> Any:
+    from ditkit.models.taehv import TAEHV, TAEHVConfig
+
+    assert part.source is not None
+    return TAEHV.load(TAEHVConfig(**part.config), part.source, *components.place(part.component))
+
+
 LOADERS: Mapping[str, Callable[[Components, Any], Any]] = MappingProxyType({
     "tokenizer": load_tokenizer,
     "umt5": load_umt5,
@@ -184,7 +189,7 @@ LOADERS: Mapping[str, Callable[[Components, Any], Any]] = MappingProxyType({
     "wan": load_wan,
     "wan_vae": load_vae,
     "wan_vae22": load_vae,
-    "taehv": load_vae,
+    "taehv": load_taehv,
 })  # fmt: skip
 """Kind of a part -> what builds and fills it."""
 

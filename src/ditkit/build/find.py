@@ -57,14 +57,14 @@ def find(name: str, setup: Setup | None = None) -> Found:
 
 
 def _path(name: str) -> Path:
-    path = MODELS.get(name, Path(os.path.expanduser(name)))
-    if not name or not path.exists():
+    place = os.path.expanduser(name)
+    if name not in MODELS and not (name and os.path.exists(place)):  # exists takes any text; Path.exists does not
         raise LoadError(
             f"model {name!r}",
             f"there is no folder, no file and no model of that name{nearest(name, MODELS)}",
             f"Give a folder or file of Wan weights, hf:OWNER/NAME, or one of {', '.join(MODELS)}",
         )
-    return path
+    return MODELS.get(name, Path(place))
 
 
 def _place(where: str, hub: Hub, component: str) -> Path:

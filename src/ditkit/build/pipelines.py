@@ -35,7 +35,7 @@ def pipeline_of(model: Model, setup: Setup) -> Pipeline:
 
     encoders: list[Stage] = []
     if model.task in ("i2v", "flf2v"):
-        encoders = [*([EncodeImage()] if model.has_image_branch else []), EncodeCondition(model.strides[0])]
+        encoders = [*([EncodeImage()] if model.has_image_branch else []), EncodeCondition(model.strides)]
     elif model.task == "ti2v":
         encoders = [EncodeFirstFrame()]
     elif model.task == "vace":
