@@ -401,7 +401,7 @@ class _Survey:
         if rules and all(fault.rule for fault in self.faults):
             what = " and ".join(ALLOWANCES[rule] for rule in rules)
             given = ", ".join([*sorted(self.allow), *rules])
-            return LoadError(asked, found, f"Use a LoRA for this model, or allow={given} leaves out {what}")
+            return LoadError(asked, found, f"Use a LoRA for this model, or lora_allow={given} leaves out {what}")
         return LoadError(asked, found, "Use a LoRA that was made for this model; `ditkit inspect` lists its parts")
 
 
