@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ditkit.contracts import Seams, Site, Step, Swap
     from ditkit.errors import DitkitError
     from ditkit.events import Event, Events
-    from ditkit.pipe import Pipe, Result, load
+    from ditkit.pipe import Pipe, Result, load, switch
     from ditkit.pipeline import BaseStage, Context, Interrupted, Pipeline, Stage
     from ditkit.request import Request
     from ditkit.setup import Setup
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "load": "pipe", "Pipe": "pipe", "Result": "pipe",
+    "load": "pipe", "switch": "pipe", "Pipe": "pipe", "Result": "pipe",
     "Request": "request", "Setup": "setup", "State": "state", "Field": "state",
     "Pipeline": "pipeline", "Stage": "pipeline", "BaseStage": "pipeline", "Context": "pipeline",
     "Interrupted": "pipeline",
@@ -33,7 +33,7 @@ _HOMES = {
 
 __all__ = [
     "BaseStage", "Context", "DitkitError", "Event", "Events", "Field", "Interrupted", "Pipe", "Pipeline", "Request",
-    "Result", "Seams", "Setup", "Site", "Stage", "State", "Step", "Swap", "load",
+    "Result", "Seams", "Setup", "Site", "Stage", "State", "Step", "Swap", "load", "switch",
 ]  # fmt: skip
 
 

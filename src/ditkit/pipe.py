@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,16 +16,19 @@ from ditkit import media, pictures, samples
 from ditkit.build import Components, Model, pipeline_of
 from ditkit.checking import check_state
 from ditkit.contracts import Seams, Step
-from ditkit.errors import DitkitError, RequestError, StateError
+from ditkit.errors import DitkitError, RequestError, SetupError, StateError
 from ditkit.events import Events, Listener
 from ditkit.pipeline import Interrupted, Pipeline, Stage
 from ditkit.receipt import Recorder, manifest
 from ditkit.request import Request
 from ditkit.setup import Setup
+from ditkit.shared import Switch
+from ditkit.shared import switch as exchange
 from ditkit.state import State
 
 if TYPE_CHECKING:
     import numpy as np
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,16 @@ class Pipe:
 
         solver = self.seams.scheduler or make(request.solver, **request.solver_options)
         return request_steps(solver, request, TIMESTEP_SCALE, len(self.model.experts))
+
+    def look(self) -> Callable[[Tensor], np.ndarray] | None:
+        """What turns clean normalised latents [1, C, 1, h, w] into a picture uint8 [y, x, 3]: the tiny decoder, where
+        the model has one (``parts={"preview_decoder": ...}``), else a matrix of colours; None where neither is known."""
+        from ditkit.models.latent_rgb import preview_frames, rgb_frames
+
+        rgb, parts = self.model.latents_rgb, self.components
+        if "preview_decoder" in parts:
+            return lambda latents: next(preview_frames(parts["preview_decoder"], latents))[0, -1]
+        return None if rgb is None else lambda latents: rgb_frames(latents, rgb)[0, 0]
 
     def run(
         self,
@@ -214,17 +227,28 @@ def load(
     *,
     seams: Seams | None = None,
     listeners: Iterable[Listener] = (),
+    share_with: Pipe | None = None,
     **setup: Any,
 ) -> Pipe:
-    """A model by name or folder, ready to run: ``ditkit.load("shapes", dtype="float32")``.
+    """A model by name, folder, file, manifest or repository, ready to run: ``ditkit.load("shapes", dtype="float32")``.
 
-    Keywords are the fields of Setup. Weights are loaded when they are first needed. Raises LoadError, SetupError."""
+    Keywords are the fields of Setup. Weights are loaded when they are first needed. Parts that are the same as those of
+    the pipe ``share_with`` (files, sizes, dtype, device, swaps) are the same objects. Raises LoadError, SetupError."""
     chosen = Setup.of({**setup, "model": os.fspath(model)})
     if chosen.threads is not None:
         import torch
 
         torch.set_num_threads(chosen.threads)
     seams, opened = seams or Seams(), Model.open(chosen.model, chosen)
-    return Pipe(
-        opened, chosen, Components(opened, chosen, seams.swaps), pipeline_of(opened, chosen), seams, listeners
-    )
+    shared = share_with.components.holder.shared if share_with and isinstance(share_with.components, Components) else None
+    components = Components(opened, chosen, seams.swaps, shared)
+    return Pipe(opened, chosen, components, pipeline_of(opened, chosen), seams, listeners)
+
+
+def switch(old: Pipe, new: Pipe) -> Switch:
+    """Let go of the parts that only ``old`` needs and load what ``new`` lacks; what it did, in bytes. ``new`` was made
+    with ``share_with=old``. ``old`` can be used again: it loads what it lost. Raises SetupError."""
+    one, other = old.components, new.components
+    if not (isinstance(one, Components) and isinstance(other, Components) and one.holder.shared is other.holder.shared):
+        raise SetupError("switching models", "the two share nothing", "Load the second with share_with=the first")
+    return exchange(one.holder, other.holder)

@@ -135,13 +135,14 @@ def switch(old: Holder, new: Holder) -> Switch:
 
 def nbytes(components: Iterable[Any]) -> int:
     """Bytes of the tensors of modules, each piece of memory once; tensors without memory (meta) are 0, and so are
-    components that are no modules."""
+    components that neither are a module nor hold one as ``model``."""
     import torch
 
     seen: dict[tuple[str, int], int] = {}
     for component in components:
-        if isinstance(component, torch.nn.Module):
-            for tensor in (*component.parameters(), *component.buffers()):
+        module = component if isinstance(component, torch.nn.Module) else getattr(component, "model", None)
+        if isinstance(module, torch.nn.Module):
+            for tensor in (*module.parameters(), *module.buffers()):
                 if tensor.device.type != "meta":
                     memory = tensor.untyped_storage()
                     seen[str(tensor.device), memory.data_ptr()] = memory.nbytes()

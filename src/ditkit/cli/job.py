@@ -101,7 +101,7 @@ def carry_out(pipe: Pipe, state: State, goal: Goal) -> None:
     out = show.console(stderr=goal.json)
     if not goal.quiet:
         out.print(show.step_table(steps))
-    view = show.view(out, goal.quiet, pipe.model.latents_rgb, state["request"]["frames"])
+    view = show.view(out, goal.quiet, pipe.look(), state["request"]["frames"])
     listeners = [show.warn_of_truncation, *([] if view is None else [view])]
     result: Result | None = None
     try:

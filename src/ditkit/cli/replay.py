@@ -43,7 +43,7 @@ def replay(
     for difference in replays.machine_differences(script.manifest):
         print(f"note: {difference}", file=sys.stderr)
     console = show.console()
-    view = show.view(console, quiet, pipe.model.latents_rgb, request.frames)
+    view = show.view(console, quiet, pipe.look(), request.frames)
     with view or nullcontext():
         replayed = replays.replay(script, pipe, [show.warn_of_truncation, *([] if view is None else [view])])
     if out is not None:

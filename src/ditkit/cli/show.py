@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 from ditkit.events import Event
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from ditkit.contracts import Step
 
-Factors = tuple[list[list[float]], list[float]]
+Look = Callable[[Any], "np.ndarray"]
 
 COLUMNS = 32  # width of the preview
 FRAME = 0.1  # seconds between two previews, at least
@@ -72,18 +72,16 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Text:
     return Text("\n").join([Text(lines[0], "bold"), *map(Text, lines[1:])])
 
 
-def estimate(x: Any, velocity: Any, sigma: float, factors: Factors) -> np.ndarray:
+def estimate(x: Any, velocity: Any, sigma: float, look: Look) -> np.ndarray:
     """What the clip looks like so far: latents [B, C, F, h, w] -> the first clip's middle frame, uint8 [h, w, 3].
 
-    The clean latents are x - sigma * velocity (flow matching); ``factors`` ([C][3], bias [3]) turn normalised latents
-    into colours in [-1, 1]."""
+    The clean latents are x - sigma * velocity (flow matching); ``look`` makes frames of latents (``Pipe.look``)."""
     import torch
 
-    middle = x.shape[2] // 2
+    middle = slice(x.shape[2] // 2, x.shape[2] // 2 + 1)
     with torch.inference_mode():
-        clean = (x[0, :, middle] - sigma * velocity[0, :, middle]).float().cpu()
-        rgb = torch.einsum("chw,cr->hwr", clean, torch.tensor(factors[0])) + torch.tensor(factors[1])
-        return ((rgb.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).numpy()
+        clean = (x[:1, :, middle] - sigma * velocity[:1, :, middle]).float()
+        return look(clean)
 
 
 def seconds(value: float) -> str:
@@ -144,7 +142,7 @@ class Plain:
 class Live:
     """A bar and, where the model says how its latents look, a picture; both vanish at the end."""
 
-    def __init__(self, out: Console, factors: Factors | None, frames: int):
+    def __init__(self, out: Console, look: Look | None, frames: int):
         from rich.live import Live as RichLive
         from rich.progress import (
             BarColumn,
@@ -155,7 +153,7 @@ class Live:
             TimeRemainingColumn,
         )
 
-        self.factors, self.frames, self.clip = factors, frames, ""
+        self.look, self.frames, self.clip = look, frames, ""
         self.picture: Text | None = None
         self.last = float("-inf")
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
@@ -189,8 +187,8 @@ class Live:
                 self.begin("denoise", step.count, step.index)
             case "step.end":
                 self.progress.update(self.task, completed=event["step"].index + 1)
-            case "prediction" if self.factors and self.due():
-                self.show(estimate(event["x"], event["velocity"], event["step"].sigma, self.factors))
+            case "prediction" if self.look and self.due():
+                self.show(estimate(event["x"], event["velocity"], event["step"].sigma, self.look))
             case "frames":
                 self.begin("decode_latents", self.frames)
                 self.progress.advance(self.task, len(event["frames"]))
@@ -216,10 +214,10 @@ class Live:
         self.picture.end = "\n"  # the bar comes below
 
 
-def view(out: Console, quiet: bool, factors: Factors | None, frames: int) -> Plain | Live | None:
+def view(out: Console, quiet: bool, look: Look | None, frames: int) -> Plain | Live | None:
     if quiet:
         return None
-    return Live(out, factors, frames) if out.is_terminal and not out.is_dumb_terminal else Plain(out)
+    return Live(out, look, frames) if out.is_terminal and not out.is_dumb_terminal else Plain(out)
 
 
 def heading(title: str) -> Text:
