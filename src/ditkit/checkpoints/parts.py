@@ -337,7 +337,7 @@ def _located(
     boundary = values.get("boundary_ratio")
     halves = layout == "native" and any((path / folder).is_dir() for folder in EXPERTS)
     two = halves or "transformer_2" in parts
-    if boundary is None and two and layout != "diffusers":
+    if boundary is None and "transformer_2" in parts and layout != "diffusers":
         boundary = BOUNDARIES.get(str(task))  # the layout has no place for it
     expand = values.get("expand_timesteps")
     look = _Look(path, layout, parts, unused)
