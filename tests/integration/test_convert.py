@@ -314,3 +314,22 @@ def test_the_command(models, tmp_path, capsys):
     assert len(list((tmp_path / "m").glob("*-of-*.safetensors"))) > 3
     assert main([*words[:3], "--layout", "native", "--max-shard-size", "many"]) == 2
     assert "no size" in capsys.readouterr().err
+
+
+def test_a_move_that_fails_brings_the_old_model_back(models, tmp_path, monkeypatch):
+    """The last step of all: the new folder cannot take the place of the old one."""
+    import os
+
+    convert(models("t2v", "diffusers") / "vae", tmp_path / "m", "native")
+    rename = os.rename
+
+    def full(source, target):
+        if str(source).endswith(".part"):
+            raise OSError(28, "No space left on device")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", full)
+    with pytest.raises(OutputError, match="no space left on device"):
+        convert(models("t2v", "diffusers") / "vae", tmp_path / "m", "diffusers", overwrite=True)
+    assert left_in(tmp_path) == ["m"]
+    assert left_in(tmp_path / "m") == ["Wan2.1_VAE.pth"]
