@@ -33,7 +33,7 @@ PLAIN = ("F32", "F16", "BF16")
 BLOCKS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 """Types whose data is given as it is, and types that come in blocks."""
 ORIGINAL = "comfy.gguf.orig_shape."
-CHUNK = 2**22  # numbers that are dequantised at once
+CHUNK = 2**20  # numbers that are dequantised at once
 SHORT = 64  # longer lists, such as vocabularies, are left out of the metadata
 MOST_AXES = 8
 VERSIONS = (2, 3)
