@@ -85,11 +85,15 @@ def examine(path: Path, variant: str | None = None, model: str | None = None) ->
 def _locate(path: Path, variant: str | None) -> Located:
     from ditkit.build.find import find
     from ditkit.checkpoints.manifest import NAMES
-    from ditkit.checkpoints.parts import locate
+    from ditkit.checkpoints.parts import locate, open_part
     from ditkit.setup import Setup
 
-    if path.suffix == ".toml" or any((path / name).is_file() for name in NAMES):
+    index = path / "model_index.json"
+    if path.suffix == ".toml" or any((path / name).is_file() and path / name != index for name in NAMES):
         return find(str(path), Setup(model=str(path), variant=variant)).located
+    if variant is not None and not index.is_file():  # of a part's own folder
+        part = open_part(path, None, variant)
+        return locate(part.path)
     return locate(path, variant)
 
 
