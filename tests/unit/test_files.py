@@ -178,9 +178,9 @@ def test_a_missing_folder_and_a_missing_file(tmp_path):
 
 
 def test_a_folder_without_weights(tmp_path):
-    with says("it holds no file of tensors (.safetensors, .bin"):
+    with says("it holds no .safetensors file, and no .bin"):
         TensorFiles(tmp_path)
-    with says("it holds no file of tensors"):
+    with says("it holds no .safetensors file"):
         open_source(tmp_path)
 
 

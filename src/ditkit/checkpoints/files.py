@@ -226,7 +226,7 @@ def _choose(folder: Path, variant: str | None) -> Path:
         match = VARIANT.fullmatch(file.stem)
         sets[file] = match[1] if match else None
     if not sets:
-        found = "it holds no file of tensors (.safetensors, " + ", ".join(OTHERS) + ")"
+        found = "it holds no .safetensors file, and no " + ", ".join(OTHERS)
         raise LoadError(asked, found, "Check the path, or download the model again")
     fitting = [file for file, name in sets.items() if name == variant]
     if len(fitting) == 1:
