@@ -315,6 +315,7 @@ def test_dora(leaf, model, base, lora):
     norm = merged.norm(dim=axis, keepdim=True)
     wanted[f"{NAME}.weight"] += 0.6 * (magnitude.double().view(norm.shape) * merged / norm - weight)
     check(model, base, adapters, wanted)
+    check(model, base, adapters[::-1], wanted)
     assert adapters[0][0].report.kinds == {"dora lora": 1}
 
 
@@ -394,6 +395,21 @@ def test_twin_is_independent(model):
     new.blocks[0].self_attn.q.register_forward_hook(lambda *_: pytest.fail("the hook of a twin ran"))
     new.blocks[0].ffn = torch.nn.Identity()
     forward(model)
+
+
+def test_a_swap_leaves_its_module_alone(model, lora):
+    """What it was made of can be used on, as before, by another pipeline."""
+    tensors = written(factors(model, [*LINEARS, "patch_embedding"]), lambda n: n)
+    tensors |= {
+        "blocks.0.diff_m": torch.ones(1, 6, D),
+        "blocks.1.norm3.diff": torch.ones(D),
+        "head.diff_m": torch.ones(1, 2, D),
+    }
+    before, names = forward(model), [name for name, _ in model.named_modules()]
+    for swap in lora_swaps([(read_lora(lora(tensors), shapes(model)), 1.0)]):
+        assert swap.make(model.get_submodule(swap.match.name)) is not model.get_submodule(swap.match.name)
+    assert [name for name, _ in model.named_modules()] == names
+    assert torch.equal(forward(model), before)
 
 
 def test_low_rank_stays_low_rank(model, lora):
@@ -484,7 +500,7 @@ def test_image_branch_on_a_model_without_one(model, lora):
 def test_patch_embedding_of_text_to_video_on_image_to_video(model, lora):
     source = lora(written(factors(model, [NAME, "patch_embedding"]), lambda n: n))
     image_to_video = tiny.transformer(1, replace(CONFIG, in_dim=36))
-    with pytest.raises(LoadError, match=r"36, 1, 2, 2\] where .* allow=patch_embedding"):
+    with pytest.raises(LoadError, match=r"36, 1, 2, 2\] where .* lora_allow=patch_embedding"):
         read_lora(source, shapes(image_to_video))
     adapter = read_lora(source, shapes(image_to_video), allow=["patch_embedding"])
     assert set(adapter.deltas) == {f"{NAME}.weight"}
