@@ -56,7 +56,8 @@ class Fault:
 @dataclass(frozen=True)
 class Report:
     """What a file holds, and how it meets a transformer. ``applied`` counts changed tensors by part of the network;
-    ``ranks`` factor pairs by rank, 0 for whole factors; ``kinds`` changes by kind; ``left_out`` keys by the allowance that left them out."""
+    ``ranks`` factor pairs by rank, 0 for whole factors; ``kinds`` changes by kind; ``left_out`` keys by the allowance
+    that left them out."""
 
     families: tuple[str, ...]
     keys: int
