@@ -33,6 +33,7 @@ bench: $(VENV)/.test
 
 train-shapes: $(VENV)/.test
 	$(BIN)/python training/shapes.py
+	$(BIN)/python training/shapes_i2v.py
 
 clean:
 	rm -rf $(VENV) build dist outputs

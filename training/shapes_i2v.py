@@ -71,7 +71,7 @@ def main() -> None:
     if "card" in only:
         import card_i2v
 
-        card_i2v.write(args.out, folder, args.clips)
+        card_i2v.write(args.out, folder)
 
 
 if __name__ == "__main__":
