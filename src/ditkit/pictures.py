@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ditkit.errors import RequestError
+from ditkit.errors import DitkitError, RequestError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,12 +24,13 @@ IN_MEMORY = "sha256:"
 def take(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(values as a Request has them, pixels that were handed over in memory). A path stays a path; anything else that
     is a picture (PIL, numpy, torch) is named by the hash of its pixels."""
-    plain, pixels = dict(values), {}
+    plain: dict[str, Any] = dict(values)
+    pixels: dict[str, Any] = {}
     for name in FIELDS:
         value = values.get(name)
         if name == "reference_images" and isinstance(value, list | tuple):
             if any(not _is_path(item) for item in value):
-                pixels[name] = [_pixels(name, item) for item in value]
+                pixels[name] = [_load(name, str(i), None) if _is_path(i) else _pixels(name, i) for i in value]
                 plain[name] = [_name(item) for item in pixels[name]]
             else:
                 plain[name] = [str(item) for item in value]
@@ -57,23 +58,32 @@ def read(request: Request, pixels: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def tensors(pictures: Mapping[str, Any], clips: int, frames: int) -> dict[str, Tensor]:
-    """State fields: the same pictures for each of ``clips``; a mask that is one picture, for each of ``frames``."""
+def tensors(pictures: Mapping[str, Any], clips: int, request: Request) -> dict[str, Tensor]:
+    """State fields: the same pictures for each of ``clips``; a mask that is one picture, for each frame; references of
+    different sizes on white, in the size of the video."""
     import numpy as np
     import torch
+
+    from ditkit.conditioning.images import one_size
 
     def repeat(array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).unsqueeze(0).repeat(clips, *(1,) * array.ndim)
 
     fields = {name: value for name, value in pictures.items() if name != "reference_images"}
     if "control_mask" in fields and len(fields["control_mask"]) == 1:
-        fields["control_mask"] = np.repeat(fields["control_mask"], frames, axis=0)
+        fields["control_mask"] = np.repeat(fields["control_mask"], request.frames, axis=0)
     if references := pictures.get("reference_images"):
-        if len({picture.shape for picture in references}) > 1:
-            sizes = ", ".join(f"{p.shape[1]}x{p.shape[0]}" for p in references)
-            raise RequestError("reference_images", f"their sizes differ ({sizes})", "Give pictures of one size")
-        fields["reference_images"] = np.stack(references)
+        given = [torch.from_numpy(np.ascontiguousarray(picture)) for picture in references]
+        together = one_size(given, request.height, request.width, request.image_processing)
+        fields["reference_images"] = together.numpy()
     return {name: repeat(value) for name, value in fields.items()}
+
+
+def pixels_of(name: str, value: Any) -> Any:
+    """What a file, or a picture in memory, given as ``name`` shows: an array, or a list of them."""
+    if name == "reference_images":
+        return [_load(name, str(item), None) if _is_path(item) else _pixels(name, item) for item in value]
+    return _load(name, str(value), None) if _is_path(value) else _pixels(name, value)
 
 
 def _is_path(value: Any) -> bool:
@@ -86,7 +96,7 @@ def _name(pixels: np.ndarray) -> str:
     return IN_MEMORY + digest(pixels.tobytes().hex(), list(pixels.shape), str(pixels.dtype))
 
 
-def _pixels(name: str, value: Any) -> np.ndarray:
+def _pixels(name: str, value: Any) -> Any:
     """What was handed over as ``name``, as an array of its kind. Raises RequestError."""
     import numpy as np
 
@@ -114,6 +124,19 @@ def _load(name: str, path: str, pixels: np.ndarray | None) -> np.ndarray:
         raise RequestError(f"{name}={path}", "these pixels came from no file", f"Hand {name} over again")
     if name in ("image", "last_image", "reference_images"):
         return read_image(path)
-    picture = path.lower().endswith((".png", ".jpg", ".jpeg", ".webp", ".bmp")) and name == "control_mask"
-    frames = read_image(path)[None] if picture else read_video(path)[0]
-    return frames if name == "control_video" else frames.mean(-1).astype(np.float32) / 255
+    if name == "control_video":
+        return read_video(path)[0]
+    return _mask(path).mean(-1).astype(np.float32) / 255
+
+
+def _mask(path: str) -> np.ndarray:
+    """A mask is a picture for all frames, or a video; what the file holds says which."""
+    from ditkit.media import read_image, read_video
+
+    try:
+        return read_image(path)[None]
+    except RequestError as no_picture:
+        try:
+            return read_video(path)[0]
+        except DitkitError:
+            raise no_picture from None

@@ -24,7 +24,7 @@ from ditkit.request import Request
 from ditkit.setup import Setup
 from ditkit.shared import Switch
 from ditkit.shared import switch as exchange
-from ditkit.state import State
+from ditkit.state import State, digest
 
 if TYPE_CHECKING:
     import numpy as np
@@ -106,7 +106,7 @@ class Pipe:
         prompts, negatives, seeds = zip(*self.check(request), strict=True)
         fields = {"prompt": list(prompts), "negative_prompt": list(negatives), "seed": list(seeds)}
         model = {"name": self.setup.model, "identity": self.model.identity}
-        seen = pictures.tensors(found, len(prompts), request.frames)
+        seen = pictures.tensors(found, len(prompts), request)
         return State({**fields, **seen, "request": request.model_dump(), "model": model})
 
     def steps(self, request: Request) -> list[Step]:
@@ -207,6 +207,7 @@ class Pipe:
     def _manifests(self, state: State, receipt: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
         columns = zip(state["prompt"], state["negative_prompt"], state["seed"], state["video"].numpy(), strict=True)
         together = state["request"]["batched"] and samples.count(state) > 1
+        seen = {n: digest(state[n] if together else state[n][:1]) for n in pictures.FIELDS if n in state}
         for i, (prompt, negative, seed, video) in enumerate(columns):
             # A batch rounds otherwise than a clip alone: to be made again bit for bit, all of it has to be.
             sample = {} if together else {"prompt": prompt, "negative_prompt": negative, "seed": seed, "batched": False}
@@ -219,6 +220,7 @@ class Pipe:
                 receipt,
                 media.frames_sha256(video),
                 i if together else 0,
+                seen,
             )
 
 

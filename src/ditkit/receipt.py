@@ -104,9 +104,10 @@ def manifest(
     receipt: Mapping[str, Any],
     frames_sha256: str,
     clip: int = 0,
+    inputs: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """All that is needed to make one clip again and to know that it is the same: ``sample`` holds its prompt,
-    negative prompt and seed, or nothing if the whole run was one batch, of which this is clip number ``clip``."""
+    negative prompt and seed, or nothing if the whole run was one batch, of which this is clip number ``clip``. ``inputs``: hashes of pictures."""
     return {
         "manifest": 1,
         "model": model,
@@ -115,5 +116,6 @@ def manifest(
         "sigmas": list(sigmas),
         **receipt,
         "clip": clip,
+        "inputs": dict(inputs or {}),
         "output_sha256": frames_sha256,
     }

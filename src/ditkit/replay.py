@@ -13,13 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ditkit.build import MODELS, Model
+from ditkit import pictures
+from ditkit.build import MODELS, Components
 from ditkit.errors import DitkitError, LoadError, StateError
 from ditkit.events import Listener
 from ditkit.pipe import Pipe, Result, load
 from ditkit.receipt import versions
 from ditkit.request import Request
 from ditkit.setup import COMPONENTS, Setup
+from ditkit.state import State, digest
 
 VERSION = 1
 _NEEDED = {"model": str, "setup": dict, "request": dict, "sigmas": list, "components": dict, "machine": dict,
@@ -49,8 +51,14 @@ class Replayed:
         return not self.differences
 
 
-def replay(script: Script, pipe: Pipe | None = None, listeners: Iterable[Listener] = ()) -> Replayed:
-    """Repeat the run and compare. Raises LoadError when the weights are not those that were used."""
+def replay(
+    script: Script,
+    pipe: Pipe | None = None,
+    listeners: Iterable[Listener] = (),
+    images: Mapping[str, Any] | None = None,
+) -> Replayed:
+    """Repeat the run and compare. ``images``: pictures that are elsewhere now, or came from no file, by their name in
+    the request. Raises LoadError when the weights are not those that were used, StateError for another picture."""
     from ditkit.media import frames_sha256
 
     pipe = pipe or prepare(script)
@@ -61,7 +69,7 @@ def replay(script: Script, pipe: Pipe | None = None, listeners: Iterable[Listene
             "Repeat it from Python, with the same stages",
         )
     with threads(script.manifest["machine"]["threads"]):
-        result = pipe.run(pipe.begin(script.request), listeners=listeners)
+        result = pipe.run(begin(script, pipe, images or {}), listeners=listeners)
     differences = []
     if result.state["sigmas"] != script.manifest["sigmas"]:
         differences.append("the noise levels are others than those recorded")
@@ -73,6 +81,17 @@ def replay(script: Script, pipe: Pipe | None = None, listeners: Iterable[Listene
         differences.append(f"the frames hash to {found[:16]}, recorded is {recorded[:16]}")
         differences += picture_differences(script.file, video)
     return Replayed(result, (*differences, *file_differences(script)))
+
+
+def begin(script: Script, pipe: Pipe, images: Mapping[str, Any]) -> State:
+    """The State of the run's beginning, with the same pixels in it."""
+    _, pixels = pictures.take({name: pictures.pixels_of(name, value) for name, value in images.items()})
+    state = pipe.begin(script.request, pixels)
+    for name, recorded in script.manifest.get("inputs", {}).items():
+        if name not in state or digest(state[name]) != recorded:
+            raise StateError(f"replaying {script.file}", f"its {name} is not the one that it was made with",
+                             f"Bring that picture back, or name it: {name}=FILE")  # fmt: skip
+    return state
 
 
 def read(path: str | os.PathLike[str]) -> Script:
@@ -124,29 +143,33 @@ def prepare(script: Script, model: str | None = None) -> Pipe:
     """Check the weights' hashes and open the model where and how it ran: a device or dtype that was chosen then is
     named now. ``model`` is where it is now, if not in its old place. Raises LoadError, SetupError."""
     folder = script.setup.model if model is None else model
-    if model is None and folder not in MODELS and not Path(folder).exists():
+    if model is None and folder not in MODELS and not folder.startswith("hf:") and not Path(folder).exists():
         raise LoadError(f"replaying {script.file}", f"its model {folder!r} is not there",
                         "Name the folder where it is now, with --model")  # fmt: skip
-    check_weights(script, Model.open(folder).folder)
     places: dict[str, dict[str, str]] = {"devices": {}, "dtypes": {}}
     for name, facts in script.manifest["components"].items():
         if name in COMPONENTS:
             places["devices"][name], places["dtypes"][name] = facts["device"], facts["dtype"]
-    return load(**{**script.setup.model_dump(), **places, "threads": None, "model": folder})
+    pipe = load(**{**script.setup.model_dump(), **places, "threads": None, "model": folder})
+    check_weights(script, pipe)
+    return pipe
 
 
-def check_weights(script: Script, folder: Path) -> None:
-    from ditkit.checkpoints.files import file_hash
-
+def check_weights(script: Script, pipe: Pipe) -> None:
+    """The files of each part against what the clip was made with; nothing is loaded. Raises LoadError."""
+    assert isinstance(pipe.components, Components)
     for component, facts in script.manifest["components"].items():
+        asked = f"replaying {script.file} with the {component} of {pipe.setup.model}"
+        now = pipe.components.files(component) if component in pipe.components else {}
         for name, recorded in facts["files"].items():
-            file = folder / component / name
-            asked = f"replaying {script.file} with {file}"
-            if not file.is_file():
-                raise LoadError(asked, "the clip was made with that file, and it is not there", "Bring it back")
-            if (found := file_hash(file)) != recorded:
-                raise LoadError(asked, f"its sha256 is {found[:16]}..., the clip was made with {recorded[:16]}...",
-                                "Bring back the weights of that time")  # fmt: skip
+            if name not in now:
+                raise LoadError(asked, f"the clip was made with {name}, and it is not there", "Bring it back")
+            if now[name] != recorded:
+                raise LoadError(
+                    asked,
+                    f"the sha256 of {name} is {now[name][:16]}..., the clip was made with {recorded[:16]}...",
+                    "Bring back the weights of that time",
+                )
 
 
 def machine_differences(manifest: Mapping[str, Any]) -> list[str]:

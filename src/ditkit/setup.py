@@ -23,6 +23,9 @@ class Setup(Settings):
         {}, "none", "files or folders that take the place of the model's, such as {vae = 'taew2_1.safetensors'}"
     )
     variant: str | None = default(None, "none", "which set of weights of a Diffusers folder, such as fp16")
+    allow: list[str] = default(
+        [], "none", "a list of named exceptions from strict loading, such as image_claim (see the guide on models)"
+    )
     offline: bool = default(False, "ditkit", "true to use no network: what is not here is an error")
     loras: list[str] = default([], "none", "a list of LoRA files, each FILE, FILE:STRENGTH or EXPERT=FILE:STRENGTH")
     lora_mode: Literal["side", "fused"] = default(
@@ -51,7 +54,7 @@ class Setup(Settings):
             raise ValueError(f"{value} is less than 1")
         return value
 
-    @field_validator("loras", "lora_allow", mode="before")
+    @field_validator("loras", "lora_allow", "allow", mode="before")
     @classmethod
     def _lists(cls, value: Any) -> Any:
         return [*value] if isinstance(value, tuple) else value

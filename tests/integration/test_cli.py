@@ -155,7 +155,8 @@ def test_plan_and_stages_load_no_weights(call, model, tmp_path, monkeypatch):
     plan = call("plan", PROMPT, "--model", bare, "--steps", 30, "--set", "dtypes.vae=float64")
     assert plan.code == 0, plan.err
     assert "flag --steps" in plan.out
-    assert "default (Wan2.1 generate.py --sample_guide_scale)" in plan.out
+    assert "model family (official, t2v)" in plan.out
+    assert "default (Wan2.1 text_len)" in plan.out
     assert "reads  prompt negative_prompt request" in plan.out
     assert "float64" in plan.out
     assert "\n29  " in plan.out

@@ -92,20 +92,29 @@ class Components(Mapping[str, Any]):
 
         return getattr(torch, self.setup.dtype_of(name)), self.setup.device_of(name)
 
+    def files(self, name: str) -> dict[str, str]:
+        """File name -> sha256 of what a part is made of, LoRAs included; they are read, the part is not loaded."""
+        from ditkit.checkpoints.files import file_hash
+
+        part = self.model.parts[name]
+        if part.source is None:
+            return {tokenizer_file(part).name: file_hash(tokenizer_file(part))}
+        beside = {k: v for adapter, _ in self.adapters.by_expert.get(name, ()) for k, v in adapter.source.sha256.items()}
+        return {**self.source(part).sha256, **beside}
+
     def describe(self) -> dict[str, dict[str, Any]]:
         with self._lock:
             return {name: self._facts(name, component) for name, component in self.holder.loaded.items()}
 
     def _facts(self, name: str, component: Any) -> dict[str, Any]:
-        from ditkit.checkpoints.files import file_hash
-
         part = self.model.parts[name]
         facts: dict[str, Any] = {"class": type(component).__name__, "dtype": "none", "device": "cpu"}
+        facts |= {"files": self.files(name)}
         if part.source is None:
-            return {**facts, "files": {tokenizer_file(part).name: file_hash(tokenizer_file(part))}}
+            return facts
         dtype, device = self.place(name)
         facts |= {"dtype": str(dtype).removeprefix("torch."), "device": device, "layout": part.layout}
-        facts |= {"quantization": part.quantization, "files": self.source(part).sha256}
+        facts |= {"quantization": part.quantization, "notes": list(part.notes)}
         if part.kind != "wan":
             return facts
         more = {"precision": self.setup.precision, "attention": self.setup.attention}

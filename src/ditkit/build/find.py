@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ditkit.errors import LoadError, nearest
+from ditkit.errors import LoadError, SetupError, nearest
 from ditkit.setup import Setup
 
 if TYPE_CHECKING:
@@ -28,24 +28,30 @@ MODELS = {"shapes": ASSETS / "shapes", "shapes-i2v": ASSETS / "shapes-i2v"}
 
 @dataclass(frozen=True)
 class Found:
-    """``tables``: those of ``ditkit.toml`` that speak of requests, and ``file``, where they stand. ``verify``: for each
-    part of a locked manifest, what raises LoadError unless its files are those that were locked."""
+    """``tables``: those of ``ditkit.toml`` that speak of requests, and ``file``, where they stand. ``processor``: the
+    folder's own words on how pictures are prepared. ``verify``: for each part of a locked manifest, what raises
+    LoadError unless its files are those that were locked."""
 
     located: Located
     flow_shift: float | None
     tables: Mapping[str, Mapping[str, Any]]
     file: Path
+    processor: Mapping[str, Any] | None = None
     verify: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
 
 
 def find(name: str, setup: Setup | None = None) -> Found:
     """The parts of the model ``name``, opened (headers only). ``setup`` says what stands in for single parts, which
     variant of a Diffusers folder, and whether the network may be used. Raises LoadError."""
+    from ditkit.checkpoints.diffusers_folder import IMAGE_CLAIM
     from ditkit.checkpoints.hub import Hub, HubName
     from ditkit.checkpoints.parts import locate
 
     setup = setup or Setup(model=name)
     hub = Hub(offline=setup.offline)
+    for rule in setup.allow:
+        if rule != IMAGE_CLAIM:
+            raise SetupError(f"allow={rule!r}", f"there is no such rule{nearest(rule, [IMAGE_CLAIM])}", f"There is {IMAGE_CLAIM}")
     instead = {part: _place(where, hub, part) for part, where in setup.parts.items()}
     if HubName.parse(name) is not None:
         return _from_manifest(_fetched(name, hub), setup, instead, hub)
@@ -53,7 +59,7 @@ def find(name: str, setup: Setup | None = None) -> Found:
     manifest = _manifest(path)
     if manifest is not None:
         return _from_manifest(manifest, setup, instead, hub)
-    return Found(locate(path, setup.variant, instead=instead), None, {}, path)
+    return Found(locate(path, setup.variant, allow=setup.allow, instead=instead), None, {}, path)
 
 
 def _path(name: str) -> Path:
@@ -73,7 +79,7 @@ def _place(where: str, hub: Hub, component: str) -> Path:
     from ditkit.checkpoints.manifest import place_of
 
     if HubName.parse(where) is not None:
-        return place_of(component, where).resolve(hub)
+        return place_of(component, where).pin(hub).resolve(hub)
     path = Path(os.path.expanduser(where))
     if not path.exists():
         raise LoadError(f"{component}={where}", "there is nothing of that name", "Check the path")
@@ -107,14 +113,24 @@ def _from_manifest(manifest: Manifest, setup: Setup, instead: Mapping[str, Path]
     values = _values(manifest)
     indexed = any((folder / one).is_file() for one in (INDEX, MODULAR))
     if indexed:
-        located = assemble(folder, "diffusers", {**places, **instead}, values, variants)
+        located = assemble(folder, "diffusers", {**places, **instead}, values, variants, setup.allow)
     else:
-        located = locate(folder, setup.variant if not places else None, instead={**places, **instead}, values=values)
-    scheduler = named["scheduler"].resolve(hub) if "scheduler" in named else None
-    verify = {
-        name: partial(lock.verify, named[name], places[name]) for name in places if manifest.locked
-    }
-    return Found(located, _flow_shift(scheduler), manifest.tables, manifest.file or folder, verify)
+        variant = None if places else setup.variant
+        located = locate(folder, variant, allow=setup.allow, instead={**places, **instead}, values=values)
+    notes = {name: named[name].resolve(hub) for name in ("scheduler", "image_processor") if name in named}
+    for name, place in notes.items():  # small files, read now
+        if named[name].sha256:
+            lock.verify(named[name], place)
+    verify = {name: partial(lock.verify, named[name], place) for name, place in places.items() if named[name].sha256}
+    file, tables = manifest.file or folder, manifest.tables
+    return Found(located, _flow_shift(notes.get("scheduler")), tables, file, _processor(notes), verify)
+
+
+def _processor(notes: Mapping[Any, Path]) -> Mapping[str, Any] | None:
+    from ditkit.checkpoints.diffusers_folder import read_config
+
+    place = notes.get("image_processor")
+    return None if place is None else read_config(place, "preprocessor_config.json")
 
 
 def _values(manifest: Manifest) -> dict[str, Any]:

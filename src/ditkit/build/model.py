@@ -41,6 +41,7 @@ class Model:
     patch: tuple[int, int, int]
     boundary: float | None = None
 
+    processor: Mapping[str, Any] | None = None
     verify: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
 
     @classmethod
@@ -63,7 +64,7 @@ class Model:
             rgb = factors_for(vae.z_dim)
         return cls(
             name, located.path, parts, str(located.task), found.flow_shift, defaults, rgb, vae.strides, patch,
-            located.boundary, found.verify,
+            located.boundary, found.processor, found.verify,
         )  # fmt: skip
 
     @property
@@ -81,13 +82,17 @@ class Model:
 
     def defaults_for(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """The same for a request of these ``values``: some defaults follow from others."""
-        own = dict(self.own_defaults)
+        return {**self.family_defaults_for(values), **self.own_defaults}
+
+    def family_defaults_for(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The official ones of the task, without the model's own."""
+        own = self.own_defaults
         found = official(self.task, len(self.experts), {**own, **values})
         if self.boundary is not None:
             found["boundary"] = self.boundary
         if values.get("schedule", own.get("schedule")) == "diffusers" and self.flow_shift is not None:
             found["shift"] = self.flow_shift  # the convention's own default is the one in the folder
-        return {**found, **own}
+        return found
 
     @functools.cached_property
     def identity(self) -> str:
@@ -136,6 +141,10 @@ class Model:
         for name in NEEDED[self.task]:
             if not getattr(request, name):
                 raise RequestError(f"{asked} without {name}", f"its model goes on from {name}", f"Give {name}=FILE")
+        if request.image_processing == "diffusers" and self.processor is not None and self.has_image_branch:
+            from ditkit.models.clip import check_processor
+
+            check_processor(self.processor, self.parts["image_encoder"].config["image_size"])
         if request.control_scale != 1 and self.task != "vace":
             raise RequestError(f"{asked} with control_scale", "its model takes no control", "Leave it out")
 

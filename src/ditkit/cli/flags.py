@@ -97,7 +97,8 @@ def settle(given: Given, below: Layer | None = None) -> tuple[Settled, Model]:
     asked = config.settle(*upper)
     setup = asked.setup()
     model = Model.open(setup.model, setup)
-    settled = config.settle(Layer.of(model.defaults_for(asked.values), f"model {setup.model}"), *upper)
+    family = Layer.of(model.family_defaults_for(asked.values), f"model family (official, {model.task})")
+    settled = config.settle(family, Layer.of(model.own_defaults, f"model {setup.model}"), *upper)
     settled.request()  # a fault in a value is told with where the value comes from
     check_contradiction(settled, upper)
     return settled, model

@@ -11,10 +11,25 @@ import typer
 from ditkit.cli import show
 from ditkit.cli.flags import model_name, to_path
 from ditkit.cli.job import Quiet
+from ditkit.errors import RequestError
 
 
 def add_to(app: typer.Typer) -> None:
     app.command("replay")(replay)
+
+
+def named_pictures(texts: list[str]) -> dict[str, str | list[str]]:
+    """``image=a.png`` and the like; several of ``reference_images`` are a list. Raises RequestError."""
+    from ditkit.pictures import FIELDS
+
+    found: dict[str, str | list[str]] = {}
+    for text in texts:
+        name, equals, file = text.partition("=")
+        if not equals or name not in FIELDS:
+            raise RequestError(f"--picture {text}", "it does not name a picture", f"Write NAME=FILE with one of {', '.join(FIELDS)}")
+        before = found.get(name, [])
+        found[name] = [*before, file] if name == "reference_images" else file
+    return found
 
 
 def replay(
@@ -26,6 +41,10 @@ def replay(
     ] = None,
     model: Annotated[
         str | None, typer.Option(metavar="FOLDER|NAME", help="Where its model is now. Default: where it was then.")
+    ] = None,
+    picture: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=FILE", help="Where a picture of its request is now, such as image=a.png."),
     ] = None,
     quiet: Quiet = False,
 ) -> int:
@@ -45,7 +64,8 @@ def replay(
     console = show.console()
     view = show.view(console, quiet, pipe.look(), request.frames)
     with view or nullcontext():
-        replayed = replays.replay(script, pipe, [show.warn_of_truncation, *([] if view is None else [view])])
+        listeners = [show.warn_of_truncation, *([] if view is None else [view])]
+        replayed = replays.replay(script, pipe, listeners, named_pictures(picture or []))
     if out is not None:
         clip = replayed.result.manifests[script.clip]
         written = media.write_video(out, replayed.result.videos[script.clip], request.fps, clip)

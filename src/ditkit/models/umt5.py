@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ditkit.checkpoints.files import TensorFiles
+from ditkit.checkpoints.source import TensorSource
 from ditkit.checkpoints.keys import UMT5_ALIASES
 from ditkit.checkpoints.load import load_into
 from ditkit.errors import LoadError, RequestError
@@ -63,7 +63,7 @@ class UMT5TextEncoder:
     def load(
         cls,
         config: UMT5Config,
-        source: TensorFiles,
+        source: TensorSource,
         names: Mapping[str, str] | None = None,
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
