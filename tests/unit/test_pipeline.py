@@ -569,7 +569,7 @@ def test_changed_weights_change_fingerprints(pipe, tmp_path):
         ("text_encoder", TEXT | LOOP | {"video"}),
     ):
         folder = tmp_path / part
-        shutil.copytree(pipe.model.folder, folder)
+        shutil.copytree(pipe.model.path, folder)
         assert prints(ditkit.load(folder)) == first  # where it lies does not matter
         (file,) = (folder / part).glob("*.safetensors")
         tensors = load_file(file)
