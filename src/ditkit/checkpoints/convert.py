@@ -46,6 +46,7 @@ def convert(
     layout: Layout,
     dtype: str | None = None,
     *,
+    located: Located | None = None,
     variant: str | None = None,
     shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
@@ -54,13 +55,16 @@ def convert(
     """Write the model, or the single component, in ``src`` to the folder ``dst``.
 
     ``layout``: ``native`` or ``diffusers``. ``dtype``: float32, float16 or bfloat16 for every tensor; None keeps the
-    stored ones (quantised weights are written dequantised). ``shard_bytes``: the most bytes of tensors in one
+    stored ones (quantised weights are written dequantised). ``located``: the model's parts, where a manifest says that
+    they are from many places; None looks into ``src``. ``shard_bytes``: the most bytes of tensors in one
     safetensors file. ``overwrite``: a model in ``dst`` is replaced, when the new one is complete.
     Raises LoadError for what cannot be read, SetupError for unknown settings, OutputError for the target."""
     src, dst = Path(src).expanduser(), Path(dst).expanduser()
     _check(layout, dtype, shard_bytes)
     _check_target(src, dst, overwrite)
-    located = locate(src, variant)
+    located = locate(src, variant) if located is None else located
+    for part in located.parts.values():
+        _check_outside(part.path, src, dst)
     made = plan(located, layout)
     with _appears(dst) as folder:
         _write(made, folder, dtype, shard_bytes, progress)
@@ -88,8 +92,7 @@ def _check(layout: str, dtype: str | None, shard_bytes: int) -> None:
 
 def _check_target(src: Path, dst: Path, overwrite: bool) -> None:
     asked = f"writing {dst}"
-    if src.exists() and src.resolve().is_relative_to(dst.resolve()) and src.resolve() != dst.resolve():
-        raise OutputError(asked, f"it holds {src}, which would be replaced with it", "Choose another folder")
+    _check_outside(src, src, dst)
     if not os.path.lexists(dst):
         return
     if not overwrite:
@@ -103,6 +106,14 @@ def _check_target(src: Path, dst: Path, overwrite: bool) -> None:
             raise OutputError(
                 asked, "it is there and holds no model", "Remove it yourself, or choose another"
             ) from None
+
+
+def _check_outside(place: Path, src: Path, dst: Path) -> None:
+    """What is read must not lie in what is replaced, unless the whole model takes its own place."""
+    if place.exists() and place.resolve().is_relative_to(dst.resolve()) and src.resolve() != dst.resolve():
+        raise OutputError(
+            f"writing {dst}", f"it holds {place}, which would be replaced with it", "Choose another folder"
+        )
 
 
 def _write(made: Plan, folder: Path, dtype: str | None, limit: int, progress: Progress) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,6 +14,12 @@ from ditkit.cli.flags import Given, settle, with_settings
 from ditkit.cli.generate import load
 from ditkit.errors import RequestError
 from ditkit.request import Request
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ditkit.lab.image_quality import ImageQuality
+    from ditkit.lab.quality import Quality
 
 app = typer.Typer(name="bench", help="Measure quality.", no_args_is_help=True)
 
@@ -31,35 +38,60 @@ def quality(
 ) -> int:
     """Generate clips of the drawn world and measure colour, shape and direction from their pixels.
 
-    For the embedded model and others trained like it. Exit code 0 when the targets are reached, else 1."""
+    For the embedded models and others trained like them; an image-to-video model is given pictures of unseen scenes. Exit code 0 when the targets are reached, else 1."""
     from rich.progress import Progress
 
-    from ditkit.lab import quality as measured
+    from ditkit.lab import image_quality as images
+    from ditkit.lab import quality as texts
 
     if clips < 1:
         raise RequestError(f"--clips {clips}", "there is nothing to measure", "Give 1 or more")
     settled, model = settle(given)
-    for key in ("prompt", "seed", "batched"):
+    for key in ("prompt", "seed", "image", "batched"):
         if said := [origin for origin, _ in settled.said.get(key, ()) if not origin.startswith("model ")]:
             raise RequestError(f"{said[-1]} with bench quality", f"it has a {key} of its own for each clip"
                                if key != "batched" else "it makes one clip at a time", "Leave it out")  # fmt: skip
-    fixed = {k: v for k, v in settled.of(Request).items() if k not in ("prompt", "seed")}
-    model.request({"prompt": "x", **fixed})
+    by_image = model.task == "i2v"
+    fixed = {k: v for k, v in settled.of(Request).items() if k not in ("prompt", "seed", "image")}
+    model.request({"prompt": "x", **fixed, **({"image": "x"} if by_image else {})})
     out = show.console(stderr=as_json)
+    measured: Callable[..., Any] = images.image_quality if by_image else texts.quality
     with Progress(console=out, disable=not out.is_terminal, transient=True) as bar:
         task = bar.add_task("clips", total=clips)
-        result = measured.quality(
-            load(settled), clips, progress=lambda done, total: bar.update(task, completed=done), **fixed
-        )
+        result = measured(load(settled), clips, progress=lambda done, total: bar.update(task, completed=done), **fixed)
     if as_json:
-        print(json.dumps({**asdict(result), "reached": result.reached, "targets": measured.TARGETS}))
-        return 0 if result.reached else 1
+        targets = {"subject": images.SUBJECT_TARGET} if by_image else texts.TARGETS
+        print(json.dumps({**asdict(result), "reached": result.reached, "targets": targets}))
+    elif by_image:
+        show_image_quality(result, out)
+    else:
+        show_quality(result, out)
+    return 0 if result.reached else 1
+
+
+def show_quality(result: Quality, out: Console) -> None:
+    from ditkit.lab.quality import ROUND_TRIP_TARGET, TARGETS
+
     for name, rate in result.rates.items():
-        target = measured.TARGETS.get(name)
+        target = TARGETS.get(name)
         values = "  ".join(f"{value} {r:.0%}" for value, r in result.by_value[name].items())
         out.print(f"{name:11}{rate:7.1%}  {'' if target is None else f'target {target:.0%}':12} {values}")
-    out.print(f"{'round trip':11}{result.round_trip:5.1f} dB  target {measured.ROUND_TRIP_TARGET:.0f} dB")
+    out.print(f"{'round trip':11}{result.round_trip:5.1f} dB  target {ROUND_TRIP_TARGET:.0f} dB")
     for failure in result.failures:
         wrong = ", ".join(f"{name} {seen}" for name, seen in failure["seen"].items())
         out.print(f"missed: {failure['prompt']} (seed {failure['seed']}): saw {wrong}")
-    return 0 if result.reached else 1
+
+
+def show_image_quality(result: ImageQuality, out: Console) -> None:
+    from ditkit.lab.image_quality import SUBJECT, SUBJECT_TARGET
+
+    kept = f"{' and '.join(SUBJECT)} as in the picture"
+    out.print(f"{'subject':11}{result.subject:7.1%}  target {SUBJECT_TARGET:.0%}  {kept}")
+    for name, rate in result.rates.items():
+        out.print(f"{name:11}{rate:7.1%}")
+    out.print(f"{'frame 1':11}{result.first_frame:5.1f} dB  against the picture")
+    for failure in result.failures:
+        wrong = ", ".join(f"{name} {seen}" for name, seen in failure["seen"].items())
+        scene = failure["scene"]
+        what = f"a {scene['color']} {scene['shape']}, {scene['motion']}, on {scene['background']}"
+        out.print(f"missed: {what} (seed {failure['seed']}): saw {wrong}")

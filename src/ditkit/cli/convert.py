@@ -13,6 +13,7 @@ import typer
 
 from ditkit.cli import show
 from ditkit.cli.flags import to_path
+from ditkit.cli.located import located, packaged
 from ditkit.errors import SetupError
 
 if TYPE_CHECKING:
@@ -26,7 +27,12 @@ def add_to(app: typer.Typer) -> None:
 
 
 def convert(
-    src: Annotated[Path, typer.Argument(parser=to_path, help="A model's folder, or one component or file of it.")],
+    src: Annotated[
+        Path,
+        typer.Argument(
+            parser=to_path, help="A model's folder or manifest, one component or file of it, or a packaged model."
+        ),
+    ],
     dst: Annotated[Path, typer.Argument(parser=to_path, help="The folder to write.")],
     layout: Annotated[str, typer.Option(help="native (the official code's) or diffusers.")],
     dtype: Annotated[
@@ -40,10 +46,11 @@ def convert(
     """Write a model, whole or not at all, in another layout or type; tensor by tensor, so memory stays small."""
     from ditkit.checkpoints.convert import convert as run
 
+    src = packaged(src)
     with _progress(quiet) as progress:
         done = run(
             src, dst, layout, dtype,  # type: ignore[arg-type]
-            variant=variant, shard_bytes=to_bytes(max_shard_size), overwrite=overwrite, progress=progress,
+            located=located(src, variant), shard_bytes=to_bytes(max_shard_size), overwrite=overwrite, progress=progress,
         )  # fmt: skip
     if quiet:
         print(done.path)

@@ -18,12 +18,14 @@ import typer
 
 from ditkit.cli import show
 from ditkit.cli.flags import to_path
+from ditkit.cli.located import located as find_parts
+from ditkit.cli.located import packaged
 from ditkit.errors import DitkitError, LoadError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ditkit.checkpoints.parts import Located, Part
+    from ditkit.checkpoints.parts import Part
 
 UNUSABLE = 2
 
@@ -34,7 +36,8 @@ def add_to(app: typer.Typer) -> None:
 
 def inspect(
     path: Annotated[
-        Path, typer.Argument(parser=to_path, help="A file of weights, or the folder of a model or a part.")
+        Path,
+        typer.Argument(parser=to_path, help="A file of weights, the folder of a model or a part, or a packaged model."),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     variant: Annotated[str | None, typer.Option(help="Which weights of a Diffusers folder, such as fp16.")] = None,
@@ -59,6 +62,7 @@ def examine(path: Path, variant: str | None = None, model: str | None = None) ->
     from ditkit.checkpoints.detect import recognise
     from ditkit.checkpoints.files import open_source
 
+    path = packaged(path)
     if path.is_file() and path.suffix != ".toml":
         source = open_source(path)
         found, _ = recognise(source)
@@ -68,7 +72,7 @@ def examine(path: Path, variant: str | None = None, model: str | None = None) ->
             return {"path": str(path), **_detected(found), "usable": False, "problems": list(found.problems)}
     if model is not None:
         raise LoadError(f"inspecting {path}", "--model was given and it is no LoRA", "Leave --model out")
-    located = _locate(path, variant)
+    located = find_parts(path, variant)
     parts = {name: _part(part) for name, part in located.parts.items()}
     problems = [f"{name}: {problem}" for name, about in parts.items() for problem in about.pop("problems")]
     one = len(parts) == 1 and not any((path / name).exists() for name in ("model_index.json", "ditkit.toml"))
@@ -80,21 +84,6 @@ def examine(path: Path, variant: str | None = None, model: str | None = None) ->
         "expand_timesteps": located.expand_timesteps, "parts": parts, "unused": dict(located.unused),
         "needs": needs, "problems": problems, "usable": not problems,
     }  # fmt: skip
-
-
-def _locate(path: Path, variant: str | None) -> Located:
-    from ditkit.build.find import find
-    from ditkit.checkpoints.manifest import NAMES
-    from ditkit.checkpoints.parts import locate, open_part
-    from ditkit.setup import Setup
-
-    index = path / "model_index.json"
-    if path.suffix == ".toml" or any((path / name).is_file() and path / name != index for name in NAMES):
-        return find(str(path), Setup(model=str(path), variant=variant)).located
-    if variant is not None and not index.is_file():  # of a part's own folder
-        part = open_part(path, None, variant)
-        return locate(part.path)
-    return locate(path, variant)
 
 
 def _detected(found: Any) -> dict[str, Any]:

@@ -31,7 +31,9 @@ def plan(given: Given, prompt: Prompt = None) -> None:
         out.print(show.heading(title))
         out.print(show.table(("setting", "value", "from"), rows(settings, settled)))
     out.print(show.heading("Components"))
-    places = [(name, pipe.setup.device_of(name), pipe.setup.dtype_of(name)) for name in COMPONENTS]
+    places = [
+        (name, pipe.setup.device_of(name), pipe.setup.dtype_of(name)) for name in COMPONENTS if name in pipe.model.parts
+    ]
     out.print(show.table(("component", "device", "dtype"), places))
     out.print(show.heading("Stages"))
     out.print(stages.stage_table(pipe.pipeline))
