@@ -1,6 +1,7 @@
 """Whole models from one layout into the other and back, read by diffusers itself, and what stays when it goes wrong."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
+from ditkit.build import MODELS
 from ditkit.checkpoints.convert import convert
 from ditkit.checkpoints.parts import locate, open_part
 from ditkit.cli.main import main
@@ -333,3 +335,40 @@ def test_a_move_that_fails_brings_the_old_model_back(models, tmp_path, monkeypat
         convert(models("t2v", "diffusers") / "vae", tmp_path / "m", "diffusers", overwrite=True)
     assert left_in(tmp_path) == ["m"]
     assert left_in(tmp_path / "m") == ["Wan2.1_VAE.pth"]
+
+
+def test_a_model_out_of_many_places_becomes_one_folder(models, tmp_path, capsys):
+    """shapes-i2v is a manifest; the parts that it borrows come along, and diffusers opens what was written."""
+    from diffusers import WanImageToVideoPipeline
+
+    assert main(["convert", "shapes-i2v", str(tmp_path / "own"), "--layout", "diffusers", "--quiet"]) == 0
+    pipe = WanImageToVideoPipeline.from_pretrained(tmp_path / "own")
+    assert pipe.transformer.config.in_channels == 36
+    assert pipe.image_encoder.config.hidden_size == 64
+    own, borrowed = locate(tmp_path / "own").parts["vae"].source, open_part(MODELS["shapes"] / "vae").source
+    assert all(torch.equal(own[name], borrowed[name]) for name in borrowed.tensors)
+
+
+def test_a_part_of_a_manifest_is_not_replaced_with_the_whole(models, tmp_path, capsys):
+    place = Path(shutil.copytree(models("t2v", "diffusers"), tmp_path / "m"))
+    (tmp_path / "mine.toml").write_text('[components]\n' + "".join(
+        f'{name} = "m/{name}"\n' for name in ("transformer", "vae", "text_encoder", "tokenizer")
+    ))  # fmt: skip
+    before = contents(place)
+    command = ["convert", str(tmp_path / "mine.toml"), str(place), "--layout", "diffusers", "--overwrite"]
+    assert main(command) == 2
+    assert "which would be replaced with it" in capsys.readouterr().err
+    assert all(equal(before[k], v) for k, v in contents(place).items())
+
+
+def test_a_changed_byte_of_a_locked_manifest_is_not_converted(models, tmp_path, capsys):
+    place = Path(shutil.copytree(models("t2v", "diffusers"), tmp_path / "m"))
+    (place / "ditkit.toml").write_text("")
+    assert main(["lock", str(place)]) == 0
+    file = place / "transformer" / "diffusion_pytorch_model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    assert main(["convert", str(place), str(tmp_path / "out"), "--layout", "native"]) == 2
+    assert "is not what it was when it was pinned" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

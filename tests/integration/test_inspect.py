@@ -139,7 +139,16 @@ def test_a_relative_is_named(models, report, tmp_path):
     assert found["problems"] == ["it is S2V, a relative of Wan that ditkit does not run"]
 
 
-def test_the_packaged_model(report):
-    from ditkit.build.find import MODELS
+def test_the_packaged_models_by_name_and_by_folder(report):
+    from ditkit.checkpoints.find import MODELS
 
-    assert report(MODELS["shapes"])[0] == 0
+    for name, task in (("shapes", "t2v"), ("shapes-i2v", "i2v")):
+        for path in (name, MODELS[name]):
+            code, found = report(path)
+            assert (code, found["usable"], found["task"]) == (0, True, task)
+
+
+def test_a_folder_goes_before_a_packaged_model_of_its_name(models, report, tmp_path, monkeypatch):
+    shutil.copytree(models["ti2v", "native"], tmp_path / "shapes")
+    monkeypatch.chdir(tmp_path)
+    assert report("shapes")[1]["task"] == "ti2v"

@@ -50,7 +50,8 @@ def convert(
     with _progress(quiet) as progress:
         done = run(
             src, dst, layout, dtype,  # type: ignore[arg-type]
-            located=located(src, variant), shard_bytes=to_bytes(max_shard_size), overwrite=overwrite, progress=progress,
+            located=located(src, variant, verify=True), shard_bytes=to_bytes(max_shard_size), overwrite=overwrite,
+            progress=progress,
         )  # fmt: skip
     if quiet:
         print(done.path)

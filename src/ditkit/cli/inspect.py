@@ -188,7 +188,7 @@ def _lora(path: Path, source: Any, model: str | None) -> dict[str, Any]:
 
     if model is None:
         return {"path": str(path), "kind": "lora", **inspect_lora(source)}
-    from ditkit.build.find import find
+    from ditkit.checkpoints.find import find
 
     part = find(model).located.parts.get("transformer")
     if part is None or part.source is None:
