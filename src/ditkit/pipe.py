@@ -18,7 +18,7 @@ from ditkit.checking import check_state
 from ditkit.contracts import Seams, Step
 from ditkit.errors import DitkitError, RequestError, SetupError, StateError
 from ditkit.events import Events, Listener
-from ditkit.pipeline import Interrupted, Pipeline, Stage
+from ditkit.pipeline import Interrupted, Pipeline, Stage, needed_components
 from ditkit.receipt import Recorder, manifest
 from ditkit.request import Request
 from ditkit.setup import Setup
@@ -120,7 +120,7 @@ class Pipe:
 
     def look(self) -> Callable[[Tensor], np.ndarray] | None:
         """What turns clean normalised latents [1, C, 1, h, w] into a picture uint8 [y, x, 3]: the tiny decoder, where
-        the model has one (``parts={"preview_decoder": ...}``), else a matrix of colours; None where neither is known."""
+        the model has one (``parts={"preview_decoder": ...}``), else a matrix of colours; None if neither is known."""
         from ditkit.models.latent_rgb import preview_frames, rgb_frames
 
         rgb, parts = self.model.latents_rgb, self.components
@@ -177,9 +177,10 @@ class Pipe:
 
     @staticmethod
     def _load(stages: list[Stage], state: State, components: Mapping[str, Any]) -> None:
-        """All parts first: a damaged one is found now, not after the denoising that it would throw away."""
+        """All parts first: a damaged one is found now, not after the denoising that it would throw away. Not those that
+        the rest of a begun run has no use for, such as the first of two experts after the switch."""
         try:
-            for name in (name for stage in stages for name in stage.components):
+            for name in (name for stage in stages for name in needed_components(stage, state)):
                 components.get(name)
         except KeyboardInterrupt:
             raise Interrupted(stages[0].name, state) from None
@@ -242,7 +243,8 @@ def load(
 
         torch.set_num_threads(chosen.threads)
     seams, opened = seams or Seams(), Model.open(chosen.model, chosen)
-    shared = share_with.components.holder.shared if share_with and isinstance(share_with.components, Components) else None
+    theirs = share_with.components if share_with else None
+    shared = theirs.holder.shared if isinstance(theirs, Components) else None
     components = Components(opened, chosen, seams.swaps, shared)
     return Pipe(opened, chosen, components, pipeline_of(opened, chosen), seams, listeners)
 

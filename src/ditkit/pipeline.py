@@ -55,6 +55,10 @@ class Stage(Protocol):
         """The fields that it writes. A stage that can stop early returns them as they stand."""
         ...
 
+    def needs(self, state: State) -> tuple[str, ...]:
+        """Those of ``components`` that are still called in a run that goes on from ``state``."""
+        ...
+
     def done(self, state: State) -> bool:
         """Whether ``state`` already holds all that this stage would write."""
         ...
@@ -73,6 +77,9 @@ class BaseStage:
     triggers: tuple[str, ...] = ()
     loop: tuple[str, ...] = ()
     fields: tuple[Field, ...] = ()
+
+    def needs(self, state: State) -> tuple[str, ...]:
+        return self.components
 
     def done(self, state: State) -> bool:
         """It was run; or all that it writes is there, unless it rewrites what it reads."""
@@ -330,7 +337,8 @@ class Pipeline:
                 f"the State has no {', '.join(absent)}",
                 "Run the stages before it first",
             )
-        lacking = [name for name in stage.components if name not in components]
+        needed = needed_components(stage, state)
+        lacking = [name for name in needed if name not in components]
         if lacking:
             raise PipelineError(
                 f"running stage {stage.name!r}", f"there is no component {', '.join(lacking)}", "Load it"
@@ -345,7 +353,10 @@ class Pipeline:
         )
         if options.debug:
             self._check_fields(stage, {n: state[n] for n in readable if n in state}, state)
-        weights = {n: getattr(components[n], "fingerprint", "none") for n in stage.components}
+        weights = {
+            n: getattr(components[n], "fingerprint", "none") if n in needed else state["weights"][n]
+            for n in stage.components
+        }
         self._check_weights(stage, state, weights)
         with options.events.span("stage", stage=stage.name):
             try:
@@ -412,6 +423,13 @@ class Options:
     seams: Seams
     stop_at_step: int | None
     debug: bool
+
+
+def needed_components(stage: Stage, state: State) -> list[str]:
+    """The components that have to be there for ``stage`` to run from ``state``: those that it still calls, and those
+    whose fingerprints the State does not remember."""
+    calls, known = stage.needs(state), state.get("weights", {})
+    return [name for name in stage.components if name in calls or name not in known]
 
 
 def fingerprint_of(state: State, name: str) -> str:

@@ -49,9 +49,17 @@ class Denoise(BaseStage):
     def done(self, state: State) -> bool:
         return "sigmas" in state and "step" in state and state["step"] == len(state["sigmas"]) - 1
 
+    def needs(self, state: Mapping[str, Any]) -> tuple[str, ...]:
+        """A run that goes on below the boundary has done with the first expert. Near it both are named: which one a
+        step gets is decided by its timestep, which is rounded."""
+        boundary = state["request"].get("boundary")
+        if len(self.experts) == 2 and boundary is not None and "sigmas" in state and "step" in state:
+            return self.experts[1:] if state["sigmas"][state["step"]] < boundary * (1 - 1e-6) else self.experts
+        return self.experts
+
     def run(self, inputs: Mapping[str, Any], ctx: Context) -> Mapping[str, Any]:
         solver = ctx.seams.scheduler or make(ctx.settings.solver, **ctx.settings.solver_options)
-        transformer = ctx.components[self.experts[0]]
+        transformer = ctx.components[self.needs(inputs)[0]]
         steps = request_steps(solver, ctx.settings, transformer.timestep_scale, len(self.experts))
         sigmas = [*(s.sigma for s in steps), steps[-1].sigma_next]
         if inputs.get("sigmas", sigmas) != sigmas:
@@ -95,7 +103,7 @@ class Denoise(BaseStage):
                 raise StateError("going on from a State", found, "Use the model that it was made with")
             history = inputs.get("history", {})
             history = {k: v.to(transformer.device) if v.dim() else v for k, v in history.items()}
-            return inputs["latents"].to(transformer.device), inputs.get("step", 0), history
+            return with_known(inputs["latents"].to(transformer.device), inputs), inputs.get("step", 0), history
         x = torch.stack([initial_noise(seed, shape) for seed in inputs["seed"]])
         return with_known(x.to(transformer.device), inputs), 0, {}
 
