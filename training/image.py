@@ -1,7 +1,7 @@
 """Train ``shapes-i2v``: an image encoder, and the transformer of ``shapes`` taught to go on from a first frame.
 
-The VAE, the text encoder and the tokenizer are those of ``shapes``, frozen and shared. The transformer begins as that of
-``shapes``, with zeros where its new inputs come in, so the first step computes what ``shapes`` does. What the
+The VAE, the text encoder and the tokenizer are those of ``shapes``, frozen and shared. The transformer begins as that
+of ``shapes``, with zeros where its new inputs come in, so the first step computes what ``shapes`` does. What the
 prompt says is the motion; shape, colour and place are in the image. One caption in four is a full sentence about the
 clip, so that both ways of asking are understood.
 """
@@ -37,10 +37,10 @@ from optimizer import Optimizer
 from transformer import CONFIG, DROP_TEXT, ROWS, TRAIN_SHIFT, folded_attend
 from vae import to_pixels
 
-CLIP = dict(
-    hidden_size=64, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4, image_size=64, patch_size=8,
-    hidden_act="gelu", layer_norm_eps=1e-5,
-)  # fmt: skip
+CLIP = {
+    "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "image_size": 64,
+    "patch_size": 8, "hidden_act": "gelu", "layer_norm_eps": 1e-5,
+}  # fmt: skip
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGE_CONFIG = replace(CONFIG, in_dim=36, image_dim=CLIP["hidden_size"])
 
@@ -72,8 +72,9 @@ def train_encoder(folder: Path, steps: int, device: str, compiled: bool, batch: 
     def is_matrix(name: str, p: Tensor) -> bool:
         return p.ndim == 2 and "head" not in name and "position" not in name
 
-    opt = Optimizer(((n, p) for n, p in reader.named_parameters() if "post_layernorm" not in n and ".layers.3." not in n),
-                    2e-3, weight_decay=0.01, matrices=is_matrix)  # fmt: skip
+    unused = ("post_layernorm", f".layers.{CLIP['num_hidden_layers'] - 1}.")  # Wan reads the layer before the last
+    used = ((n, p) for n, p in reader.named_parameters() if not any(part in n for part in unused))
+    opt = Optimizer(used, 2e-3, weight_decay=0.01, matrices=is_matrix)
     phase = Phase(folder, "clip", steps, {"model": reader, "opt": opt}, seed=12)
     if phase.step >= phase.steps:
         return reader

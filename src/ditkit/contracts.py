@@ -43,8 +43,8 @@ class Step:
 
 @dataclass(frozen=True)
 class Site:
-    """Where an attention call stands: ``kind`` is ``self``, ``cross`` (text) or ``image``; ``grid`` the tokens as (F, h/2, w/2);
-    ``step`` the denoising step with its branch, None when the transformer is called outside a run."""
+    """Where an attention call stands: ``kind`` is ``self``, ``cross`` (text) or ``image``; ``grid`` the tokens as
+    (F, h/2, w/2); ``step`` the denoising step with its branch, None when the transformer is called outside a run."""
 
     block: int
     kind: str

@@ -107,7 +107,8 @@ def manifest(
     inputs: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """All that is needed to make one clip again and to know that it is the same: ``sample`` holds its prompt,
-    negative prompt and seed, or nothing if the whole run was one batch, of which this is clip number ``clip``. ``inputs``: hashes of pictures."""
+    negative prompt and seed, or nothing if the whole run was one batch, of which this is clip number ``clip``.
+    ``inputs``: hashes of pictures."""
     return {
         "manifest": 1,
         "model": model,

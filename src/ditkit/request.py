@@ -120,9 +120,9 @@ class Request(Settings):
     )
     batched: bool = default(False, "ditkit", "true to run all samples in one batch, false for one after the other")
 
-    _float = field_validator(
-        "guidance_scale", "guidance_scale_2", "shift", "boundary", "control_scale", mode="before"
-    )(_number)
+    _float = field_validator("guidance_scale", "guidance_scale_2", "shift", "boundary", "control_scale", mode="before")(
+        _number
+    )
 
     @field_validator("prompt", "negative_prompt", "seed", "sigmas", "reference_images", mode="before")
     @classmethod

@@ -111,4 +111,5 @@ class Setup(Settings):
         asked = self.dtypes.get(component, self.dtype)
         if asked != "auto":
             return asked
-        return "float32" if component in ("vae", "image_encoder", "preview_decoder") or self.device_of(component) == "cpu" else "bfloat16"
+        wide = component in ("vae", "image_encoder", "preview_decoder") or self.device_of(component) == "cpu"
+        return "float32" if wide else "bfloat16"

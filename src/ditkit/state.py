@@ -61,7 +61,7 @@ FIELDS: dict[str, Field] = {
         Field("negative_prompt_embeds", "tensor", "float", "Q D", "", "encode_text", "of the negative prompts"),
         Field("negative_prompt_lengths", "plain", "list[int]", "B", "rows", "encode_text", "the same"),
         Field("image_embeds", "tensor", "float", "B r d", "", "encode_image", "CLIP features of the pictures"),
-        Field("condition", "tensor", "float32", "B c F h w", "", "encode_condition", "mask and latents of the pictures"),
+        Field("condition", "tensor", "float32", "B c F h w", "", "encode_condition", "mask and picture latents"),
         Field("clean_latents", "tensor", "float32", "B C k h w", "normalised", "encode_first_frame", "known frames"),
         Field("control", "tensor", "float32", "B v F h w", "", "encode_control", "the control input of VACE"),
         Field("sigmas", "plain", "list[float]", "S", "0..1", "denoise", "the resolved noise levels, last one 0"),

@@ -8,7 +8,6 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-import torch
 from reference import rel
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -61,7 +60,7 @@ def begin(run: str, kind: str) -> State:
     scale = asked["guide_scale"]
     low, high = scale if isinstance(scale, list) else (None, scale)  # the official order is (low noise, high noise)
     t, h, w = STRIDES.get(kind, (4, 8, 8))
-    c, f, y, x = io["noise"].shape
+    f, y, x = io["noise"].shape[1:]
     request = Request(
         width=x * w, height=y * h, frames=(f - 1) * t + 1, steps=asked["sampling_steps"], shift=asked["shift"],
         guidance_scale=high, guidance_scale_2=low, boundary=BOUNDARY.get(kind), solver=asked["sample_solver"],

@@ -153,5 +153,5 @@ def test_samples_of_a_file_cover_both_ends_and_its_size(tmp_path):
 
 def test_a_part_without_weights(copied):
     (copied / "vae" / WEIGHTS["vae"][0]).unlink()
-    with pytest.raises(LoadError, match="it holds no .safetensors file"):
+    with pytest.raises(LoadError, match=r"it holds no \.safetensors file"):
         ditkit.load(copied)

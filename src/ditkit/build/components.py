@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from ditkit.build.adapters import Adapters
-from ditkit.build.model import Model, tokenizer_file
+from ditkit.build.model import Model, vocabulary
 from ditkit.contracts import Swap
 from ditkit.errors import SetupError
 from ditkit.events import SILENT, Events
@@ -62,7 +62,7 @@ class Components(Mapping[str, Any]):
         is another one: to know that it is not would mean to read both."""
         part = self.model.parts[name]
         source = self.source(part) if part.source else None
-        files = source.files if source else [tokenizer_file(part)]
+        files = source.files if source else [vocabulary(part)]
         stats = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
         told = [part.kind, dict(part.config), stats, source.sketch if source else "", self.setup.precision]
         swaps = [s.fingerprint for s in self.swaps(name)] if part.kind == "wan" else []
@@ -98,8 +98,9 @@ class Components(Mapping[str, Any]):
 
         part = self.model.parts[name]
         if part.source is None:
-            return {tokenizer_file(part).name: file_hash(tokenizer_file(part))}
-        beside = {k: v for adapter, _ in self.adapters.by_expert.get(name, ()) for k, v in adapter.source.sha256.items()}
+            return {vocabulary(part).name: file_hash(vocabulary(part))}
+        adapters = [adapter.source.sha256 for adapter, _ in self.adapters.by_expert.get(name, ())]
+        beside = {file: sha256 for files in adapters for file, sha256 in files.items()}
         return {**self.source(part).sha256, **beside}
 
     def describe(self) -> dict[str, dict[str, Any]]:
@@ -124,7 +125,7 @@ class Components(Mapping[str, Any]):
 def load_tokenizer(components: Components, part: Part) -> Any:
     from ditkit.models.text import WanTokenizer
 
-    return WanTokenizer(tokenizer_file(part).parent)
+    return WanTokenizer(vocabulary(part).parent)
 
 
 def load_umt5(components: Components, part: Part) -> Any:

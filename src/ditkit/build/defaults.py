@@ -1,7 +1,7 @@
 """The official sampling defaults of each task of the family, for models that bring none of their own.
 
-Sources: Wan2.1 and Wan2.2 ``generate.py`` and ``wan/configs/*.py``. The 480p and 720p image-to-video models cannot be told
-apart, and need not be: the official code goes by the size that is asked for.
+Sources: Wan2.1 and Wan2.2 ``generate.py`` and ``wan/configs/*.py``. The 480p and 720p image-to-video models cannot be
+told apart, and need not be: the official code goes by the size that is asked for.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Model: the parts that a name, a folder, a file or a manifest stands for, understood and held against each other.
 
-Only headers and configs are read. Leaves out: how parts are found (``checkpoints/parts.py``, ``checkpoints/manifest.py``)
-and filled with weights (``components.py``).
+Only headers and configs are read. Leaves out: how parts are found (``checkpoints/find.py``) and filled with weights
+(``components.py``).
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ditkit.build.defaults import official
-from ditkit.build.find import find
 from ditkit.build.notes import LatentsRgb, check_defaults, check_preview
 from ditkit.build.pipelines import INPUTS, NEEDED
+from ditkit.checkpoints.find import find
 from ditkit.errors import LoadError, RequestError
 from ditkit.request import Request
 
 if TYPE_CHECKING:
     from ditkit.checkpoints.parts import Part
     from ditkit.setup import Setup
+
 
 @dataclass(frozen=True)
 class Model:
@@ -56,7 +57,8 @@ class Model:
         vae = vae_geometry(parts["vae"])
         patch = tuple(parts["transformer"].config["patch_size"])
         check_fit(str(located.path), parts, vae)
-        defaults = check_defaults(found.tables.get("defaults", {}), found.file, vae.strides[1] * patch[1], vae.strides[0])
+        multiple = vae.strides[1] * patch[1]
+        defaults = check_defaults(found.tables.get("defaults", {}), found.file, multiple, vae.strides[0])
         rgb = check_preview(found.tables.get("preview"), found.file, vae.z_dim)
         if rgb is None and vae.official:
             from ditkit.models.latent_rgb import factors_for
@@ -103,7 +105,7 @@ class Model:
         from ditkit.checkpoints.files import file_sample
 
         about = [
-            [name, part.kind, dict(part.config), part.source.sketch if part.source else file_sample(tokenizer_file(part))]
+            [name, part.kind, dict(part.config), part.source.sketch if part.source else file_sample(vocabulary(part))]
             for name, part in sorted(self.parts.items())
         ]
         return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
@@ -187,5 +189,5 @@ def check_fit(where: str, parts: Mapping[str, Part], vae: VAEGeometry) -> None:
         )
 
 
-def tokenizer_file(part: Part) -> Path:
+def vocabulary(part: Part) -> Path:
     return part.path / "tokenizer.json" if part.path.is_dir() else part.path

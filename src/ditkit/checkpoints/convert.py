@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ditkit.checkpoints.files import SIZES
+from ditkit.checkpoints.find import parts_of
 from ditkit.checkpoints.outputs import LAYOUTS, Layout, Plan, config_of, plan
 from ditkit.checkpoints.parts import Located, Part, locate
 from ditkit.checkpoints.source import TensorSource
@@ -62,7 +63,7 @@ def convert(
     src, dst = Path(src).expanduser(), Path(dst).expanduser()
     _check(layout, dtype, shard_bytes)
     _check_target(src, dst, overwrite)
-    located = locate(src, variant) if located is None else located
+    located = parts_of(src, variant) if located is None else located
     for part in located.parts.values():
         _check_outside(part.path, src, dst)
     made = plan(located, layout)

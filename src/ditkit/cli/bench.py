@@ -38,7 +38,8 @@ def quality(
 ) -> int:
     """Generate clips of the drawn world and measure colour, shape and direction from their pixels.
 
-    For the embedded models and others trained like them; an image-to-video model is given pictures of unseen scenes. Exit code 0 when the targets are reached, else 1."""
+    For the embedded models and others trained like them; an image-to-video model is given pictures of unseen scenes.
+    Exit code 0 when the targets are reached, else 1."""
     from rich.progress import Progress
 
     from ditkit.lab import image_quality as images

@@ -21,16 +21,6 @@ def packaged(path: Path) -> Path:
 
 def located(path: Path, variant: str | None = None, *, verify: bool = False) -> Located:
     """The parts in ``path``. ``verify``: those of a locked manifest are held against their hashes. Raises LoadError."""
-    from ditkit.checkpoints.find import find
-    from ditkit.checkpoints.manifest import INDEX, NAMES
-    from ditkit.checkpoints.parts import locate, open_part
-    from ditkit.setup import Setup
+    from ditkit.checkpoints.find import parts_of
 
-    if path.suffix == ".toml" or any((path / name).is_file() for name in NAMES if name != INDEX):
-        found = find(str(path), Setup(model=str(path), variant=variant))
-        for check in found.verify.values() if verify else ():
-            check()
-        return found.located
-    if variant is not None and not (path / INDEX).is_file():  # of a part's own folder
-        return locate(open_part(path, None, variant).path)
-    return locate(path, variant)
+    return parts_of(path, variant, verify=verify)

@@ -26,7 +26,8 @@ def named_pictures(texts: list[str]) -> dict[str, str | list[str]]:
     for text in texts:
         name, equals, file = text.partition("=")
         if not equals or name not in FIELDS:
-            raise RequestError(f"--picture {text}", "it does not name a picture", f"Write NAME=FILE with one of {', '.join(FIELDS)}")
+            do = f"Write NAME=FILE with one of {', '.join(FIELDS)}"
+            raise RequestError(f"--picture {text}", "it does not name a picture", do)
         before = found.get(name, [])
         found[name] = [*before, file] if name == "reference_images" else file
     return found

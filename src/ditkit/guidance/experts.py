@@ -1,7 +1,7 @@
 """Seam A: two transformers that share a run, the one for high noise and the one for low noise (Wan 2.2 A14B).
 
-Which one takes a step stands in the step table (``step.expert``), made from the timestep and the model's boundary before
-anything is computed. Source: Wan2.2 ``wan/text2video.py`` ``_prepare_model_for_timestep``.
+Which one takes a step stands in the step table (``step.expert``), made from the timestep and the model's boundary
+before anything is computed. Source: Wan2.2 ``wan/text2video.py`` ``_prepare_model_for_timestep``.
 """
 
 from __future__ import annotations

@@ -39,8 +39,13 @@ class ImageQuality:
         return self.subject >= SUBJECT_TARGET
 
 
-def image_quality(pipe: Pipe, count: int = 60, motions: tuple[str, ...] = MOTIONS,
-                  progress: Callable[[int, int], None] = lambda done, total: None, **request: Any) -> ImageQuality:  # fmt: skip
+def image_quality(
+    pipe: Pipe,
+    count: int = 60,
+    motions: tuple[str, ...] = MOTIONS,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    **request: Any,
+) -> ImageQuality:
     """Make ``count`` clips out of pictures of held-out scenes and read them. ``request`` overrides defaults."""
     marks: list[dict[str, bool]] = []
     kept, likeness, failures = [], [], []

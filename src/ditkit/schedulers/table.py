@@ -79,7 +79,8 @@ def request_steps(solver: Scheduler, request: Any, scale: float, experts: int = 
     boundary; with one, a boundary or a second guidance scale is refused rather than ignored."""
     own = request.sigmas is not None
     if experts == 2 and request.boundary is None:
-        raise RequestError("a run of two experts", "no boundary between them is known", "Give one, such as boundary=0.875")
+        do = "Give one, such as boundary=0.875"
+        raise RequestError("a run of two experts", "no boundary between them is known", do)
     if experts == 1 and request.boundary is not None:
         raise RequestError(f"boundary={request.boundary}", "this model has one transformer", "Leave it out")
     return step_table(

@@ -1,7 +1,7 @@
 """From what a user names to the parts of a model: packaged models, folders, files, manifests, repositories, and single
 parts that the user puts in the place of the model's own.
 
-Leaves out: what a folder's layout means (``checkpoints/parts.py``), manifests and downloads (``checkpoints/manifest.py``).
+Leaves out: what a folder's layout means (parts.py), manifests (manifest.py) and downloads (hub.py).
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ def find(name: str, setup: Setup | None = None) -> Found:
     hub = Hub(offline=setup.offline)
     for rule in setup.allow:
         if rule != IMAGE_CLAIM:
-            raise SetupError(f"allow={rule!r}", f"there is no such rule{nearest(rule, [IMAGE_CLAIM])}", f"There is {IMAGE_CLAIM}")
+            found = f"there is no such rule{nearest(rule, [IMAGE_CLAIM])}"
+            raise SetupError(f"allow={rule!r}", found, f"There is {IMAGE_CLAIM}")
     instead = {part: _place(where, hub, part) for part, where in setup.parts.items()}
     if HubName.parse(name) is not None:
         return _from_manifest(_fetched(name, hub), setup, instead, hub)
@@ -60,6 +61,22 @@ def find(name: str, setup: Setup | None = None) -> Found:
     if manifest is not None:
         return _from_manifest(manifest, setup, instead, hub)
     return Found(locate(path, setup.variant, allow=setup.allow, instead=instead), None, {}, path)
+
+
+def parts_of(path: Path, variant: str | None = None, *, verify: bool = False) -> Located:
+    """The parts in ``path``, for whoever looks at them without running them: also of one component, and of a model that
+    is not whole. ``verify``: parts of a locked manifest are held against their hashes. Raises LoadError."""
+    from ditkit.checkpoints.manifest import INDEX, NAMES
+    from ditkit.checkpoints.parts import locate, open_part
+
+    if path.suffix == ".toml" or any((path / name).is_file() for name in NAMES if name != INDEX):
+        found = find(str(path), Setup(model=str(path), variant=variant))
+        for check in found.verify.values() if verify else ():
+            check()
+        return found.located
+    if variant is not None and not (path / INDEX).is_file():  # of a part's own folder
+        return locate(open_part(path, None, variant).path)
+    return locate(path, variant)
 
 
 def _path(name: str) -> Path:
