@@ -15,7 +15,9 @@ import math
 import mmap
 import os
 import re
+import stat
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -83,11 +85,24 @@ def read_json(file: Path) -> dict[str, Any]:
     return value
 
 
+@contextmanager
+def readable(asked: str) -> Iterator[None]:
+    """What the disk refuses while looking around, such as a folder that may not be entered, raises LoadError."""
+    try:
+        yield
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        found = f"it cannot be read ({str(where)[:200]}{error.strerror})"
+        raise LoadError(asked, found, "Check the path and its permissions") from None
+
+
 def kind_of(file: Path) -> str:
     """The format, by the first bytes: ``safetensors``, ``index`` (of its shards), ``torch``, ``old torch`` (a bare
     pickle), ``gguf`` or ``unknown``. Raises LoadError when the file cannot be read."""
     asked = f"opening {file}"
     try:
+        if not stat.S_ISREG(file.stat().st_mode):  # a pipe would be waited for, a device never ends
+            raise LoadError(asked, "it is no ordinary file", "Give a file of weights, or its folder")
         with file.open("rb") as stream:
             start = stream.read(9)
     except FileNotFoundError:
@@ -135,6 +150,9 @@ def _header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     try:
         header = json.loads(raw, object_pairs_hook=_no_duplicates)
         metadata = dict(header.pop("__metadata__", None) or {})
+        if not all(isinstance(text, str) for text in metadata.values()):
+            raise ValueError("its __metadata__ holds something other than texts")
+        "".join(header).encode()  # fails for halves of characters, which no message can show
         places = sorted(
             ((*entry["data_offsets"], name, entry["dtype"], entry["shape"]) for name, entry in header.items())
         )
@@ -144,6 +162,8 @@ def _header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
                 raise LoadError(
                     asked, f"{name} is stored as {dtype}", f"Use a file with types among {', '.join(DTYPES)}"
                 )
+            if not all(type(number) is int for number in (start, stop, *shape)):
+                raise ValueError(f"the shape or the place of {name} is not made of whole numbers")
             if start != end or stop - start != math.prod(shape) * SIZES[dtype] or min(shape, default=0) < 0:
                 raise ValueError(f"the bytes of {name} do not fit its shape {shape} or their neighbours")
             tensors[name] = TensorInfo(file, dtype, tuple(shape), 8 + length + start, stop - start)
@@ -162,7 +182,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _read_index(index: Path) -> dict[str, str]:
+def read_shards(index: Path) -> dict[str, str]:
     """tensor name -> shard file name, from ``*.safetensors.index.json``."""
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(shard, str) for shard in names.values()):
@@ -176,7 +196,7 @@ def _read_index(index: Path) -> dict[str, str]:
 
 
 def _sharded(index: Path) -> tuple[dict[str, TensorInfo], dict[str, Any]]:
-    names = _read_index(index)
+    names = read_shards(index)
     shards = sorted(set(names.values()))
     asked = f"opening the {len(shards)} shards of {index}"
     again = "Download the folder again"
@@ -213,7 +233,7 @@ def _choose(folder: Path, variant: str | None) -> Path:
     if not folder.is_dir():
         raise LoadError(asked, "there is no such folder", "Check the path, or download the model")
     indices = {file: match for file in sorted(folder.iterdir()) if (match := INDEX.fullmatch(file.name))}
-    claimed = {shard for index in indices for shard in _read_index(index).values()}
+    claimed = {shard for index in indices for shard in read_shards(index).values()}
     loose = [file for file in sorted(folder.glob("*.safetensors")) if file.name not in claimed]
     if not indices and not loose:
         loose = [file for file in sorted(folder.iterdir()) if file.suffix in OTHERS]

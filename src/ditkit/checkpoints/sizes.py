@@ -59,6 +59,8 @@ class _Reader:
         shape = tuple(self.tensors[name].shape)
         if len(shape) != axes:
             raise self.error(f"{name} has the shape {list(shape)}, not {axes} axes")
+        if 0 in shape:
+            raise self.error(f"{name} is empty, its shape is {list(shape)}")
         return shape
 
     def tell(self, key: str, value: Any, where: str) -> Any:
@@ -79,8 +81,14 @@ class _Reader:
 
 
 def count(tensors: Mapping[str, Any], pattern: str) -> int:
-    """1 + the largest number that ``pattern`` captures in the names; 0 when it fits none."""
-    return 1 + max((int(match[1]) for name in tensors if (match := re.match(pattern, name))), default=-1)
+    """How many numbers ``pattern`` captures in the names. They must run from 0 without a gap, or it raises LoadError:
+    by the largest of them one name could ask for a billion blocks."""
+    found = {match[1] for name in tensors if (match := re.match(pattern, name))}
+    if gaps := {str(n) for n in range(len(found))} - found:
+        blocks = pattern.replace(r"(\d+)", min(gaps, key=int)).replace("\\", "")
+        told = f"there are {len(found)} numbers of blocks, and nothing begins with {blocks}"
+        raise LoadError("counting the blocks of the weights", told, "Use whole, unmodified weights")
+    return len(found)
 
 
 _TRANSFORMER = {
@@ -139,7 +147,8 @@ def transformer_sizes(tensors: Tensors, layout: str = "native") -> Sizes:
 @dataclass(frozen=True)
 class _Encoder:
     """How one layout spells a VAE's encoder: ``residual`` captures the number of a residual block (and of its level
-    before it, where levels have names); the others are made of the number of a doubling."""
+    before it, where levels have names); the others are made of the number of a doubling. Numbers have three digits at
+    most, because lists are made up to them."""
 
     first: str
     last: str
@@ -150,20 +159,20 @@ class _Encoder:
 _ENCODERS = {
     ("wan_vae", "native"): _Encoder(
         "encoder.conv1.weight", "conv2.weight",
-        r"encoder\.downsamples\.(\d+)\.residual\.2\.weight", "encoder.downsamples.{}.time_conv.weight",
+        r"encoder\.downsamples\.(\d{1,3})\.residual\.2\.weight", "encoder.downsamples.{}.time_conv.weight",
     ),
     ("wan_vae", "diffusers"): _Encoder(
         "encoder.conv_in.weight", "post_quant_conv.weight",
-        r"encoder\.down_blocks\.(\d+)\.conv1\.weight", "encoder.down_blocks.{}.time_conv.weight",
+        r"encoder\.down_blocks\.(\d{1,3})\.conv1\.weight", "encoder.down_blocks.{}.time_conv.weight",
     ),
     ("wan_vae22", "native"): _Encoder(
         "encoder.conv1.weight", "conv2.weight",
-        r"encoder\.downsamples\.(\d+)\.downsamples\.(\d+)\.residual\.2\.weight",
+        r"encoder\.downsamples\.(\d{1,3})\.downsamples\.(\d{1,3})\.residual\.2\.weight",
         "encoder.downsamples.{}.downsamples.{}.time_conv.weight",
     ),
     ("wan_vae22", "diffusers"): _Encoder(
         "encoder.conv_in.weight", "post_quant_conv.weight",
-        r"encoder\.down_blocks\.(\d+)\.resnets\.(\d+)\.conv1\.weight",
+        r"encoder\.down_blocks\.(\d{1,3})\.resnets\.(\d{1,3})\.conv1\.weight",
         "encoder.down_blocks.{}.downsampler.time_conv.weight",
     ),
 }  # fmt: skip
