@@ -72,6 +72,14 @@ def test_one_part_is_judged_as_a_part(models, report):
         assert found["needs"], path
 
 
+def test_the_title_of_a_part_has_its_own_layout(models, call):
+    said = call("inspect", models["i2v", "diffusers"] / "transformer")
+    assert "wan, diffusers layout; it can be used" in said.out
+    said = call("inspect", models["ti2v", "native"] / "Wan2.2_VAE.pth")
+    assert "wan_vae22, native layout; it can be used" in said.out
+
+
+
 def test_weights_that_would_not_load_cannot_be_used(models, report, tmp_path):
     """A renamed tensor, and one of another shape: a loader that is not strict leaves both random."""
     weights = load_file(models["ti2v", "native"] / "diffusion_pytorch_model.safetensors")

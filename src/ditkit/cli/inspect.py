@@ -218,7 +218,10 @@ def _title(report: Mapping[str, Any]) -> str:
     if report.get("kind"):
         return f"{'a LoRA' if report['kind'] == 'lora' else report['kind']}; {usable}"
     parts, task = report["parts"], report["task"]
-    what = f"a model for {task}" if task and len(parts) > 1 else f"{len(parts)} part{'s' * (len(parts) != 1)}"
+    if len(parts) == 1:  # a whole model's layout says nothing of a part's
+        (about,) = parts.values()
+        return f"{about['kind']}, {about.get('layout', 'tokenizers')} layout; {usable}"
+    what = f"a model for {task}" if task else f"{len(parts)} parts"
     return f"{what}, {report['layout']} layout; {usable}"
 
 
