@@ -1,8 +1,9 @@
 """Every example runs, and so does every block of code in the README and the guides.
 
 Blocks of one document share their names and run from top to bottom in an empty folder. A ```python block is executed;
-an ```output block right after it is what it must have printed; in an ```sh block every line that begins with ``ditkit``
-is run. The name ``shapes`` stands for a tiny random model with the sizes of the embedded one, so this takes seconds.
+an ```output block right after it is what it must have printed, where a line ``...`` stands for any lines; in an ```sh
+block every line that begins with ``ditkit`` is run. The names ``shapes`` and ``shapes-i2v`` stand for tiny random
+models, so this takes seconds; a document in ``EMBEDDED`` shows what the real ones print.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import io
 import re
 import runpy
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -24,32 +26,48 @@ from ditkit.cli.main import main
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "guides").glob("*.md"))]
+EMBEDDED = {"models.md"}
+IMAGES = {"image_to_video"}
 DEFAULTS = {"width": 64, "height": 64, "frames": 13, "fps": 8, "steps": 4, "guidance_scale": 4.0, "shift": 3.0}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tiny.write(tmp_path_factory.mktemp("model"))
-    (folder / "ditkit.toml").write_text("[defaults]\n" + "".join(f"{k} = {v}\n" for k, v in DEFAULTS.items()))
-    return folder
+def models(tmp_path_factory):
+    """Of the same make as the packaged models: the second one borrows all that it can from the first."""
+    root = tmp_path_factory.mktemp("models")
+    defaults = "[defaults]\n" + "".join(f"{k} = {v}\n" for k, v in DEFAULTS.items())
+    plain, image = tiny.write(root / "shapes"), tiny.write(root / "shapes-i2v", "i2v")
+    (plain / "ditkit.toml").write_text(defaults)
+    for name in ("vae", "text_encoder", "tokenizer", "scheduler"):
+        shutil.rmtree(image / name)
+    (image / "model_index.json").unlink()
+    places = {name: f"../shapes/{name}" for name in ("vae", "text_encoder", "tokenizer")}
+    places |= {name: name for name in ("transformer", "image_encoder")}
+    manifest = "[components]\n" + "".join(f'{name} = "{place}"\n' for name, place in places.items())
+    (image / "ditkit.toml").write_text(f'{manifest}{defaults}size_from = "request"\n')
+    return {"shapes": plain, "shapes-i2v": image}
 
 
 @pytest.fixture(autouse=True)
-def stage(model, tmp_path, monkeypatch):
-    monkeypatch.setitem(build.MODELS, "shapes", model)
+def stage(models, tmp_path, monkeypatch, request):
     monkeypatch.chdir(tmp_path)
+    file = request.node.callspec.params.get("file") if hasattr(request.node, "callspec") else None
+    if file is None or file.name not in EMBEDDED:
+        for name, folder in models.items():
+            monkeypatch.setitem(build.MODELS, name, folder)
 
 
 def test_there_is_something_to_run():
-    assert len(EXAMPLES) == 6
-    assert len(DOCUMENTS) >= 6
+    assert len(EXAMPLES) == 8
+    assert len(DOCUMENTS) >= 9
 
 
 @pytest.mark.parametrize("file", EXAMPLES, ids=lambda f: f.stem)
-def test_example(file, model, monkeypatch, capsys):
+def test_example(file, models, monkeypatch, capsys):
     assert len(file.read_text().splitlines()) <= 40
-    monkeypatch.setattr(sys, "argv", [file.name, "--model", str(model)])
+    name = "shapes-i2v" if file.stem in IMAGES else "shapes"
+    monkeypatch.setattr(sys, "argv", [file.name, "--model", str(models[name])])
     runpy.run_path(str(file), run_name="__main__")
     assert capsys.readouterr().out
 
@@ -65,16 +83,23 @@ def test_document(file):
         if language == "python":
             printed = python(body, names, file, line)
         elif language == "output":
-            assert trimmed(printed) == trimmed(body), f"{file.name}:{line + 1} does not show what is printed"
+            assert shown(trimmed(body), trimmed(printed)), f"{file.name}:{line + 1} does not show: {printed}"
         elif language == "sh":
-            for command in commands(body):
-                assert main(command) == 0, f"{file.name}:{line + 1}: ditkit {shlex.join(command)}"
+            printed = "".join(run(command, f"{file.name}:{line + 1}") for command in commands(body))
 
 
 def python(body: str, names: dict[str, object], file: Path, line: int) -> str:
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         exec(compile("\n" * line + body, str(file), "exec"), names)
+    return out.getvalue()
+
+
+def run(command: list[str], where: str) -> str:
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        code = main(command)
+    assert code == 0, f"{where}: ditkit {shlex.join(command)}"
     return out.getvalue()
 
 
@@ -85,6 +110,24 @@ def commands(body: str) -> list[list[str]]:
 
 def trimmed(text: str) -> list[str]:
     return [line.rstrip() for line in text.strip("\n").splitlines()]
+
+
+def shown(expected: list[str], printed: list[str]) -> bool:
+    """Whether ``printed`` is as ``expected``, in which a line of three dots stands for any lines, or none."""
+    if "..." not in expected:
+        return expected == printed
+    at = expected.index("...")
+    if expected[:at] != printed[:at]:
+        return False
+    rest = expected[at + 1 :]
+    return any(shown(rest, printed[i:]) for i in range(at, len(printed) + 1))
+
+
+def test_three_dots_stand_for_any_lines():
+    assert shown(["a", "...", "d"], ["a", "b", "c", "d"])
+    assert shown(["...", "d"], ["d"])
+    assert not shown(["a", "...", "c"], ["a", "b", "c", "d"])
+    assert not shown(["..", "b"], ["a", "b"])
 
 
 @pytest.mark.parametrize("file", DOCUMENTS, ids=lambda f: f.stem)

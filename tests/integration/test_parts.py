@@ -116,7 +116,7 @@ def test_a_lora_on_quantised_weights(model, tmp_path, quantization, mode):
     change = rel(adapted.state["latents"], base.state["latents"])
     assert change > 1e-3
     # The same delta, added by hand to the dequantised numbers.
-    own = {k: v for k, v in ditkit.load(model, **where).components["transformer"].state_dict().items()}
+    own = dict(ditkit.load(model, **where).components["transformer"].state_dict())
     for name in [n for n in own if is_matrix(n, own[n]) and "self_attn" in n]:
         pair = load_file(lora)
         path = "diffusion_model." + name.removesuffix(".weight")

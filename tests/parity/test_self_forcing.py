@@ -1,4 +1,4 @@
-"""A Self-Forcing checkpoint as it is published: a nested .pt of a plain 1.3B network, read through the real loading code.
+"""A Self-Forcing checkpoint as it is published, a nested .pt of a plain 1.3B network, through the real loading code.
 
 Its first block of frames has nothing behind it, so the plain transformer with a timestep for each frame computes what
 the causal one computes. Rolling on from there is another feature.

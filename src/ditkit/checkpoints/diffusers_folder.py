@@ -116,6 +116,13 @@ class ConfigKeys:
             raise self.error(f"{key} is {value!r}, not a finite number", "Correct the config")
         return float(value)
 
+    def epsilon(self, key: str, default: float) -> float:
+        """What a norm adds to a variance: without it, or below 0, a row of zeros becomes undefined numbers."""
+        value = self.number(key, default)
+        if not 0 < value < 1:
+            raise self.error(f"{key} is {value!r}, not a number between 0 and 1", "Correct the config")
+        return value
+
     def list_of(self, key: str, default: Sequence[Any], fits: Callable[[Any], bool], what: str) -> tuple[Any, ...]:
         value = self.any(key, default)
         if not isinstance(value, list | tuple) or not all(map(fits, value)):
@@ -134,12 +141,41 @@ class ConfigKeys:
         for key in keys:
             self.any(key, None)
 
+    def require(self, fine: bool, found: str) -> None:
+        """For values that are each possible and together are not."""
+        if not fine:
+            raise self.error(found, "Correct the config")
+
     def done(self) -> None:
         for key, value in self.rest.items():
             if value is not None:
                 raise self.error(
                     f"the key {key!r} is unknown{nearest(key, self.known)}", "Remove it if it has no effect"
                 )
+
+
+def require_transformer(keys: ConfigKeys, fields: Mapping[str, Any]) -> None:
+    """What no shape tells, and a network of ours needs: heads that can be rotated in three parts, hints in order."""
+    dim, heads, layers = fields["dim"], fields["num_heads"], fields["vace_layers"]
+    width = dim // heads
+    found = f"{heads} heads for a width of {dim} (each must have an even width of at least 6)"
+    keys.require(dim % heads == 0 and width % 2 == 0 and width >= 6, found)
+    rising = not layers or (layers[0] == 0 and sorted(set(layers)) == [*layers] and layers[-1] < fields["num_layers"])
+    found = f"vace_layers is {layers!r:.200} for {fields['num_layers']} blocks (they must rise from 0 and be among them)"
+    keys.require(rising, found)
+
+
+def require_umt5(keys: ConfigKeys, fields: Mapping[str, Any]) -> None:
+    """Buckets beyond a quarter of them grow with the logarithm of the distance (transformers ``modeling_umt5.py``)."""
+    buckets, distance = fields["relative_attention_num_buckets"], fields["relative_attention_max_distance"]
+    keys.require(distance > buckets // 4 > 0, f"a greatest distance of {distance:.4g} for {buckets} buckets of positions")
+
+
+def require_clip(keys: ConfigKeys, fields: Mapping[str, Any]) -> None:
+    width, heads = fields["hidden_size"], fields["num_attention_heads"]
+    keys.require(width % heads == 0, f"{heads} heads for a width of {width}, which they do not divide")
+    side, patch = fields["image_size"], fields["patch_size"]
+    keys.require(side % patch == 0, f"patches of {patch} pixels for pictures of {side}, which they do not divide")
 
 
 def _is_number(value: Any) -> bool:
@@ -183,7 +219,7 @@ def transformer_config(
         "out_dim": in_dim if out is None else out,
         "text_dim": keys.integer("text_dim", 4096),
         "freq_dim": keys.integer("freq_dim", 256),
-        "eps": keys.number("eps", 1e-6),
+        "eps": keys.epsilon("eps", 1e-6),
         "patch_size": (1, 2, 2),
         "text_len": 512,
         **_image_fields(keys, heads * width),
@@ -203,7 +239,9 @@ def transformer_config(
     if IMAGE_CLAIM in allow and sizes.fields["image_dim"] is None:
         fields |= {"image_dim": None, "image_tokens": None}
     said = {**_SAID_BY_TRANSFORMERS, "dim": f"num_attention_heads {heads} x attention_head_dim {width}"}
-    return settle(keys.asked, sizes, fields, said, _about_image_claims)
+    whole = settle(keys.asked, sizes, fields, said, _about_image_claims)
+    require_transformer(keys, whole)
+    return whole
 
 
 def _image_fields(keys: ConfigKeys, dim: int) -> dict[str, Any]:
@@ -325,12 +363,14 @@ def text_encoder_config(config: Mapping[str, Any], tensors: Tensors | None = Non
     keys.only("dense_act_fn", "gelu_new")
     keys.only("is_gated_act", True)
     fields: dict[str, Any] = {key: keys.integer(key, default) for key, default in UMT5_SIZES.items()}
-    fields["layer_norm_epsilon"] = keys.number("layer_norm_epsilon", 1e-6)
+    fields["layer_norm_epsilon"] = keys.epsilon("layer_norm_epsilon", 1e-6)
     keys.ignore(UMT5_WITHOUT_EFFECT)
     keys.done()
     if tensors is None:
         return fields
-    return settle(keys.asked, umt5_sizes(tensors), fields)
+    whole = settle(keys.asked, umt5_sizes(tensors), fields)
+    require_umt5(keys, whole)
+    return whole
 
 
 CLIP_WITHOUT_EFFECT = (
@@ -372,12 +412,14 @@ def clip_config(config: Mapping[str, Any], tensors: Tensors | None = None) -> di
     if fields["hidden_act"] not in CLIP_ACTIVATIONS:
         listed = " or ".join(CLIP_ACTIVATIONS)
         raise keys.error(f"hidden_act is {fields['hidden_act']!r}, and only {listed} is supported")
-    fields["layer_norm_eps"] = keys.number("layer_norm_eps", 1e-5)
+    fields["layer_norm_eps"] = keys.epsilon("layer_norm_eps", 1e-5)
     keys.ignore(CLIP_WITHOUT_EFFECT)
     keys.done()
     if tensors is None:
         return fields
-    return settle(keys.asked, clip_sizes(tensors), fields)
+    whole = settle(keys.asked, clip_sizes(tensors), fields)
+    require_clip(keys, whole)
+    return whole
 
 
 def transformer_config_out(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Leaves out: what a folder's layout means (parts.py), manifests (manifest.py) and
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -171,4 +172,7 @@ def _flow_shift(scheduler: Path | None) -> float | None:
         return None
     config = read_config(scheduler, "scheduler_config.json")
     shift = config.get("flow_shift", config.get("shift"))
-    return float(shift) if isinstance(shift, int | float) and shift > 0 else None
+    if shift is not None and not (type(shift) in (int, float) and 0 < shift < math.inf):
+        found = f"its shift is {shift!r}, not a finite number above 0"
+        raise LoadError(f"reading {scheduler}/scheduler_config.json", found, "Correct it, or set it to null")
+    return None if shift is None else float(shift)

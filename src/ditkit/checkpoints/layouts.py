@@ -49,7 +49,7 @@ def _transformer(config: Mapping[str, Any], tensors: Tensors, allow: Collection[
             ("text_dim", 4096), ("freq_dim", 256), ("text_len", 512),
         )
     }  # fmt: skip
-    fields |= {"eps": keys.number("eps", 1e-6), "patch_size": (1, 2, 2), "vace_layers": ()}
+    fields |= {"eps": keys.epsilon("eps", 1e-6), "patch_size": (1, 2, 2), "vace_layers": ()}
     task = keys.any("model_type", "t2v")
     if task not in TASKS:
         raise keys.error(f"its model_type is {task!r}, and only {', '.join(TASKS)} are supported")
@@ -62,6 +62,7 @@ def _transformer(config: Mapping[str, Any], tensors: Tensors, allow: Collection[
         fields |= {"vace_layers": tuple(layers), "vace_in_dim": keys.integer("vace_in_dim", 96)}
     keys.done()
     whole = settle(keys.asked, sizes.transformer_sizes(tensors), fields)
+    theirs.require_transformer(keys, whole)
     if task != task_of(whole):
         raise keys.error(
             f"its model_type is {task} and the tensors are those of {task_of(whole) or 'no known task'}",
@@ -102,10 +103,12 @@ def _umt5(config: Mapping[str, Any], tensors: Tensors, allow: Collection[str]) -
     keys.ignore(["text_len", "dropout"])
     fields: dict[str, Any] = {ours: keys.integer(name, REQUIRED) for name, ours in _UMT5.items()}
     fields["d_kv"] = keys.integer("dim_attn", REQUIRED) // fields["num_heads"]
-    fields["layer_norm_epsilon"] = keys.number("eps", 1e-6)
+    fields["layer_norm_epsilon"] = keys.epsilon("eps", 1e-6)
     keys.done()
     said = {ours: name for name, ours in _UMT5.items()} | {"d_kv": "dim_attn / num_heads"}
-    return settle(keys.asked, sizes.umt5_sizes(tensors, "native"), fields, said)
+    whole = settle(keys.asked, sizes.umt5_sizes(tensors, "native"), fields, said)
+    theirs.require_umt5(keys, whole)
+    return whole
 
 
 _CLIP = MappingProxyType({
@@ -123,10 +126,12 @@ def _clip(config: Mapping[str, Any], tensors: Tensors, allow: Collection[str]) -
     fields["intermediate_size"] = fields["hidden_size"] * keys.integer("vision_mlp_ratio", 4)
     keys.only("activation", "gelu", "quick_gelu")
     fields["hidden_act"] = config.get("activation", "gelu")
-    fields["layer_norm_eps"] = keys.number("norm_eps", 1e-5)
+    fields["layer_norm_eps"] = keys.epsilon("norm_eps", 1e-5)
     keys.done()
     said = {ours: name for name, ours in _CLIP.items()} | {"intermediate_size": "vision_dim x vision_mlp_ratio"}
-    return settle(keys.asked, sizes.clip_sizes(tensors, "native"), fields, said)
+    whole = settle(keys.asked, sizes.clip_sizes(tensors, "native"), fields, said)
+    theirs.require_clip(keys, whole)
+    return whole
 
 
 Reader = Callable[[Mapping[str, Any], Tensors, Collection[str]], dict[str, Any]]

@@ -8,6 +8,7 @@ to get it. Only headers are read. Leaves out: manifests (manifest.py), building 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 from ditkit.checkpoints.detect import Detected, bare, recognise
 from ditkit.checkpoints.diffusers_folder import read_index
-from ditkit.checkpoints.files import INDEX, OTHERS, open_source, read_json, some
+from ditkit.checkpoints.files import INDEX, OTHERS, open_source, read_json, read_shards, readable, some
 from ditkit.checkpoints.keys import table_of
 from ditkit.checkpoints.layouts import SIZES, config_of, kind_of_config, task_of
 from ditkit.checkpoints.mapped import Mapped
@@ -104,7 +105,14 @@ def open_part(
     ``component``: what it must be; None takes what is found. ``variant`` and ``entry`` as for ``open_source``;
     ``allow``: rules of ``layouts.config_of``. A ``config.json`` beside the weights is used when it is theirs; in a
     folder of their own another one is an error. Raises LoadError."""
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
+    with readable(f"opening {path}"):
+        return _open_part(path, component, variant, entry, allow)
+
+
+def _open_part(
+    path: Path, component: str | None, variant: str | None, entry: str | None, allow: Collection[str]
+) -> Part:
     if component == "tokenizer":
         return _tokenizer(path)
     if component is not None and component not in KINDS:
@@ -206,10 +214,24 @@ def locate(
     stands in for the model's own, or for one that it does not have. ``values`` go before those of the model's index
     (``boundary_ratio``, ``expand_timesteps``). Raises LoadError when nothing can be opened, or when two files are the
     same part; whatever keeps the parts from running is in ``problems``."""
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     asked = f"opening the model in {path}"
+    with readable(asked):
+        return _locate(path, variant, instead, values, allow, asked)
+
+
+def _locate(
+    path: Path,
+    variant: str | None,
+    instead: Mapping[str, Path],
+    values: Mapping[str, Any],
+    allow: Collection[str],
+    asked: str,
+) -> Located:
     if not path.exists():
         raise LoadError(asked, "there is no such file or folder", "Check the path")
+    if not path.is_dir() and not path.is_file():
+        raise LoadError(asked, "it is neither a file nor a folder", "Check the path")
     if path.is_dir() and (path / "model_index.json").is_file():
         return _diffusers(path, variant, instead, values, allow)
     if path.is_dir() and (path / "modular_model_index.json").is_file():
@@ -263,9 +285,9 @@ def _native(folder: Path, others: Mapping[str, Part], allow: Collection[str]) ->
     """The parts of a native folder, weights beside one another and two experts in folders of their own, with
     ``others`` in their places; and the files that are none."""
     parts, unused = dict(others), {}
-    for name, component in EXPERTS.items():
-        if component not in others and (folder / name).is_dir():
-            parts[component] = open_part(folder / name, component, allow=allow)
+    experts = [name for name, part in EXPERTS.items() if part not in others and (folder / name).is_dir()]
+    for name in experts:
+        parts[EXPERTS[name]] = open_part(folder / name, EXPERTS[name], allow=allow)
     for file in weight_files(folder):
         try:
             source = open_source(file)
@@ -280,6 +302,12 @@ def _native(folder: Path, others: Mapping[str, Part], allow: Collection[str]) ->
                 f"opening the model in {folder}",
                 f"both {parts[part.component].path.name} and {file.name} are its {part.component}",
                 "Leave one of them, or name one in a manifest",
+            )
+        elif part.kind == "wan" and experts:
+            raise LoadError(
+                f"opening the model in {folder}",
+                f"it has the transformer {file.name} and another one in {experts[0]}",
+                "Leave one of them, or name both in a manifest if they are two experts",
             )
         else:
             parts[part.component] = part
@@ -296,7 +324,7 @@ def weight_files(folder: Path) -> list[Path]:
     ending only, the safetensors one."""
     files = sorted(file for file in folder.iterdir() if file.is_file())
     indices = [file for file in files if INDEX.fullmatch(file.name)]
-    claimed = {shard for index in indices for shard in read_json(index).get("weight_map", {}).values()}
+    claimed = {shard for index in indices for shard in read_shards(index).values()}
     loose = [file for file in files if file.suffix in (".safetensors", *OTHERS) and file.name not in claimed]
     safe = {file.stem for file in loose if file.suffix == ".safetensors"}
     return indices + [file for file in loose if file.suffix == ".safetensors" or file.stem not in safe]

@@ -77,7 +77,7 @@ def proportioned(images: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def on_white(images: Tensor, height: int, width: int, processing: str = "official") -> Tensor:
-    """uint8 [N, P, Q, 3] -> float32 [N, 3, H, W]: as large as fits, its proportions kept, in the middle of white.
+    """uint8 [N, U, V, 3] -> float32 [N, 3, H, W]: as large as fits, its proportions kept, in the middle of white.
 
     Bilinear without antialiasing. Source: Wan2.1 ``wan/vace.py`` (prepare_source); diffusers' ``WanVACEPipeline``
     first brings the sides down to multiples of 8 by Lanczos."""
@@ -98,7 +98,7 @@ def on_white(images: Tensor, height: int, width: int, processing: str = "officia
 
 
 def one_size(images: list[Tensor], height: int, width: int, processing: str = "official") -> Tensor:
-    """Pictures uint8 [P, Q, 3] -> uint8 [N, P, Q, 3]. If their sizes differ each is put ``on_white`` in the video's
+    """Pictures uint8 [U, V, 3] -> uint8 [N, U, V, 3]. If their sizes differ each is put ``on_white`` in the video's
     size first, which rounds it to 8 bits once more."""
     if len({image.shape for image in images}) == 1:
         return torch.stack(images)

@@ -109,8 +109,11 @@ class Denoise(BaseStage):
 
     def predict(self, inputs: Mapping[str, Any], ctx: Context, x: Tensor) -> Predict:
         """The transformers behind seam A: guidance inside, whatever plugs in around it."""
+        # Read now: fingerprints hold the settings that were read, also those of a run that stops before its first step.
+        scale = ctx.settings.control_scale if "control" in inputs else 1.0
         makers = {
-            name: partial(forward_pass, name, inputs, ctx, self.attention, self.remember_text) for name in self.experts
+            name: partial(forward_pass, name, inputs, ctx, self.attention, self.remember_text, scale)
+            for name in self.experts
         }
         return wrap(classifier_free_guidance(by_expert(makers)), ctx.seams.predict)
 

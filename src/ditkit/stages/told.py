@@ -21,13 +21,15 @@ CONDITIONING = ("image_embeds", "condition", "clean_latents", "control")
 """State fields that reach the transformer, each made by a stage of its own and there only when it is needed."""
 
 
-def forward_pass(name: str, inputs: Mapping[str, Any], ctx: Context, attention: str, remember: bool) -> Predict:
+def forward_pass(
+    name: str, inputs: Mapping[str, Any], ctx: Context, attention: str, remember: bool, control_scale: float = 1.0
+) -> Predict:
     """``predict(x, step)`` of one transformer: one forward pass of the branch that the step names."""
     transformer = ctx.components[name]
     texts = _texts(transformer, inputs, ctx, remember)
     condition = _fitting(inputs, "condition", transformer.condition_channels)
     control = _fitting(inputs, "control", transformer.control_channels)
-    told: dict[str, Any] = {} if control is None else {"control": control, "control_scale": ctx.settings.control_scale}
+    told: dict[str, Any] = {} if control is None else {"control": control, "control_scale": control_scale}
     attend = wrap(ATTENTION[attention], ctx.seams.attend)
     run_blocks = wrap(transformer.run_blocks, ctx.seams.run_blocks)
 
