@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import typer
 
+from ditkit import pictures
 from ditkit.cli import show, stages
 from ditkit.cli.flags import Given, Prompt, with_settings
 from ditkit.cli.generate import open_pipe
@@ -26,10 +28,14 @@ def plan(given: Given, prompt: Prompt = None) -> None:
     """Show the resolved request, setup, stages and steps of a run; nothing is computed."""
     pipe, request, settled = open_pipe(given)
     pipe.check(request)
+    seen = pictures.read(request, {})
+    fitted = pipe.model.fit(request, seen)
+    by_image = {key: f"image {request.image}" for key in ("width", "height") if request.size_from == "image" and seen}
+    request = fitted.model_copy(update={"size_from": request.size_from})
     out = show.console()
     for title, settings in (("Request", request), ("Setup", pipe.setup)):
         out.print(show.heading(title))
-        out.print(show.table(("setting", "value", "from"), rows(settings, settled)))
+        out.print(show.table(("setting", "value", "from"), rows(settings, settled, by_image)))
     out.print(show.heading("Components"))
     places = [
         (name, pipe.setup.device_of(name), pipe.setup.dtype_of(name)) for name in COMPONENTS if name in pipe.model.parts
@@ -41,10 +47,10 @@ def plan(given: Given, prompt: Prompt = None) -> None:
     out.print(show.step_table(pipe.steps(request), whole=True))
 
 
-def rows(settings: Settings, settled: Settled) -> list[tuple[str, str, str]]:
-    """Each setting with its value and the layer that it comes from."""
+def rows(settings: Settings, settled: Settled, origins: Mapping[str, str]) -> list[tuple[str, str, str]]:
+    """Each setting with its value and where that comes from: ``origins``, else the layer that said it."""
     return [
-        (key, show.value(getattr(settings, key)), settled.explain(key)[-1][0])
+        (key, show.value(getattr(settings, key)), origins.get(key) or settled.explain(key)[-1][0])
         for key in type(settings).model_fields
         if key in FIELDS
     ]
