@@ -158,17 +158,21 @@ def require_transformer(keys: ConfigKeys, fields: Mapping[str, Any]) -> None:
     """What no shape tells, and a network of ours needs: heads that can be rotated in three parts, hints in order."""
     dim, heads, layers = fields["dim"], fields["num_heads"], fields["vace_layers"]
     width = dim // heads
-    found = f"{heads} heads for a width of {dim} (each must have an even width of at least 6)"
+    found = f"{heads} heads for a width of {dim}, where each needs an even width of at least 6"
     keys.require(dim % heads == 0 and width % 2 == 0 and width >= 6, found)
     rising = not layers or (layers[0] == 0 and sorted(set(layers)) == [*layers] and layers[-1] < fields["num_layers"])
-    found = f"vace_layers is {layers!r:.200} for {fields['num_layers']} blocks (they must rise from 0 and be among them)"
+    found = f"vace_layers is {layers!r:.200}, which does not rise from 0 within {fields['num_layers']} blocks"
     keys.require(rising, found)
+    keys.require(
+        fields["text_len"] <= LONGEST_TEXT, f"text_len is {fields['text_len']!r:.20}, and the official one is 512"
+    )
 
 
 def require_umt5(keys: ConfigKeys, fields: Mapping[str, Any]) -> None:
     """Buckets beyond a quarter of them grow with the logarithm of the distance (transformers ``modeling_umt5.py``)."""
     buckets, distance = fields["relative_attention_num_buckets"], fields["relative_attention_max_distance"]
-    keys.require(distance > buckets // 4 > 0, f"a greatest distance of {distance:.4g} for {buckets} buckets of positions")
+    found = f"a greatest distance of {distance!r:.20} for {buckets} buckets of positions"
+    keys.require(distance > buckets // 4 > 0, found)
 
 
 def require_clip(keys: ConfigKeys, fields: Mapping[str, Any]) -> None:
@@ -182,6 +186,7 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
 
 
+LONGEST_TEXT = 2**16  # rows of memory for each prompt
 IMAGE_CLAIM = "image_claim"
 """Rule: a config that claims an image branch is used for weights that have none (a 5B config with one is about)."""
 

@@ -19,7 +19,7 @@ from ditkit.setup import Setup
 
 if TYPE_CHECKING:
     from ditkit.checkpoints.hub import Hub
-    from ditkit.checkpoints.manifest import Manifest
+    from ditkit.checkpoints.manifest import Manifest, Place
     from ditkit.checkpoints.parts import Located
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -44,11 +44,17 @@ class Found:
 def find(name: str, setup: Setup | None = None) -> Found:
     """The parts of the model ``name``, opened (headers only). ``setup`` says what stands in for single parts, which
     variant of a Diffusers folder, and whether the network may be used. Raises LoadError."""
+    from ditkit.checkpoints.files import readable
+
+    with readable(f"model {name!r:.200}"):
+        return _find(name, setup or Setup(model=name))
+
+
+def _find(name: str, setup: Setup) -> Found:
     from ditkit.checkpoints.diffusers_folder import IMAGE_CLAIM
     from ditkit.checkpoints.hub import Hub, HubName
     from ditkit.checkpoints.parts import locate
 
-    setup = setup or Setup(model=name)
     hub = Hub(offline=setup.offline)
     for rule in setup.allow:
         if rule != IMAGE_CLAIM:
@@ -124,12 +130,14 @@ def _from_manifest(manifest: Manifest, setup: Setup, instead: Mapping[str, Path]
     from ditkit.checkpoints.manifest import INDEX, MODULAR
     from ditkit.checkpoints.parts import WITHOUT_WEIGHTS, assemble, locate
 
-    named = {name: place for name, place in manifest.components.items() if name not in instead}
-    places = {name: place.resolve(hub) for name, place in named.items() if name not in WITHOUT_WEIGHTS}
-    variants = {name: named[name].variant or setup.variant for name in places}
     folder = manifest.folder
-    values = _values(manifest)
     indexed = any((folder / one).is_file() for one in (INDEX, MODULAR))
+    named = {name: place for name, place in manifest.components.items() if name not in instead}
+    weights = [name for name in named if name not in WITHOUT_WEIGHTS]
+    there = [name for name in weights if not (indexed and _missing(named[name]))]  # the model says what it lacks
+    places = {name: named[name].resolve(hub) for name in there}
+    variants = {name: named[name].variant or setup.variant for name in places}
+    values = _values(manifest)
     if indexed:
         located = assemble(folder, "diffusers", {**places, **instead}, values, variants, setup.allow)
     else:
@@ -142,6 +150,13 @@ def _from_manifest(manifest: Manifest, setup: Setup, instead: Mapping[str, Path]
     verify = {name: partial(lock.verify, named[name], place) for name, place in places.items() if named[name].sha256}
     file, tables = manifest.file or folder, manifest.tables
     return Found(located, _flow_shift(notes.get("scheduler")), tables, file, _processor(notes), verify)
+
+
+def _missing(place: Place) -> bool:
+    """A component that an index names in its usual place, and whose folder is not there. Of a locked one the files are
+    named, so their place has to be right."""
+    beside = place.path is not None and place.names is None and place.written == f"./{place.component}"
+    return beside and place.path is not None and not (place.path / place.subfolder / (place.file or "")).exists()
 
 
 def _processor(notes: Mapping[Any, Path]) -> Mapping[str, Any] | None:

@@ -23,6 +23,7 @@ from ditkit.errors import LoadError
 Tensors = Mapping[str, Facts]
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
+LARGEST = 2**24  # of an axis; the largest one in use is a vocabulary of 256384. A file of no data can claim any
 HEAD_WIDTH = 128  # of every official transformer (Wan2.1 and Wan2.2 wan/configs)
 WIDTH_OF_LATENTS = {"wan_vae": 16, "wan_vae22": 48}  # whose statistics are known without a config
 CLIP_HEAD_WIDTHS = MappingProxyType({1280: 80})  # ViT-H (Wan2.1 wan/modules/clip.py)
@@ -59,8 +60,8 @@ class _Reader:
         shape = tuple(self.tensors[name].shape)
         if len(shape) != axes:
             raise self.error(f"{name} has the shape {list(shape)}, not {axes} axes")
-        if 0 in shape:
-            raise self.error(f"{name} is empty, its shape is {list(shape)}")
+        if not 0 < min(shape) <= max(shape) <= LARGEST:
+            raise self.error(f"{name} has the shape {list(shape)}, which no network has")
         return shape
 
     def tell(self, key: str, value: Any, where: str) -> Any:
@@ -86,7 +87,7 @@ def count(tensors: Mapping[str, Any], pattern: str) -> int:
     found = {match[1] for name in tensors if (match := re.match(pattern, name))}
     if gaps := {str(n) for n in range(len(found))} - found:
         blocks = pattern.replace(r"(\d+)", min(gaps, key=int)).replace("\\", "")
-        told = f"there are {len(found)} numbers of blocks, and nothing begins with {blocks}"
+        told = f"their names count {len(found)} of them, and none begins with {blocks!r}"
         raise LoadError("counting the blocks of the weights", told, "Use whole, unmodified weights")
     return len(found)
 

@@ -59,10 +59,16 @@ def inspect(
 
 def examine(path: Path, variant: str | None = None, model: str | None = None) -> dict[str, Any]:
     """The report, as plain values. Raises LoadError for what cannot be opened or recognised."""
+    from ditkit.checkpoints.files import readable
+
+    with readable(f"inspecting {path}"):
+        return _examine(packaged(path), variant, model)
+
+
+def _examine(path: Path, variant: str | None, model: str | None) -> dict[str, Any]:
     from ditkit.checkpoints.detect import recognise
     from ditkit.checkpoints.files import open_source
 
-    path = packaged(path)
     if path.is_file() and path.suffix != ".toml":
         source = open_source(path)
         found, _ = recognise(source)
@@ -78,12 +84,24 @@ def examine(path: Path, variant: str | None = None, model: str | None = None) ->
     one = len(parts) == 1 and not any((path / name).exists() for name in ("model_index.json", "ditkit.toml"))
     needs = [f"{problem.found}. {problem.do}." for problem in located.problems]
     if not one:
-        problems, needs = [*problems, *needs], []
+        problems, needs = [*problems, *needs] or _whole_problems(path, variant), []
     return {
         "path": str(path), "layout": located.layout, "task": located.task, "boundary": located.boundary,
         "expand_timesteps": located.expand_timesteps, "parts": parts, "unused": dict(located.unused),
         "needs": needs, "problems": problems, "usable": not problems,
     }  # fmt: skip
+
+
+def _whole_problems(path: Path, variant: str | None) -> list[str]:
+    """What opening the whole model would refuse beyond its parts: its index, its settings, its defaults."""
+    from ditkit.build.model import Model
+    from ditkit.setup import Setup
+
+    try:
+        Model.open(str(path), Setup(model=str(path), variant=variant, offline=True))
+    except DitkitError as error:
+        return [f"{error.found}. {error.do}."]
+    return []
 
 
 def _detected(found: Any) -> dict[str, Any]:
