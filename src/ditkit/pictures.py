@@ -5,6 +5,7 @@ Leaves out: reading single files (``media``) and what models make of them (``sta
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,18 @@ def take(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
             pixels[name] = _pixels(name, value)
             plain[name] = _name(pixels[name])
     return plain, pixels
+
+
+def placed(request: Request) -> Request:
+    """``request`` with whole paths, so that a State or a clip finds its pictures from every folder."""
+
+    def whole(path: str) -> str:
+        return path if path.startswith(IN_MEMORY) else os.path.abspath(os.path.expanduser(path))
+
+    given = {name: getattr(request, name) for name in FIELDS if getattr(request, name)}
+    return request.model_copy(
+        update={k: [*map(whole, v)] if isinstance(v, list) else whole(v) for k, v in given.items()}
+    )
 
 
 def read(request: Request, pixels: Mapping[str, Any]) -> dict[str, Any]:

@@ -101,6 +101,7 @@ class Pipe:
         """The State that a run starts from. Its request has everything filled in, the size that follows from an image
         too. ``pixels``: pictures that the request names by their hash (``pictures.take``); files are read here."""
         self.model.check(request)
+        request = pictures.placed(request)
         found = pictures.read(request, pixels or {})
         request = self.model.fit(request, found)
         prompts, negatives, seeds = zip(*self.check(request), strict=True)

@@ -58,6 +58,9 @@ def test_a_model_with_a_missing_part_cannot_be_used(models, call, report, tmp_pa
     assert said.code == 2
     assert "it cannot be used" in said.out
     assert "it needs a CLIP image encoder" in said.out
+    said = call("plan", "x", "--model", folder)
+    assert said.code == 2
+    assert f"it needs a CLIP image encoder, and there is none in {folder}/image_encoder" in said.err
 
 
 def test_one_part_is_judged_as_a_part(models, report):
@@ -77,7 +80,6 @@ def test_the_title_of_a_part_has_its_own_layout(models, call):
     assert "wan, diffusers layout; it can be used" in said.out
     said = call("inspect", models["ti2v", "native"] / "Wan2.2_VAE.pth")
     assert "wan_vae22, native layout; it can be used" in said.out
-
 
 
 def test_weights_that_would_not_load_cannot_be_used(models, report, tmp_path):
