@@ -21,7 +21,7 @@ from ditkit.contracts import Attend, RunBlocks, Step
 from ditkit.models.vace import ControlBlock, begin_control, controlled
 from ditkit.models.wan_block import Block, BlockContext, Modulation, Text, WanConfig, patches
 from ditkit.nn.attention import sdpa
-from ditkit.nn.layers import LayerNorm, Linear, timestep_sinusoid
+from ditkit.nn.layers import LayerNorm, Linear, modulation, timestep_sinusoid
 from ditkit.nn.precision import Precision, precision
 from ditkit.nn.rope import rope_table
 
@@ -34,7 +34,7 @@ class Head(nn.Module):
         patch = config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
         self.norm = LayerNorm(config.dim, config.eps)
         self.head = Linear(config.dim, patch * config.out_dim)
-        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
+        self.modulation = modulation(2, config.dim)
 
     def forward(self, x: Tensor, time: Modulation, policy: Precision) -> Tensor:
         shift, scale = time.parts(self.modulation, policy.wide)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ditkit.contracts import Attend, Site, Step
-from ditkit.nn.layers import LayerNorm, Linear, RMSNorm
+from ditkit.nn.layers import LayerNorm, Linear, RMSNorm, modulation
 from ditkit.nn.precision import Precision
 from ditkit.nn.rope import rotate
 
@@ -163,7 +163,7 @@ class Block(nn.Module):
         self.ffn = nn.Sequential(
             Linear(config.dim, config.ffn_dim), nn.GELU(approximate="tanh"), Linear(config.ffn_dim, config.dim)
         )
-        self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
+        self.modulation = modulation(6, config.dim)
 
     def forward(self, x: Tensor, ctx: BlockContext) -> Tensor:
         wide, stream, compute = ctx.precision.wide, ctx.precision.stream, ctx.precision.compute

@@ -25,6 +25,13 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def modulation(rows: int, dim: int) -> nn.Parameter:
+    """A new table [1, rows, dim], random as in the official code. Where there is no data nothing is drawn: on the meta
+    device torch would import its compiler for that, 1 to 2 seconds."""
+    table = torch.empty(1, rows, dim)
+    return nn.Parameter(table if table.is_meta else table.normal_().div_(dim**0.5))
+
+
 class LayerNorm(nn.Module):
     """Layer norm over the last axis, computed and returned in float32 (float64 stays float64)."""
 

@@ -1,4 +1,4 @@
-"""All tasks of the family through ``ditkit.load`` and the call, on tiny models: layouts, pieces of runs, neutral values.
+"""All tasks of the family through ``ditkit.load`` and the call, on tiny models: layouts, pieces of runs, neutral ones.
 
 What the pipelines compute is held against diffusers and the official code in tests/parity.
 """
