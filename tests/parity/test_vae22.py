@@ -11,10 +11,9 @@ import torch
 from reference import l2, rel
 from safetensors.torch import load_file
 
+from ditkit.checkpoints.latents import WAN22_MEAN, WAN22_STD
 from ditkit.contracts import VAE
 from ditkit.models.wan_vae22 import (
-    LATENTS_MEAN,
-    LATENTS_STD,
     WanVAE22,
     WanVAE22Config,
     average_down,
@@ -77,8 +76,8 @@ def vae() -> WanVAE22:
 
 
 def test_official_statistics():
-    torch.testing.assert_close(torch.tensor(LATENTS_MEAN), IO["norm.mean"], rtol=0, atol=0)
-    torch.testing.assert_close(1 / torch.tensor(LATENTS_STD), IO["norm.inv_std"], rtol=0, atol=0)
+    torch.testing.assert_close(torch.tensor(WAN22_MEAN), IO["norm.mean"], rtol=0, atol=0)
+    torch.testing.assert_close(1 / torch.tensor(WAN22_STD), IO["norm.inv_std"], rtol=0, atol=0)
 
 
 def test_official_size():

@@ -17,7 +17,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 PUBLIC = {
     "BaseStage", "Context", "DitkitError", "Event", "Events", "Field", "Interrupted", "Pipe", "Pipeline", "Request",
-    "Result", "Seams", "Setup", "Site", "Stage", "State", "Step", "Swap", "load",
+    "Result", "Seams", "Setup", "Site", "Stage", "State", "Step", "Swap", "load", "switch",
 }  # fmt: skip
 MILLISECONDS = {"media", "cli"}  # rooms where 1000 is the number of milliseconds in a second
 LIGHT = [
