@@ -68,7 +68,23 @@ def read(request: Request, pixels: Mapping[str, Any]) -> dict[str, Any]:
             found[name] = [_load(name, path, own) for path, own in zip(value, given, strict=True)]
         else:
             found[name] = _load(name, value, pixels.get(name))
+    _check_control(found, request.frames)
     return found
+
+
+def _check_control(found: Mapping[str, Any], frames: int) -> None:
+    """A run makes as many frames as its control video has, and as its mask has unless that is one picture."""
+    if "control_mask" in found and "control_video" not in found:
+        raise RequestError(
+            "a control mask without a control video", "there is nothing to be kept", "Give control_video as well"
+        )
+    for name, wanted in (("control_video", (frames,)), ("control_mask", (1, frames))):
+        if name in found and len(found[name]) not in wanted:
+            raise RequestError(
+                f"{name} of {len(found[name])} frames",
+                f"the run makes {frames}",
+                f"Cut it, or ask for {frames} of them",
+            )
 
 
 def tensors(pictures: Mapping[str, Any], clips: int, request: Request) -> dict[str, Tensor]:
@@ -121,6 +137,8 @@ def _pixels(name: str, value: Any) -> Any:
     if name == "control_video" and array.dtype == np.uint8 and array.ndim == 4 and array.shape[-1] == 3:
         return array
     if name == "control_mask" and array.dtype.kind == "f" and array.ndim == 3:
+        if not (array.size and array.min() >= 0 and array.max() <= 1):  # NaN is neither
+            raise RequestError(name, "it has values outside 0 to 1", "Divide a mask of 8 bits by 255")
         return array.astype(np.float32)
     wanted = "uint8 [T, H, W, 3]" if name == "control_video" else "floats [T, H, W] from 0 to 1"
     raise RequestError(f"{name} of {array.dtype} {list(array.shape)}", "it is of another form", f"Give {wanted}")

@@ -387,6 +387,9 @@ def test_control_at_scale_0_counts_for_nothing(folder, pipe, tmp_path):
         ("i2v", {"guidance_scale_2": 2.0}, "no boundary"),
         ("vace", {"control_mask": half(), "control_video": None}, "there is nothing to be kept"),
         ("vace", {"control_video": clip(1, 9), "control_mask": None}, "control_video of 9 frames"),
+        ("vace", {"control_mask": half(3)}, "control_mask of 3 frames"),
+        ("vace", {"control_mask": 255 * half()}, "outside 0 to 1"),
+        ("vace", {"control_mask": np.full((5, 32, 32), np.nan)}, "outside 0 to 1"),
     ],
 )
 def test_inputs_that_a_model_has_no_use_for(pipe, task, more, said):

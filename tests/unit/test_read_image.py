@@ -127,7 +127,7 @@ def test_no_picture(value, match):
 def test_no_file(tmp_path, pixels):
     with pytest.raises(RequestError, match="there is no such file"):
         read_image(tmp_path / "a.png")
-    with pytest.raises(RequestError, match="there is no such file"):
+    with pytest.raises(RequestError, match="that is a folder"):
         read_image(tmp_path)
     (tmp_path / "text.png").write_text("not a picture")
     with pytest.raises(RequestError, match="not a picture of a known format"):

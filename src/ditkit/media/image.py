@@ -27,7 +27,8 @@ def read_image(path: str | Path) -> np.ndarray:
 
     asked = f"reading the picture {path}"
     if not Path(path).is_file():
-        raise RequestError(asked, "there is no such file", "Check the path")
+        found = "that is a folder" if Path(path).is_dir() else "there is no such file"
+        raise RequestError(asked, found, "Check the path")
     try:
         with Image.open(path) as picture:
             picture.load()
