@@ -162,3 +162,10 @@ def test_a_folder_goes_before_a_packaged_model_of_its_name(models, report, tmp_p
     shutil.copytree(models["ti2v", "native"], tmp_path / "shapes")
     monkeypatch.chdir(tmp_path)
     assert report("shapes")[1]["task"] == "ti2v"
+
+
+def test_a_repository_is_not_downloaded_to_be_looked_at(call, tmp_path):
+    for command in (["inspect"], ["convert", tmp_path / "x", "--layout", "native"]):
+        said = call(command[0], "hf:Wan-AI/Wan2.1-T2V-1.3B@main", *command[1:])
+        assert said.code == 2
+        assert "this command looks at files on this machine only" in said.err

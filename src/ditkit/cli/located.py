@@ -8,15 +8,25 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ditkit.errors import LoadError
+
 if TYPE_CHECKING:
     from ditkit.checkpoints.parts import Located
 
 
 def packaged(path: Path) -> Path:
-    """The folder of a packaged model, when ``path`` is its name and there is nothing else of that name."""
-    from ditkit.build import MODELS
+    """The folder of a packaged model, when ``path`` is its name and there is nothing else of that name.
 
-    return path if path.exists() else MODELS.get(str(path), path)
+    Raises LoadError for a repository, which none of these commands downloads."""
+    from ditkit.checkpoints.find import MODELS
+    from ditkit.checkpoints.hub import HubName
+
+    if path.exists():
+        return path
+    if (name := HubName.parse(str(path))) is not None:
+        do = f"Download it first (hf download {name.repo}) and give its folder, or load it with --model {path}"
+        raise LoadError(f"looking into {path}", "this command looks at files on this machine only", do)
+    return MODELS.get(str(path), path)
 
 
 def located(path: Path, variant: str | None = None, *, verify: bool = False) -> Located:
