@@ -10,7 +10,13 @@ import typer
 
 from ditkit.cli import show
 
-OPTIONAL = ("transformers", "diffusers", "accelerate")
+OPTIONAL = {
+    "huggingface_hub": 'models from the hub: pip install "ditkit[hub]"',
+    "gguf": 'GGUF files: pip install "ditkit[gguf]"',
+    "diffusers": "tests only",
+    "accelerate": "tests only",
+}
+"""Packages that ditkit runs without, and what they are for."""
 
 
 def add_to(app: typer.Typer) -> None:
@@ -29,10 +35,9 @@ def software() -> list[tuple[bool, str, str]]:
     from ditkit.receipt import versions
 
     rows = [(found != "not installed", package, found) for package, found in versions().items()]
-    for package in OPTIONAL:
-        if package not in (known[1] for known in rows):
-            there = importlib.util.find_spec(package) is not None
-            rows.append((True, f"{package} (tests only)", "installed" if there else "not installed"))
+    for package, purpose in OPTIONAL.items():
+        there = importlib.util.find_spec(package) is not None
+        rows.append((True, package, f"{'installed' if there else 'not installed'} ({purpose})"))
     return rows
 
 
