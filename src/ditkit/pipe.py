@@ -1,6 +1,6 @@
 """Pipe: a model that is ready to make clips. ``ditkit.load(...)`` gives one; calling it gives a Result.
 
-A Pipe holds no state of any run; threads may share it. Leaves out: finding and filling components (``build.py``).
+A Pipe holds no state of any run; threads may share it. Leaves out: finding and filling components (``build``).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A Stage is any object with the attributes of ``Stage`` below. A Pipeline is an immutable, ordered list of stages that is
 checked when it is built. Running it threads one State through; a stage sees only the fields and components that it
-declared. Leaves out: what the stages compute (``stages/``) and where components come from (``build.py``).
+declared. Leaves out: what the stages compute (``stages/``) and where components come from (``build``).
 """
 
 from __future__ import annotations
