@@ -11,7 +11,7 @@ from torch import nn
 from ditkit.checkpoints.files import TensorFiles, open_source
 from ditkit.checkpoints.load import load_into
 from ditkit.checkpoints.prefixes import Unprefixed
-from ditkit.checkpoints.quantized import Dequantized, widened
+from ditkit.checkpoints.quantized import Dequantized
 from ditkit.errors import LoadError
 
 E4, E5 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -128,23 +128,31 @@ def test_both_spellings_and_all_shapes_of_one_scale(tmp_path, spelling, shape):
 
 
 @pytest.mark.parametrize("dtype", [E4, E5, torch.int8])
-@pytest.mark.parametrize("wanted", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("scale", [None, torch.tensor([0.0123])])
-def test_looking_codes_up_is_bit_equal_to_the_definition(dtype, wanted, scale):
-    codes = (
-        torch.randint(0, 256, (300, 301 * 2), generator=torch.Generator().manual_seed(1)).to(torch.uint8).view(dtype)
-    )
-    expected = (codes.float() * (1.0 if scale is None else scale)).to(wanted)
-    for part in (codes, codes[:, :301]):
-        found, right = widened(part, scale, wanted), expected[:, : part.shape[1]]
-        assert found.shape == right.shape
-        assert torch.equal(found.isnan(), right.isnan())
-        assert torch.equal(found.nan_to_num(), right.nan_to_num())
+@pytest.mark.parametrize("wanted", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [1.0, 0.0123])
+@pytest.mark.parametrize("shape", [(300, 602), (301, 603), (3, 5)])
+def test_looking_codes_up_is_bit_equal_to_the_definition(tmp_path, dtype, wanted, scale, shape):
+    """All codes, NaN too, in more than one piece; an odd number of them; and so few that no pairs are taken."""
+    codes = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(1)).to(torch.uint8).view(dtype)
+    source = view(tmp_path, {"a.weight": codes, **PLAIN, "a.weight_scale": torch.tensor(scale)})
+    found, right = source.cast("a.weight", wanted), (codes.float() * scale).to(wanted)
+    assert (found.dtype, found.shape) == (wanted, right.shape)
+    assert torch.equal(found.isnan(), right.isnan())
+    assert torch.equal(found.nan_to_num(), right.nan_to_num())
 
 
-def test_rows_in_many_parts():
-    codes, scale = coded(dense(300, 30_000), E4, by_row=True)
-    assert torch.equal(widened(codes, scale, torch.bfloat16), exact(codes, scale, torch.bfloat16))
+@pytest.mark.parametrize("dtype", [E4, torch.int8])
+def test_rows_in_many_pieces(tmp_path, dtype):
+    codes, scale = coded(dense(300, 3001), dtype, by_row=True)
+    source = view(tmp_path, {"a.weight": codes, **PLAIN, "a.weight_scale": scale})
+    assert torch.equal(source.cast("a.weight", torch.bfloat16), exact(codes, scale, torch.bfloat16))
+
+
+@pytest.mark.parametrize("wanted", [torch.bfloat16, torch.float32])
+def test_a_view_of_narrow_numbers_rounds_to_them_first(tmp_path, wanted):
+    codes, scale = coded(dense(), E4)
+    source = view(tmp_path, {"a.weight": codes, **PLAIN, "a.weight_scale": scale}, dtype="F16")
+    assert torch.equal(source.cast("a.weight", wanted), exact(codes, scale, torch.float16).to(wanted))
 
 
 def test_unquantised_weights_pass_and_have_no_flavour(tmp_path):

@@ -16,7 +16,7 @@ import mmap
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +24,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import IO, TYPE_CHECKING, Any
 
+from ditkit.checkpoints.source import Look, unseen
 from ditkit.errors import LoadError
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ DTYPES = MappingProxyType({
 SIZES = MappingProxyType({"F64": 8, "C64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2,
                           "I16": 2, "U16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "BOOL": 1, "I8": 1, "U8": 1})  # fmt: skip
 PAGED = 2**20  # bytes; smaller tensors come from the ordinary heap
+PIECE = 2**18  # bytes that are read at once, few enough to stay in a processor's cache
 HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors library
 OTHERS = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".gguf")  # looked at in a folder that has no safetensors
 INDEX = re.compile(r"(.+)\.safetensors\.index(?:\.(.+))?\.json")
@@ -67,11 +69,17 @@ def some(names: object, limit: int = 4) -> str:
     return ", ".join(listed[:limit]) + rest
 
 
+def printable(value: object) -> None:
+    """Raises ValueError for halves of characters, which JSON can spell and no terminal can show."""
+    json.dumps(value, ensure_ascii=False).encode()
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object from ``file``. Raises LoadError when it is missing, unreadable or not an object."""
     asked = f"reading {file}"
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
+        printable(value)
     except FileNotFoundError:
         raise LoadError(asked, "there is no such file", "Check the path, or download the model again") from None
     except OSError as error:
@@ -152,7 +160,7 @@ def _header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         metadata = dict(header.pop("__metadata__", None) or {})
         if not all(isinstance(text, str) for text in metadata.values()):
             raise ValueError("its __metadata__ holds something other than texts")
-        "".join(header).encode()  # fails for halves of characters, which no message can show
+        printable(header)
         places = sorted(
             ((*entry["data_offsets"], name, entry["dtype"], entry["shape"]) for name, entry in header.items())
         )
@@ -317,8 +325,25 @@ class StoredTensors:
         with info.file.open("rb", buffering=0) as stream:
             return self._read(stream, name, info)
 
-    def _read(self, stream: IO[bytes], name: str, info: TensorInfo) -> torch.Tensor:
-        return read(stream, name, info)
+    def _read(self, stream: IO[bytes], name: str, info: TensorInfo, look: Look = unseen) -> torch.Tensor:
+        return read(stream, name, info, look)
+
+    def cast(self, name: str, dtype: torch.dtype | None = None, look: Look = unseen) -> torch.Tensor:
+        """The tensor as ``dtype``; where that is not the stored one, it is never whole in memory as it is stored."""
+        import torch
+
+        info = self.tensors[name]
+        stored = getattr(torch, DTYPES.get(info.dtype, "uint8"))
+        if dtype is None or dtype == stored:
+            with info.file.open("rb", buffering=0) as stream:
+                return self._read(stream, name, info, look)
+        parts = self.pieces(name, stored.itemsize, PIECE)
+        return converted(parts, info.shape, dtype, lambda part, begin: part.view(stored), look)
+
+    def pieces(self, name: str, unit: int, size: int) -> Iterator[torch.Tensor]:
+        info = self.tensors[name]
+        with info.file.open("rb", buffering=0) as stream:
+            yield from read_pieces(stream, name, info, max(1, size // unit) * unit)
 
     @property
     def sha256(self) -> dict[str, str]:
@@ -353,29 +378,86 @@ class TensorFiles(StoredTensors):
         super().__init__(path, *(_sharded(path) if path.suffix == ".json" else _header(path)))
 
 
-def read(stream: IO[bytes], name: str, info: TensorInfo) -> torch.Tensor:
+def read(stream: IO[bytes], name: str, info: TensorInfo, look: Look = unseen) -> torch.Tensor:
     """The bytes of one tensor, contiguous, in memory of its own. Raises LoadError when the file ends before."""
     import torch
 
-    dtype = getattr(torch, DTYPES[info.dtype])
-    if not info.size:
-        return torch.empty(info.shape, dtype=dtype)
-    if info.size > PAGED:
-        # Pages of its own: freed after a cast, they go back at once. malloc keeps holes of up to 32 MB, and with them
-        # a load with a cast peaked at two copies.
-        tensor = torch.frombuffer(mmap.mmap(-1, info.size), dtype=dtype).reshape(info.shape)
-    else:
-        tensor = torch.empty(info.shape, dtype=dtype)
-    raw: Any = tensor.reshape(-1).view(torch.uint8).numpy()  # as bytes, because numpy has no bfloat16
-    view = memoryview(raw)
+    tensor = new(info.shape, getattr(torch, DTYPES[info.dtype]))
+    flat = tensor.reshape(-1)
+    raw, items = _raw(flat), PIECE // flat.itemsize
     stream.seek(info.start)
+    for begin in range(0, flat.numel(), items):
+        part = flat[begin : begin + items]
+        start = begin * flat.itemsize
+        _fill(stream, raw[start : start + part.nbytes], name, info)
+        look(part)
+    return tensor
+
+
+def read_pieces(stream: IO[bytes], name: str, info: TensorInfo, size: int) -> Iterator[torch.Tensor]:
+    """The bytes of one tensor in turn, uint8 [size] and the rest; the memory is used again for each."""
+    import torch
+
+    buffer = torch.empty(min(size, info.size), dtype=torch.uint8)
+    raw = _raw(buffer)
+    stream.seek(info.start)
+    for begin in range(0, info.size, size):
+        count = min(size, info.size - begin)
+        _fill(stream, raw[:count], name, info)
+        yield buffer[:count]
+
+
+def converted(
+    parts: Iterable[torch.Tensor],
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    numbers: Callable[[torch.Tensor, int], torch.Tensor],
+    look: Look = unseen,
+) -> torch.Tensor:
+    """A new tensor made of stored bytes, piece by piece. ``numbers``: (bytes, how many numbers came before) -> the
+    numbers in them, of any type; they are rounded to ``dtype`` here, once."""
+    tensor = new(shape, dtype)
+    flat, begin = tensor.reshape(-1), 0
+    for part in parts:
+        made = numbers(part, begin)
+        piece = flat[begin : begin + made.numel()]
+        piece.copy_(made.reshape(-1))
+        look(piece)
+        begin += made.numel()
+    return tensor
+
+
+def new(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """A tensor without data. A large one has pages of its own: freed, they go back at once. malloc keeps holes of up to
+    32 MB, and with them a load with a cast peaked at two copies. Private pages, because shared ones cost a third more
+    time when they are first used, and a forked process would write into its parent's weights."""
+    import torch
+
+    size = math.prod(shape) * dtype.itemsize
+    if size <= PAGED:
+        return torch.empty(tuple(shape), dtype=dtype)
+    return torch.frombuffer(mmap.mmap(-1, size, **OWN), dtype=dtype).reshape(tuple(shape))
+
+
+OWN: Mapping[str, int] = MappingProxyType(  # Windows has no such flags, and needs none
+    {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+)
+
+
+def _raw(tensor: torch.Tensor) -> memoryview:
+    import torch
+
+    data: Any = tensor.reshape(-1).view(torch.uint8).numpy()  # as bytes, because numpy has no bfloat16
+    return memoryview(data)
+
+
+def _fill(stream: IO[bytes], view: memoryview, name: str, info: TensorInfo) -> None:
     filled = 0
-    while filled < info.size:
+    while filled < len(view):
         count = stream.readinto(view[filled:])  # type: ignore[attr-defined]
         if not count:
             raise LoadError(f"reading {name} from {info.file}", "the file became shorter", "Download the file again")
         filled += count
-    return tensor
 
 
 def file_sample(file: Path, count: int = 17, length: int = 2**14) -> str:

@@ -1,6 +1,6 @@
 """GGUF files (``city96`` style for Wan, ``t5``/``t5encoder`` for UMT5): what they hold, and their blocks as numbers.
 
-Tensors of a quantised type are given as the bytes that are stored; ``dequantise`` turns them into numbers with the
+Tensors of a quantised type are given as the bytes that are stored; ``numbers_of`` turns them into numbers with the
 ``gguf`` library (``pip install "ditkit[gguf]"``), and the view ``Dequantized`` does so while streaming. The header is
 read here, because the library's reader maps the file and takes seconds and hundreds of MB for a vocabulary of 256 000
 words. Shapes are those of torch: GGUF writes them in reverse. Leaves out: writing, big-endian files, version 1, the
@@ -24,6 +24,7 @@ from typing import IO, TYPE_CHECKING, Any
 import torch
 
 from ditkit.checkpoints.files import DTYPES, StoredTensors, TensorInfo, read
+from ditkit.checkpoints.source import Look, unseen
 from ditkit.errors import LoadError, MissingDependency, nearest
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ PLAIN = ("F32", "F16", "BF16")
 BLOCKS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 """Types whose data is given as it is, and types that come in blocks."""
 ORIGINAL = "comfy.gguf.orig_shape."
-CHUNK = 2**20  # numbers that are dequantised at once
+CHUNK = 2**17  # numbers that are dequantised at once: float32, they stay in a processor's cache
 SHORT = 64  # longer lists, such as vocabularies, are left out of the metadata
 MOST_AXES = 8
 VERSIONS = (2, 3)
@@ -97,10 +98,10 @@ class GGUFFile(StoredTensors):
             tensors[name] = _info(path, header, tensor, asked)
         super().__init__(path, dict(sorted(tensors.items(), key=lambda item: item[1].start)), header.fields)
 
-    def _read(self, stream: IO[bytes], name: str, info: TensorInfo) -> Tensor:
+    def _read(self, stream: IO[bytes], name: str, info: TensorInfo, look: Look = unseen) -> Tensor:
         if info.dtype in DTYPES:
-            return read(stream, name, info)
-        return read(stream, name, TensorInfo(info.file, "U8", (info.size,), info.start, info.size))
+            return read(stream, name, info, look)
+        return read(stream, name, TensorInfo(info.file, "U8", (info.size,), info.start, info.size), look)
 
 
 @dataclass(frozen=True)
@@ -237,17 +238,16 @@ def _info(path: Path, header: _Header, tensor: _Tensor, asked: str) -> TensorInf
     return TensorInfo(path, kind, wanted, start, size)
 
 
-def dequantise(blocks: Tensor, kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """The numbers in ``blocks``, uint8 [n] of the type ``kind`` (``Q4_K``), as ``dtype`` and in ``shape``.
-
-    The library computes in float32; each result is rounded once. Only a few blocks at a time are held in float32."""
+def block_bytes(kind: str) -> tuple[int, int]:
+    """(numbers, bytes) of a block of the type ``kind``."""
     library = _library()
-    code = library.GGMLQuantizationType[kind]
-    per_block, width = library.GGML_QUANT_SIZES[code]
-    rows = blocks.numpy().reshape(-1, width)
-    numbers = torch.empty(len(rows) * per_block, dtype=dtype)
-    step = CHUNK // per_block
-    for begin in range(0, len(rows), step):
-        part = library.quants.dequantize(rows[begin : begin + step], code).reshape(-1)
-        numbers[begin * per_block : begin * per_block + part.size] = torch.from_numpy(part)
-    return numbers.reshape(shape)
+    per_block, width = library.GGML_QUANT_SIZES[library.GGMLQuantizationType[kind]]
+    return int(per_block), int(width)
+
+
+def numbers_of(blocks: Tensor, kind: str) -> Tensor:
+    """The numbers in whole ``blocks``, uint8 [n] of the type ``kind`` (``Q4_K``), as the library has them: float32."""
+    library = _library()
+    _, width = block_bytes(kind)
+    part = library.quants.dequantize(blocks.numpy().reshape(-1, width), library.GGMLQuantizationType[kind])
+    return torch.from_numpy(part).reshape(-1)

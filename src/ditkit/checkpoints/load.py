@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ditkit.checkpoints.files import DTYPES, some
-from ditkit.checkpoints.source import TensorSource
+from ditkit.checkpoints.source import TensorSource, cast, unseen
 from ditkit.errors import LoadError
 
 NOTHING: Mapping[str, str] = MappingProxyType({})
@@ -37,8 +37,7 @@ def load_into(
     ``dtype_of``: the module's full name of a tensor -> its dtype; None keeps the stored one.
     ``aliases``: second name -> first name of one parameter, in the module's names. The source may have either or both;
     both must be equal. The module has one parameter under both names afterwards.
-    ``check_finite`` refuses infinities and NaN after the cast: one more pass over the data, 10 to 50 ms
-    where reading and casting 480 MiB from the file cache takes 350 to 470 ms (one thread).
+    ``check_finite`` refuses infinities and NaN after the cast; each part is looked at just after it was read.
     Raises LoadError for unknown, missing, doubled, mis-shaped and non-float tensors, counting all of them."""
     asked = f"loading {type(module).__name__} from {source.path}"
     target, problems = _compare(module, source, names, aliases)
@@ -47,10 +46,10 @@ def load_into(
 
     with torch.inference_mode(False):  # a parameter made in inference mode could never be trained
         filled: dict[str, Tensor] = {}
-        for key, data in source:
-            name = target[key]
-            tensor = data.to(device=device, dtype=dtype_of(name))
-            if check_finite and not _all_finite(tensor):
+        for key in source.tensors:
+            name, seen = target[key], _Seen()
+            tensor = cast(source, key, dtype_of(name), seen if check_finite else unseen).to(device)
+            if not seen.all_finite:
                 raise LoadError(
                     asked, f"{key} holds infinite or undefined numbers as {tensor.dtype}", "Use other weights"
                 )
@@ -60,7 +59,7 @@ def load_into(
                 continue
             filled[name] = tensor
             _assign(module, name, tensor)
-            del data, tensor
+            del tensor
         for second, first in aliases.items():
             parent, leaf = _parent(module, second)
             setattr(parent, leaf, module.get_parameter(first))
@@ -112,13 +111,22 @@ def _compare(
     ]
 
 
-def _all_finite(tensor: Tensor) -> bool:
-    """By the least and the greatest number, which carry NaN on: many times faster than ``isfinite``, and no copy."""
-    if not tensor.is_floating_point() or not tensor.numel():
-        return True
-    if tensor.element_size() == 1:  # torch compares no 8-bit floats
-        tensor = tensor.float()
-    return all(math.isfinite(end.item()) for end in torch.aminmax(tensor))
+class _Seen:
+    """Looks at the parts of a tensor for numbers that are not finite.
+
+    A sum carries infinities and NaN on, and is one pass without a copy: many times faster than ``isfinite``, twice as
+    fast as least and greatest. A sum of finite numbers can be infinite too, so then they are looked at one by one."""
+
+    def __init__(self) -> None:
+        self.all_finite = True
+
+    def __call__(self, part: Tensor) -> None:
+        if not part.is_floating_point() or not self.all_finite:
+            return
+        if part.element_size() == 1:  # torch sums no 8-bit floats
+            part = part.float()
+        if not math.isfinite(part.sum().item()):
+            self.all_finite = bool(part.isfinite().all())
 
 
 def _match(

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 from ditkit.checkpoints.files import some
 from ditkit.checkpoints.lora import Adapter
 from ditkit.checkpoints.lora_deltas import wide
-from ditkit.checkpoints.source import Facts, TensorFacts, TensorSource
+from ditkit.checkpoints.source import Facts, Look, TensorFacts, TensorSource, cast, unseen
 from ditkit.errors import LoadError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -58,6 +59,13 @@ class Merged:
 
     def __getitem__(self, name: str) -> Tensor:
         return self._merge(name, self.source[name])
+
+    def cast(self, name: str, dtype: torch.dtype | None = None, look: Look = unseen) -> Tensor:
+        if not any(name in adapter.deltas for adapter, _ in self.adapters):
+            return cast(self.source, name, dtype, look)
+        tensor = self[name].to(dtype)
+        look(tensor.reshape(-1))
+        return tensor
 
     def _merge(self, name: str, tensor: Tensor) -> Tensor:
         changes = [(adapter, strength) for adapter, strength in self.adapters if name in adapter.deltas]

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from ditkit.checkpoints.files import some
 from ditkit.checkpoints.keys import KeyTable, Rule, Side
-from ditkit.checkpoints.source import Facts, TensorFacts, TensorSource
+from ditkit.checkpoints.source import Facts, Look, TensorFacts, TensorSource, cast, unseen
 from ditkit.errors import LoadError, nearest
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 DO = "Use the unmodified weights of one model"
@@ -78,29 +79,42 @@ class Mapped:
             yield name, self[name]
 
     def __getitem__(self, name: str) -> Tensor:
-        import torch
+        return self.cast(name)
 
+    def cast(self, name: str, dtype: torch.dtype | None = None, look: Look = unseen) -> Tensor:
+        """Each member is cast while it is read; what is done to them afterwards moves numbers and changes none."""
         piece = self._pieces[name]
-        members = [self._read(member) for member in piece.members]
+        for member in piece.members:
+            self._check_twice(member)
+        if len(piece.members) == 1:
+            return self._arranged(name, piece, cast(self.source, piece.members[0], dtype, look))
+        return self._joined(name, piece, dtype, look)
+
+    def _arranged(self, name: str, piece: _Piece, member: Tensor) -> Tensor:
         rule = piece.rule
         if rule is None or rule.renames:
-            return members[0]
-        if len(members) > 1:
-            return torch.cat(members)
+            return member
         if len(self._to(rule)) > 1:
-            return members[0].chunk(len(self._to(rule)))[piece.share].clone()  # the rest of the rows can go
+            return member.chunk(len(self._to(rule)))[piece.share].clone()  # the rest of the rows can go
         if rule.transpose:
-            return members[0].T.contiguous()
-        return members[0].reshape(self.tensors[name].shape)
+            return member.T.contiguous()
+        return member.reshape(self.tensors[name].shape)
 
-    def _read(self, member: str) -> Tensor:
+    def _joined(self, name: str, piece: _Piece, dtype: torch.dtype | None, look: Look) -> Tensor:
         import torch
 
-        tensor = self.source[member]
+        first = cast(self.source, piece.members[0], dtype, look)
+        out = torch.empty(self.tensors[name].shape, dtype=first.dtype)
+        for share, member in zip(out.chunk(len(piece.members)), piece.members, strict=True):
+            share.copy_(first if member == piece.members[0] else cast(self.source, member, dtype, look))
+        return out
+
+    def _check_twice(self, member: str) -> None:
+        import torch
+
         for second in self._twice.get(member, ()):
-            if not torch.equal(tensor, self.source[second]):
+            if not torch.equal(self.source[member], self.source[second]):
                 raise self._error(f"{second} differs from {member}, which is another name of the same tensor")
-        return tensor
 
     def _sort(self, rules: Mapping[str, Rule], side: Side) -> tuple[dict[str, list[str]], list[str], list[str]]:
         """(name in the rules -> its names in the source, ignored names, unknown names), in the order of the source."""

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from ditkit.checkpoints.files import DTYPES, HEADER_LIMIT, StoredTensors, TensorInfo, kind_of, read, some
+from ditkit.checkpoints.source import Look, unseen
 from ditkit.errors import LoadError, nearest
 
 NAMES: Mapping[torch.dtype, str] = MappingProxyType({getattr(torch, name): key for key, name in DTYPES.items()})
@@ -64,12 +65,20 @@ class PickleFile(StoredTensors):
         super().__init__(path, dict(sorted(tensors.items(), key=lambda item: item[1].start)), {})
         self.notes = note
 
-    def _read(self, stream: IO[bytes], name: str, info: TensorInfo) -> Tensor:
+    def _read(self, stream: IO[bytes], name: str, info: TensorInfo, look: Look = unseen) -> Tensor:
         if not isinstance(info, StridedInfo):
-            return read(stream, name, info)
+            return read(stream, name, info, look)
         items = info.size // getattr(torch, DTYPES[info.dtype]).itemsize
         flat = read(stream, name, TensorInfo(info.file, info.dtype, (items,), info.start, info.size))
-        return flat.as_strided(info.shape, info.stride).clone(memory_format=torch.contiguous_format)
+        tensor = flat.as_strided(info.shape, info.stride).clone(memory_format=torch.contiguous_format)
+        look(tensor.reshape(-1))
+        return tensor
+
+    def pieces(self, name: str, unit: int, size: int) -> Iterator[Tensor]:
+        if isinstance(self.tensors[name], StridedInfo):
+            yield self[name].reshape(-1).view(torch.uint8)
+        else:
+            yield from super().pieces(name, unit, size)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -8,15 +8,16 @@ Sources: Self-Forcing ``inference.py``, ComfyUI ``model_detection.py``, torch ``
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from ditkit.checkpoints.files import some
-from ditkit.checkpoints.source import Facts, TensorSource, View
+from ditkit.checkpoints.source import Facts, Look, TensorSource, View, cast, pieces, unseen
 from ditkit.errors import LoadError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -71,3 +72,9 @@ class Unprefixed(View):
 
     def __getitem__(self, name: str) -> Tensor:
         return self.source[self._names[name]]
+
+    def cast(self, name: str, dtype: torch.dtype | None = None, look: Look = unseen) -> Tensor:
+        return cast(self.source, self._names[name], dtype, look)
+
+    def pieces(self, name: str, unit: int, size: int) -> Iterator[Tensor]:
+        return pieces(self.source, self._names[name], unit, size)

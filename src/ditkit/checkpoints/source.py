@@ -7,13 +7,21 @@ and what names mean (keys.py).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
+
+Look = Callable[["Tensor"], None]
+"""Called with each part of a new tensor, flat, just after it was made: it is in the processor's cache then."""
+
+
+def unseen(part: Tensor) -> None:
+    """The look of somebody who does not want to see anything."""
 
 
 class Facts(Protocol):
@@ -63,6 +71,40 @@ class TensorSource(Protocol):
     def sketch(self) -> str:
         """One hash over headers, sizes and samples (milliseconds)."""
         ...
+
+
+@runtime_checkable
+class Casting(Protocol):
+    """A source that makes a tensor in the type that is wanted, with no copy of it in another one."""
+
+    def cast(self, name: str, dtype: torch.dtype | None = None, look: Look = unseen) -> Tensor: ...
+
+
+@runtime_checkable
+class InPieces(Protocol):
+    """A source that gives a tensor's stored bytes in turn: uint8 [k x unit], about ``size`` bytes at a time. One buffer
+    serves them all, so a piece is used before the next one is asked for."""
+
+    def pieces(self, name: str, unit: int, size: int) -> Iterator[Tensor]: ...
+
+
+def cast(source: TensorSource, name: str, dtype: torch.dtype | None = None, look: Look = unseen) -> Tensor:
+    """``source[name]`` as ``dtype`` (None: as it is stored), bit-equal to ``source[name].to(dtype)``."""
+    if isinstance(source, Casting):
+        return source.cast(name, dtype, look)
+    tensor = source[name].to(dtype)
+    look(tensor.reshape(-1))
+    return tensor
+
+
+def pieces(source: TensorSource, name: str, unit: int, size: int) -> Iterator[Tensor]:
+    """The stored bytes of a tensor as ``InPieces`` has them, or in one piece where the source can do no better."""
+    import torch
+
+    if isinstance(source, InPieces):
+        yield from source.pieces(name, unit, size)
+    else:
+        yield source[name].contiguous().reshape(-1).view(torch.uint8)
 
 
 class View:
