@@ -139,7 +139,7 @@ def _from_manifest(manifest: Manifest, setup: Setup, instead: Mapping[str, Path]
     variants = {name: named[name].variant or setup.variant for name in places}
     values = _values(manifest)
     if indexed:
-        located = assemble(folder, "diffusers", {**places, **instead}, values, variants, setup.allow)
+        located = assemble(folder, "diffusers", {**places, **instead}, values, variants, setup.allow, weights)
     else:
         variant = None if places else setup.variant
         located = locate(folder, variant, allow=setup.allow, instead={**places, **instead}, values=values)

@@ -254,15 +254,17 @@ def assemble(
     values: Mapping[str, Any],
     variants: Mapping[str, str | None] = MappingProxyType({}),
     allow: Collection[str] = (),
+    promised: Collection[str] = (),
 ) -> Located:
     """The model whose components are in ``places``, with the ``values`` of its index or manifest (``boundary_ratio``,
-    ``expand_timesteps``). ``path`` is what messages call it. Raises LoadError."""
+    ``expand_timesteps``). ``path`` is what messages call it. ``promised``: the components that its index names; one
+    that is not in ``places`` is a problem. Raises LoadError."""
     parts = {
         name: open_part(place, name, variants.get(name), allow=allow)
         for name, place in places.items()
         if name not in WITHOUT_WEIGHTS
     }
-    return _located(path, layout, parts, values)
+    return _located(path, layout, parts, values, promised=promised)
 
 
 def _diffusers(
@@ -278,7 +280,8 @@ def _diffusers(
             )
     places = {name: folder / name for name in index.components if (folder / name).is_dir()}
     variants = dict.fromkeys(places.keys() - instead.keys(), variant)
-    return assemble(folder, "diffusers", {**places, **instead}, {**index.values, **values}, variants, allow)
+    together = {**index.values, **values}
+    return assemble(folder, "diffusers", {**places, **instead}, together, variants, allow, index.components.keys())
 
 
 def _native(folder: Path, others: Mapping[str, Part], allow: Collection[str]) -> tuple[dict[str, Part], dict[str, str]]:
@@ -359,6 +362,7 @@ def _located(
     parts: Mapping[str, Part],
     values: Mapping[str, Any],
     unused: Mapping[str, str] = MappingProxyType({}),
+    promised: Collection[str] = (),
 ) -> Located:
     main = parts.get("transformer") or parts.get("transformer_2")
     task = task_of(main.config) if main else None
@@ -370,7 +374,7 @@ def _located(
     expand = values.get("expand_timesteps")
     look = _Look(path, layout, parts, unused)
     problems = [
-        *look.missing(two),
+        *look.missing(two, promised),
         *look.experts(boundary),
         *look.fits(),
     ]
@@ -395,7 +399,7 @@ class _Look:
     def problem(self, found: str, do: str) -> LoadError:
         return LoadError(f"opening the model in {self.path}", found, do)
 
-    def missing(self, two: bool) -> Iterable[LoadError]:
+    def missing(self, two: bool, promised: Collection[str] = ()) -> Iterable[LoadError]:
         needed = ["tokenizer", "text_encoder", "transformer", "vae"]
         main = self.parts.get("transformer") or self.parts.get("transformer_2")
         if main is not None and main.config.get("image_dim") is not None:
@@ -405,6 +409,10 @@ class _Look:
         for name in needed:
             if name not in self.parts:
                 yield self.problem(f"it needs {WHAT[name]}, and there is none {self.where(name)}", self.how(name, main))
+        for name in promised:
+            if name not in (*self.parts, *needed, *WITHOUT_WEIGHTS):
+                found = f"its index names the component {name}, and there is none {self.where(name)}"
+                yield self.problem(found, "Get that folder, or set it to null in the index")
 
     def where(self, name: str) -> str:
         if self.layout == "diffusers":
