@@ -14,8 +14,8 @@ from ditkit.contracts import Predict, Step
 
 
 def by_expert(makers: Mapping[str, Callable[[], Predict]]) -> Predict:
-    """``makers``: expert -> what makes its prediction. Each is called at the first step of its own, so a run that stops
-    before the second expert's steps never asks for it."""
+    """``makers``: expert -> what makes its prediction. Each is called at the first step of its own, so text is prepared
+    for an expert only in a run that comes to its steps."""
     made: dict[str, Predict] = {}
 
     def predict(x: Tensor, step: Step) -> Tensor:
