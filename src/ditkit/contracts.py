@@ -44,12 +44,14 @@ class Step:
 @dataclass(frozen=True)
 class Site:
     """Where an attention call stands: ``kind`` is ``self``, ``cross`` (text) or ``image``; ``grid`` the tokens as
-    (F, h/2, w/2); ``step`` the denoising step with its branch, None when the transformer is called outside a run."""
+    (F, h/2, w/2); ``step`` the denoising step with its branch, None when the transformer is called outside a run;
+    ``control`` whether it is VACE's control block beside that block, and not the block itself."""
 
     block: int
     kind: str
     grid: tuple[int, int, int]
     step: Step | None = None
+    control: bool = False
 
 
 class Predict(Protocol):

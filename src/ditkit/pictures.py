@@ -65,6 +65,8 @@ def read(request: Request, pixels: Mapping[str, Any]) -> dict[str, Any]:
             continue
         if name == "reference_images":
             given = pixels.get(name, [None] * len(value))
+            if len(given) != len(value):
+                raise RequestError(f"{len(given)} pictures as {name}", f"the request has {len(value)}", "Give as many")
             found[name] = [_load(name, path, own) for path, own in zip(value, given, strict=True)]
         else:
             found[name] = _load(name, value, pixels.get(name))
@@ -133,7 +135,11 @@ def _pixels(name: str, value: Any) -> Any:
 
     if name not in ("control_video", "control_mask"):
         return as_image(value)
+    if hasattr(value, "detach"):  # a tensor of any device and kind; so nothing of torch is imported here
+        value = (value.detach().float() if value.is_floating_point() else value.detach()).cpu()
     array = np.asarray(value)
+    if not array.size:
+        raise RequestError(f"{name} of {array.dtype} {list(array.shape)}", "it has no pixels", "Give another one")
     if name == "control_video" and array.dtype == np.uint8 and array.ndim == 4 and array.shape[-1] == 3:
         return array
     if name == "control_mask" and array.dtype.kind == "f" and array.ndim == 3:

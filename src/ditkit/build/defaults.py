@@ -32,4 +32,6 @@ def official(task: str, experts: int, asked: Mapping[str, Any]) -> dict[str, Any
     area = asked.get("width", 832) * asked.get("height", 480)
     if task == "i2v" and experts == 1 and area <= AREA_480P:
         found["shift"] = 3.0
+    if "guidance_scale" in asked:  # one number is for both experts, in the official code and in diffusers
+        found.pop("guidance_scale_2", None)
     return found

@@ -101,12 +101,14 @@ class Model:
         """Stands for the configs, the weights and the tokenizer, wherever they lie; a State remembers it.
 
         Made when first asked for, in milliseconds: of the weights it takes the headers, the sizes and samples of the
-        data. Full hashes are in the components' fingerprints and in the manifest. Raises LoadError."""
+        data. Full hashes are in the components' fingerprints and in the manifest. A preview decoder is left out: no clip
+        depends on it. Raises LoadError."""
         from ditkit.checkpoints.files import file_sample
 
         about = [
             [name, part.kind, dict(part.config), part.source.sketch if part.source else file_sample(vocabulary(part))]
             for name, part in sorted(self.parts.items())
+            if name != "preview_decoder"
         ]
         return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 

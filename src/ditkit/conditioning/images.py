@@ -71,7 +71,7 @@ def proportioned(images: Tensor, rows: int, columns: int) -> Tensor:
     For a last picture of another shape than the first: what Wan2.1 ``wan/first_last_frame2video.py`` documents. Its
     code mixes width and height up and never resizes, which is not repeated here."""
     scale = max(rows / images.shape[1], columns / images.shape[2])
-    height, width = round(rows / scale), round(columns / scale)
+    height, width = max(1, round(rows / scale)), max(1, round(columns / scale))
     top, left = (images.shape[1] - height) // 2, (images.shape[2] - width) // 2
     return images[:, top : top + height, left : left + width]
 
@@ -83,6 +83,10 @@ def on_white(images: Tensor, height: int, width: int, processing: str = "officia
     first brings the sides down to multiples of 8 by Lanczos."""
     check_processing(processing)
     if processing == "diffusers":
+        if min(images.shape[1:3]) < 8:
+            raise RequestError(f"a reference picture of {images.shape[2]}x{images.shape[1]}",
+                               "diffusers brings its sides down to multiples of 8, and one would be 0",
+                               "Give a larger picture, or image_processing=official")  # fmt: skip
         images = torch.stack([_pil(x, x.shape[1] // 8 * 8, x.shape[0] // 8 * 8) for x in images])
     pictures = signed(images, processing)
     if pictures.shape[-2:] == (height, width):

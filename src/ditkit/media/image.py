@@ -53,7 +53,12 @@ def as_image(value: Any) -> np.ndarray:
     if isinstance(value, str | Path):
         return read_image(value)
     if isinstance(value, Image.Image):
-        return _from_pil(value, "using a PIL image as a picture")
+        try:
+            return _from_pil(value, asked := "using a PIL image as a picture")
+        except (OSError, SyntaxError, ValueError) as error:  # its file is read only now
+            if isinstance(error, RequestError):
+                raise
+            raise RequestError(asked, f"it cannot be read ({error})", "Open it again") from None
     if hasattr(value, "detach"):  # a tensor; so nothing of torch is imported here
         value = (value.detach().float() if value.is_floating_point() else value.detach()).cpu().numpy()
     if isinstance(value, np.ndarray):

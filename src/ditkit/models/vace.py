@@ -30,10 +30,11 @@ class Control:
 
 class ControlBlock(Block):
     """A block of VACE's control branch: an ordinary one with a projection behind it, and before the first of them.
-    Its attention sites have the number of the main block that takes its hint."""
+    Its attention sites have the number of the main block that takes its hint, and ``control``."""
 
     def __init__(self, config: WanConfig, number: int):
         super().__init__(config, config.vace_layers[number])
+        self.self_attn.control = self.cross_attn.control = True
         self.before_proj = Linear(config.dim, config.dim) if number == 0 else None
         self.after_proj = Linear(config.dim, config.dim)
 

@@ -102,6 +102,8 @@ class BlockContext:
 class Attention(nn.Module):
     """Projections and the norms of queries and keys, which run over the whole width, before the heads are split."""
 
+    control = False  # for its sites: whether it is part of VACE's control branch
+
     def __init__(self, config: WanConfig, block: int):
         super().__init__()
         self.heads, self.block = config.num_heads, block
@@ -117,7 +119,7 @@ class SelfAttention(Attention):
         x = x.to(ctx.precision.compute)
         q = rotate(self.split(self.norm_q(self.q(x))), *ctx.rope).to(x.dtype)
         k = rotate(self.split(self.norm_k(self.k(x))), *ctx.rope).to(x.dtype)
-        site = Site(self.block, "self", ctx.grid, ctx.step)
+        site = Site(self.block, "self", ctx.grid, ctx.step, self.control)
         return self.o(ctx.attend(q, k, self.split(self.v(x)), site).flatten(2))
 
 
@@ -135,12 +137,12 @@ class CrossAttention(Attention):
         q = self.split(self.norm_q(self.q(x))).to(x.dtype)
         text = ctx.text
         k, v = self.keys_values(text, "cross", text.rows, lambda rows: self.norm_k(self.k(rows)), self.v)
-        out = ctx.attend(q, k, v, Site(self.block, "cross", ctx.grid, ctx.step)).flatten(2)
+        out = ctx.attend(q, k, v, Site(self.block, "cross", ctx.grid, ctx.step, self.control)).flatten(2)
         if text.image is not None:
             k, v = self.keys_values(
                 text, "image", text.image, lambda rows: self.norm_k_img(self.k_img(rows)), self.v_img
             )
-            out = out + ctx.attend(q, k, v, Site(self.block, "image", ctx.grid, ctx.step)).flatten(2)
+            out = out + ctx.attend(q, k, v, Site(self.block, "image", ctx.grid, ctx.step, self.control)).flatten(2)
         return self.o(out)
 
     def keys_values(self, text: Text, kind: str, rows: Tensor, key: Callable, value: Callable) -> tuple[Tensor, Tensor]:
