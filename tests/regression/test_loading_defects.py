@@ -483,6 +483,42 @@ def test_tensors_on_one_storage(copy):
     assert all(torch.equal(loaded[name], value) for name, value in tensors.items())
 
 
+def test_a_gguf_file_with_other_dimensions(models, tmp_path):
+    """Its shapes are written in reverse, and the five axes of the first layer in a field of their own."""
+    gguf = pytest.importorskip("gguf")
+    tensors = load_file(models("t2v", "native") / WEIGHTS)
+
+    def written(name: str, changes: dict, original=None) -> Path:
+        writer = gguf.GGUFWriter(tmp_path / name, "wan")
+        for key, value in {**tensors, **changes}.items():
+            writer.add_tensor(key, value.reshape(value.shape[0], -1).numpy() if value.ndim == 5 else value.numpy())
+            if value.ndim == 5:
+                shape = original or list(value.shape)
+                writer.add_array(f"comfy.gguf.orig_shape.{key}", shape)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return tmp_path / name
+
+    shutil.copy(models("t2v", "native") / "config.json", tmp_path)
+    assert examine(written("good.gguf", {}))["usable"]
+    turned = {"blocks.1.ffn.0.weight": tensors["blocks.1.ffn.0.weight"].T.contiguous()}
+    report = examine(written("turned.gguf", turned))
+    assert not report["usable"]
+    assert "blocks.1.ffn.0.weight has [64, 112] where the model has [112, 64]" in str(report["problems"])
+    for original in ([64, 16, 1, 2, 4], [64, -16, 1, -2, 2], [0], [10**9, 16, 1, 2, 2], [64.0, 16.0, 1.0, 2.0, 2.0]):
+        with pytest.raises(LoadError, match=r"patch_embedding.weight has the shape \[64, 64\] and the original shape"):
+            examine(written("bad.gguf", {}, original))
+    whole, chance = (tmp_path / "good.gguf").read_bytes(), random.Random(1)
+    for _ in range(60):
+        raw = bytearray(whole)
+        raw[chance.randrange(6000)] = chance.randrange(256)
+        (tmp_path / "flipped.gguf").write_bytes(raw)
+        with contextlib.suppress(DitkitError):
+            examine(tmp_path / "flipped.gguf")
+
+
 def memory() -> int:
     """The most that this process has held, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -231,11 +231,12 @@ def _info(path: Path, header: _Header, tensor: _Tensor, asked: str) -> TensorInf
         raise LoadError(asked, f"the rows of {tensor.name} {list(tensor.shape)} are no whole {kind} blocks", AGAIN)
     if start + size > header.size:
         raise LoadError(asked, f"it has {header.size} bytes and {tensor.name} ends at {start + size}", AGAIN)
-    wanted = tuple(header.fields.get(ORIGINAL + tensor.name, tensor.shape))
-    if math.prod(wanted) != count:
-        found = f"{tensor.name} has the shape {list(tensor.shape)} and the original shape {list(wanted)}"
+    wanted = header.fields.get(ORIGINAL + tensor.name, tensor.shape)
+    whole = isinstance(wanted, list | tuple) and all(type(n) is int and n >= 0 for n in wanted)
+    if not whole or math.prod(wanted) != count:
+        found = f"{tensor.name} has the shape {list(tensor.shape)} and the original shape {wanted!r:.100}"
         raise LoadError(asked, found, "Use another file")
-    return TensorInfo(path, kind, wanted, start, size)
+    return TensorInfo(path, kind, tuple(wanted), start, size)
 
 
 def block_bytes(kind: str) -> tuple[int, int]:
