@@ -50,10 +50,12 @@ class Shared:
 
 
 class Holder(Mapping[str, Any]):
-    """The components of one model, each loaded when it is first asked for and held until ``drop``."""
+    """The components of one model, each loaded when it is first asked for and held until ``drop``.
 
-    def __init__(self, shared: Shared, parts: Parts):
-        self.shared, self._parts = shared, dict(parts)
+    ``check`` is asked before a component is taken, also one that somebody else has loaded; what it raises passes."""
+
+    def __init__(self, shared: Shared, parts: Parts, check: Callable[[str], None] = lambda name: None):
+        self.shared, self._parts, self._check = shared, dict(parts), check
         self._lock = threading.Lock()
         self._keys: dict[str, Key] = {}
         self._held: dict[str, Any] = {}
@@ -67,7 +69,9 @@ class Holder(Mapping[str, Any]):
     def __getitem__(self, name: str) -> Any:
         if (found := self._held.get(name)) is not None:
             return found
-        found = self.shared.get(self.key(name), self._parts[name][1])
+        key = self.key(name)
+        self._check(name)
+        found = self.shared.get(key, self._parts[name][1])
         with self._lock:
             return self._held.setdefault(name, found)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ditkit.build.adapters import Adapters
 from ditkit.build.model import Model, vocabulary
 from ditkit.contracts import Swap
-from ditkit.errors import SetupError
+from ditkit.errors import LoadError, SetupError
 from ditkit.events import SILENT, Events
 from ditkit.setup import Setup
 from ditkit.shared import Holder, Shared
@@ -39,7 +40,9 @@ class Components(Mapping[str, Any]):
         self.holder = Holder(
             shared or Shared(),
             {name: (partial(self._key, name), partial(self._make, name)) for name in model.parts},
+            self._check,
         )
+        self._stamps = {name: self._stamp(name) for name in model.parts}
         self._lock = threading.RLock()
 
     def __getitem__(self, name: str) -> Any:
@@ -54,8 +57,28 @@ class Components(Mapping[str, Any]):
 
     def _make(self, name: str) -> Any:
         part = self.model.parts[name]
-        self.model.verify.get(name, lambda: None)()
         return LOADERS[part.kind](self, part)
+
+    def _check(self, name: str) -> None:
+        """Raises LoadError when the part is locked and its bytes are others, whoever loaded them; and when a file is
+        not the one that was opened: its tensors would be read from the places that the old header told."""
+        self.model.verify.get(name, lambda: None)()
+        now, opened = self._stamp(name), self._stamps[name]
+        if changed := sorted(file for file in opened if now.get(file) != opened[file]):
+            raise LoadError(
+                f"loading the {name} of {self.model.name}",
+                f"{changed[0]} has changed since the model was opened",
+                "Open the model again",
+            )
+
+    def _stamp(self, name: str) -> dict[str, tuple[int, int]]:
+        """Size and time of change of all files that a part is read from, LoRAs and config included."""
+        part = self.model.parts[name]
+        weights = part.source.files if part.source else (vocabulary(part),)
+        config = (part.path if part.path.is_dir() else part.path.parent) / "config.json"
+        loras = [file for adapter, _ in self.adapters.by_expert.get(name, ()) for file in adapter.source.files]
+        there = [file for file in (*weights, *loras, config) if file.exists()]
+        return {str(file): (stat.st_size, stat.st_mtime_ns) for file in there for stat in (file.stat(),)}
 
     def _key(self, name: str) -> Any:
         """What two parts must have in common to be one object. Files count by place, size and time, so a copy of a file
@@ -64,10 +87,11 @@ class Components(Mapping[str, Any]):
         source = self.source(part) if part.source else None
         files = source.files if source else [vocabulary(part)]
         stats = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-        told = [part.kind, dict(part.config), stats, source.sketch if source else "", self.setup.precision]
-        swaps = [s.fingerprint for s in self.swaps(name)] if part.kind == "wan" else []
+        told = [part.kind, dict(part.config), stats, source.sketch if source else ""]
+        if part.kind == "wan":  # the one kind that has a precision and swaps
+            told += [self.setup.precision, [s.fingerprint for s in self.swaps(name)]]
         place = [] if part.kind == "tokenizer" else [str(x) for x in self.place(name)]
-        return json.dumps([*told, swaps, place], sort_keys=True, default=list)
+        return json.dumps([*told, place], sort_keys=True, default=list)
 
     def source(self, part: Part) -> Any:
         """The tensors of a part as they are loaded: LoRAs added, where they are to be."""
@@ -93,15 +117,20 @@ class Components(Mapping[str, Any]):
         return getattr(torch, self.setup.dtype_of(name)), self.setup.device_of(name)
 
     def files(self, name: str) -> dict[str, str]:
-        """File name -> sha256 of what a part is made of, LoRAs included; they are read, the part is not loaded."""
+        """File name -> sha256 of what a part is made of, LoRAs included; they are read, the part is not loaded.
+
+        Of files with one name in different folders the second is ``NAME (2)``."""
         from ditkit.checkpoints.files import file_hash
 
         part = self.model.parts[name]
         if part.source is None:
             return {vocabulary(part).name: file_hash(vocabulary(part))}
-        adapters = [adapter.source.sha256 for adapter, _ in self.adapters.by_expert.get(name, ())]
-        beside = {file: sha256 for files in adapters for file, sha256 in files.items()}
-        return {**self.source(part).sha256, **beside}
+        found = dict(part.source.sha256)
+        for adapter, _ in self.adapters.by_expert.get(name, ()):
+            for file, sha256 in adapter.source.sha256.items():
+                names = itertools.chain([file], (f"{file} ({n})" for n in itertools.count(2)))
+                found[next(free for free in names if found.get(free, sha256) == sha256)] = sha256
+        return found
 
     def describe(self) -> dict[str, dict[str, Any]]:
         with self._lock:

@@ -17,10 +17,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ditkit.checkpoints.files import SIZES
+from ditkit.checkpoints.files import SIZES, some
 from ditkit.checkpoints.find import parts_of
+from ditkit.checkpoints.manifest import INDEX
 from ditkit.checkpoints.outputs import LAYOUTS, Layout, Plan, config_of, plan
-from ditkit.checkpoints.parts import Located, Part, locate
+from ditkit.checkpoints.parts import WITHOUT_WEIGHTS, Located, Part, locate
 from ditkit.checkpoints.source import TensorSource
 from ditkit.checkpoints.writing import SHARD_BYTES, WANTED, write_pickle, write_set
 from ditkit.errors import LoadError, OutputError, SetupError, nearest
@@ -101,12 +102,29 @@ def _check_target(src: Path, dst: Path, overwrite: bool) -> None:
     if dst.is_file() or dst.is_symlink():
         raise OutputError(asked, "it is no folder", "Choose a folder")
     try:
-        locate(dst)
+        there = locate(dst)
     except LoadError:
         if any(dst.iterdir()):
             raise OutputError(
                 asked, "it is there and holds no model", "Remove it yourself, or choose another"
             ) from None
+        return
+    if others := sorted(set(os.listdir(dst)) - _own_names(there, dst) - BESIDE):
+        raise OutputError(
+            asked, f"it holds other things too ({some(others)}), which would be lost", "Move them, or choose another"
+        )
+
+
+BESIDE = frozenset({"README.md", "LICENSE", "LICENSE.txt", "LICENSE.md", ".gitattributes", "config.json", INDEX})
+"""What stands beside a model and goes with it."""
+
+
+def _own_names(located: Located, folder: Path) -> set[str]:
+    """The entries of ``folder`` that its model consists of."""
+    parts = located.parts.values()
+    files = [*(file for part in parts if part.source for file in part.source.files), *(part.path for part in parts)]
+    inside = {file.relative_to(folder).parts[0] for file in files if file.is_relative_to(folder) and file != folder}
+    return inside | (set(WITHOUT_WEIGHTS) if located.layout == "diffusers" else set())
 
 
 def _check_outside(place: Path, src: Path, dst: Path) -> None:
@@ -203,8 +221,8 @@ def _appears(dst: Path) -> Iterator[Path]:
             os.rename(dst, old)
         try:
             os.rename(folder, dst)
-        except OSError:
-            if old.exists():
+        except BaseException:  # Ctrl-C too: the old one is deleted below
+            if old.exists() and not dst.exists():
                 os.rename(old, dst)
             raise
     except OSError as error:

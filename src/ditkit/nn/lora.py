@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ditkit.contracts import Swap
-from ditkit.errors import SetupError
+from ditkit.errors import LoadError, SetupError
 from ditkit.nn.layers import at_least_float32
 
 
@@ -140,8 +140,18 @@ def _pairs(name: str, adapters: Adapters) -> list[tuple[Tensor, Tensor, float]] 
             own = adapter.low_rank(name)
             if own is None:
                 return None
+            for down, up, _ in own:
+                _check_finite(name, down, up)
             found += [(down, up, factor * strength) for down, up, factor in own]
     return found
+
+
+def _check_finite(name: str, *tensors: Tensor) -> None:
+    """As the weights themselves are checked when they are loaded."""
+    if not all(bool(tensor.float().isfinite().all()) for tensor in tensors):
+        raise LoadError(
+            f"putting a LoRA beside {name}", "it holds infinite or undefined numbers for that", "Use another LoRA"
+        )
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -163,6 +173,7 @@ def _merge(owner: nn.Module, leaf: str, name: str, adapters: Adapters) -> None:
     for adapter, strength in adapters:
         if name in adapter.deltas:
             total.add_(adapter.added(name, plain), alpha=strength)
+    _check_finite(name, total)
     owner._parameters[leaf] = nn.Parameter(total.to(old.dtype), requires_grad=old.requires_grad)
 
 
