@@ -41,7 +41,7 @@ DTYPES = MappingProxyType({
 SIZES = MappingProxyType({"F64": 8, "C64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2,
                           "I16": 2, "U16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "BOOL": 1, "I8": 1, "U8": 1})  # fmt: skip
 PAGED = 2**20  # bytes; smaller tensors come from the ordinary heap
-PIECE = 2**18  # bytes that are read at once, few enough to stay in a processor's cache
+PIECE = 2**19  # bytes that are read at once, few enough to stay in a processor's cache
 HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors library
 OTHERS = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".gguf")  # looked at in a folder that has no safetensors
 INDEX = re.compile(r"(.+)\.safetensors\.index(?:\.(.+))?\.json")
@@ -429,8 +429,11 @@ def converted(
 
 def new(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """A tensor without data. A large one has pages of its own: freed, they go back at once. malloc keeps holes of up to
-    32 MB, and with them a load with a cast peaked at two copies. Private pages, because shared ones cost a third more
-    time when they are first used, and a forked process would write into its parent's weights."""
+    32 MB, and with them a load with a cast peaked at two copies.
+
+    The pages are private, because shared ones take a third more time, and a forked process would write into the weights
+    of its parent. They are made at once, which takes a quarter less time than one after the other, when each is first
+    written to; all of them will be."""
     import torch
 
     size = math.prod(shape) * dtype.itemsize
@@ -439,8 +442,9 @@ def new(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     return torch.frombuffer(mmap.mmap(-1, size, **OWN), dtype=dtype).reshape(tuple(shape))
 
 
-OWN: Mapping[str, int] = MappingProxyType(  # Windows has no such flags, and needs none
-    {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+FLAGS = ("MAP_PRIVATE", "MAP_ANONYMOUS", "MAP_POPULATE")  # Windows has none of them, macOS not the last
+OWN: Mapping[str, int] = MappingProxyType(
+    {"flags": sum(getattr(mmap, flag, 0) for flag in FLAGS)} if hasattr(mmap, "MAP_PRIVATE") else {}
 )
 
 
