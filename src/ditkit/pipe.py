@@ -143,10 +143,13 @@ class Pipe:
         asked.check_size(self.model.strides[1] * self.model.patch[1], self.model.strides[0])
         begun = state.get("model", {})
         if begun.get("identity", self.model.identity) != self.model.identity:
+            same = begun.get("name") == self.setup.model
             raise StateError(
                 f"running a State with model {self.setup.model}",
-                f"it was begun with another model, {begun.get('name')}",
-                "Load that one",
+                "it was begun with other files of it or with other parts"
+                if same
+                else f"it was begun with another model, {begun.get('name')}",
+                "Load it with the same files and parts" if same else "Load that one",
             )
         recorder = Recorder()
         events = Events(*self.listeners, *listeners, recorder)

@@ -15,7 +15,7 @@ from ditkit.build import Components, Model
 from ditkit.checkpoints.convert import convert
 from ditkit.checkpoints.lock import lock_file, lock_text, make_lock
 from ditkit.checkpoints.manifest import Manifest
-from ditkit.errors import LoadError, OutputError
+from ditkit.errors import LoadError, OutputError, StateError
 from ditkit.setup import Setup
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
@@ -124,3 +124,25 @@ def test_ctrl_c_between_the_two_moves_brings_the_old_model_back(folder, whole, m
         convert(whole, folder, "native", overwrite=True)
     assert (folder / WEIGHTS).is_file()
     assert sorted(x.name for x in folder.parent.iterdir()) == [folder.name]
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32])
+def test_a_lora_of_whole_numbers_without_scales_is_refused(whole, tmp_path, dtype):
+    file = tmp_path / "x.safetensors"
+    key = "diffusion_model.blocks.0.self_attn.q"
+    save_file({f"{key}.lora_A.weight": torch.ones(2, 64, dtype=dtype), f"{key}.lora_B.weight": torch.ones(64, 2),
+               f"{key}.alpha": torch.tensor(2)}, file)  # fmt: skip
+    with pytest.raises(LoadError, match=r"1 keys are stored as (I8|U8|I32), which ditkit cannot apply"):
+        ditkit.load(whole, loras=[str(file)])
+
+
+def test_a_state_of_the_same_model_with_another_part_is_told_so(whole, tmp_path):
+    size = {"width": 32, "height": 32, "frames": 5, "steps": 2}
+    first = ditkit.load(whole)
+    state = first.begin(first.model.request({"prompt": "a red circle", **size}))
+    other = tmp_path / "other.safetensors"
+    save_file({name: x + 0.01 for name, x in load_file(whole / WEIGHTS).items()}, other)
+    (tmp_path / "config.json").write_text((whole / "transformer/config.json").read_text())
+    second = ditkit.load(whole, parts={"transformer": str(other)})
+    with pytest.raises(StateError, match="begun with other files of it or with other parts"):
+        second.run(state)

@@ -30,6 +30,7 @@ from ditkit.errors import LoadError, nearest
 
 Shape = tuple[int, ...]
 Roles = Mapping[str, Key]
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # without scales, other codes stand for no numbers
 PLAIN_PARAMETERS = ("modulation", "emb_pos")  # they belong to no layer of their own
 
 ALLOWANCES: Mapping[str, str] = MappingProxyType(
@@ -231,11 +232,14 @@ class _Survey:
         found: list[Key] = []
         strange: list[str] = []
         banned: dict[str, list[str]] = {}
-        for text in self.source.tensors:
+        for text, facts in self.source.tensors.items():
             if what := refused(text):
                 banned.setdefault(what, []).append(text)
             elif key := read_key(text, names):
-                found.append(key)
+                if facts.dtype in FLOATS or key.role == "alpha":
+                    found.append(key)
+                else:
+                    banned.setdefault(f"stored as {facts.dtype}", []).append(text)
             else:
                 strange.append(text)
         for what, members in banned.items():
