@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ditkit import media, pictures, samples
-from ditkit.build import Components, Model, pipeline_of
+from ditkit.build import Components, Model, pipeline_of, placed
 from ditkit.checking import check_state
 from ditkit.contracts import Seams, Step
 from ditkit.errors import DitkitError, RequestError, SetupError, StateError
@@ -241,7 +241,7 @@ def load(
 
     Keywords are the fields of Setup. Weights are loaded when they are first needed. Parts that are the same as those of
     the pipe ``share_with`` (files, sizes, dtype, device, swaps) are the same objects. Raises LoadError, SetupError."""
-    chosen = Setup.of({**setup, "model": os.fspath(model)})
+    chosen = placed(Setup.of({**setup, "model": os.fspath(model)}))
     if chosen.threads is not None:
         import torch
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from functools import cache
+from shutil import copyfile
 
 import numpy as np
 import pytest
 import tiny
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import ditkit
 from ditkit import Seams
@@ -118,3 +120,20 @@ def test_every_attention_call_of_a_step_has_a_site_of_its_own(folder):
     ditkit.load(folder("vace"), seams=Seams(attend=(watch,)))("a", **SMALL)
     assert len(seen) == len(set(seen)) == 2 * 2 * 2 * (3 + 2)  # steps, branches, self and cross, blocks and controls
     assert {block for block, _, control, *_ in seen if control} == {0, 2}
+
+
+# --- a clip made from relative paths
+
+
+def test_a_clip_finds_its_parts_and_loras_from_every_folder(folder, request, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    copyfile(request.config.rootpath / "tests" / TAEHV, "taehv.safetensors")
+    width, low_rank = tiny.TRANSFORMER.dim, "diffusion_model.blocks.0.self_attn.q.lora"
+    save_file({f"{low_rank}_down.weight": torch.ones(2, width), f"{low_rank}_up.weight": torch.ones(width, 2)}, "l.st")
+    for name, loras in {"plain": ["l.st"], "named": ["transformer=l.st:0.5"]}.items():
+        pipe = ditkit.load(folder("t2v"), parts={"vae": "taehv.safetensors"}, loras=loras)
+        pipe("a", **SMALL).save(f"{name}.npz")
+    monkeypatch.chdir(tmp_path / "there")
+    assert all(replay(read(f"../here/{name}.npz")).identical for name in ("plain", "named"))

@@ -39,12 +39,24 @@ class Wanted:
         expert, place = (head, rest) if equals and head in (*EXPERTS, "both") else (None, text)
         file, colon, last = place.rpartition(":")
         strength = _number(last) if colon else None
-        path = Path(os.path.expanduser(place if strength is None else file))
+        path = Path(os.path.expanduser(place if strength is None else file)).absolute()
         if strength is not None and not math.isfinite(strength):
             raise SetupError(f"loras={text!r}", f"its strength is {strength}", "Give a finite number")
         if not path.exists():
             raise SetupError(f"loras={text!r}", f"there is no file {path}", "Check the path")
         return cls(text, path, 1.0 if strength is None else strength, expert)
+
+    @property
+    def placed(self) -> str:
+        """The same entry with the file's whole path."""
+        return f"{self.expert}=" * (self.expert is not None) + f"{self.path.absolute()}:{self.strength}"
+
+
+def placed(setup: Setup) -> Setup:
+    """``setup`` with whole paths of stand-in parts and LoRAs, so that a clip finds them from every folder."""
+    there = {name: Path(os.path.expanduser(where)) for name, where in setup.parts.items()}
+    parts = {name: str(path.absolute()) if path.exists() else setup.parts[name] for name, path in there.items()}
+    return setup.model_copy(update={"parts": parts, "loras": [Wanted.parse(text).placed for text in setup.loras]})
 
 
 def _number(text: str) -> float | None:

@@ -57,6 +57,10 @@ class Model:
         vae = vae_geometry(parts["vae"])
         patch = tuple(parts["transformer"].config["patch_size"])
         check_fit(str(located.path), parts, vae)
+        if setup and "image_encoder" in setup.parts and parts["transformer"].config.get("image_dim") is None:
+            raise LoadError(
+                f"opening {name} with an image_encoder", "its transformer has no image branch", "Leave the part out"
+            )
         multiple = vae.strides[1] * patch[1]
         defaults = check_defaults(found.tables.get("defaults", {}), found.file, multiple, vae.strides[0])
         rgb = check_preview(found.tables.get("preview"), found.file, vae.z_dim)
@@ -101,8 +105,8 @@ class Model:
         """Stands for the configs, the weights and the tokenizer, wherever they lie; a State remembers it.
 
         Made when first asked for, in milliseconds: of the weights it takes the headers, the sizes and samples of the
-        data. Full hashes are in the components' fingerprints and in the manifest. A preview decoder is left out: no clip
-        depends on it. Raises LoadError."""
+        data. Full hashes are in the components' fingerprints and in the manifest. A preview decoder is left out, as no
+        clip depends on it. Raises LoadError."""
         from ditkit.checkpoints.files import file_sample
 
         about = [
