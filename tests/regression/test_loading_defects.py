@@ -129,6 +129,21 @@ def test_r17_one_renamed_tensor_fails_the_load(copy, layout, component, number):
     refused(folder)
 
 
+@pytest.mark.parametrize(("layout", "component"), FILES)
+@pytest.mark.parametrize("lost", [True, False])
+def test_r17_a_tensor_that_is_lost_and_one_too_many(copy, layout, component, lost):
+    """Each for itself: a renamed tensor is both, and one of the two checks would find it."""
+    folder = copy("i2v", layout)
+    tensors = tensors_of(folder / FILES[layout, component])
+    name = next(name for name in sorted(tensors, reverse=True) if name.endswith(".weight") and "textual" not in name)
+    if lost:
+        tensors.pop(name)
+    else:
+        tensors[name.replace(".weight", ".wait")] = tensors[name].clone()
+    store(tensors, folder / FILES[layout, component])
+    refused(folder)
+
+
 def test_r17_an_image_encoder_is_loaded_whole_or_not_at_all(copy):
     """The image-to-video fork of a predecessor "loaded" CLIP without one name that fitted, and it stayed random."""
     folder = copy("i2v")
