@@ -146,3 +146,21 @@ def test_a_state_of_the_same_model_with_another_part_is_told_so(whole, tmp_path)
     second = ditkit.load(whole, parts={"transformer": str(other)})
     with pytest.raises(StateError, match="begun with other files of it or with other parts"):
         second.run(state)
+
+
+def test_relative_paths_outlive_a_change_of_folder(whole, tmp_path, monkeypatch):
+    lora(tmp_path / "x.safetensors")
+    vae = whole / "vae"
+    (tmp_path / "vae").symlink_to(vae)
+    (tmp_path / "m").symlink_to(whole)
+    monkeypatch.chdir(tmp_path)
+    pipe = ditkit.load("m", parts={"vae": "vae"}, loras=["x.safetensors"])
+    monkeypatch.chdir("/")
+    assert pipe.components["transformer"] is not None
+    assert pipe.components["vae"] is not None
+
+
+def test_a_part_that_no_stage_would_use_is_refused(whole, tmp_path):
+    i2v = tiny.write(tmp_path / "i2v", "i2v")
+    with pytest.raises(LoadError, match="its transformer has no image branch"):
+        ditkit.load(whole, parts={"image_encoder": str(i2v / "image_encoder")})

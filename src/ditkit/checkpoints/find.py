@@ -94,7 +94,7 @@ def _path(name: str) -> Path:
             f"there is no folder, no file and no model of that name{nearest(name, MODELS)}",
             f"Give a folder or file of Wan weights, hf:OWNER/NAME, or one of {', '.join(MODELS)}",
         )
-    return MODELS.get(name, Path(place))
+    return MODELS.get(name, Path(place).absolute())  # weights are read later, maybe from another working folder
 
 
 def _place(where: str, hub: Hub, component: str) -> Path:
@@ -104,7 +104,7 @@ def _place(where: str, hub: Hub, component: str) -> Path:
 
     if HubName.parse(where) is not None:
         return place_of(component, where).pin(hub).resolve(hub)
-    path = Path(os.path.expanduser(where))
+    path = Path(os.path.expanduser(where)).absolute()
     if not path.exists():
         raise LoadError(f"{component}={where}", "there is nothing of that name", "Check the path")
     return path
