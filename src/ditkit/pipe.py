@@ -212,10 +212,11 @@ class Pipe:
     def _manifests(self, state: State, receipt: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
         columns = zip(state["prompt"], state["negative_prompt"], state["seed"], state["video"].numpy(), strict=True)
         together = state["request"]["batched"] and samples.count(state) > 1
-        seen = {n: digest(state[n] if together else state[n][:1]) for n in pictures.FIELDS if n in state}
+        pictured = [name for name in pictures.FIELDS if name in state]
         for i, (prompt, negative, seed, video) in enumerate(columns):
             # A batch rounds otherwise than a clip alone: to be made again bit for bit, all of it has to be.
             sample = {} if together else {"prompt": prompt, "negative_prompt": negative, "seed": seed, "batched": False}
+            seen = {n: digest(state[n] if together else state[n][i : i + 1]) for n in pictured}
             yield manifest(
                 self.setup.model,
                 self.setup.model_dump(),

@@ -137,3 +137,19 @@ def test_a_clip_finds_its_parts_and_loras_from_every_folder(folder, request, tmp
         pipe("a", **SMALL).save(f"{name}.npz")
     monkeypatch.chdir(tmp_path / "there")
     assert all(replay(read(f"../here/{name}.npz")).identical for name in ("plain", "named"))
+
+
+def test_each_clip_of_a_state_names_its_own_picture(pipe):
+    plain, pixels = ditkit.pictures.take({"prompt": ["a", "b"], "image": noise(40, 56, 3), **SMALL})
+    state = pipe("i2v").begin(pipe("i2v").model.request(plain), pixels)
+    other = 255 - state["image"][1:]
+    result = pipe("i2v").run(state.with_fields({"image": torch.cat([state["image"][:1], other])}))
+    alone = pipe("i2v")("b", image=other[0], **SMALL)
+    assert np.array_equal(result.videos[1], alone.video)
+    assert result.manifests[1]["inputs"] == alone.manifests[0]["inputs"] != result.manifests[0]["inputs"]
+
+
+@pytest.mark.parametrize("task", ["t2v", "vace"])
+def test_no_size_follows_from_an_image_that_a_model_does_not_take(pipe, task):
+    with pytest.raises(RequestError, match="size_from"):
+        pipe(task)("a", size_from="image", **SMALL)

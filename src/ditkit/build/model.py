@@ -153,6 +153,8 @@ class Model:
             from ditkit.models.clip import check_processor
 
             check_processor(self.processor, self.parts["image_encoder"].config["image_size"])
+        if request.size_from == "image" and "image" not in INPUTS[self.task]:
+            raise RequestError(f"{asked} with size_from=image", "its model takes no image", "Give width and height")
         if request.control_scale != 1 and self.task != "vace":
             raise RequestError(f"{asked} with control_scale", "its model takes no control", "Leave it out")
 
