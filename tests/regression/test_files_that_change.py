@@ -15,6 +15,7 @@ from ditkit.build import Components, Model
 from ditkit.checkpoints.convert import convert
 from ditkit.checkpoints.lock import lock_file, lock_text, make_lock
 from ditkit.checkpoints.manifest import Manifest
+from ditkit.cli.main import main
 from ditkit.errors import LoadError, OutputError, StateError
 from ditkit.setup import Setup
 
@@ -164,3 +165,14 @@ def test_a_part_that_no_stage_would_use_is_refused(whole, tmp_path):
     i2v = tiny.write(tmp_path / "i2v", "i2v")
     with pytest.raises(LoadError, match="its transformer has no image branch"):
         ditkit.load(whole, parts={"image_encoder": str(i2v / "image_encoder")})
+
+
+def test_one_good_part_beside_a_damaged_one_cannot_be_used(whole, tmp_path, capsys):
+    folder = tmp_path / "native"
+    folder.mkdir()
+    shutil.copy(whole / "vae/diffusion_pytorch_model.safetensors", folder / "vae.safetensors")
+    shutil.copy(whole / "vae/config.json", folder)
+    assert main(["inspect", str(folder)]) == 0
+    (folder / "transformer.safetensors").write_bytes((whole / WEIGHTS).read_bytes()[:-1])
+    assert main(["inspect", str(folder)]) == 2
+    assert "transformer.safetensors: it has" in " ".join(capsys.readouterr().out.split())

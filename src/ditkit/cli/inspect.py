@@ -81,7 +81,8 @@ def _examine(path: Path, variant: str | None, model: str | None) -> dict[str, An
     located = find_parts(path, variant)
     parts = {name: _part(part) for name, part in located.parts.items()}
     problems = [f"{name}: {problem}" for name, about in parts.items() for problem in about.pop("problems")]
-    one = len(parts) == 1 and not any((path / name).exists() for name in ("model_index.json", "ditkit.toml"))
+    whole = located.unused or any((path / name).exists() for name in ("model_index.json", "ditkit.toml"))
+    one = len(parts) == 1 and not whole  # a damaged file beside one good part is no folder of that part
     needs = [f"{problem.found}. {problem.do}." for problem in located.problems]
     if not one:
         problems, needs = [*problems, *needs] or _whole_problems(path, variant), []
