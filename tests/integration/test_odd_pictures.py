@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from functools import cache
 from shutil import copyfile
 
@@ -153,3 +154,16 @@ def test_each_clip_of_a_state_names_its_own_picture(pipe):
 def test_no_size_follows_from_an_image_that_a_model_does_not_take(pipe, task):
     with pytest.raises(RequestError, match="size_from"):
         pipe(task)("a", size_from="image", **SMALL)
+
+
+def test_naming_a_long_control_video_takes_no_memory_to_speak_of():
+    video = np.zeros((40, 120, 160, 3), np.uint8)
+    tracemalloc.start()
+    _, pixels = ditkit.pictures.take({"control_video": video})
+    assert tracemalloc.get_traced_memory()[1] < 1.2 * video.nbytes
+    tracemalloc.stop()
+    names = [
+        ditkit.pictures.take({"control_video": x})[0]["control_video"] for x in (video, video[:, ::-1], video[:20])
+    ]
+    assert names[0] == names[1] != names[2]
+    assert pixels["control_video"] is video
