@@ -196,3 +196,29 @@ def test_stand_ins_that_cannot_be(model, tmp_path):
     wrong = GOLDEN / "vae/wan22/Wan2.2_VAE.safetensors"
     with pytest.raises(LoadError, match="latent channels"):
         ditkit.load(model, parts={"vae": str(wrong)})
+
+
+def test_one_of_several_state_dicts_is_named(model, plain, tmp_path):
+    """Training checkpoints that no rule knows: the user says which weights are meant, and which they were is told."""
+    one, other = weights(), {name: x * 0.5 for name, x in weights().items()}
+    file = tmp_path / "run #3.pt"
+    torch.save({"student": one, "teacher": other}, file)
+    configured(file, model)
+    with pytest.raises(LoadError, match=r"2 state dicts .*FILE#ENTRY"):
+        ditkit.load(model, parts={"transformer": str(file)})
+    student = ditkit.load(model, parts={"transformer": f"{file}#student"})
+    teacher = ditkit.load(model, parts={"transformer": f"{file}#teacher"})
+    assert student(**REQUEST).state["latents"].equal(plain(**REQUEST).state["latents"])
+    assert not teacher(**REQUEST).state["latents"].equal(plain(**REQUEST).state["latents"])
+    assert student.model.identity != teacher.model.identity
+    with pytest.raises(LoadError, match="did you mean 'teacher'"):
+        ditkit.load(model, parts={"transformer": f"{file}#teachr"})
+
+
+def test_what_a_bare_vae_does_not_say_is_told(model, tmp_path):
+    """A VAE trained anew has other statistics; without its config the colours would be wrong and nobody would know."""
+    lone = tmp_path / "vae.safetensors"
+    save_file(tiny.vae().state_dict(), lone)
+    (note,) = ditkit.load(model, parts={"vae": str(lone)}).model.parts["vae"].notes
+    assert "the official ones are taken" in note
+    assert ditkit.load(model).model.parts["vae"].notes == ()

@@ -238,7 +238,7 @@ def test_several_entries_must_be_told_apart(tmp_path):
     value = {"model": {"w": torch.zeros(2)}, "ema": {"w": torch.ones(2), "v": torch.ones(1)}, "step": 3}
     path = saved(tmp_path, value)
     assert entries(path) == {"model": 1, "ema": 2}
-    refused(path, "it holds 2 state dicts (ema, model)", "Name one of them as the entry")
+    refused(path, "it holds 2 state dicts (ema, model)", "Name one of them: FILE#ENTRY")
     assert torch.equal(open_source(path, entry="ema")["w"], torch.ones(2))
 
 

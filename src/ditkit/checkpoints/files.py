@@ -151,7 +151,8 @@ def _header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             if size < 8:
                 raise LoadError(asked, f"it has only {size} bytes", again)
             if length > min(size - 8, HEADER_LIMIT):
-                raise LoadError(asked, f"it has {size} bytes, too few for a header of {length}", again)
+                found = f"it has {size} bytes, too few for a header of {length}"
+                raise LoadError(asked, f"it is no safetensors file, or it is damaged ({found})", again)
             raw = stream.read(length)
     except OSError as error:
         raise LoadError(asked, f"it cannot be read ({error.strerror})", "Check the file and its permissions") from None
@@ -276,12 +277,23 @@ def _resolve(path: str | Path, variant: str | None) -> Path:
     return path
 
 
+def split_entry(path: Path) -> tuple[Path, str | None]:
+    """``FILE#ENTRY`` names one of the state dicts of a training checkpoint; a file of that whole name comes first."""
+    file, mark, entry = path.name.rpartition("#")
+    if mark and file and entry and not os.path.exists(path) and path.with_name(file).is_file():
+        return path.with_name(file), entry
+    return path, None
+
+
 def open_source(path: str | Path, variant: str | None = None, entry: str | None = None) -> StoredTensors:
     """The tensors of a file of any known format, or of the one file or set of shards that ``path``, a folder, holds.
 
-    ``variant`` selects among the sets of a folder, ``entry`` among the state dicts of a training checkpoint of torch.
+    ``variant`` selects among the sets of a folder, ``entry`` among the state dicts of a training checkpoint of torch
+    (``FILE#ENTRY`` says the same).
     What is given holds what the file stores: quantised weights are quantised still (``Dequantized``), names have their
     prefixes (``Unprefixed``). Raises LoadError; MissingDependency for a GGUF file without the gguf library."""
+    if entry is None:
+        path, entry = split_entry(Path(path))
     path = _resolve(path, variant)
     kind = kind_of(path)
     if kind in ("torch", "old torch"):

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ditkit.checkpoints.files import split_entry
 from ditkit.errors import LoadError, SetupError, nearest
 from ditkit.setup import Setup
 
@@ -88,7 +89,8 @@ def parts_of(path: Path, variant: str | None = None, *, verify: bool = False) ->
 
 def _path(name: str) -> Path:
     place = os.path.expanduser(name)
-    if name not in MODELS and not (name and os.path.exists(place)):  # exists takes any text; Path.exists does not
+    file = split_entry(Path(place))[0] if "\0" not in place else place
+    if name not in MODELS and not (name and os.path.exists(file)):  # exists takes any text; Path.exists does not
         raise LoadError(
             f"model {name!r}",
             f"there is no folder, no file and no model of that name{nearest(name, MODELS)}",
@@ -105,7 +107,7 @@ def _place(where: str, hub: Hub, component: str) -> Path:
     if HubName.parse(where) is not None:
         return place_of(component, where).pin(hub).resolve(hub)
     path = Path(os.path.expanduser(where)).absolute()
-    if not path.exists():
+    if not split_entry(path)[0].exists():
         raise LoadError(f"{component}={where}", "there is nothing of that name", "Check the path")
     return path
 

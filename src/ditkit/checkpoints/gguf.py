@@ -239,6 +239,13 @@ def _info(path: Path, header: _Header, tensor: _Tensor, asked: str) -> TensorInf
     return TensorInfo(path, kind, tuple(wanted), start, size)
 
 
+def keep_heap() -> None:
+    """Lets malloc keep what it got for the library's temporary arrays. As it starts, it gives them back to the system
+    after each piece, and new pages take longer than the arithmetic. Freeing something large once is how glibc learns
+    better (``M_MMAP_THRESHOLD`` in mallopt(3)); elsewhere it does nothing."""
+    torch.empty(2**24, dtype=torch.uint8)
+
+
 def block_bytes(kind: str) -> tuple[int, int]:
     """(numbers, bytes) of a block of the type ``kind``."""
     library = _library()

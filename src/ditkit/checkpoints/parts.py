@@ -17,7 +17,7 @@ from typing import Any
 
 from ditkit.checkpoints.detect import Detected, bare, recognise
 from ditkit.checkpoints.diffusers_folder import read_index
-from ditkit.checkpoints.files import INDEX, OTHERS, open_source, read_json, read_shards, readable, some
+from ditkit.checkpoints.files import INDEX, OTHERS, open_source, read_json, read_shards, readable, some, split_entry
 from ditkit.checkpoints.keys import table_of
 from ditkit.checkpoints.layouts import SIZES, config_of, kind_of_config, task_of
 from ditkit.checkpoints.mapped import Mapped
@@ -142,8 +142,15 @@ def _part(
     return Part(
         component or COMPONENT_OF[found.kind], found.kind, source.path, MappingProxyType(config),
         under_module_names(view, found.kind, found.layout, config), found.layout, found.quantization, found,
-        notes_of(view),
+        (*notes_of(view), *_assumed(found, beside)),
     )  # fmt: skip
+
+
+def _assumed(found: Detected, beside: tuple[Path, dict[str, Any], bool] | None) -> list[str]:
+    """What neither the tensors nor a config say."""
+    if found.kind not in ("wan_vae", "wan_vae22") or (beside is not None and kind_of_config(beside[1]) is not None):
+        return []
+    return ["no config says the mean and the std of its latents; the official ones are taken"]
 
 
 def under_module_names(view: TensorSource, kind: str, layout: str, config: Mapping[str, Any]) -> TensorSource:
@@ -228,6 +235,7 @@ def _locate(
     allow: Collection[str],
     asked: str,
 ) -> Located:
+    path, entry = split_entry(path)
     if not path.exists():
         raise LoadError(asked, "there is no such file or folder", "Check the path")
     if not path.is_dir() and not path.is_file():
@@ -241,7 +249,7 @@ def _locate(
         raise LoadError(asked, f"variant {variant!r} was given and it has no model_index.json", "Leave it out")
     others = {name: open_part(place, name, allow=allow) for name, place in instead.items()}
     if path.is_file():
-        part = open_part(path, None, allow=allow)
+        part = open_part(path, None, entry=entry, allow=allow)
         return _located(path, "file", {part.component: part, **others}, values)
     parts, unused = _native(path, others, allow)
     return _located(path, "native", parts, values, unused)

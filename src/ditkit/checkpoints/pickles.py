@@ -106,7 +106,7 @@ def _select(known: tuple[str, ...], entry: str | None, asked: str) -> tuple[str,
         return known[0], ()
     if chosen := RULES.get(frozenset(known)):
         return chosen, (f"the entry {chosen} of {some(known)} was taken, as the official inference code does",)
-    raise LoadError(asked, f"it holds {len(known)} state dicts ({some(known)})", "Name one of them as the entry")
+    raise LoadError(asked, f"it holds {len(known)} state dicts ({some(known)})", "Name one of them: FILE#ENTRY")
 
 
 def _state_dicts(value: Any, path: str = "") -> Iterator[tuple[str, Mapping[str, Tensor]]]:

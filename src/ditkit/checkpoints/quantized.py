@@ -115,6 +115,7 @@ class Dequantized(View):
     def _from_blocks(self, name: str, facts: Facts, dtype: torch.dtype, look: Look) -> Tensor:
         from ditkit.checkpoints import gguf
 
+        gguf.keep_heap()
         count, width = gguf.block_bytes(facts.dtype)
         parts = pieces(self.source, name, width, gguf.CHUNK // count * width)
         return converted(parts, facts.shape, dtype, lambda part, begin: gguf.numbers_of(part, facts.dtype), look)

@@ -99,7 +99,9 @@ def _whole_problems(path: Path, variant: str | None) -> list[str]:
     from ditkit.setup import Setup
 
     try:
-        Model.open(str(path), Setup(model=str(path), variant=variant, offline=True))
+        model = Model.open(str(path), Setup(model=str(path), variant=variant, offline=True))
+        for check in model.verify.values():  # of a locked manifest: every byte is read
+            check()
     except DitkitError as error:
         return [f"{error.found}. {error.do}."]
     return []
