@@ -14,7 +14,7 @@ import math
 import shutil
 import statistics
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,10 +90,11 @@ from diffusers import WanTransformer3DModel
 if {library!r}:
     __import__({library!r})
 begin()
+how = {{"torch_dtype": torch.bfloat16, "disable_mmap": {own_memory!r}}}
 if path.is_dir():
-    module = WanTransformer3DModel.from_pretrained(path, torch_dtype=torch.bfloat16)
+    module = WanTransformer3DModel.from_pretrained(path, **how)
 else:
-    module = WanTransformer3DModel.from_single_file(str(path), config={config!r}, torch_dtype=torch.bfloat16)
+    module = WanTransformer3DModel.from_single_file(str(path), config={config!r}, **how)
 end(list(module.parameters()))
 """
 )
@@ -266,14 +267,17 @@ def rows(work: Path, size: str, repeats: int, threads: int, clock: str) -> Itera
         folder = work / "loading"
         folder.mkdir(parents=True)
         try:
-            yield from figures(layout, folder, source, config, repeats, threads, clock)
+            found = measured(layout, folder, source, config, repeats, threads)
         finally:
             shutil.rmtree(folder)
+        yield from as_rows(layout, found, clock)
 
 
-def figures(
-    layout: Layout, folder: Path, source: View, config: WanConfig, repeats: int, threads: int, clock: str
-) -> Iterator[Row]:
+Found = dict[str, list[dict[str, Any]]]
+
+
+def measured(layout: Layout, folder: Path, source: View, config: WanConfig, repeats: int, threads: int) -> Found:
+    """What the children of each side have printed."""
     path = layout.write(folder, source, config)
     beside = folder / "config"
     beside.mkdir()
@@ -281,22 +285,30 @@ def figures(
     held = sum(2 * math.prod(facts.shape) for facts in source.tensors.values())
     values = {"path": str(path), "config": str(beside), "threads": threads, "library": layout.library}
     values["ballast"] = held * 9 // 4 // 4096 * 4096
-    sides = {"read": READ, "ours": OURS, **({"theirs": THEIRS} if layout.rival else {})}
-    found: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+    sides = {"read": READ.format(**values), "ours": OURS.format(**values)}
+    if layout.rival:
+        sides |= {side: THEIRS.format(**values, own_memory=side == "own") for side in ("mapped", "own")}
+    found: Found = {side: [] for side in sides}
     for turn in range(repeats + 1):  # the first one fills the caches and is left out
         for side in list(sides)[:: 1 if turn % 2 == 0 else -1]:
-            taken = json.loads(run(sides[side].format(**values), threads).splitlines()[-1])
+            taken = json.loads(run(sides[side], threads).splitlines()[-1])
             if turn:
                 found[side].append(taken)
+    return found
+
+
+def as_rows(layout: Layout, found: Found, clock: str) -> Iterator[Row]:
     seconds = {side: [one[clock] for one in taken] for side, taken in found.items()}
     peaks = {side: [one["peak"] / 1e6 for one in taken] for side, taken in found.items()}
     weights = found["ours"][0]["weights"] / 1e6
-    file_bytes = found["read"][0]["weights"] / 1e6
-    row = compared(READING, layout.name, "s", seconds["ours"], seconds["read"], note=f"{file_bytes:.0f} MB of files")
-    yield row if layout.wide else Row(**{**vars(row), "limit": None})
+    files = found["read"][0]["weights"] / 1e6
+    row = compared(READING, layout.name, "s", seconds["ours"], seconds["read"], f"{files:.0f} MB of files")
+    yield replace(row, limit=1.2 if layout.wide else None)
     if layout.rival:
-        yield compared(BESIDE, f"{layout.name}: time", "s", seconds["ours"], seconds["theirs"])
-        yield compared(BESIDE, f"{layout.name}: peak", "MB", peaks["ours"], peaks["theirs"])
-    shares = sorted(peak / weights for peak in peaks["ours"])
-    note = f"{statistics.median(peaks['ours']):.0f} MB, weights {weights:.0f} MB"
+        yield compared(BESIDE, f"{layout.name}: time", "s", seconds["ours"], seconds["mapped"])
+        yield compared(BESIDE, f"{layout.name}: time, disable_mmap", "s", seconds["ours"], seconds["own"])
+        yield compared(BESIDE, f"{layout.name}: peak", "MB", peaks["ours"], peaks["mapped"])
+        yield compared(BESIDE, f"{layout.name}: peak, disable_mmap", "MB", peaks["ours"], peaks["own"])
+    shares = [peak / weights for peak in peaks["ours"]]
+    note = f"{statistics.median(peaks['ours']):.0f} MB for weights of {weights:.0f} MB"
     yield Row(PEAK, layout.name, "x", statistics.median(shares), limit=1.15, samples={"ours": shares}, note=note)
