@@ -35,7 +35,7 @@ SIZES: Mapping[str, WanConfig] = {
 }
 PREFIX = "model.diffusion_model."
 SCALE = 0.02  # of the random weights
-READING, BESIDE, PEAK = "loading, beside reading the files once", "loading, beside diffusers", "loading, peak memory"
+READING, BESIDE, PEAK = "loading, beside reading the files", "loading, beside diffusers", "loading, peak memory"
 
 # What the children share. Memory that was never used comes from the host of a virtual machine, slowly, when it is
 # first touched: so each child touches as much as it will need, gives it back, and begins to count afterwards.
@@ -79,7 +79,7 @@ if {library!r}:
 begin()
 parts = {{"transformer": open_part(path)}}
 model = Model("x", path, parts, "t2v", None, {{}}, None, (4, 8, 8), (1, 2, 2))
-module = Components(model, Setup(dtype="bfloat16", device="cpu"))["transformer"]
+module = Components(model, Setup(dtype="bfloat16", device="cpu", precision="diffusers"))["transformer"]
 end(list(module.parameters()))
 """
 )

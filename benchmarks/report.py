@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import platform
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
@@ -73,6 +74,8 @@ def cells(row: Row) -> tuple[str, ...]:
 
 
 HEAD = ("", "ditkit", "diffusers", "ratio (range)", "target", "met")
+OTHERS = {"loading, beside reading the files": "reading"}
+"""Groups that are not compared with diffusers -> what they are compared with."""
 
 
 def show(rows: Sequence[Row], facts: dict[str, Any]) -> None:
@@ -122,13 +125,34 @@ def markdown(rows: Sequence[Row], facts: dict[str, Any]) -> str:
         f"- Targets met: {sum(met)} of {len(met)}",
         "",
     ]
-    group = None
-    for row in rows:
-        if row.group != group:
-            group = row.group
-            lines += ["", f"## {group[0].upper()}{group[1:]}", "", "| " + " | ".join(HEAD) + " |"]
-            lines += ["|---" + "|---:" * 4 + "|:---:|"]
-        lines.append("| " + " | ".join(cells(row)) + " |")
-        if row.note:
-            lines[-1] = lines[-1].replace(row.name, f"{row.name} ({row.note})", 1)
+    for group in dict.fromkeys(row.group for row in rows):
+        lines += ["", *section(group, rows)]
     return "\n".join(lines).replace("\n\n\n", "\n\n") + "\n"
+
+
+def section(group: str, rows: Sequence[Row], taken: str = "") -> list[str]:
+    """The heading and the table of a group; ``taken`` says when, where that is not said for the whole page."""
+    head = [OTHERS.get(group, text) if text == "diffusers" else text for text in HEAD]
+    lines = [f"## {group[0].upper()}{group[1:]}", "", *([taken, ""] if taken else [])]
+    lines += ["| " + " | ".join(head) + " |", "|---" + "|---:" * 4 + "|:---:|"]
+    for row in rows:
+        if row.group == group:
+            name, *rest = cells(row)
+            lines.append("| " + " | ".join([f"{name} ({row.note})" if row.note else name, *rest]) + " |")
+    return lines
+
+
+def renewed(page: str, rows: Sequence[Row], facts: dict[str, Any]) -> str:
+    """A page whose sections of these groups are of this run; the others stay as they are."""
+    taken = (
+        f"Taken on {facts['date']} with ditkit {facts['versions']['ditkit']}; threads: {facts['threads']}, "
+        f"clock: {facts['clock']}, load average at the start: {facts['load_before']}."
+    )
+    top, *old = re.split(r"(?m)^(?=## )", page)
+    sections = {text.splitlines()[0]: text.rstrip() + "\n" for text in old}
+    for group in dict.fromkeys(row.group for row in rows):
+        lines = section(group, rows, taken)
+        sections[lines[0]] = "\n".join(lines) + "\n"
+    whole = "\n".join([top.rstrip() + "\n", *sections.values()])
+    met, missed = (len(re.findall(rf"(?m)^\|.*\| {word} \|$", whole)) for word in ("yes", "NO"))
+    return re.sub(r"Targets met: \d+ of \d+", f"Targets met: {met} of {met + missed}", whole)
