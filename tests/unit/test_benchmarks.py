@@ -1,6 +1,7 @@
 """The measuring code: turns, ratios, verdicts, and a report that says what was disturbed."""
 
 import itertools
+import math
 import sys
 from pathlib import Path
 
@@ -9,8 +10,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks import compute, models, report
+from benchmarks import compute, loading, models, report
 from benchmarks.measure import Row, compared, in_turns
+
+from ditkit.checkpoints.parts import open_part
 
 FACTS = {
     "date": "2026-11-21", "processor": "a processor", "cores": 2, "memory_gb": 8, "system": "Linux",
@@ -47,6 +50,39 @@ def test_markdown():
     assert "Targets met: 1 of 2" in text
     assert "something else" not in text
     assert "something else was running" in report.markdown(rows, FACTS | {"load_before": 3.0})
+
+
+def test_a_run_of_some_groups_renews_their_sections_only():
+    page = report.markdown([compared("start", "x", "s", [1.0], [2.0]), compared("vae", "y", "s", [3.0], [2.0])], FACTS)
+    rows = [compared("vae", "y", "s", [1.0], [2.0]), compared("loading, beside reading the files", "z", "s", [1], [2])]
+    text = report.renewed(page, rows, FACTS | {"date": "2027-01-01"})
+    assert text.split("## ")[1] == page.split("## ")[1]
+    assert "## Vae\n\nTaken on 2027-01-01" in text
+    assert "| y | 1.00 s | 2.00 s | 0.50 (0.50 to 0.50) | ≤ 1 | yes |" in text
+    assert "3.00 s" not in text
+    assert "|  | ditkit | reading | ratio (range) |" in text
+    assert "Targets met: 1 of 2" in page
+    assert "Targets met: 3 of 3" in text
+
+
+def test_the_loading_benchmark_has_the_published_size():
+    source = loading.Random(loading.SIZES["1.3B"])
+    assert sum(math.prod(facts.shape) for facts in source.tensors.values()) == 1_418_996_800
+
+
+@pytest.mark.parametrize("layout", loading.LAYOUTS, ids=lambda layout: layout.name)
+def test_each_layout_of_the_loading_benchmark_holds_the_same_model(tmp_path, layout):
+    config = loading.SIZES["tiny"]
+    part = open_part(layout.write(tmp_path, loading.Random(config), config))
+    assert part.kind == "wan"
+    assert part.config["dim"] == config.dim
+    assert {name: facts.shape for name, facts in part.source.tensors.items()} == {
+        name: facts.shape for name, facts in loading.Random(config).tensors.items()
+    }
+    name = "blocks.1.self_attn.q.weight"
+    exact = {"native safetensors", "diffusers folder, 2 shards", "native .pth", "native float32, to bfloat16"}
+    if layout.name in exact:
+        assert torch.equal(part.source[name].bfloat16(), loading.Random(config)[name])
 
 
 def test_different_results_do_not_race():
