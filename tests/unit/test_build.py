@@ -16,7 +16,9 @@ WEIGHTS = {
     "transformer": ("diffusion_pytorch_model.safetensors", "blocks.1.ffn.net.2.bias", "blocks.1.ffn.2.bias"),
     "vae": ("diffusion_pytorch_model.safetensors", "decoder.conv_out.bias", "decoder.head.2.bias"),
     "text_encoder": (
-        "model.safetensors", "encoder.final_layer_norm.weight", "encoder.final_layer_norm.weight",
+        "model.safetensors",
+        "encoder.final_layer_norm.weight",
+        "encoder.final_layer_norm.weight",
     ),
 }
 
