@@ -302,7 +302,8 @@ def as_rows(layout: Layout, found: Found, clock: str) -> Iterator[Row]:
     peaks = {side: [one["peak"] / 1e6 for one in taken] for side, taken in found.items()}
     weights = found["ours"][0]["weights"] / 1e6
     files = found["read"][0]["weights"] / 1e6
-    row = compared(READING, layout.name, "s", seconds["ours"], seconds["read"], f"{files:.0f} MB of files")
+    sizes = f"{files:.0f} MB of files, {weights:.0f} MB of weights"
+    row = compared(READING, layout.name, "s", seconds["ours"], seconds["read"], sizes)
     yield replace(row, limit=1.2 if layout.wide else None)
     if layout.rival:
         yield compared(BESIDE, f"{layout.name}: time", "s", seconds["ours"], seconds["mapped"])
@@ -310,5 +311,5 @@ def as_rows(layout: Layout, found: Found, clock: str) -> Iterator[Row]:
         yield compared(BESIDE, f"{layout.name}: peak", "MB", peaks["ours"], peaks["mapped"])
         yield compared(BESIDE, f"{layout.name}: peak, disable_mmap", "MB", peaks["ours"], peaks["own"])
     shares = [peak / weights for peak in peaks["ours"]]
-    note = f"{statistics.median(peaks['ours']):.0f} MB for weights of {weights:.0f} MB"
+    note = f"{statistics.median(peaks['ours']):.0f} MB, weights {weights:.0f} MB"
     yield Row(PEAK, layout.name, "x", statistics.median(shares), limit=1.15, samples={"ours": shares}, note=note)

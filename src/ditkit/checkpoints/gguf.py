@@ -11,6 +11,7 @@ Sources: the library; the specification (https://github.com/ggml-org/ggml/blob/m
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import re
@@ -239,10 +240,11 @@ def _info(path: Path, header: _Header, tensor: _Tensor, asked: str) -> TensorInf
     return TensorInfo(path, kind, tuple(wanted), start, size)
 
 
+@functools.cache
 def keep_heap() -> None:
     """Lets malloc keep what it got for the library's temporary arrays. As it starts, it gives them back to the system
-    after each piece, and new pages take longer than the arithmetic. Freeing something large once is how glibc learns
-    better (``M_MMAP_THRESHOLD`` in mallopt(3)); elsewhere it does nothing."""
+    after each piece, and new pages take longer than the arithmetic. Freeing something large is how glibc learns better
+    (``M_MMAP_THRESHOLD`` in mallopt(3)); elsewhere it does nothing. Once: again and again it would make holes."""
     torch.empty(2**24, dtype=torch.uint8)
 
 
