@@ -53,6 +53,14 @@ class MissingDependency(UserError):
     """An optional package is not installed; the message gives the install line."""
 
 
+class PlaceError(DitkitError):
+    """A place where a stage should run cannot run it, or is not what was asked for. The message names the place."""
+
+
+class Lost(PlaceError):
+    """A place was not reached, or stopped answering. What it was doing can be done again."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """``" (did you mean 'x'?)"`` or nothing."""
     match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)

@@ -38,6 +38,12 @@ class Events:
     def also(self, *listeners: Listener) -> Events:
         return Events(*self.listeners, *listeners)
 
+    def ignored(self) -> list[str]:
+        """Names of events that no listener wants: each lists them in an attribute ``ignores``. A stage that runs
+        elsewhere does not send them."""
+        ignores = [frozenset(getattr(listener, "ignores", ())) for listener in self.listeners]
+        return sorted(frozenset.intersection(*ignores)) if ignores else ["prediction", "frames"]
+
     def emit(self, name: str, **values: Any) -> None:
         if self.listeners:
             event = Event(name, MappingProxyType(values))

@@ -18,9 +18,11 @@ from ditkit.checking import check_state
 from ditkit.contracts import Seams, Step
 from ditkit.errors import DitkitError, RequestError, SetupError, StateError
 from ditkit.events import Events, Listener
-from ditkit.pipeline import Interrupted, Pipeline, Stage, needed_components
+from ditkit.pipeline import Interrupted, Pipeline
+from ditkit.placement import Places
 from ditkit.receipt import Recorder, manifest
 from ditkit.request import Request
+from ditkit.running import Keeper, Results
 from ditkit.setup import Setup
 from ditkit.shared import Switch
 from ditkit.shared import switch as exchange
@@ -78,9 +80,11 @@ class Pipe:
         pipeline: Pipeline,
         seams: Seams | None = None,
         listeners: Iterable[Listener] = (),
+        results: Results | None = None,
     ):
         self.model, self.setup, self.components, self.pipeline = model, setup, components, pipeline
-        self.seams, self.listeners = seams or Seams(), tuple(listeners)
+        self.seams, self.listeners, self.results = seams or Seams(), tuple(listeners), results
+        self.places = Places(setup)
 
     def __call__(self, prompt: str | list[str] = "", *, listeners: Iterable[Listener] = (), **request: Any) -> Result:
         """Pictures (``image``, ``last_image``, ...) may be paths, PIL images, arrays or tensors."""
@@ -137,8 +141,10 @@ class Pipe:
         until: str | None = None,
         stop_at_step: int | None = None,
         listeners: Iterable[Listener] = (),
+        keep: Keeper | None = None,
     ) -> Result:
-        """Run ``state`` through the pipeline or a slice of it. Raises Interrupted, with the State so far, on Ctrl-C."""
+        """Run ``state`` through the pipeline or a slice of it. ``keep`` is given the State as it grows. Raises
+        Interrupted, with the State so far, on Ctrl-C."""
         asked = check_state(state, self.pipeline.table)
         asked.check_size(self.model.strides[1] * self.model.patch[1], self.model.strides[0])
         begun = state.get("model", {})
@@ -157,15 +163,12 @@ class Pipe:
             components: Mapping[str, Any] = self.components.listening(events)
         else:
             components = self.components
-        options: dict[str, Any] = {
-            "stop_at_step": stop_at_step,
-            "events": events,
-            "seams": self.seams,
-            "debug": self.setup.debug,
-        }
         request = state["request"]
+        where = self.places.of_run(self.pipeline, components, self.seams, lambda: self.steps(asked))
+        common: dict[str, Any] = {"places": where, "results": self.results, "events": events, "seams": self.seams}
+        options = {**common, "stop_at_step": stop_at_step, "debug": self.setup.debug, "keep": keep}
         if stop_at_step is None:
-            self._load(self.pipeline.planned(state, start, until), state, components)
+            self.pipeline.prepare(state, components, start=start, until=until, **common)
 
         if request["batched"] or samples.count(state) == 1:
             final = self.pipeline.run(state, components, start=start, until=until, **options)
@@ -174,20 +177,11 @@ class Pipe:
         receipt = {
             **recorder.receipt(self.components.describe() if isinstance(self.components, Components) else {}),
             "weights": final.get("weights", {}),
+            "hosts": self.places.describe(),
             "seams": self.seams.describe(),
             "pipeline": self.pipeline.names,
         }
         return Result(final, receipt, tuple(self._manifests(final, receipt)) if "video" in final else ())
-
-    @staticmethod
-    def _load(stages: list[Stage], state: State, components: Mapping[str, Any]) -> None:
-        """All parts first: a damaged one is found now, not after the denoising that it would throw away. Not those that
-        the rest of a begun run has no use for, such as the first of two experts after the switch."""
-        try:
-            for name in (name for stage in stages for name in needed_components(stage, state)):
-                components.get(name)
-        except KeyboardInterrupt:
-            raise Interrupted(stages[0].name, state) from None
 
     def _one_after_the_other(
         self, state: State, components: Mapping[str, Any], start: str | None, until: str | None, options: dict[str, Any]
@@ -248,10 +242,12 @@ def load(
 
         torch.set_num_threads(chosen.threads)
     seams, opened = seams or Seams(), Model.open(chosen.model, chosen)
+    pipeline = pipeline_of(opened, chosen)
+    chosen = chosen.model_copy(update={"devices": Places(chosen).devices(pipeline)})
     theirs = share_with.components if share_with else None
     shared = theirs.holder.shared if isinstance(theirs, Components) else None
     components = Components(opened, chosen, seams.swaps, shared)
-    return Pipe(opened, chosen, components, pipeline_of(opened, chosen), seams, listeners)
+    return Pipe(opened, chosen, components, pipeline, seams, listeners)
 
 
 def switch(old: Pipe, new: Pipe) -> Switch:

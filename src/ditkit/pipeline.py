@@ -2,177 +2,44 @@
 
 A Stage is any object with the attributes of ``Stage`` below. A Pipeline is an immutable, ordered list of stages that is
 checked when it is built. Running it threads one State through; a stage sees only the fields and components that it
-declared. Leaves out: what the stages compute (``stages/``) and where components come from (``build``).
+declared. Leaves out: what the stages compute (``stages/``), where one stage is carried out (``running.py``), what makes
+a result out of date (``records.py``), and where components come from (``build``).
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from ditkit.checking import fault_of
 from ditkit.contracts import Seams
-from ditkit.errors import DitkitError, PipelineError, StateError, nearest
+from ditkit.errors import PipelineError, StateError, nearest
 from ditkit.events import SILENT, Events
-from ditkit.state import FIELDS, Field, State, digest
+from ditkit.records import fingerprint_of, fingerprints, outdated, record_of
+from ditkit.running import (
+    Here,
+    Interrupted,
+    Keeper,
+    Outcome,
+    Question,
+    Results,
+    Segment,
+    Task,
+    checked,
+    needed_components,
+    readable,
+)
+from ditkit.stage import BaseStage, Context, Only, RecordedSettings, Stage, Stopped
+from ditkit.state import FIELDS, Field, State
+
+__all__ = [
+    "SOURCES", "BaseStage", "Context", "Interrupted", "Only", "Options", "Pipeline", "RecordedSettings", "Stage",
+    "Stopped", "fingerprint_of", "needed_components",
+]  # fmt: skip
 
 SOURCES = ("prompt", "negative_prompt", "seed", "request")
 """Fields that the caller brings."""
-
-
-@runtime_checkable
-class Stage(Protocol):
-    """A named, pure step. ``reads`` must be there, ``optional`` may be; ``writes`` are all written, ``may_write``
-    sometimes; ``components`` are those it calls. With ``triggers`` it runs only when these fields are in the State.
-    ``loop`` names the fields that it carries from step to step: it can stop in between and go on from there.
-    ``fields`` describes fields that ditkit's table does not know. Dataclass fields of the object are its options and
-    become part of the fingerprint, but for those with ``compare=False``, which promise equal results."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def version(self) -> int: ...
-    @property
-    def reads(self) -> tuple[str, ...]: ...
-    @property
-    def optional(self) -> tuple[str, ...]: ...
-    @property
-    def writes(self) -> tuple[str, ...]: ...
-    @property
-    def may_write(self) -> tuple[str, ...]: ...
-    @property
-    def components(self) -> tuple[str, ...]: ...
-    @property
-    def triggers(self) -> tuple[str, ...]: ...
-    @property
-    def loop(self) -> tuple[str, ...]: ...
-    @property
-    def fields(self) -> tuple[Field, ...]: ...
-
-    def run(self, inputs: Mapping[str, Any], ctx: Context) -> Mapping[str, Any]:
-        """The fields that it writes. A stage that can stop early returns them as they stand."""
-        ...
-
-    def needs(self, state: State) -> tuple[str, ...]:
-        """Those of ``components`` that are still called in a run that goes on from ``state``."""
-        ...
-
-    def done(self, state: State) -> bool:
-        """Whether ``state`` already holds all that this stage would write."""
-        ...
-
-
-class BaseStage:
-    """Neutral values for the attributes of a Stage; a convenience, not a requirement."""
-
-    name = ""
-    version = 1
-    reads: tuple[str, ...] = ()
-    optional: tuple[str, ...] = ()
-    writes: tuple[str, ...] = ()
-    may_write: tuple[str, ...] = ()
-    components: tuple[str, ...] = ()
-    triggers: tuple[str, ...] = ()
-    loop: tuple[str, ...] = ()
-    fields: tuple[Field, ...] = ()
-
-    def needs(self, state: State) -> tuple[str, ...]:
-        return self.components
-
-    def done(self, state: State) -> bool:
-        """It was run; or all that it writes is there, unless it rewrites what it reads."""
-        if self.name in state.get("stages", []):
-            return True
-        rewrites = {*self.reads, *self.optional} & {*self.writes}
-        return bool(self.writes) and not rewrites and all(name in state for name in self.writes)
-
-
-class Only(Mapping[str, Any]):
-    """A view of a mapping that knows what may be read; reading anything else is an error that says so."""
-
-    def __init__(self, values: Mapping[str, Any], allowed: Iterable[str], stage: str, what: str):
-        self._values, self._allowed, self._stage, self._what = values, frozenset(allowed), stage, what
-
-    def __getitem__(self, name: str) -> Any:
-        if name not in self._allowed:
-            raise PipelineError(
-                f"stage {self._stage!r} reads the {self._what} {name!r}",
-                "it did not declare that",
-                f"Add it to the stage's declaration, which has {', '.join(sorted(self._allowed)) or 'none'}",
-            )
-        return self._values[name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._allowed and name in self._values
-
-    def __iter__(self) -> Iterator[str]:
-        return (name for name in self._values if name in self._allowed)
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-
-class RecordedSettings:
-    """The resolved Request as attributes. Remembers which were read: a fingerprint holds those and no others."""
-
-    def __init__(self, request: Mapping[str, Any]):
-        object.__setattr__(self, "_request", request)
-        object.__setattr__(self, "read", set())
-
-    def __getattr__(self, name: str) -> Any:
-        if name not in self._request:
-            raise PipelineError(
-                f"setting {name!r}",
-                f"the request has no such setting{nearest(name, self._request)}",
-                "Use one of its names",
-            )
-        self.read.add(name)
-        return self._request[name]
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        raise AttributeError("settings are read-only")
-
-
-class Context:
-    """What a stage is given besides its inputs: components, settings, events, and the seams if it asks for them."""
-
-    def __init__(
-        self,
-        components: Mapping[str, Any],
-        settings: RecordedSettings,
-        events: Events = SILENT,
-        seams: Seams | None = None,
-        stop_at_step: int | None = None,
-    ):
-        self.components, self.settings, self.events, self.stop_at_step = components, settings, events, stop_at_step
-        self._seams = seams or Seams()
-        self.plugs: dict[str, list[str]] = {}  # what was plugged into the seams, once they were asked for
-
-    @property
-    def seams(self) -> Seams:
-        self.plugs = self._seams.describe()
-        return self._seams
-
-
-class Interrupted(DitkitError):
-    """A run was stopped (Ctrl-C); ``state`` holds everything that was finished until then."""
-
-    exit_code = 130
-
-    def __init__(self, stage: str, state: State):
-        super().__init__(f"running stage {stage!r}", "it was interrupted", "Resume from the State that was kept")
-        self.stage, self.state = stage, state
-        self.finished: list[State] = []  # of a run of several clips, those that were complete
-
-
-class Stopped(Exception):
-    """Raised inside a looping stage when it is interrupted: carries the fields as they stood after the last step."""
-
-    def __init__(self, fields: Mapping[str, Any]):
-        super().__init__("interrupted")
-        self.fields = fields
 
 
 @dataclass(frozen=True)
@@ -228,7 +95,7 @@ class Pipeline:
 
     def planned(self, state: State, start: str | None = None, until: str | None = None) -> list[Stage]:
         """The stages from ``start`` to ``until`` that a run from ``state`` would not find done already."""
-        return [s for s in self._slice(start, until) if start is not None or not s.done(state)]
+        return [s for s in self._slice(start, until) if not self._idle(s, state, asked=start is not None)]
 
     def components(self, start: str | None = None, until: str | None = None) -> list[str]:
         """The components that the stages from ``start`` to ``until`` call, in order of first use."""
@@ -301,35 +168,84 @@ class Pipeline:
         events: Events = SILENT,
         seams: Seams | None = None,
         debug: bool = False,
+        places: Mapping[str, Sequence[Segment]] | None = None,
+        keep: Keeper | None = None,
+        results: Results | None = None,
     ) -> State:
         """Thread ``state`` through the stages from ``start`` (default: the first that is not done) to ``until``.
 
-        With ``stop_at_step`` a looping stage stops after that many steps, and the run with it. Raises Interrupted,
-        which carries the State so far, on Ctrl-C."""
+        With ``stop_at_step`` a looping stage stops after that many steps, and the run with it. ``places``: stages that
+        run elsewhere, a loop maybe in several places one after the other. ``keep`` is given the State as it grows;
+        ``results`` are asked before a stage runs. Raises Interrupted, which carries the State so far, on Ctrl-C."""
         if stop_at_step is not None and stop_at_step < 0:
             raise PipelineError(f"stop_at_step={stop_at_step}", "no step comes before the first", "Give 0 or more")
-        seams = seams or Seams()
+        how = Options(components, events, seams or Seams(), stop_at_step, debug, places or {}, keep, results)
         for stage in self._slice(start, until):
-            missing = [name for name in stage.triggers if name not in state]
-            reason = (
-                f"no {', '.join(missing)}"
-                if missing
-                else "already in the State"
-                if start is None and stage.done(state)
-                else ""
-            )
+            reason = self._idle(stage, state, asked=start is not None, events=events)
             if reason:
                 events.emit("stage.skipped", stage=stage.name, reason=reason)
                 continue
             try:
-                state = self._run_stage(stage, state, components, Options(events, seams, stop_at_step, debug))
+                state = self._run_stage(stage, state, how)
             except KeyboardInterrupt:  # while a component was loaded, too
                 raise Interrupted(stage.name, state) from None
+            if keep is not None:
+                keep(state)
             if stage.loop and not stage.done(state):
                 break
         return state
 
-    def _run_stage(self, stage: Stage, state: State, components: Mapping[str, Any], options: Options) -> State:
+    def prepare(
+        self,
+        state: State,
+        components: Mapping[str, Any],
+        *,
+        start: str | None = None,
+        until: str | None = None,
+        places: Mapping[str, Sequence[Segment]] | None = None,
+        results: Results | None = None,
+        events: Events = SILENT,
+        seams: Seams | None = None,
+    ) -> None:
+        """All parts first, of all stages that a run from ``state`` would not find done: a damaged one, or a host that
+        is not there, is found now, and not after the denoising that it would throw away. Not those that the rest of a
+        begun run has no use for, such as the first of two experts after the switch, nor those of stages whose results
+        are at hand. Raises Interrupted on Ctrl-C."""
+        how = Options(components, events, seams or Seams(), None, False, places or {}, None, results)
+        stages = self.planned(state, start, until)
+        try:
+            for stage in stages:
+                if all(name in state for name in (*stage.triggers, *stage.reads)):
+                    question = self._question(stage, state, how)
+                    found = results.find(question)[0] if results is not None and question is not None else None
+                    if found is not None and question is not None:
+                        state = self._after(stage, state, question.weights, found)
+                        continue
+                segments = how.segments(stage)
+                for at, segment in enumerate(segments):
+                    last = segments[at + 1].from_step if at + 1 < len(segments) else None
+                    if last is None or state.get("step", 0) < last:
+                        segment.place.prepare(stage, needed_components(stage, state, last), events)
+        except KeyboardInterrupt:
+            raise Interrupted(stages[0].name, state) from None
+
+    def outdated(self, stage: Stage, state: State) -> list[str]:
+        """Why the result of ``stage`` does not belong to what the State asks for (``records.py``)."""
+        return outdated(stage, state, {n for s in self.stages[self.index(stage.name) :] for n in _writes(s)})
+
+    def _idle(self, stage: Stage, state: State, asked: bool, events: Events = SILENT) -> str:
+        """Why ``stage`` does not run now, or nothing."""
+        missing = [name for name in stage.triggers if name not in state]
+        if missing:
+            return f"no {', '.join(missing)}"
+        if asked or not stage.done(state):
+            return ""
+        if reasons := self.outdated(stage, state):
+            events.emit("stage.outdated", stage=stage.name, reasons=reasons)
+            return ""
+        return "already in the State"
+
+    def _run_stage(self, stage: Stage, state: State, how: Options) -> State:
         absent = [name for name in stage.reads if name not in state]
         if absent:
             raise PipelineError(
@@ -337,65 +253,95 @@ class Pipeline:
                 f"the State has no {', '.join(absent)}",
                 "Run the stages before it first",
             )
-        needed = needed_components(stage, state)
-        lacking = [name for name in needed if name not in components]
-        if lacking:
-            raise PipelineError(
-                f"running stage {stage.name!r}", f"there is no component {', '.join(lacking)}", "Load it"
-            )
-        readable = {*stage.reads, *stage.optional, *stage.triggers, *stage.loop}
-        ctx = Context(
-            Only(components, stage.components, stage.name, "component"),
-            RecordedSettings(state.get("request", {})),
-            options.events,
-            options.seams,
-            options.stop_at_step,
-        )
-        if options.debug:
-            self._check_fields(stage, {n: state[n] for n in readable if n in state}, state)
-        weights = {
-            n: getattr(components[n], "fingerprint", "none") if n in needed else state["weights"][n]
-            for n in stage.components
-        }
+        inputs = _inputs(stage, state)
+        if how.debug:
+            self._check_fields(stage, inputs, state)
+        question = self._question(stage, state, how) if how.results is not None else None
+        if question is not None and how.results is not None:
+            found, why = how.results.find(question)
+            how.events.emit(f"cache.{'miss' if found is None else 'hit'}", stage=stage.name, why=why)
+            if found is not None:
+                return self._after(stage, state, question.weights, checked(stage, found))
+        weights = self._weights(stage, state, how)
         self._check_weights(stage, state, weights)
-        with options.events.span("stage", stage=stage.name):
-            try:
-                written = stage.run(Only(state, readable, stage.name, "field"), ctx)
-            except Stopped as e:
-                raise Interrupted(stage.name, self._after(stage, state, weights, ctx, e.fields)) from None
-        allowed = {*stage.writes, *stage.may_write}
-        undeclared, unwritten = sorted(set(written) - allowed), [n for n in stage.writes if n not in written]
-        if undeclared or unwritten:
-            found = (
-                f"it wrote {', '.join(undeclared)} undeclared"
-                if undeclared
-                else f"it did not write {', '.join(unwritten)}"
-            )
-            raise PipelineError(f"running stage {stage.name!r}", found, "Make its declaration and its result agree")
-        if options.debug:
-            self._check_fields(stage, written, state)
-        return self._after(stage, state, weights, ctx, written)
+        segments = how.segments(stage)
+        first = max(i for i, segment in enumerate(segments) if segment.from_step <= state.get("step", 0))
+        for at, segment in enumerate(segments[first:], first):
+            end = segments[at + 1].from_step if at + 1 < len(segments) else None
+            stop = min((x for x in (end, how.stop_at_step) if x is not None), default=None)
+            with how.events.span("stage", stage=stage.name, place=segment.place.name):
+                task = Task(
+                    stage, inputs, weights, how.events, how.seams, stop, *self._keep(stage, state, weights, how)
+                )
+                outcome = segment.place.run(task)
+            if outcome.stopped:
+                raise Interrupted(stage.name, self._after(stage, state, weights, outcome))
+            checked(stage, outcome)
+            if how.debug:
+                self._check_fields(stage, outcome.written, state)
+            state = self._after(stage, state, weights, outcome)
+            if end is None or end != stop or stage.done(state):
+                break
+            inputs = _inputs(stage, state)
+        if question is not None and how.results is not None and stage.done(state):
+            how.results.store(question, outcome)
+        return state
 
-    def _after(
-        self, stage: Stage, state: State, weights: Mapping[str, str], ctx: Context, written: Mapping[str, Any]
-    ) -> State:
+    def _keep(self, stage: Stage, state: State, weights: Mapping[str, str], how: Options) -> tuple[Any, int]:
+        if how.keep is None or not stage.loop:
+            return None, 1
+        save = how.keep
+        return lambda outcome: save(self._after(stage, state, weights, outcome)), save.every
+
+    def _question(self, stage: Stage, state: State, how: Options) -> Question | None:
+        """What to ask for a whole result of ``stage``; None for a part of a loop."""
+        if stage.loop and (how.stop_at_step is not None or any(n in state for n in stage.loop)):
+            return None
+        weights = self._weights(stage, state, how)
+        record = record_of(stage, state, weights, {}, {})
+        request, plugs = state.get("request", {}), how.seams.describe()
+        return Question(stage.name, stage.version, record["options"], weights, record["inputs"], request, plugs)
+
+    @staticmethod
+    def _weights(stage: Stage, state: State, how: Options) -> dict[str, str]:
+        """Fingerprints of the stage's components: of those that it still calls, from where they are; of the others, as
+        the State remembers them. What one place of several does not have, another one has."""
+        needed = needed_components(stage, state, how.stop_at_step)
+        found: dict[str, str] = {}
+        places = [segment.place for segment in how.segments(stage)]
+        for place in places:
+            lacking = [n for n in needed if n not in found]
+            found |= {n: f for n, f in place.fingerprints(stage, lacking).items() if n in lacking} if lacking else {}
+        lacking = [n for n in needed if n not in found]
+        if lacking:
+            where = " and ".join(place.name for place in places)
+            raise PipelineError(
+                f"running stage {stage.name!r} at {where}", f"there is no component {', '.join(lacking)}", "Load it"
+            )
+        return {n: found[n] if n in found else state["weights"][n] for n in stage.components}
+
+    def _after(self, stage: Stage, state: State, weights: Mapping[str, str], outcome: Outcome) -> State:
         """The State with what a stage wrote, where that came from, which weights were at work and what is finished.
 
         A stage that runs once more takes back what the stages after it made of its earlier result."""
-        finished = state.get("stages", [])
+        record = record_of(stage, state, weights, outcome.settings, outcome.plugs)
+        prints = fingerprints(stage, state, record, outcome.written)
+        finished, records = state.get("stages", []), state.get("records", {})
         if stage.name in finished:
             at = self.index(stage.name)
-            kept = {name for s in self.stages[: at + 1] for name in (*s.writes, *s.may_write)}
+            kept = {name for s in self.stages[: at + 1] for name in _writes(s)}
             later = self.stages[at + 1 :]
-            stale = {name for s in later if s.name in finished for name in (*s.writes, *s.may_write)} - kept
+            stale = {name for s in later if s.name in finished for name in _writes(s)} - kept
             finished = [n for n in finished if n not in {s.name for s in later}]
+            records = {n: r for n, r in records.items() if n in finished}
             state = state.without(*stale)
         fields = {
-            **written,
+            **outcome.written,
             "weights": {**state.get("weights", {}), **weights},
             "stages": [*(n for n in finished if n != stage.name), stage.name],
+            "records": {**records, stage.name: record},
         }
-        return state.with_fields(fields, _fingerprints(stage, state, weights, ctx, written))
+        return state.with_fields(fields, prints)
 
     def _check_weights(self, stage: Stage, state: State, weights: Mapping[str, str]) -> None:
         """A half-finished loop goes on with the weights that began it, or not at all."""
@@ -419,48 +365,25 @@ class Pipeline:
 
 @dataclass(frozen=True)
 class Options:
+    """How a run is carried out; none of it is in the State."""
+
+    components: Mapping[str, Any]
     events: Events
     seams: Seams
     stop_at_step: int | None
     debug: bool
+    places: Mapping[str, Sequence[Segment]]
+    keep: Keeper | None
+    results: Results | None
+
+    def segments(self, stage: Stage) -> Sequence[Segment]:
+        return self.places.get(stage.name) or (Segment(Here(self.components)),)
 
 
-def needed_components(stage: Stage, state: State) -> list[str]:
-    """The components that have to be there for ``stage`` to run from ``state``: those that it still calls, and those
-    whose fingerprints the State does not remember."""
-    calls, known = stage.needs(state), state.get("weights", {})
-    return [name for name in stage.components if name in calls or name not in known]
+def _inputs(stage: Stage, state: State) -> State:
+    """What goes to where the stage runs: what it may look at, and the request, of which it is given the settings."""
+    return State({name: state[name] for name in state if name in readable(stage) or name == "request"})
 
 
-def fingerprint_of(state: State, name: str) -> str:
-    """The fingerprint of a field; of a field that the caller brought, the hash of its content."""
-    return state.fingerprints.get(name) or digest(name, state[name])
-
-
-def _fingerprints(
-    stage: Stage, state: State, weights: Mapping[str, str], ctx: Context, written: Mapping[str, Any]
-) -> dict[str, str]:
-    """Name, version and options of the stage, the settings that it read, what was plugged into the seams if it asked
-    for them, its weights and its inputs, hashed.
-
-    A looping stage adds the step that it reached, and is blind to where it was interrupted: going on from its own
-    earlier fields counts as one run."""
-    request = state.get("request", {})
-    described: tuple[Any, ...] = dataclasses.fields(stage) if dataclasses.is_dataclass(stage) else ()
-    options = {f.name: getattr(stage, f.name) for f in described if f.compare}
-    inputs = {
-        n: fingerprint_of(state, n)
-        for n in (*stage.reads, *stage.optional, *stage.triggers)
-        if n in state and n not in stage.loop and n != "request"
-    }
-    settings = {k: request[k] for k in sorted(ctx.settings.read)}
-    base = [stage.name, stage.version, options, settings, ctx.plugs, weights, inputs]
-
-    def key(name: str, fields: Mapping[str, Any], origin: list[str]) -> str:
-        reached = fields.get("step", 0) if stage.loop else 0
-        return digest(name, base, reached, origin)
-
-    held = [n for n in stage.loop if n in state]
-    own = all(state.fingerprints.get(n) == key(n, state, []) for n in held)
-    origin = [] if own else [fingerprint_of(state, n) for n in held]
-    return {name: key(name, written, origin) for name in written}
+def _writes(stage: Stage) -> tuple[str, ...]:
+    return *stage.writes, *stage.may_write

@@ -17,8 +17,14 @@ PACKAGES = ("ditkit", "torch", "numpy", "safetensors", "tokenizers", "transforme
 class Recorder:
     """A listener that keeps times, skipped stages, loads, truncations and the steps as they were taken."""
 
+    ignores = frozenset({"prediction", "frames"})
+
     def __init__(self) -> None:
         self.stages: dict[str, float] = {}
+        self.places: dict[str, list[str]] = {}
+        self.travelled: list[dict[str, Any]] = []
+        self.cached: dict[str, str] = {}
+        self.retries: list[dict[str, Any]] = []
         self.skipped: dict[str, str] = {}
         self.loads: dict[str, float] = {}
         self.truncated: list[dict[str, Any]] = []
@@ -28,6 +34,14 @@ class Recorder:
         match event.name:
             case "stage.end":
                 self.stages[event["stage"]] = self.stages.get(event["stage"], 0.0) + event["elapsed"]
+                places = self.places.setdefault(event["stage"], [])
+                places += [event["place"]] if event["place"] not in places else []
+            case "travel":
+                self.travelled.append(dict(event.values))
+            case "cache.hit" | "cache.miss":
+                self.cached[event["stage"]] = f"{event.name.removeprefix('cache.')}: {event['why']}"
+            case "place.retry":
+                self.retries.append(dict(event.values))
             case "stage.skipped":
                 self.skipped[event["stage"]] = event["reason"]
             case "load.end":
@@ -54,6 +68,10 @@ class Recorder:
             "components": dict(components),
             "stages": self.stages,
             "skipped": self.skipped,
+            "places": self.places,
+            "travelled": self.travelled,
+            "cached": self.cached,
+            "retries": self.retries,
             "loads": self.loads,
             "truncated": self.truncated,
             "steps": self.steps,

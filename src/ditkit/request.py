@@ -118,11 +118,19 @@ class Request(Settings):
     rounding: Literal["official", "diffusers"] = default(
         "official", "Wan2.1 cache_video truncates to 8 bits; diffusers rounds", "official or diffusers"
     )
+    expand: Literal["no", "yes", "ask"] = default(
+        "no", "ditkit", "no, yes, or ask to see what became of the prompt and to change it: a language model expands it"
+    )
+    expand_template: str = default(
+        "auto", "ditkit", "a template's name or file; auto goes by task and language of the prompt"
+    )
+    expand_temperature: Float = default(0.7, "Qwen2.5's own setting", "0 or more; 0 takes the likeliest word")
+    expand_max_tokens: int = default(512, "Wan2.1 prompt_extend", "how many tokens an expansion may have, 1 or more")
+    expand_fallback: bool = default(False, "ditkit", "true to go on with the raw prompt when expanding it fails")
     batched: bool = default(False, "ditkit", "true to run all samples in one batch, false for one after the other")
 
-    _float = field_validator("guidance_scale", "guidance_scale_2", "shift", "boundary", "control_scale", mode="before")(
-        _number
-    )
+    _float = field_validator("guidance_scale", "guidance_scale_2", "shift", "boundary", "control_scale",
+                             "expand_temperature", mode="before")(_number)  # fmt: skip
 
     @field_validator("prompt", "negative_prompt", "seed", "sigmas", "reference_images", mode="before")
     @classmethod
@@ -144,7 +152,7 @@ class Request(Settings):
                 raise ValueError(f"{seed} is outside 0 to {MAX_SEED}")
         return value
 
-    @field_validator("width", "height", "frames", "fps", "steps", "max_sequence_length")
+    @field_validator("width", "height", "frames", "fps", "steps", "max_sequence_length", "expand_max_tokens")
     @classmethod
     def _positive(cls, value: int) -> int:
         if value < 1:
@@ -158,7 +166,7 @@ class Request(Settings):
             raise ValueError(f"{value} is more than 512")
         return value
 
-    @field_validator("guidance_scale", "guidance_scale_2", "control_scale")
+    @field_validator("guidance_scale", "guidance_scale_2", "control_scale", "expand_temperature")
     @classmethod
     def _guidance(cls, value: float | None) -> float | None:
         if value is not None and value < 0:

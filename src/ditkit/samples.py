@@ -26,7 +26,25 @@ def split(state: State, table: Mapping[str, Field] = FIELDS) -> list[State]:
         for part, own in zip(parts, _divide(name, value, state, n, table), strict=True):
             part[name] = own
     own = [name for name in state if state.fingerprints.get(name)]
-    return [State(part, {k: digest(state.fingerprints[k], i, n) for k in own}) for i, part in enumerate(parts)]
+    clips = [State(part, {k: digest(state.fingerprints[k], i, n) for k in own}) for i, part in enumerate(parts)]
+    return [_rebased(clip, state) for clip in clips]
+
+
+def _rebased(new: State, old: State) -> State:
+    """``new`` with its records speaking of its own inputs, where they spoke of those of ``old``: its fields are other
+    pieces of the same things. What was out of date in ``old`` stays so."""
+    if "records" not in old:
+        return new
+    records = {}
+    for stage, record in old["records"].items():
+        inputs = {n: _print(new, n) if n in new and n in old and _print(old, n) == then else then
+                  for n, then in record["inputs"].items()}  # fmt: skip
+        records[stage] = {**record, "inputs": inputs}
+    return new.with_fields({"records": records})
+
+
+def _print(state: State, name: str) -> str:
+    return state.fingerprints.get(name) or digest(name, state[name])
 
 
 def _divide(name: str, value: Any, state: State, n: int, table: Mapping[str, Field]) -> list[Any]:
@@ -50,7 +68,10 @@ def join(states: Sequence[State], table: Mapping[str, Field] = FIELDS) -> State:
     if len(states) == 1:
         return states[0]
     prints = {k: digest([s.fingerprints.get(k, "") for s in states]) for k in states[0].fingerprints}
-    return State({name: _unite(name, states, table) for name in states[0]}, prints)
+    joined = State({name: _unite(name, states, table) for name in states[0] if name != "records"}, prints)
+    if "records" not in states[0]:
+        return joined
+    return _rebased(joined.with_fields({"records": states[0]["records"]}), states[0])
 
 
 def _unite(name: str, states: Sequence[State], table: Mapping[str, Field]) -> Any:

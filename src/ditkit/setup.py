@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import field_validator
 
 from ditkit.errors import SetupError, nearest
-from ditkit.request import Settings, default
+from ditkit.request import Settings, _number, default
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 COMPONENTS = ("text_encoder", "image_encoder", "transformer", "transformer_2", "vae", "preview_decoder")
+BACKENDS = ("torch", "mlx", "mlx-8bit", "mlx-4bit")
 PARTS = (*COMPONENTS, "tokenizer")
 
 
@@ -45,7 +47,43 @@ class Setup(Settings):
     threads: int | None = default(None, "PyTorch's own choice", "a number of CPU threads, 1 or more")
     vae_frames_per_chunk: int = default(1, "Wan2.1 vae.py", "latent frames that are decoded at once, 1 or more")
     remember_text: bool = default(True, "ditkit", "true to keep each block's text keys and values during a run")
+    backends: dict[str, str] = default(
+        {}, "none", "what computes single components, such as {text_encoder = 'mlx'}: torch, mlx, mlx-8bit or mlx-4bit"
+    )
+    placement: dict[str, str] = default(
+        {}, "none", "where stages run, such as {encode_text = 'http://mac.local:8700', denoise = 'process:cuda:1'}"
+    )
+    expect: dict[str, str] = default(
+        {}, "none", "probe hashes that hosts have to show, by stage, as `ditkit doctor --placement` prints them"
+    )
+    retries: int = default(2, "ditkit", "how often a stage is sent again to a host that was lost, 0 or more")
+    patience: float = default(60.0, "ditkit", "seconds without a sign of life after which a host counts as lost")
+    cache: str | None = default(None, "none", "a folder for results of stages, or `default` for that of the user")
+    cache_gigabytes: float = default(20.0, "ditkit", "how large the cache may grow, in 10^9 bytes")
+    expander: str | None = default(
+        None, "none", "what expands prompts: the URL of an OpenAI-compatible server, or transformers:FOLDER"
+    )
+    expander_model: str | None = default(None, "the server's first one", "the name of the server's model")
     debug: bool = default(False, "ditkit", "true to check every field's dtype and shape on the way")
+
+    @field_validator("patience", "cache_gigabytes", mode="before")
+    @classmethod
+    def _floats(cls, value: Any) -> Any:
+        return _number(value)
+
+    @field_validator("patience", "cache_gigabytes")
+    @classmethod
+    def _above_zero(cls, value: float) -> float:
+        if not 0 < value < math.inf:
+            raise ValueError(f"{value} is not a finite number above 0")
+        return value
+
+    @field_validator("retries")
+    @classmethod
+    def _count(cls, value: int) -> int:
+        if value < 0:
+            raise ValueError(f"{value} is negative")
+        return value
 
     @field_validator("threads", "vae_frames_per_chunk")
     @classmethod
@@ -67,7 +105,15 @@ class Setup(Settings):
                 raise ValueError(f"there is no part {name!r}{nearest(name, PARTS)}; there are {', '.join(PARTS)}")
         return value
 
-    @field_validator("devices", "dtypes")
+    @field_validator("backends")
+    @classmethod
+    def _backends(cls, value: dict[str, str]) -> dict[str, str]:
+        for backend in value.values():
+            if backend not in BACKENDS:
+                raise ValueError(f"{backend!r} is not one of {', '.join(BACKENDS)}{nearest(backend, BACKENDS)}")
+        return value
+
+    @field_validator("devices", "dtypes", "backends")
     @classmethod
     def _component(cls, value: dict[str, str]) -> dict[str, str]:
         for name in value:

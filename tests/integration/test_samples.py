@@ -128,7 +128,9 @@ def test_split_and_join_are_inverse(pipe):
         begin(pipe, prompt=PROMPTS),
     ):
         back = samples.join(samples.split(state))
-        assert State(dict(back)).to_bytes() == State(dict(state)).to_bytes()
+        # Fingerprints of pieces are other ones, and records speak of them.
+        assert State(dict(back.without("records"))).to_bytes() == State(dict(state.without("records"))).to_bytes()
+        assert [s.name for s in pipe.pipeline.stages if pipe.pipeline.outdated(s, back)] == []
         assert set(back.fingerprints) == set(state.fingerprints), "what has a fingerprint keeps one"
         assert samples.count(state) == len(samples.split(state)) == 3
 

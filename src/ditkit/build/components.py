@@ -5,18 +5,16 @@ Leaves out: finding the parts (``find.py``) and what a run does with them.
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import itertools
 import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
 from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from ditkit.build.adapters import Adapters
+from ditkit.build.identity import identity_of
 from ditkit.build.model import Model, vocabulary
 from ditkit.contracts import Swap
 from ditkit.errors import LoadError, SetupError
@@ -42,6 +40,7 @@ class Components(Mapping[str, Any]):
             {name: (partial(self._key, name), partial(self._make, name)) for name in model.parts},
             self._check,
         )
+        self._identities: dict[str, Callable[[], str]] = {}
         self._stamps = {name: self._stamp(name) for name in model.parts}
         self._lock = threading.RLock()
 
@@ -55,9 +54,23 @@ class Components(Mapping[str, Any]):
             with events.span("load", component=name):
                 return self.holder[name]
 
+    def fingerprint_of(self, name: str) -> str:
+        """That of the component, also of one that is not loaded: its files are read once, and hashed."""
+        loaded = self.holder.loaded.get(name)
+        if loaded is None:
+            self._check(name)
+        return loaded.fingerprint if loaded is not None else self._identity(name)()
+
+    def _identity(self, name: str) -> Callable[[], str]:
+        if name not in self._identities:
+            self._identities[name] = identity_of(self, self.model.parts[name])
+        return self._identities[name]
+
     def _make(self, name: str) -> Any:
         part = self.model.parts[name]
-        return LOADERS[part.kind](self, part)
+        component = LOADERS[part.kind](self, part)
+        component.identify = self._identity(name)
+        return component
 
     def _check(self, name: str) -> None:
         """Raises LoadError when the part is locked and its bytes are others, whoever loaded them; and when a file is
@@ -187,8 +200,6 @@ def load_wan(components: Components, part: Part) -> Any:
     source, swaps = components.source(part), components.swaps(part.component)
     load_into(module, source, dtype_of=policy.weight_dtype, device=device, check_finite=True)
     apply_swaps(module, swaps)
-    how = [asdict(config), setup.precision, str(dtype), [s.fingerprint for s in swaps]]
-    module.identify = identity(source, how)
     return module
 
 
@@ -210,7 +221,6 @@ def load_vae(components: Components, part: Part) -> Any:
     with torch.device("meta"):
         module = cls(config).eval().requires_grad_(False)
     load_into(module, part.source, dtype_of=lambda name: dtype, device=device, check_finite=True)
-    module.identify = identity(part.source, [part.kind, asdict(config), str(dtype)])
     return module
 
 
@@ -240,21 +250,14 @@ class _Listening(Mapping[str, Any]):
     def __getitem__(self, name: str) -> Any:
         return self._components.get_component(name, self._events)
 
+    def fingerprint_of(self, name: str) -> str:
+        return self._components.fingerprint_of(name)
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._components)
 
     def __len__(self) -> int:
         return len(self._components)
-
-
-def identity(source: Any, how: list[Any]) -> Callable[[], str]:
-    """A hash over the weights and how they compute, made when first asked for (it reads all files)."""
-
-    @functools.cache
-    def identify() -> str:
-        return hashlib.sha256(json.dumps([source.fingerprint, *how], sort_keys=True).encode()).hexdigest()
-
-    return identify
 
 
 def apply_swaps(module: Any, swaps: tuple[Swap, ...]) -> None:

@@ -8,6 +8,7 @@ Sources: Wan2.1 ``wan/modules/tokenizers.py`` (cleaning, 512 tokens); the umt5-x
 
 from __future__ import annotations
 
+import functools
 import html
 import re
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from ditkit.checkpoints.files import file_hash
 from ditkit.errors import LoadError
+from ditkit.state import digest
 
 END = "</s>"
 
@@ -27,10 +29,17 @@ def clean(prompt: str) -> str:
     return re.sub(r"\s+", " ", text).strip()
 
 
+def tokenizer_fingerprint(file: Path) -> str:
+    """Stands for the file and for the cleaning, which rests on ftfy and its version."""
+    import ftfy
+
+    return digest(file_hash(file), "clean 1", ftfy.__version__)
+
+
 class WanTokenizer:
     """The tokenizer in ``folder`` (``tokenizer.json``). Raises LoadError when it is absent or unusable.
 
-    ``fingerprint`` is the hash of the file. Calls share nothing that changes, so threads may share one."""
+    ``fingerprint`` stands for the file and the cleaning. Calls share nothing that changes, so threads may share one."""
 
     def __init__(self, folder: str | Path):
         from tokenizers import Tokenizer
@@ -55,7 +64,11 @@ class WanTokenizer:
             )
         self.end: int = end
         self.vocab_size: int = self._tokenizer.get_vocab_size()
-        self.fingerprint = file_hash(file)
+        self.identify = functools.partial(tokenizer_fingerprint, file)
+
+    @property
+    def fingerprint(self) -> str:
+        return self.identify()
 
     def __call__(self, prompts: Sequence[str], max_length: int = 512) -> tuple[list[list[int]], list[int]]:
         """Cleaned prompts -> (ids of each, how many were cut off of each). At most ``max_length`` ids, the last of

@@ -49,17 +49,30 @@ class Denoise(BaseStage):
     def done(self, state: State) -> bool:
         return "sigmas" in state and "step" in state and state["step"] == len(state["sigmas"]) - 1
 
-    def needs(self, state: Mapping[str, Any]) -> tuple[str, ...]:
-        """A run that goes on below the boundary has done with the first expert. Near it both are named: which one a
-        step gets is decided by its timestep, which is rounded."""
+    def needs(self, state: Mapping[str, Any], stop_at_step: int | None = None) -> tuple[str, ...]:
+        """A run that goes on below the boundary has done with the first expert, one that stops above it has no use for
+        the second. Near it both are named: which one a step gets is decided by its timestep, which is rounded."""
         boundary = state["request"].get("boundary")
-        if len(self.experts) == 2 and boundary is not None and "sigmas" in state and "step" in state:
-            return self.experts[1:] if state["sigmas"][state["step"]] < boundary * (1 - 1e-6) else self.experts
-        return self.experts
+        if len(self.experts) < 2 or boundary is None:
+            return self.experts
+        sigmas = state["sigmas"] if "sigmas" in state else self.planned_sigmas(state["request"])
+        done = state.get("step", 0)
+        steps = sigmas[done : min(len(sigmas) - 1, len(sigmas) if stop_at_step is None else stop_at_step)]
+        high = any(sigma >= boundary * (1 - 1e-6) for sigma in steps)
+        low = any(sigma < boundary * (1 + 1e-6) for sigma in steps)
+        return tuple(name for name, used in zip(self.experts, (high, low), strict=True) if used) or self.experts
+
+    @staticmethod
+    def planned_sigmas(request: Mapping[str, Any]) -> list[float]:
+        """The noise levels of a run that has not begun, as its request alone gives them."""
+        if request.get("sigmas") is not None:
+            return [*request["sigmas"]]
+        solver = make(request["solver"], **request["solver_options"])
+        return list(solver.sigmas(request["steps"], request["shift"], request["schedule"]))
 
     def run(self, inputs: Mapping[str, Any], ctx: Context) -> Mapping[str, Any]:
         solver = ctx.seams.scheduler or make(ctx.settings.solver, **ctx.settings.solver_options)
-        transformer = ctx.components[self.needs(inputs)[0]]
+        transformer = ctx.components[self.needs(inputs, ctx.stop_at_step)[0]]
         steps = request_steps(solver, ctx.settings, transformer.timestep_scale, len(self.experts))
         sigmas = [*(s.sigma for s in steps), steps[-1].sigma_next]
         if inputs.get("sigmas", sigmas) != sigmas:
@@ -80,12 +93,11 @@ class Denoise(BaseStage):
                     # One assignment, so that Ctrl-C finds all of them before the step or all of them after it.
                     reached = with_known(x_next, inputs), history_next, step.index + 1
                     x, history, done = reached
+                if done < last:
+                    ctx.kept(done, partial(as_fields, sigmas, *reached))
         except KeyboardInterrupt:
-            x, history, done = reached
-            raise Stopped({"latents": x.cpu(), "sigmas": sigmas, "step": done, "history": on_cpu(history)}) from None
-
-        history = {} if done == len(steps) else on_cpu(history)
-        return {"latents": x.cpu(), "sigmas": sigmas, "step": done, "history": history}
+            raise Stopped(as_fields(sigmas, *reached)) from None
+        return as_fields(sigmas, x, {} if done == len(steps) else history, done)
 
     def begin(
         self, inputs: Mapping[str, Any], ctx: Context, transformer: Any
@@ -134,5 +146,7 @@ def with_known(x: Tensor, inputs: Mapping[str, Any]) -> Tensor:
     return torch.cat((known, x[:, :, known.shape[2] :]), 2)
 
 
-def on_cpu(history: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.cpu() for name, tensor in history.items()}
+def as_fields(sigmas: list[float], x: Tensor, history: Mapping[str, Tensor], done: int) -> dict[str, Any]:
+    """How the loop stands, as the State holds it: on the CPU."""
+    remembered = {name: tensor.cpu() for name, tensor in history.items()}
+    return {"latents": x.cpu(), "sigmas": sigmas, "step": done, "history": remembered}

@@ -15,15 +15,15 @@ from ditkit.pipeline import BaseStage, Context
 class EncodeText(BaseStage):
     name = "encode_text"
     reads = ("prompt", "negative_prompt", "request")
+    optional = ("expanded_prompt",)
     writes = ("prompt_embeds", "prompt_lengths")
     may_write = ("negative_prompt_embeds", "negative_prompt_lengths")
     components = ("tokenizer", "text_encoder")
 
     def run(self, inputs: Mapping[str, Any], ctx: Context) -> Mapping[str, Any]:
-        rows, lengths = self.encode(inputs["prompt"], "prompt", ctx)
+        rows, lengths = self.encode(inputs.get("expanded_prompt", inputs["prompt"]), "prompt", ctx)
         written = {"prompt_embeds": rows, "prompt_lengths": lengths}
-        scales = ctx.settings.guidance_scale, ctx.settings.guidance_scale_2
-        if any(scale not in (None, 1) for scale in scales):  # without guidance nobody looks at the negative prompt
+        if ctx.settings.guided:  # without guidance nobody looks at the negative prompt
             rows, lengths = self.encode(inputs["negative_prompt"], "negative_prompt", ctx)
             written |= {"negative_prompt_embeds": rows, "negative_prompt_lengths": lengths}
         return written

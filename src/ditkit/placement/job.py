@@ -1,0 +1,164 @@
+"""What travels: a Job and its inputs there, Frames back. Plain JSON and safetensors; nothing is ever pickled.
+
+A Frame is a kind and a payload: ``event`` (JSON, or a State where it holds tensors), ``kept`` and ``outcome`` (States),
+``error`` (JSON), ``alive`` (nothing: the other end is at work). Leaves out: how bytes travel.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ditkit import errors
+from ditkit.contracts import Step
+from ditkit.errors import DitkitError, PlaceError, StateError
+from ditkit.events import Event
+from ditkit.running import Outcome
+from ditkit.stage import Stage
+from ditkit.state import State, kind_of
+
+WIRE = 1
+"""The version of all that is in this file; two ends of another version refuse each other."""
+
+KINDS = ("event", "kept", "outcome", "error", "alive")
+
+
+@dataclass(frozen=True)
+class Job:
+    """``options``: the stage's dataclass fields. ``weights``: fingerprints of its components, as the caller knows them;
+    the worker refuses to use others. ``keep_every``: None when nobody keeps. ``ignore``: events that nobody there
+    listens to."""
+
+    id: str
+    stage: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    weights: Mapping[str, str] = field(default_factory=dict)
+    stop_at_step: int | None = None
+    keep_every: int | None = None
+    ignore: Sequence[str] = ()
+    wire: int = WIRE
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Job:
+        """Raises PlaceError."""
+        try:
+            values = json.loads(text)
+            job = cls(**values)
+            sound = all(isinstance(x, str) for x in (job.id, job.stage)) and isinstance(job.options, dict)
+            sound = sound and isinstance(job.weights, dict) and isinstance(job.ignore, list)
+            numbers = (job.stop_at_step, job.keep_every)
+            sound = sound and all(n is None or (type(n) is int and n >= 0) for n in numbers) and job.keep_every != 0
+        except (TypeError, ValueError):
+            sound = False
+        if not sound:
+            raise PlaceError("reading a job", "it is not one of this version", "Use the same version of ditkit")
+        return job
+
+
+@dataclass(frozen=True)
+class Frame:
+    kind: str
+    payload: bytes | bytearray | memoryview = b""
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.payload)
+
+
+def options_to_send(stage: Stage) -> dict[str, Any]:
+    """All options of a stage, also those that promise equal results."""
+    described: tuple[Any, ...] = dataclasses.fields(stage) if dataclasses.is_dataclass(stage) else ()
+    return {f.name: getattr(stage, f.name) for f in described}
+
+
+def with_options(stage: Stage, options: Mapping[str, Any]) -> Stage:
+    """``stage`` as the caller has it. Raises PlaceError for an option that this version of the stage lacks."""
+    known = options_to_send(stage)
+    if set(options) != set(known):
+        raise PlaceError(
+            f"running stage {stage.name!r} with the options {', '.join(sorted(options)) or 'none'}",
+            f"it has {', '.join(sorted(known)) or 'none'}",
+            "Use the same version of ditkit on both machines",
+        )
+    return dataclasses.replace(stage, **{k: _tuples(v) for k, v in options.items()}) if known else stage  # type: ignore[type-var]
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def outcome_to_state(outcome: Outcome, seconds: float = 0.0) -> State:
+    about = {"settings": outcome.settings, "plugs": outcome.plugs, "stopped": outcome.stopped, "seconds": seconds}
+    return State({**outcome.written, "outcome": about})
+
+
+def state_to_outcome(state: State) -> tuple[Outcome, float]:
+    """The outcome and the seconds that it took. Raises StateError for a State that holds none."""
+    about = state.get("outcome")
+    keys = {"settings": dict, "plugs": dict, "stopped": bool, "seconds": float}
+    if not isinstance(about, dict) or not all(isinstance(about.get(k), t) for k, t in keys.items()):
+        raise StateError("reading the outcome of a stage", "it does not say what it came from", "Run the stage again")
+    written = {k: v for k, v in state.items() if k != "outcome"}
+    return Outcome(written, about["settings"], about["plugs"], about["stopped"]), about["seconds"]
+
+
+def event_to_frame(event: Event) -> Frame:
+    """Values that are neither plain nor tensors (nor a Step) are sent as text."""
+    tensors = {f"@{k}": v for k, v in event.values.items() if kind_of(v) == "tensor"}
+    plain = {k: _plain(v) for k, v in event.values.items() if f"@{k}" not in tensors}
+    about = {"name": event.name, "values": plain}
+    if not tensors:
+        return Frame("event", json.dumps(about).encode())
+    return Frame("event", State({**tensors, "event": about}).to_bytes())
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Step):
+        return {"@step": asdict(value)}
+    try:
+        return json.loads(json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError):
+        return str(value)
+
+
+def frame_to_event(frame: Frame) -> tuple[str, dict[str, Any]]:
+    """Name and values. Raises StateError."""
+    data, tensors = bytes(frame.payload), {}
+    try:
+        if data[:1] == b"{":
+            about = json.loads(data)
+        else:
+            state = State.from_bytes(data, "an event")
+            about, tensors = state["event"], {k[1:]: state[k] for k in state if k.startswith("@")}
+        values = {k: Step(**v["@step"]) if isinstance(v, dict) and "@step" in v else v
+                  for k, v in about["values"].items()}  # fmt: skip
+        return str(about["name"]), {**values, **tensors}
+    except (ValueError, TypeError, KeyError) as e:
+        raise StateError("reading an event", f"it is damaged ({e!r})", "Use the same version of ditkit") from None
+
+
+def error_to_frame(error: BaseException) -> Frame:
+    """An error of ditkit's keeps its kind and its three parts; of any other only its text travels."""
+    if isinstance(error, DitkitError) and type(error).__reduce__ is DitkitError.__reduce__:
+        about = {"kind": type(error).__name__, "asked": error.asked, "found": error.found, "do": error.do}
+    else:
+        found = f"it failed with {type(error).__name__}: {error}"
+        about = {"kind": "PlaceError", "asked": "running a stage", "found": found, "do": "Look at its log"}
+    return Frame("error", json.dumps(about).encode())
+
+
+def frame_to_error(payload: bytes | bytearray | memoryview, place: str) -> DitkitError:
+    """The same error, which names the place."""
+    try:
+        about = json.loads(bytes(payload))
+        kind = getattr(errors, about["kind"], PlaceError)
+        cls = kind if isinstance(kind, type) and issubclass(kind, DitkitError) else PlaceError
+        return cls(f"{about['asked']} (at {place})", str(about["found"]), str(about["do"]))
+    except (ValueError, TypeError, KeyError):
+        return PlaceError(f"running a stage at {place}", "it failed, and its error is damaged", "Look at its log")

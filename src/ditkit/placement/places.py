@@ -1,0 +1,133 @@
+"""Places: the setting ``placement`` made real, for one model. Channels are opened when they are first needed."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ditkit.contracts import Seams, Step
+from ditkit.errors import SetupError, nearest
+from ditkit.pipeline import Pipeline
+from ditkit.placement.remote import Channel, Remote
+from ditkit.placement.spec import Spec, Target
+from ditkit.running import Here, Place, Segment
+from ditkit.setup import Setup
+
+
+class Places:
+    """Which place runs which stage, and from which step on. One channel for each place, whoever uses it."""
+
+    def __init__(self, setup: Setup):
+        self.setup = setup
+        self.specs = {Target.parse(key): Spec.parse(value, key) for key, value in setup.placement.items()}
+        if len(self.specs) < len(setup.placement):
+            raise SetupError(
+                f"placement of {', '.join(setup.placement)}", "it names the same steps twice", "Leave one out"
+            )
+        self._remotes: dict[str, Remote] = {}
+        self._lock = threading.RLock()
+
+    def devices(self, pipeline: Pipeline) -> dict[str, str]:
+        """Devices of the components of stages that are placed on a device of this process. Raises SetupError where two
+        settings contradict each other."""
+        found: dict[str, str] = dict(self.setup.devices)
+        for target, spec in self.specs.items():
+            self._check(target, pipeline)
+            if spec.kind != "here" or spec.device is None:
+                continue
+            names = [target.expert] if target.expert else list(pipeline[target.stage].components)
+            for name in (n for n in names if n != "tokenizer"):
+                if found.get(name, spec.device) != spec.device:
+                    raise SetupError(
+                        f"placement of {target.stage} at {spec.text}", f"its {name} is on {found[name]}",
+                        "Name one device for each component, or use process:DEVICE",
+                    )  # fmt: skip
+                found[name] = spec.device
+        return found
+
+    def of_run(
+        self,
+        pipeline: Pipeline,
+        components: Mapping[str, Any],
+        seams: Seams,
+        steps: Callable[[], Sequence[Step]],
+    ) -> dict[str, list[Segment]]:
+        """The segments of each stage that does not simply run here. ``steps``: the step table, asked for only where an
+        expert is placed. Raises SetupError."""
+        found: dict[str, list[Segment]] = {}
+        here = Here(components)
+        for target, spec in self.specs.items():
+            self._check(target, pipeline)
+            found.setdefault(target.stage, []).append(Segment(self._place(spec, here), self._first(target, steps)))
+        for name, segments in found.items():
+            segments.sort(key=lambda segment: segment.from_step)
+            starts = [segment.from_step for segment in segments]
+            if len(set(starts)) < len(starts):
+                raise SetupError(
+                    f"placement of {name}",
+                    f"two places begin at step {next(s for s in starts if starts.count(s) > 1)}",
+                    "Leave one out",
+                )
+            if starts[0] > 0:
+                segments.insert(0, Segment(here))
+        return found
+
+    def _check(self, target: Target, pipeline: Pipeline) -> None:
+        if target.stage not in pipeline.names:
+            raise SetupError(
+                f"placement of {target.stage!r}",
+                f"there is no such stage{nearest(target.stage, pipeline.names)}",
+                f"The stages are {', '.join(pipeline.names)}",
+            )
+        stage = pipeline[target.stage]
+        if (target.step is not None or target.expert) and not stage.loop:
+            raise SetupError(f"placement of a part of {target.stage}", "it takes no steps", "Place the whole stage")
+        if target.expert and target.expert not in stage.components:
+            raise SetupError(
+                f"placement of {target.stage}.{target.expert}", f"its model has {', '.join(stage.components)}",
+                "Place the whole stage",
+            )  # fmt: skip
+
+    @staticmethod
+    def _first(target: Target, steps: Callable[[], Sequence[Step]]) -> int:
+        if target.expert is None:
+            return target.step or 0
+        table = steps()
+        return next((s.index for s in table if s.expert == target.expert), len(table))
+
+    def _place(self, spec: Spec, here: Here) -> Place:
+        return here if spec.kind == "here" else self.remote(spec)
+
+    def remote(self, spec: Spec) -> Remote:
+        with self._lock:
+            if spec.text not in self._remotes:
+                stages = {t.stage: t for t, s in self.specs.items() if s.text == spec.text}
+                expect = {k: v for k, v in self.setup.expect.items() if k in stages}
+                channel = self._channel(spec)
+                self._remotes[spec.text] = Remote(spec.text, channel, self.setup.retries, expect)
+            return self._remotes[spec.text]
+
+    def _channel(self, spec: Spec) -> Channel:
+        if spec.kind == "http":
+            from ditkit.placement.http import HTTPChannel
+
+            return HTTPChannel(str(spec.address), self.setup.patience)
+        if spec.kind == "process":
+            from ditkit.placement.process import ProcessChannel
+
+            return ProcessChannel(self.setup, spec.device)
+        from ditkit.placement.ray_actor import RayChannel
+
+        return RayChannel(self.setup, spec.address, spec.device)
+
+    def describe(self) -> dict[str, Any]:
+        """What each place that was used said of itself."""
+        with self._lock:
+            return {name: dict(remote.handshake.heard) for name, remote in self._remotes.items()}
+
+    def close(self) -> None:
+        with self._lock:
+            for remote in self._remotes.values():
+                remote.channel.close()
+            self._remotes.clear()

@@ -1,0 +1,152 @@
+"""Remote: a place at the other end of a channel. It sends what a stage may look at, hands on what is heard, and sends
+again where the other end was lost; a stage is pure, so that changes nothing.
+
+Leaves out: how bytes travel (a ``Channel``), who may be trusted (``handshake.py``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+from ditkit.errors import Lost, PlaceError, StateError
+from ditkit.events import Events
+from ditkit.placement.handshake import Handshake
+from ditkit.placement.job import (
+    Frame,
+    Job,
+    frame_to_error,
+    frame_to_event,
+    options_to_send,
+    state_to_outcome,
+)
+from ditkit.running import Outcome, Task
+from ditkit.stage import Stage
+from ditkit.state import State
+
+
+class Channel(Protocol):
+    """A way to a Worker. Methods raise Lost when it is not there or stops answering, PlaceError when it refuses."""
+
+    def describe(self) -> dict[str, Any]:
+        """What ``Worker.describe`` says."""
+        ...
+
+    def probe(self, stage: str) -> dict[str, Any]:
+        """What the stage makes of its fixed input (``probe.py``)."""
+        ...
+
+    def submit(self, job: Job, inputs: State) -> Iterator[Frame]:
+        """Frames as they come, the last one an outcome or an error."""
+        ...
+
+    def cancel(self, job_id: str) -> None:
+        """Stop it at its next event; what it has is still sent."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Remote:
+    """A Place. ``retries``: how often a stage is sent again after its host was lost. ``expect``: probe hashes by stage,
+    which the host has to show."""
+
+    def __init__(self, name: str, channel: Channel, retries: int = 2, expect: Mapping[str, str] | None = None):
+        self.name, self.channel, self.retries = name, channel, retries
+        self.handshake = Handshake(name, channel, expect or {})
+
+    def prepare(self, stage: Stage, components: Sequence[str], events: Events) -> None:
+        self.handshake.check(stage, events)
+
+    def fingerprints(self, stage: Stage, components: Sequence[str]) -> Mapping[str, str]:
+        known = self.handshake.fingerprints(stage)
+        return {name: known[name] for name in components if name in known}
+
+    def run(self, task: Task) -> Outcome:
+        self.handshake.check(task.stage, task.events)
+        plugs = {k: v for k, v in task.seams.describe().items() if k != "swaps" or v}
+        if plugs and task.stage.loop:
+            raise PlaceError(
+                f"running stage {task.stage.name!r} at {self.name}",
+                f"{', '.join(plugs)} is changed here by Python objects, which do not travel",
+                "Run the stage here, or take them out",
+            )
+        state, reached = task.inputs, None
+        for attempt in range(self.retries + 1):
+            try:
+                for outcome, final in self._attempt(task, state):
+                    if final:
+                        return outcome
+                    reached = outcome
+                raise Lost(f"running stage {task.stage.name!r} at {self.name}", "it sent no outcome", "Look at its log")
+            except Lost as e:
+                if attempt == self.retries:
+                    tries = "" if attempt == 0 else f" ({attempt + 1} times)"
+                    raise PlaceError(e.asked, f"{e.found}{tries}", e.do) from None
+                task.events.emit("place.retry", place=self.name, stage=task.stage.name, attempt=attempt + 1, why=str(e))
+                time.sleep(min(0.1 * 2**attempt, 5.0))
+                state = state if reached is None else state.with_fields(reached.written)
+        raise AssertionError
+
+    def _attempt(self, task: Task, inputs: State) -> Iterator[tuple[Outcome, bool]]:
+        """What is kept on the way, and then the outcome (True)."""
+        stage = task.stage
+        job = Job(
+            uuid.uuid4().hex,
+            stage.name,
+            options_to_send(stage),
+            dict(task.weights),
+            task.stop_at_step,
+            task.keep_every if task.keep else None,
+            task.events.ignored(),
+        )
+        begun, received, cancelled = time.perf_counter(), 0, False
+        frames = self.channel.submit(job, inputs)
+        with contextlib.closing(frames):  # type: ignore[type-var]
+            while True:
+                try:
+                    frame = next(frames, None)
+                    if frame is None:
+                        return
+                    received += frame.nbytes
+                    if frame.kind == "event":
+                        name, values = frame_to_event(frame)
+                        task.events.emit(name, **values)
+                    elif frame.kind == "error":
+                        if cancelled:
+                            raise KeyboardInterrupt
+                        raise frame_to_error(frame.payload, self.name)
+                    elif frame.kind in ("kept", "outcome"):
+                        outcome, seconds = state_to_outcome(State.from_bytes(bytes(frame.payload), self.name))
+                        self._check(stage, outcome)
+                        if frame.kind == "kept":
+                            assert task.keep is not None
+                            task.keep(outcome)
+                            yield outcome, False
+                        else:
+                            whole = time.perf_counter() - begun
+                            told = {"sent": inputs.nbytes(), "received": received, "worked": seconds}
+                            waited = max(0.0, whole - seconds)
+                            task.events.emit("travel", stage=stage.name, place=self.name, seconds=waited, **told)
+                            yield outcome, True
+                            return
+                except StateError as e:
+                    raise PlaceError(e.asked, e.found, f"{self.name} sent that; look at its log") from None
+                except KeyboardInterrupt:
+                    if cancelled:
+                        raise
+                    cancelled = True
+                    self.channel.cancel(job.id)
+
+    def _check(self, stage: Stage, outcome: Outcome) -> None:
+        """Content whose label and bytes disagree is refused."""
+        from ditkit.checking import fault_of
+        from ditkit.state import FIELDS
+
+        table, sizes = FIELDS | {f.name: f for f in stage.fields}, dict[str, int]()
+        for name, value in outcome.written.items():
+            if fault := fault_of(table[name], value, sizes) if name in table else "nobody asked for it":
+                raise StateError(f"reading {name!r} from {self.name}", fault, "Look at its log")

@@ -1,0 +1,141 @@
+"""Worker: the end of a channel where stages are carried out. It knows its stages and its components, and no caller.
+
+One stage at a time, because they share a device. Leaves out: how jobs come and frames go (``host.py``, ``process.py``,
+``ray_actor.py``).
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ditkit.checking import fault_of
+from ditkit.errors import DitkitError, PlaceError, StateError, nearest
+from ditkit.events import Event, Events
+from ditkit.placement.job import (
+    WIRE,
+    Frame,
+    Job,
+    error_to_frame,
+    event_to_frame,
+    outcome_to_state,
+    with_options,
+)
+from ditkit.receipt import machine, versions
+from ditkit.running import Here, Outcome, Task, checked, readable
+from ditkit.stage import Stage
+from ditkit.state import FIELDS, SCHEMA, State
+
+Send = Callable[[Frame], None]
+
+
+class Worker:
+    """``stages``: those that it offers. ``components``: what they call. ``about``: plain facts to announce."""
+
+    def __init__(self, stages: Mapping[str, Stage], components: Mapping[str, Any], about: Mapping[str, Any]):
+        self.stages, self.components, self.about = dict(stages), components, dict(about)
+        self._turn = threading.Lock()
+
+    def describe(self) -> dict[str, Any]:
+        """Who this is: versions, machine, stages with their fields, parts with their fingerprints. Plain values."""
+        return {
+            "wire": WIRE,
+            "schema": SCHEMA,
+            "versions": versions(),
+            "machine": machine(),
+            **self.about,
+            "stages": {name: self._describe(stage) for name, stage in self.stages.items()},
+        }
+
+    def _describe(self, stage: Stage) -> dict[str, Any]:
+        table = FIELDS | {f.name: f for f in stage.fields}
+
+        def fields(names: tuple[str, ...]) -> dict[str, Any]:
+            return {n: {"kind": table[n].kind, "dtype": table[n].dtype, "shape": table[n].shape} for n in names}
+
+        parts = [name for name in stage.components if name in self.components]
+        return {
+            "version": stage.version,
+            "reads": fields(stage.reads),
+            "optional": fields((*stage.optional, *stage.triggers)),
+            "writes": fields(stage.writes),
+            "may_write": fields(stage.may_write),
+            "components": {name: self._fingerprint(name) for name in parts},
+        }
+
+    def _fingerprint(self, name: str) -> str:
+        return Here(self.components).fingerprints(next(iter(self.stages.values())), [name])[name]
+
+    def run(self, job: Job, inputs: State, send: Send, cancelled: threading.Event) -> None:
+        """Sends events, what is kept on the way, and at last one outcome or one error. Raises what ``send`` raises."""
+        try:
+            stage = self._stage(job)
+            self._check(stage, job, inputs)
+            outcome, seconds = self._carry_out(stage, job, inputs, send, cancelled)
+        except KeyboardInterrupt:  # cancelled where nothing can be kept
+            send(error_to_frame(PlaceError(f"running stage {job.stage!r}", "it was cancelled", "Run it again")))
+        except DitkitError as e:
+            send(error_to_frame(e))
+        except Exception as e:
+            send(error_to_frame(e))
+            raise
+        else:
+            send(Frame("outcome", outcome_to_state(outcome, seconds).to_bytes()))
+
+    def _stage(self, job: Job) -> Stage:
+        if job.wire != WIRE:
+            raise PlaceError(
+                f"running stage {job.stage!r}", f"the job has wire version {job.wire}, this end {WIRE}",
+                "Use the same version of ditkit on both machines",
+            )  # fmt: skip
+        if job.stage not in self.stages:
+            raise PlaceError(
+                f"running stage {job.stage!r}",
+                f"it is not offered here{nearest(job.stage, self.stages)}",
+                f"Offered are {', '.join(self.stages)}",
+            )
+        return with_options(self.stages[job.stage], job.options)
+
+    def _check(self, stage: Stage, job: Job, inputs: State) -> None:
+        asked = f"running stage {stage.name!r}"
+        table, sizes = FIELDS | {f.name: f for f in stage.fields}, dict[str, int]()
+        for name, value in inputs.items():
+            if name not in readable(stage) and name != "request":
+                raise StateError(asked, f"it was sent {name!r}, which it does not read", "Send what it reads")
+            if fault := fault_of(table[name], value, sizes):
+                raise StateError(asked, f"its field {name!r} is damaged: {fault}", "Take an untouched State")
+        if absent := [name for name in stage.reads if name not in inputs]:
+            raise StateError(asked, f"the State has no {', '.join(absent)}", "Run the stages before it first")
+        for name in stage.needs(inputs, job.stop_at_step):
+            if name not in self.components:
+                raise PlaceError(asked, f"there is no {name} here", "Run these steps where it is")
+            mine = self._fingerprint(name)
+            if job.weights.get(name, mine) != mine:
+                raise StateError(
+                    asked, f"its {name} is {mine[:16]}, and the caller knows {job.weights[name][:16]}",
+                    "Start it with the weights, dtype and precision of that time",
+                )  # fmt: skip
+
+    def _carry_out(
+        self, stage: Stage, job: Job, inputs: State, send: Send, cancelled: threading.Event
+    ) -> tuple[Outcome, float]:
+        def listen(event: Event) -> None:
+            if cancelled.is_set():
+                raise KeyboardInterrupt
+            if event.name not in job.ignore:
+                send(event_to_frame(event))
+
+        def keep(outcome: Outcome) -> None:
+            send(Frame("kept", outcome_to_state(outcome).to_bytes()))
+
+        events = Events(listen)
+        listening = getattr(self.components, "listening", None)
+        components = self.components if listening is None else listening(events)
+        with self._turn:
+            begun = time.perf_counter()
+            task = Task(stage, inputs, job.weights, events, stop_at_step=job.stop_at_step,
+                        keep=keep if job.keep_every else None, keep_every=job.keep_every or 1)  # fmt: skip
+            outcome = Here(components).run(task)
+            return (outcome if outcome.stopped else checked(stage, outcome)), time.perf_counter() - begun

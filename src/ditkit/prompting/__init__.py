@@ -1,0 +1,1 @@
+"""Language models that expand prompts: over OpenAI-compatible servers, or transformers in this process."""

@@ -1,0 +1,87 @@
+"""What a stage's result came from: written down beside it, hashed into its fingerprints, compared when a run goes on.
+
+A record holds the version and the options of the stage, the settings that it read, what was plugged into the seams if
+it asked for them, its weights and the fingerprints of its inputs. Leaves out: where results are kept (``store``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from ditkit.stage import Stage, setting_of
+from ditkit.state import State, digest
+
+Record = dict[str, Any]
+
+
+def fingerprint_of(state: State, name: str) -> str:
+    """The fingerprint of a field; of a field that the caller brought, the hash of its content."""
+    return state.fingerprints.get(name) or digest(name, state[name])
+
+
+def options_of(stage: Stage) -> dict[str, Any]:
+    """The dataclass fields of a stage, but for those that promise equal results."""
+    described: tuple[Any, ...] = dataclasses.fields(stage) if dataclasses.is_dataclass(stage) else ()
+    return {f.name: getattr(stage, f.name) for f in described if f.compare}
+
+
+def inputs_of(stage: Stage, state: State) -> dict[str, str]:
+    """Fingerprints of all that the stage may look at; the request counts by the settings that are read of it."""
+    names = dict.fromkeys((*stage.reads, *stage.optional, *stage.triggers))
+    return {n: fingerprint_of(state, n) for n in names if n in state and n not in stage.loop and n != "request"}
+
+
+def record_of(
+    stage: Stage,
+    state: State,
+    weights: Mapping[str, str],
+    settings: Mapping[str, Any],
+    plugs: Mapping[str, list[str]],
+) -> Record:
+    return {
+        "version": stage.version,
+        "options": options_of(stage),
+        "settings": dict(settings),
+        "plugs": dict(plugs),
+        "weights": dict(weights),
+        "inputs": inputs_of(stage, state),
+    }
+
+
+def fingerprints(stage: Stage, state: State, record: Record, written: Mapping[str, Any]) -> dict[str, str]:
+    """Of each field that the stage wrote from ``state``: its record, hashed.
+
+    A looping stage adds the step that it reached, and is blind to where it was interrupted: going on from its own
+    earlier fields counts as one run."""
+
+    def key(name: str, fields: Mapping[str, Any], origin: list[str]) -> str:
+        reached = fields.get("step", 0) if stage.loop else 0
+        return digest(name, stage.name, record, reached, origin)
+
+    held = [n for n in stage.loop if n in state]
+    own = all(state.fingerprints.get(n) == key(n, state, []) for n in held)
+    origin = [] if own else [fingerprint_of(state, n) for n in held]
+    return {name: key(name, written, origin) for name in written}
+
+
+def outdated(stage: Stage, state: State, later: Collection[str]) -> list[str]:
+    """Why the State's own request and inputs would give this stage another result than the one that it holds; nothing
+    if it would be the same, or if nobody wrote down what it came from.
+
+    ``later``: fields that this stage or one after it writes; that they are others now says nothing."""
+    record = state.get("records", {}).get(stage.name)
+    if record is None:
+        return []
+    request, reasons = state.get("request", {}), []
+    for name, value in record["settings"].items():
+        now = setting_of(request, name)
+        if now != value:
+            reasons.append(f"{name} was {value!r}, is {now!r}")
+    for name, then in record["inputs"].items():
+        if name not in later and (name not in state or fingerprint_of(state, name) != then):
+            reasons.append(f"{name} is {'another one' if name in state else 'gone'}")
+    seen = (*stage.optional, *stage.triggers)
+    unseen = {*stage.loop, *later, *record["inputs"], "request"}
+    return [*reasons, *(f"{n} is new" for n in dict.fromkeys(seen) if n in state and n not in unseen)]

@@ -1,0 +1,223 @@
+"""Places without a network: the words of the setting, and a Worker in this process behind function calls."""
+
+from __future__ import annotations
+
+import queue
+import threading
+
+import pytest
+
+import ditkit
+from ditkit.errors import Lost, PlaceError, SetupError
+from ditkit.events import Event
+from ditkit.placement.job import Job
+from ditkit.placement.remote import Remote
+from ditkit.placement.spec import Spec, Target
+from ditkit.placement.worker import Worker
+from ditkit.running import Segment
+
+
+class Calls:
+    """A channel to a Worker in a thread of this process; ``lose`` makes the next jobs end after so many frames."""
+
+    def __init__(self, worker: Worker):
+        self.worker, self.lose, self.jobs = worker, [], 0
+        self.cancelled: dict[str, threading.Event] = {}
+
+    def describe(self):
+        return self.worker.describe()
+
+    def probe(self, stage):
+        return {"hash": "0" * 64}
+
+    def submit(self, job, inputs):
+        self.jobs += 1
+        frames, limit = queue.Queue(), self.lose.pop(0) if self.lose else None
+        job, flag = Job.from_json(job.to_json()), self.cancelled.setdefault(job.id, threading.Event())
+        inputs = type(inputs).from_bytes(inputs.to_bytes())
+
+        def work():
+            self.worker.run(job, inputs, frames.put, flag)
+            frames.put(None)
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        count = 0
+        while (frame := frames.get()) is not None:
+            if count == limit:
+                flag.set()
+                thread.join()
+                raise Lost(f"running {job.stage} at calls", "it went away", "Look")
+            count += 1
+            yield frame
+        thread.join()
+
+    def cancel(self, job_id):
+        self.cancelled[job_id].set()
+
+    def close(self):
+        pass
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_model):
+    return ditkit.load(tiny_model, threads=1)
+
+
+@pytest.fixture
+def remote(pipe):
+    other = ditkit.load(pipe.setup.model)
+    worker = Worker({s.name: s for s in other.pipeline.stages}, other.components, {})
+    return Remote("calls", Calls(worker))
+
+
+def begin(pipe, **more):
+    return pipe.begin(pipe.model.request({"prompt": "a red circle", "seed": 3, **more}))
+
+
+@pytest.mark.parametrize("stage", ["encode_text", "denoise", "decode_latents"])
+def test_a_stage_elsewhere_gives_the_same_state_and_fingerprints(pipe, remote, stage):
+    whole = pipe.run(begin(pipe)).state
+    there = pipe.pipeline.run(begin(pipe), pipe.components, places={stage: [Segment(remote)]})
+    assert there.equal(whole)
+    assert there.fingerprints == whole.fingerprints
+
+
+def test_a_loop_in_two_places_is_one_loop(pipe, remote):
+    whole = pipe.run(begin(pipe)).state
+    from ditkit.running import Here
+
+    for k in range(1, 5):
+        places = {"denoise": [Segment(remote), Segment(Here(pipe.components), k)]}
+        there = pipe.pipeline.run(begin(pipe), pipe.components, places=places)
+        assert there.equal(whole), k
+        assert there.fingerprints == whole.fingerprints
+
+
+def test_a_lost_host_is_asked_again_and_goes_on_from_what_was_kept(pipe, remote):
+    whole = pipe.run(begin(pipe)).state
+    kept = []
+
+    class Keep:
+        every = 1
+
+        def __call__(self, state):
+            kept.append(state)
+
+    remote.channel.lose = [8]
+    there = pipe.pipeline.run(begin(pipe), pipe.components, places={"denoise": [Segment(remote)]}, keep=Keep())
+    assert there.equal(whole)
+    assert there.fingerprints == whole.fingerprints
+    steps = [s["step"] for s in kept if "step" in s and "video" not in s]
+    assert steps == sorted(steps), "no step was taken twice and kept twice"
+    assert remote.channel.jobs == 2
+
+
+def test_retries_end_and_the_last_error_names_the_place(pipe, remote):
+    remote.channel.lose = [0, 0, 0]
+    with pytest.raises(PlaceError, match=r"calls: it went away \(3 times\)"):
+        pipe.pipeline.run(begin(pipe), pipe.components, places={"encode_text": [Segment(remote)]})
+
+
+def test_errors_keep_their_kind(pipe, remote):
+    state = begin(pipe)
+    weights = {"tokenizer": "0" * 64, "text_encoder": "1" * 64}
+    remote.fingerprints = lambda stage, names: weights
+    with pytest.raises(
+        ditkit.DitkitError, match=r"at calls\): its tokenizer is .* and the caller knows 0000000000000000"
+    ):
+        pipe.pipeline.run(state, pipe.components, places={"encode_text": [Segment(remote)]})
+
+
+def test_ctrl_c_keeps_what_was_done_elsewhere(pipe, remote):
+    whole = pipe.run(begin(pipe)).state
+
+    def listener(event: Event):
+        if event.name == "step.end" and event["step"].index == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(ditkit.Interrupted) as e:
+        pipe.pipeline.run(
+            begin(pipe), pipe.components, places={"denoise": [Segment(remote)]}, events=ditkit.Events(listener)
+        )
+    half = e.value.state
+    assert 2 <= half["step"] <= 4
+    assert pipe.run(half).state.equal(whole)
+
+
+def test_events_are_heard_as_if_it_were_here(pipe, remote):
+    def heard(places):
+        names = []
+        pipe.pipeline.run(begin(pipe), pipe.components, places=places,
+                          events=ditkit.Events(lambda e: names.append(e.name)))  # fmt: skip
+        return [n for n in names if not n.startswith(("load.", "place.", "travel"))]
+
+    assert heard({"denoise": [Segment(remote)], "decode_latents": [Segment(remote)]}) == heard({})
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "address", "device"),
+    [
+        ("here", "here", None, None),
+        ("cuda:1", "here", None, "cuda:1"),
+        ("process", "process", None, None),
+        ("process:cuda:1", "process", None, "cuda:1"),
+        ("http://mac.local:8700/", "http", "http://mac.local:8700", None),
+        ("https://box", "http", "https://box", None),
+        ("ray", "ray", None, None),
+        ("ray:cuda:0", "ray", None, "cuda:0"),
+        ("ray://head:10001", "ray", "ray://head:10001", None),
+    ],
+)
+def test_specs(text, kind, address, device):
+    spec = Spec.parse(text)
+    assert (spec.kind, spec.address, spec.device) == (kind, address, device)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "process:gpu",
+        "mac.local:8700",
+        "http://",
+        "http://u:p@h:1",
+        "http://h:x",
+        "ray://h",
+        "ftp://h",
+        "http://h?x=1",
+    ],
+)
+def test_bad_specs(text):
+    with pytest.raises(SetupError):
+        Spec.parse(text)
+
+
+def test_targets():
+    assert Target.parse("denoise") == Target("denoise")
+    assert Target.parse("denoise@7") == Target("denoise", 7)
+    assert Target.parse("denoise.transformer_2") == Target("denoise", None, "transformer_2")
+    for bad in ("denoise@x", "@3", "denoise.vae"):
+        with pytest.raises(SetupError):
+            Target.parse(bad)
+
+
+@pytest.mark.parametrize(
+    ("placement", "message"),
+    [
+        ({"denoize": "here"}, "did you mean 'denoise'"),
+        ({"encode_text@2": "here"}, "takes no steps"),
+        ({"denoise.transformer_2": "here"}, "its model has transformer"),
+        ({"denoise": "here", "denoise@0": "here"}, "two places begin at step 0"),
+        ({"denoise@2": "here", "denoise@02": "here"}, "the same steps twice"),
+    ],
+)
+def test_bad_placements(pipe, placement, message):
+    with pytest.raises(SetupError, match=message):
+        ditkit.load(pipe.setup.model, placement=placement)("x")
+
+
+def test_devices_of_a_stage(pipe):
+    assert ditkit.load(pipe.setup.model, placement={"decode_latents": "cpu"}).setup.devices == {"vae": "cpu"}
+    with pytest.raises(SetupError, match="its vae is on cuda:1"):
+        ditkit.load(pipe.setup.model, placement={"decode_latents": "cpu"}, devices={"vae": "cuda:1"})
