@@ -185,6 +185,8 @@ class Pipeline:
             if reason:
                 events.emit("stage.skipped", stage=stage.name, reason=reason)
                 continue
+            if stage.loop and stage.done(state):  # all of it once more, not another look at its end
+                state = state.without(*stage.loop)
             try:
                 state = self._run_stage(stage, state, how)
             except KeyboardInterrupt:  # while a component was loaded, too
