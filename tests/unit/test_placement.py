@@ -145,6 +145,36 @@ def test_ctrl_c_keeps_what_was_done_elsewhere(pipe, remote):
     assert pipe.run(half).state.equal(whole)
 
 
+def test_a_ctrl_c_that_comes_too_late_still_ends_the_run(pipe, remote):
+    def listener(event: Event):
+        if event.name == "step.end" and event["step"].index == 3:
+            raise KeyboardInterrupt
+
+    remote.channel.cancel = lambda job_id: None
+    with pytest.raises(ditkit.Interrupted) as e:
+        pipe.pipeline.run(
+            begin(pipe), pipe.components, places={"denoise": [Segment(remote)]}, events=ditkit.Events(listener)
+        )
+    assert e.value.state["step"] == 4
+    assert pipe.run(e.value.state).state.equal(pipe.run(begin(pipe)).state)
+
+
+def test_a_real_ctrl_c_while_waiting(pipe, remote):
+    """It comes in the middle of waiting for a frame, and not in a listener."""
+    import signal
+
+    def listener(event: Event):
+        if event.name == "step.start" and event["step"].index == 1:
+            threading.Timer(0.0, signal.raise_signal, [signal.SIGINT]).start()
+
+    with pytest.raises(ditkit.Interrupted) as e:
+        pipe.pipeline.run(
+            begin(pipe, steps=40), pipe.components, places={"denoise": [Segment(remote)]},
+            events=ditkit.Events(listener),
+        )  # fmt: skip
+    assert pipe.run(e.value.state).state.equal(pipe.run(begin(pipe, steps=40)).state)
+
+
 def test_events_are_heard_as_if_it_were_here(pipe, remote):
     def heard(places):
         names = []

@@ -7,9 +7,12 @@ Leaves out: how bytes travel (a ``Channel``), who may be trusted (``handshake.py
 from __future__ import annotations
 
 import contextlib
+import queue
+import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from ditkit.errors import Lost, PlaceError, StateError
@@ -48,6 +51,42 @@ class Channel(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+class Reader:
+    """Frames of a channel, read by a thread of their own: a Ctrl-C while waiting breaks nothing, and ``get`` can be
+    called again."""
+
+    def __init__(self, submit: Callable[[], Iterator[Frame]]):
+        self._frames: queue.Queue[Frame | BaseException | None] = queue.Queue()
+        self._left = threading.Event()
+        self._thread = threading.Thread(target=self._read, args=(submit,), daemon=True)
+
+    def __enter__(self) -> Reader:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._left.set()
+
+    def _read(self, submit: Callable[[], Iterator[Frame]]) -> None:
+        try:
+            frames = submit()
+            with contextlib.closing(frames):  # type: ignore[type-var]
+                for frame in frames:
+                    if self._left.is_set():
+                        return
+                    self._frames.put(frame)
+            self._frames.put(None)
+        except BaseException as e:
+            self._frames.put(e)
+
+    def get(self) -> Frame | None:
+        """The next frame, None after the last one. Raises what reading raised."""
+        found = self._frames.get()
+        if isinstance(found, BaseException):
+            raise found
+        return found
 
 
 class Remote:
@@ -104,11 +143,10 @@ class Remote:
             task.events.ignored(),
         )
         begun, received, cancelled = time.perf_counter(), 0, False
-        frames = self.channel.submit(job, inputs)
-        with contextlib.closing(frames):  # type: ignore[type-var]
+        with Reader(lambda: self.channel.submit(job, inputs)) as frames:
             while True:
                 try:
-                    frame = next(frames, None)
+                    frame = frames.get()
                     if frame is None:
                         return
                     received += frame.nbytes
@@ -131,7 +169,8 @@ class Remote:
                             told = {"sent": inputs.nbytes(), "received": received, "worked": seconds}
                             waited = max(0.0, whole - seconds)
                             task.events.emit("travel", stage=stage.name, place=self.name, seconds=waited, **told)
-                            yield outcome, True
+                            # It may have been done before it heard of the Ctrl-C; the run ends here all the same.
+                            yield (replace(outcome, stopped=True) if cancelled else outcome), True
                             return
                 except StateError as e:
                     raise PlaceError(e.asked, e.found, f"{self.name} sent that; look at its log") from None
