@@ -2,7 +2,8 @@
 
 Blocks of one document share their names and run from top to bottom in an empty folder. A ```python block is executed;
 an ```output block right after it is what it must have printed, where a line ``...`` stands for any lines; in an ```sh
-block every line that begins with ``ditkit`` is run. The names ``shapes`` and ``shapes-i2v`` stand for tiny random
+block every line that begins with ``ditkit`` is run, as a process of its own until the document's end if it ends with
+``&`` (a host; its port is another one here, in the python blocks too). The names ``shapes`` and ``shapes-i2v`` stand for tiny random
 models, so this takes seconds; a document in ``EMBEDDED`` shows what the real ones print.
 """
 
@@ -14,11 +15,14 @@ import re
 import runpy
 import shlex
 import shutil
+import socket
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import tiny
+from shell import alone
 
 from ditkit import build
 from ditkit.cli.main import main
@@ -72,9 +76,39 @@ def test_example(file, models, monkeypatch, capsys):
     assert capsys.readouterr().out
 
 
+@pytest.fixture
+def hosts(models):
+    """``hosts(words)`` starts ``ditkit host`` and waits until it listens."""
+    started = []
+
+    def start(words: list[str], where: str) -> None:
+        words = [str(models.get(word, word)) for word in words]
+        if "--model" not in words:
+            words += ["--model", str(models["shapes"])]
+        command = [sys.executable, "-m", "ditkit", *words, "--threads", "1"]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=alone())
+        started.append(process)
+        line = process.stdout.readline() if process.stdout else ""
+        assert "http" in line, f"{where}: ditkit {shlex.join(words)} did not start: {line}"
+
+    yield start
+    for process in started:
+        process.terminate()
+    for process in started:
+        process.communicate(timeout=60)
+
+
+def with_free_ports(text: str) -> str:
+    """The document with ports that are free now: 8700, 8701, ... may be taken where tests run."""
+    for port in sorted(set(re.findall(r"--port (\d+)", text))):
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            text = re.sub(rf"\b{port}\b", str(server.getsockname()[1]), text)
+    return text
+
+
 @pytest.mark.parametrize("file", DOCUMENTS, ids=lambda f: f.stem)
-def test_document(file):
-    text = file.read_text()
+def test_document(file, hosts):
+    text = with_free_ports(file.read_text())
     names: dict[str, object] = {"__name__": "__main__"}
     printed = ""
     for block in FENCE.finditer(text):
@@ -85,7 +119,12 @@ def test_document(file):
         elif language == "output":
             assert shown(trimmed(body), trimmed(printed)), f"{file.name}:{line + 1} does not show: {printed}"
         elif language == "sh":
-            printed = "".join(run(command, f"{file.name}:{line + 1}") for command in commands(body))
+            printed = ""
+            for command in commands(body):
+                if command[-1:] == ["&"]:
+                    hosts(command[:-1], f"{file.name}:{line + 1}")
+                else:
+                    printed += run(command, f"{file.name}:{line + 1}")
 
 
 def python(body: str, names: dict[str, object], file: Path, line: int) -> str:
