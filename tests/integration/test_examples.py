@@ -3,8 +3,8 @@
 Blocks of one document share their names and run from top to bottom in an empty folder. A ```python block is executed;
 an ```output block right after it is what it must have printed, where a line ``...`` stands for any lines; in an ```sh
 block every line that begins with ``ditkit`` is run, as a process of its own until the document's end if it ends with
-``&`` (a host; its port is another one here, in the python blocks too). The names ``shapes`` and ``shapes-i2v`` stand for tiny random
-models, so this takes seconds; a document in ``EMBEDDED`` shows what the real ones print.
+``&`` (a host; its port is another one here, in the python blocks too). The names ``shapes`` and ``shapes-i2v`` stand
+for tiny random models, so this takes seconds; a document in ``EMBEDDED`` shows what the real ones print.
 """
 
 from __future__ import annotations
