@@ -63,7 +63,7 @@ def stage(models, tmp_path, monkeypatch, request):
 
 
 def test_there_is_something_to_run():
-    assert len(EXAMPLES) == 8
+    assert len(EXAMPLES) == 10
     assert len(DOCUMENTS) >= 9
 
 
