@@ -102,13 +102,13 @@ class Places:
     def remote(self, spec: Spec) -> Remote:
         with self._lock:
             if spec.text not in self._remotes:
-                stages = {t.stage: t for t, s in self.specs.items() if s.text == spec.text}
+                stages = list(dict.fromkeys(t.stage for t, s in self.specs.items() if s.text == spec.text))
                 expect = {k: v for k, v in self.setup.expect.items() if k in stages}
-                channel = self._channel(spec)
+                channel = self._channel(spec, stages)
                 self._remotes[spec.text] = Remote(spec.text, channel, self.setup.retries, expect)
             return self._remotes[spec.text]
 
-    def _channel(self, spec: Spec) -> Channel:
+    def _channel(self, spec: Spec, stages: Sequence[str]) -> Channel:
         if spec.kind == "http":
             from ditkit.placement.http import HTTPChannel
 
@@ -116,10 +116,10 @@ class Places:
         if spec.kind == "process":
             from ditkit.placement.process import ProcessChannel
 
-            return ProcessChannel(self.setup, spec.device)
+            return ProcessChannel(self.setup, spec.device, stages)
         from ditkit.placement.ray_actor import RayChannel
 
-        return RayChannel(self.setup, spec.address, spec.device)
+        return RayChannel(self.setup, spec.address, spec.device, stages)
 
     def describe(self) -> dict[str, Any]:
         """What each place that was used said of itself."""
