@@ -142,19 +142,21 @@ class Pipe:
         stop_at_step: int | None = None,
         listeners: Iterable[Listener] = (),
         keep: Keeper | None = None,
+        begun: Mapping[int, State] | None = None,
     ) -> Result:
-        """Run ``state`` through the pipeline or a slice of it. ``keep`` is given the State as it grows. Raises
-        Interrupted, with the State so far, on Ctrl-C."""
+        """Run ``state`` through the pipeline or a slice of it. ``keep`` is given the State as it grows. ``begun``: of
+        clips that are made one after the other, the States of those that an earlier run began or finished, by number.
+        Raises Interrupted, with the State so far, on Ctrl-C."""
         asked = check_state(state, self.pipeline.table)
         asked.check_size(self.model.strides[1] * self.model.patch[1], self.model.strides[0])
-        begun = state.get("model", {})
-        if begun.get("identity", self.model.identity) != self.model.identity:
-            same = begun.get("name") == self.setup.model
+        before = state.get("model", {})
+        if before.get("identity", self.model.identity) != self.model.identity:
+            same = before.get("name") == self.setup.model
             raise StateError(
                 f"running a State with model {self.setup.model}",
                 "it was begun with other files of it or with other parts"
                 if same
-                else f"it was begun with another model, {begun.get('name')}",
+                else f"it was begun with another model, {before.get('name')}",
                 "Load it with the same files and parts" if same else "Load that one",
             )
         recorder = Recorder()
@@ -167,13 +169,16 @@ class Pipe:
         where = self.places.of_run(self.pipeline, components, self.seams, lambda: self.steps(asked))
         common: dict[str, Any] = {"places": where, "results": self.results, "events": events, "seams": self.seams}
         options = {**common, "stop_at_step": stop_at_step, "debug": self.setup.debug, "keep": keep}
+        together = request["batched"] or samples.count(state) == 1
         if stop_at_step is None:
-            self.pipeline.prepare(state, components, start=start, until=until, **common)
+            fresh = [state] if together or len(begun or {}) < samples.count(state) else []
+            for each in (*fresh, *(begun or {}).values()):
+                self.pipeline.prepare(each, components, start=start, until=until, **common)
 
-        if request["batched"] or samples.count(state) == 1:
+        if together:
             final = self.pipeline.run(state, components, start=start, until=until, **options)
         else:
-            final = self._one_after_the_other(state, components, start, until, options)
+            final = self._one_after_the_other(state, components, start, until, options, begun or {})
         receipt = {
             **recorder.receipt(self.components.describe() if isinstance(self.components, Components) else {}),
             "weights": final.get("weights", {}),
@@ -184,7 +189,13 @@ class Pipe:
         return Result(final, receipt, tuple(self._manifests(final, receipt)) if "video" in final else ())
 
     def _one_after_the_other(
-        self, state: State, components: Mapping[str, Any], start: str | None, until: str | None, options: dict[str, Any]
+        self,
+        state: State,
+        components: Mapping[str, Any],
+        start: str | None,
+        until: str | None,
+        options: dict[str, Any],
+        begun: Mapping[int, State],
     ) -> State:
         """Prompts are encoded first, together, so that equal ones are encoded once; then each clip by itself."""
         finished: list[State] = []
@@ -194,10 +205,12 @@ class Pipe:
             if until == first:
                 return state
             start = None if start is None else self.pipeline.names[1]
+        keep: Keeper | None = options["keep"]
         for i, part in enumerate(samples.split(state, self.pipeline.table)):
             options["events"].emit("clip", index=i, count=samples.count(state))
+            own = {**options, "keep": keep and keep.of_clip(i)}
             try:
-                finished.append(self.pipeline.run(part, components, start=start, until=until, **options))
+                finished.append(self.pipeline.run(begun.get(i, part), components, start=start, until=until, **own))
             except Interrupted as e:
                 e.finished = finished
                 raise

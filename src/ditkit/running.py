@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from ditkit.contracts import Seams
 from ditkit.errors import DitkitError, PipelineError
 from ditkit.events import SILENT, Events
+from ditkit.outcome import Outcome, Question
 from ditkit.stage import Context, Only, RecordedSettings, Stage, Stopped
 from ditkit.state import State
 
@@ -26,17 +27,6 @@ class Interrupted(DitkitError):
         super().__init__(f"running stage {stage!r}", "it was interrupted", "Resume from the State that was kept")
         self.stage, self.state = stage, state
         self.finished: list[State] = []  # of a run of several clips, those that were complete
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """``written``: the fields that the stage wrote. ``settings``: those that it read, with their values. ``plugs``:
-    what was in the seams, if it asked for them. ``stopped``: it was interrupted; ``written`` is as far as it came."""
-
-    written: Mapping[str, Any]
-    settings: Mapping[str, Any]
-    plugs: Mapping[str, list[str]]
-    stopped: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,19 +80,9 @@ class Keeper(Protocol):
 
     def __call__(self, state: State) -> None: ...
 
-
-@dataclass(frozen=True)
-class Question:
-    """What is known of a result before it is computed: all of its record but the settings that the stage will read.
-    ``request`` and ``plugs`` tell what it would find if it looked."""
-
-    stage: str
-    version: int
-    options: Mapping[str, Any]
-    weights: Mapping[str, str]
-    inputs: Mapping[str, str]
-    request: Mapping[str, Any]
-    plugs: Mapping[str, list[str]]
+    def of_clip(self, index: int) -> Keeper:
+        """The keeper of one of several clips that are made one after the other; asked for only then."""
+        ...
 
 
 class Results(Protocol):
@@ -112,7 +92,9 @@ class Results(Protocol):
         """What was computed once, or None; and why."""
         ...
 
-    def store(self, question: Question, outcome: Outcome) -> None: ...
+    def store(self, question: Question, outcome: Outcome) -> str:
+        """Keep it for later runs. Why it was not kept, or nothing."""
+        ...
 
 
 class Here:

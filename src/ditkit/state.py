@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import struct
 from collections.abc import Iterator, Mapping
@@ -170,30 +171,39 @@ class State(Mapping[str, Any]):
 
     def to_bytes(self) -> bytes:
         """The safetensors file as bytes."""
-        from safetensors.torch import save
+        return b"".join(self.buffers())
 
-        tensors: dict[str, Tensor] = {}
-        memory: set[int] = set()
-        for key, tensor in self._tensors().items():
-            tensor = tensor.detach().cpu().contiguous()
-            place = tensor.untyped_storage().data_ptr()
-            tensors[key] = tensor.clone() if place in memory else tensor  # safetensors wants each in memory of its own
-            memory.add(place)
+    def buffers(self) -> list[bytes | memoryview]:
+        """The same file as its header and the memory of the tensors themselves, where that is on the CPU and dense."""
         plain = {k: v for k, v in self._fields.items() if not _is_tensor(v) and not _is_tensors(v)}
-        header = {"schema": SCHEMA, "plain": plain, "fingerprints": self._fingerprints}
-        return save(tensors, {"ditkit.state": json.dumps(header, sort_keys=True)})
+        about = {"schema": SCHEMA, "plain": plain, "fingerprints": self._fingerprints}
+        tensors = sorted(self._tensors().items(), key=lambda item: (-item[1].element_size(), item[0]))  # so all align
+        header: dict[str, Any] = {"__metadata__": {"ditkit.state": json.dumps(about, sort_keys=True)}}
+        at, views = 0, []
+        for key, tensor in tensors:
+            view = memoryview(_bits(tensor).numpy()).cast("B") if tensor.numel() else memoryview(b"")
+            header[key] = {
+                "dtype": _code(tensor.dtype), "shape": list(tensor.shape), "data_offsets": [at, at + len(view)],
+            }  # fmt: skip
+            at += len(view)
+            views.append(view)
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return [struct.pack("<Q", len(text)) + text, *views]
 
     @classmethod
-    def from_bytes(cls, data: bytes, source: str = "the given bytes") -> State:
-        from safetensors import SafetensorError
-        from safetensors.torch import load
+    def from_bytes(cls, data: bytes | bytearray | memoryview, source: str = "the given bytes") -> State:
+        return cls.from_buffer(bytearray(data), source)
 
+    @classmethod
+    def from_buffer(cls, data: bytearray, source: str = "the given bytes") -> State:
+        """A State whose tensors lie in ``data`` itself, which must not be written to any more. Raises StateError."""
         asked = f"loading a State from {source}"
         try:
-            tensors = load(data)
-            (size,) = struct.unpack("<Q", data[:8])
-            text = json.loads(data[8 : 8 + size]).get("__metadata__", {}).get("ditkit.state")
-        except (SafetensorError, struct.error, UnicodeDecodeError, json.JSONDecodeError) as e:
+            tensors, metadata = _read(data)
+            text = metadata.get("ditkit.state")
+        except (struct.error, UnicodeDecodeError, ValueError, TypeError, KeyError, AttributeError, RuntimeError,
+                OverflowError, RecursionError) as e:  # fmt: skip
             raise StateError(asked, f"it is not a complete safetensors file ({e})", "Save the State again") from None
         if text is None:
             raise StateError(asked, "it is a safetensors file without a ditkit State in it",
@@ -218,8 +228,9 @@ class State(Mapping[str, Any]):
             raise StateError(asked, "its description is damaged", "Save the State again")
         return cls({**plain, **single, **groups}, fingerprints)
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write one file, complete or not at all. Raises OutputError where the disk or the path does not allow it."""
+    def save(self, path: str | os.PathLike[str], durable: bool = False) -> Path:
+        """Write one file, complete or not at all; ``durable``: when this returns it outlives a loss of power too.
+        Raises OutputError where the disk or the path does not allow it."""
         path = Path(path)
         if path.is_dir():
             raise OutputError(
@@ -228,8 +239,14 @@ class State(Mapping[str, Any]):
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(self.to_bytes())
+            with temporary.open("wb") as file:
+                file.write(self.to_bytes())
+                if durable:
+                    file.flush()
+                    os.fsync(file.fileno())
             os.replace(temporary, path)
+            if durable:
+                sync_folder(path.parent)
         except OSError as e:
             raise OutputError(
                 f"saving the State to {path}", e.strerror or str(e), "Free some space or choose another place"
@@ -242,10 +259,10 @@ class State(Mapping[str, Any]):
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> State:
         try:
-            data = Path(path).read_bytes()
+            data = _contents(Path(path))
         except OSError as e:
             raise StateError(f"loading a State from {path}", e.strerror or str(e), "Check the path") from None
-        return cls.from_bytes(data, str(path))
+        return cls.from_buffer(data, str(path))
 
     def equal(self, other: State) -> bool:
         """Same fields, bit-equal tensors, same dtypes, equal plain values (fingerprints aside)."""
@@ -256,6 +273,69 @@ class State(Mapping[str, Any]):
             return False
         same = all(mine[k].dtype == theirs[k].dtype and torch.equal(_bits(mine[k]), _bits(theirs[k])) for k in mine)
         return same and all(self[k] == other[k] for k in self if k not in mine and not _is_tensors(self._fields[k]))
+
+
+def sync_folder(folder: Path) -> None:
+    """Names that were given in ``folder`` are on the disk when this returns, where the system can do that."""
+    if hasattr(os, "O_DIRECTORY"):  # Windows has no such thing
+        number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
+
+
+CODES = {
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2", "complex64": "C64", "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8",
+    "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL",
+}  # fmt: skip
+"""torch's name of a dtype -> that of the safetensors format."""
+
+_DTYPES = {code: name for name, code in CODES.items()}
+
+
+def _code(dtype: Any) -> str:
+    name = str(dtype).removeprefix("torch.")
+    if name not in CODES:
+        raise StateError(f"saving a tensor of dtype {name}", "its file knows no such dtype", "Convert it")
+    return CODES[name]
+
+
+def _contents(path: Path) -> bytearray:
+    data = bytearray(path.stat().st_size)
+    with open(path, "rb") as file:
+        size = file.readinto(data)
+    return data[:size] if size < len(data) else data
+
+
+def _read(data: bytearray) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors in the memory of ``data``, and the metadata, of a safetensors file: each byte belongs to one tensor, or
+    it is no such file. Raises ValueError and whatever a damaged header leads to."""
+    import torch
+
+    (size,) = struct.unpack("<Q", data[:8])
+    if size > len(data) - 8:
+        raise ValueError("it ends within its header")
+    header = json.loads(bytes(data[8 : 8 + size]))
+    metadata, end, tensors = header.pop("__metadata__", {}), 0, {}
+    for name, about in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        dtype, shape, (start, stop) = getattr(torch, _DTYPES[about["dtype"]]), about["shape"], about["data_offsets"]
+        count = math.prod(shape)
+        if start != end or stop - start != count * dtype.itemsize or any(type(n) is not int or n < 0 for n in shape):
+            raise ValueError(f"{name!r} is not where its header says")
+        end, at = stop, 8 + size + start
+        if end > len(data) - 8 - size:
+            raise ValueError("it ends within its tensors")
+        if count == 0:
+            tensors[name] = torch.empty(shape, dtype=dtype)
+        elif at % dtype.itemsize:
+            tensors[name] = torch.frombuffer(data[at : at + stop - start], dtype=dtype).reshape(shape)
+        else:
+            tensors[name] = torch.frombuffer(data, dtype=dtype, count=count, offset=at).reshape(shape)
+    if end != len(data) - 8 - size:
+        raise ValueError("it has bytes that belong to no tensor")
+    return tensors, metadata
 
 
 def _bits(t: Tensor) -> Tensor:
