@@ -9,20 +9,20 @@ a result out of date (``records.py``), and where components come from (``build``
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ditkit.checking import fault_of
 from ditkit.contracts import Seams
 from ditkit.errors import PipelineError, StateError, nearest
 from ditkit.events import SILENT, Events
-from ditkit.records import fingerprint_of, fingerprints, outdated, record_of
+from ditkit.outcome import Question
+from ditkit.records import code_of, fingerprint_of, fingerprints, outdated, record_of
 from ditkit.running import (
     Here,
     Interrupted,
     Keeper,
     Outcome,
-    Question,
     Results,
     Segment,
     Task,
@@ -30,7 +30,7 @@ from ditkit.running import (
     needed_components,
     readable,
 )
-from ditkit.stage import BaseStage, Context, Only, RecordedSettings, Stage, Stopped
+from ditkit.stage import DERIVED, BaseStage, Context, Only, RecordedSettings, Stage, Stopped, setting_of
 from ditkit.state import FIELDS, Field, State
 
 __all__ = [
@@ -218,7 +218,7 @@ class Pipeline:
         try:
             for stage in stages:
                 if all(name in state for name in (*stage.triggers, *stage.reads)):
-                    question = self._question(stage, state, how)
+                    question = self._question(stage, state, how) if results is not None else None
                     found = results.find(question)[0] if results is not None and question is not None else None
                     if found is not None and question is not None:
                         state = self._after(stage, state, question.weights, found)
@@ -268,6 +268,7 @@ class Pipeline:
         self._check_weights(stage, state, weights)
         segments = how.segments(stage)
         first = max(i for i, segment in enumerate(segments) if segment.from_step <= state.get("step", 0))
+        read: dict[str, Any] = {}  # by all segments: what the whole result depends on
         for at, segment in enumerate(segments[first:], first):
             end = segments[at + 1].from_step if at + 1 < len(segments) else None
             stop = min((x for x in (end, how.stop_at_step) if x is not None), default=None)
@@ -282,11 +283,14 @@ class Pipeline:
             if how.debug:
                 self._check_fields(stage, outcome.written, state)
             state = self._after(stage, state, weights, outcome)
+            read |= outcome.settings
             if end is None or end != stop or stage.done(state):
                 break
             inputs = _inputs(stage, state)
         if question is not None and how.results is not None and stage.done(state):
-            how.results.store(question, outcome)
+            why = how.results.store(question, replace(outcome, settings=read))
+            if why:
+                how.events.emit("cache.refused", stage=stage.name, why=why)
         return state
 
     def _keep(self, stage: Stage, state: State, weights: Mapping[str, str], how: Options) -> tuple[Any, int]:
@@ -301,8 +305,10 @@ class Pipeline:
             return None
         weights = self._weights(stage, state, how)
         record = record_of(stage, state, weights, {}, {})
-        request, plugs = state.get("request", {}), how.seams.describe()
-        return Question(stage.name, stage.version, record["options"], weights, record["inputs"], request, plugs)
+        request = state.get("request", {})
+        known = {**request, **{name: setting_of(request, name) for name in DERIVED}}
+        parts = record["options"], weights, record["inputs"], known, how.seams.describe()
+        return Question(stage.name, stage.version, code_of(stage), *parts)
 
     @staticmethod
     def _weights(stage: Stage, state: State, how: Options) -> dict[str, str]:

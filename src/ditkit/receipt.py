@@ -40,6 +40,8 @@ class Recorder:
                 self.travelled.append(dict(event.values))
             case "cache.hit" | "cache.miss":
                 self.cached[event["stage"]] = f"{event.name.removeprefix('cache.')}: {event['why']}"
+            case "cache.refused":
+                self.cached[event["stage"]] += f"; not kept: {event['why']}"
             case "place.retry":
                 self.retries.append(dict(event.values))
             case "stage.skipped":

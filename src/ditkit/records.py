@@ -7,7 +7,11 @@ it asked for them, its weights and the fingerprints of its inputs. Leaves out: w
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import inspect
+import sys
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 from ditkit.stage import Stage, setting_of
@@ -27,6 +31,20 @@ def options_of(stage: Stage) -> dict[str, Any]:
     return {f.name: getattr(stage, f.name) for f in described if f.compare}
 
 
+def code_of(stage: Stage) -> str:
+    """A hash of the files that hold the ``run`` of the stage and of the classes under it; empty where one is in no
+    file, as in a notebook: then nothing tells it from the ``run`` that stood there before."""
+    files: dict[str, None] = {}
+    for cls in type(stage).__mro__:
+        if "run" in vars(cls):
+            code = getattr(inspect.unwrap(vars(cls)["run"]), "__code__", None)
+            around = getattr(sys.modules.get(cls.__module__), "__file__", None)  # a decorator may hide the function
+            files |= dict.fromkeys((code.co_filename if code else "", around or ""))
+    if not all(Path(file).is_file() for file in files):
+        return ""
+    return hashlib.sha256(b"".join(hashlib.sha256(Path(file).read_bytes()).digest() for file in files)).hexdigest()
+
+
 def inputs_of(stage: Stage, state: State) -> dict[str, str]:
     """Fingerprints of all that the stage may look at; the request counts by the settings that are read of it."""
     names = dict.fromkeys((*stage.reads, *stage.optional, *stage.triggers))
@@ -38,13 +56,13 @@ def record_of(
     state: State,
     weights: Mapping[str, str],
     settings: Mapping[str, Any],
-    plugs: Mapping[str, list[str]],
+    plugs: Mapping[str, list[str]] | None,
 ) -> Record:
     return {
         "version": stage.version,
         "options": options_of(stage),
         "settings": dict(settings),
-        "plugs": dict(plugs),
+        "plugs": dict(plugs or {}),
         "weights": dict(weights),
         "inputs": inputs_of(stage, state),
     }

@@ -160,7 +160,7 @@ class Context:
     ):
         self.components, self.settings, self.events, self.stop_at_step = components, settings, events, stop_at_step
         self._seams, self._keep, self._every = seams or Seams(), keep, keep_every
-        self.plugs: dict[str, list[str]] = {}  # what was plugged into the seams, once they were asked for
+        self.plugs: dict[str, list[str]] | None = None  # what is plugged into the seams, once they are asked for
 
     @property
     def seams(self) -> Seams:

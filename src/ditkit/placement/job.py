@@ -101,7 +101,7 @@ def outcome_to_state(outcome: Outcome, seconds: float = 0.0) -> State:
 def state_to_outcome(state: State) -> tuple[Outcome, float]:
     """The outcome and the seconds that it took. Raises StateError for a State that holds none."""
     about = state.get("outcome")
-    keys = {"settings": dict, "plugs": dict, "stopped": bool, "seconds": float}
+    keys = {"settings": dict, "plugs": dict | None, "stopped": bool, "seconds": float}
     if not isinstance(about, dict) or not all(isinstance(about.get(k), t) for k, t in keys.items()):
         raise StateError("reading the outcome of a stage", "it does not say what it came from", "Run the stage again")
     written = {k: v for k, v in state.items() if k != "outcome"}

@@ -1,0 +1,38 @@
+"""What comes of running a stage, and what is known of it before: plain values that travel and are kept.
+
+Leaves out: where a stage runs (``running.py``) and where results are kept (``store``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """``written``: the fields that the stage wrote. ``settings``: those that it read, with their values. ``plugs``:
+    what was in the seams, None if it never asked for them; that is not the same as nothing. ``stopped``: it was
+    interrupted; ``written`` is as far as it came."""
+
+    written: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    plugs: Mapping[str, list[str]] | None
+    stopped: bool = False
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is known of a result before it is computed: all of its record but the settings that the stage will read.
+    ``request``, with the settings that follow from others, and ``plugs`` tell what it would find if it looked.
+    ``code`` stands for the source text of the stage; empty if that is in no file."""
+
+    stage: str
+    version: int
+    code: str
+    options: Mapping[str, Any]
+    weights: Mapping[str, str]
+    inputs: Mapping[str, str]
+    request: Mapping[str, Any]
+    plugs: Mapping[str, list[str]]
