@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import field_validator
 
-from ditkit.errors import SetupError, nearest
+from ditkit.errors import MissingDependency, SetupError, nearest
 from ditkit.request import Settings, _number, default
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -108,9 +108,11 @@ class Setup(Settings):
     @field_validator("backends")
     @classmethod
     def _backends(cls, value: dict[str, str]) -> dict[str, str]:
-        for backend in value.values():
+        for name, backend in value.items():
             if backend not in BACKENDS:
                 raise ValueError(f"{backend!r} is not one of {', '.join(BACKENDS)}{nearest(backend, BACKENDS)}")
+            if backend != "torch" and name in COMPONENTS and name != "text_encoder":
+                raise ValueError(f"{name} is computed by torch only; {backend} is for the text_encoder")
         return value
 
     @field_validator("devices", "dtypes", "backends")
@@ -134,22 +136,18 @@ class Setup(Settings):
         return cls.parse(values, origin, SetupError)
 
     def device_of(self, component: str) -> str:
-        """The device of ``component``, with ``auto`` resolved to what this machine has."""
-        asked = self.devices.get(component, self.device)
-        import torch
-
-        available = ["cpu"]
-        if torch.cuda.is_available():
-            available += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-        if torch.backends.mps.is_available():
-            available.append("mps")
+        """The device of ``component``, with ``auto`` resolved to what this machine has for its backend."""
+        asked, mlx = self.devices.get(component, self.device), self.backend_of(component) != "torch"
+        available = _mlx_devices() if mlx else _torch_devices()
         if asked == "auto":
             return "cuda:0" if "cuda:0" in available else available[-1]
         if asked not in available:
-            raise SetupError(
-                f"device={asked!r} for {component}", f"this machine has {', '.join(available)}", "Choose one of them"
-            )
+            who = "MLX computes it on" if mlx else "this machine has"
+            raise SetupError(f"device={asked!r} for {component}", f"{who} {', '.join(available)}", "Choose one of them")
         return "cuda:0" if asked == "cuda" else asked
+
+    def backend_of(self, component: str) -> str:
+        return self.backends.get(component, "torch")
 
     def dtype_of(self, component: str) -> str:
         """The dtype of ``component``. ``auto``: bfloat16 on a GPU and float32 on a CPU; VAE and image encoder are
@@ -159,3 +157,25 @@ class Setup(Settings):
             return asked
         wide = component in ("vae", "image_encoder", "preview_decoder") or self.device_of(component) == "cpu"
         return "float32" if wide else "bfloat16"
+
+
+def _torch_devices() -> list[str]:
+    import torch
+
+    available = ["cpu"]
+    if torch.cuda.is_available():
+        available += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    return [*available, "mps"] if torch.backends.mps.is_available() else available
+
+
+def _mlx_devices() -> list[str]:
+    """What the installed MLX computes on: ``mps`` is its GPU on Apple silicon. Raises MissingDependency."""
+    try:
+        import mlx.core as mx
+    except ImportError:
+        raise MissingDependency(
+            "computing the text_encoder with MLX", "mlx is not installed", 'Run: pip install "ditkit[mlx]"'
+        ) from None
+    if mx.metal.is_available():
+        return ["cpu", "mps"]
+    return ["cpu", "cuda", "cuda:0"] if mx.default_device().type == mx.gpu else ["cpu"]

@@ -103,7 +103,7 @@ class Components(Mapping[str, Any]):
         told = [part.kind, dict(part.config), stats, source.sketch if source else ""]
         if part.kind == "wan":  # the one kind that has a precision and swaps
             told += [self.setup.precision, [s.fingerprint for s in self.swaps(name)]]
-        place = [] if part.kind == "tokenizer" else [str(x) for x in self.place(name)]
+        place = [] if part.kind == "tokenizer" else [*map(str, self.place(name)), self.setup.backend_of(name)]
         return json.dumps([*told, place], sort_keys=True, default=list)
 
     def source(self, part: Part) -> Any:
@@ -157,7 +157,7 @@ class Components(Mapping[str, Any]):
             return facts
         dtype, device = self.place(name)
         facts |= {"dtype": str(dtype).removeprefix("torch."), "device": device, "layout": part.layout}
-        facts |= {"quantization": part.quantization, "notes": list(part.notes)}
+        facts |= {"quantization": part.quantization, "notes": list(part.notes)} | getattr(component, "facts", {})
         if part.kind != "wan":
             return facts
         more = {"precision": self.setup.precision, "attention": self.setup.attention}
@@ -174,7 +174,13 @@ def load_umt5(components: Components, part: Part) -> Any:
     from ditkit.models.umt5 import UMT5Config, UMT5TextEncoder
 
     assert part.source is not None
-    return UMT5TextEncoder.load(UMT5Config(**part.config), part.source, None, *components.place(part.component))
+    config, place = UMT5Config(**part.config), components.place(part.component)
+    backend = components.setup.backend_of(part.component)
+    if backend == "torch":
+        return UMT5TextEncoder.load(config, part.source, None, *place)
+    from ditkit.mlx.umt5 import MLXTextEncoder
+
+    return MLXTextEncoder.load(config, part.source, None, *place, backend)
 
 
 def load_clip(components: Components, part: Part) -> Any:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ditkit.build.model import vocabulary
+from ditkit.mlx import exact_name
 
 if TYPE_CHECKING:
     from ditkit.build.components import Components
@@ -38,4 +39,6 @@ def _about(components: Components, part: Part) -> list[Any]:
     how: list[Any] = [part.kind, source.fingerprint, str(dtype), dict(part.config)]
     if part.kind == "wan":  # the one kind that has a precision and swaps
         how += [components.setup.precision, [s.fingerprint for s in components.swaps(part.component)]]
+    if (backend := components.setup.backend_of(part.component)) != "torch":
+        how.append(exact_name(backend))
     return how

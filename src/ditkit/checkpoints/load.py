@@ -40,22 +40,15 @@ def load_into(
     ``check_finite`` refuses infinities and NaN after the cast; each part is looked at just after it was read.
     Raises LoadError for unknown, missing, doubled, mis-shaped and non-float tensors, counting all of them."""
     asked = f"loading {type(module).__name__} from {source.path}"
-    target, problems = _compare(module, source, names, aliases)
-    if problems:
-        raise LoadError(asked, "; ".join(problems), "Use the weights and the config of one and the same model")
-
+    target = fit(asked, _wanted(module, aliases), source, names, aliases=aliases)
     with torch.inference_mode(False):  # a parameter made in inference mode could never be trained
         filled: dict[str, Tensor] = {}
         for key in source.tensors:
-            name, seen = target[key], _Seen()
-            tensor = cast(source, key, dtype_of(name), seen if check_finite else unseen).to(device)
-            if not seen.all_finite:
-                raise LoadError(
-                    asked, f"{key} holds infinite or undefined numbers as {tensor.dtype}", "Use other weights"
-                )
+            name = target[key]
+            tensor = read(asked, source, key, dtype_of(name), check_finite=check_finite).to(device)
             if name in filled:
                 if not torch.equal(filled[name], tensor):
-                    raise LoadError(asked, f"{key} differs from its other name {name}", "Use unmodified weights")
+                    raise two_names_differ(asked, key, name)
                 continue
             filled[name] = tensor
             _assign(module, name, tensor)
@@ -75,16 +68,49 @@ def mismatches(
     aliases: Mapping[str, str] = NOTHING,
 ) -> list[str]:
     """What ``load_into`` would refuse about names, shapes and types, as words; it reads no data."""
-    return _compare(module, source, names, aliases)[1]
+    return _compare(_wanted(module, aliases), source, names, aliases)[1]
 
 
-def _compare(
-    module: nn.Module, source: TensorSource, names: Mapping[str, str] | None, aliases: Mapping[str, str]
-) -> tuple[dict[str, str], list[str]]:
-    """(source name -> module name, what does not fit)."""
+def fit(
+    asked: str,
+    wanted: Mapping[str, Tensor],
+    source: TensorSource,
+    names: Mapping[str, str] | None = None,
+    *,
+    aliases: Mapping[str, str] = NOTHING,
+) -> dict[str, str]:
+    """The source's names -> those of ``wanted`` (tensors on the meta device), all found; it reads no data. Raises
+    LoadError as ``load_into`` does. With ``read`` this is for weights that no module of torch holds."""
+    target, problems = _compare(wanted, source, names, aliases)
+    if problems:
+        raise LoadError(asked, "; ".join(problems), "Use the weights and the config of one and the same model")
+    return target
+
+
+def read(asked: str, source: TensorSource, key: str, dtype: torch.dtype | None, *, check_finite: bool = True) -> Tensor:
+    """One tensor as ``dtype`` (None: as it is stored), on the CPU. Raises LoadError where it is not finite."""
+    seen = _Seen()
+    tensor = cast(source, key, dtype, seen if check_finite else unseen)
+    if not seen.all_finite:
+        raise LoadError(asked, f"{key} holds infinite or undefined numbers as {tensor.dtype}", "Use other weights")
+    return tensor
+
+
+def two_names_differ(asked: str, key: str, name: str) -> LoadError:
+    return LoadError(asked, f"{key} differs from its other name {name}", "Use unmodified weights")
+
+
+def _wanted(module: nn.Module, aliases: Mapping[str, str]) -> dict[str, Tensor]:
     wanted = {name: t for name, t in module.state_dict(keep_vars=True).items() if name not in aliases}
     if len({id(tensor) for tensor in wanted.values()}) < len(wanted):
         raise ValueError(f"{type(module).__name__} has one tensor under two names; list the second in aliases")
+    return wanted
+
+
+def _compare(
+    wanted: Mapping[str, Tensor], source: TensorSource, names: Mapping[str, str] | None, aliases: Mapping[str, str]
+) -> tuple[dict[str, str], list[str]]:
+    """(source name -> wanted name, what does not fit)."""
     target, unknown, doubled = _match(source, wanted, names, aliases)
     missing = wanted.keys() - target.values()
     shapes = [

@@ -1,0 +1,262 @@
+"""The UMT5 text encoder of Wan in MLX: token ids of one prompt -> one row of features a token.
+
+The same network, files and names of tensors as in ``models/umt5.py``, and the same order of operations and casts as in
+transformers, so that they agree to rounding. On Apple silicon MLX computes on the GPU, on Linux on the CPU. A prompt
+runs at its real length. Leaves out: files and layouts (checkpoints), and the other encoders.
+
+Legend: L tokens, D text width, H heads, d head width. Source of the sizes: Wan2.1 ``wan/modules/t5.py`` (umt5-xxl).
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, Protocol
+
+import mlx.core as mx
+import torch
+from torch import Tensor
+
+from ditkit.checkpoints.keys import UMT5_ALIASES
+from ditkit.checkpoints.load import fit, read, two_names_differ
+from ditkit.checkpoints.source import TensorSource
+from ditkit.errors import LoadError, RequestError, SetupError
+from ditkit.mlx import BITS, exact_name
+from ditkit.mlx.arrays import GROUP, Packed, to_mlx, to_torch
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_turn = threading.Lock()
+"""MLX makes no promise about threads that compute at the same time; encoders share one device anyway."""
+
+
+class Sizes(Protocol):
+    """``models.umt5.UMT5Config``."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def d_model(self) -> int: ...
+    @property
+    def d_kv(self) -> int: ...
+    @property
+    def d_ff(self) -> int: ...
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def num_heads(self) -> int: ...
+    @property
+    def relative_attention_num_buckets(self) -> int: ...
+    @property
+    def relative_attention_max_distance(self) -> int: ...
+    @property
+    def layer_norm_epsilon(self) -> float: ...
+
+
+def shapes(sizes: Sizes) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the encoder under transformers' name, once."""
+    wide, inner = sizes.d_model, sizes.num_heads * sizes.d_kv
+    found: dict[str, tuple[int, ...]] = {"shared.weight": (sizes.vocab_size, wide)}
+    for n in range(sizes.num_layers):
+        attention, ff = f"encoder.block.{n}.layer.0", f"encoder.block.{n}.layer.1"
+        found |= {f"{attention}.SelfAttention.{k}.weight": (inner, wide) for k in "qkv"}
+        found[f"{attention}.SelfAttention.o.weight"] = (wide, inner)
+        buckets = (sizes.relative_attention_num_buckets, sizes.num_heads)
+        found[f"{attention}.SelfAttention.relative_attention_bias.weight"] = buckets
+        found |= {f"{ff}.DenseReluDense.{k}.weight": (sizes.d_ff, wide) for k in ("wi_0", "wi_1")}
+        found[f"{ff}.DenseReluDense.wo.weight"] = (wide, sizes.d_ff)
+        found |= {f"{layer}.layer_norm.weight": (wide,) for layer in (attention, ff)}
+    return {**found, "encoder.final_layer_norm.weight": (wide,)}
+
+
+def is_linear(name: str) -> bool:
+    """Whether a tensor is the weight of a linear layer: those are packed; the embedding, the norms and the tables of
+    relative positions are not."""
+    return name.split(".")[-2] in ("q", "k", "v", "o", "wi_0", "wi_1", "wo")
+
+
+def buckets_of(distance: Tensor, buckets: int, reach: int) -> Tensor:
+    """Which row of the table a distance (key minus query, int64) has: T5's rule for both directions.
+
+    Half of the rows are for keys ahead. Of each half, the first half counts single tokens, the rest grows with the
+    logarithm up to ``reach``. In float32, as it was trained: the logarithm decides at the borders."""
+    half, ahead = buckets // 2, (distance > 0).long() * (buckets // 2)
+    exact, away = half // 2, distance.abs()
+    grown = torch.log(away.clamp(min=1).float() / exact) / math.log(reach / exact) * (half - exact)
+    return ahead + torch.where(away < exact, away, (exact + grown.long()).clamp(max=half - 1))
+
+
+class Network:
+    """The encoder as a function of its weights."""
+
+    def __init__(self, sizes: Sizes, weights: Mapping[str, mx.array | Packed]):
+        self.sizes, self.weights = sizes, weights
+
+    def __call__(self, ids: Sequence[int]) -> mx.array:
+        """[L] -> [L, D]; still to be computed."""
+        places = torch.arange(len(ids))
+        sizes = self.sizes
+        buckets = buckets_of(
+            places[None] - places[:, None], sizes.relative_attention_num_buckets, sizes.relative_attention_max_distance
+        )
+        rows = mx.array(buckets.numpy())
+        x = self.table("shared")[mx.array(list(ids))]
+        for n in range(sizes.num_layers):
+            block = f"encoder.block.{n}"
+            x = _inside(x + self.attention(f"{block}.layer.0", self.norm(f"{block}.layer.0.layer_norm", x), rows))
+            x = _inside(x + self.feed_forward(f"{block}.layer.1", self.norm(f"{block}.layer.1.layer_norm", x)))
+        return self.norm("encoder.final_layer_norm", x)
+
+    def linear(self, name: str, x: mx.array) -> mx.array:
+        """In the dtype of the weight, which is wider than x in one place (``wo`` with float16)."""
+        weight = self.weights[f"{name}.weight"]
+        x = x.astype(weight.dtype)
+        return x @ weight if isinstance(weight, Packed) else x @ weight.T
+
+    def table(self, name: str) -> mx.array:
+        """A weight that is never packed."""
+        weight = self.weights[f"{name}.weight"]
+        assert not isinstance(weight, Packed), name
+        return weight
+
+    def norm(self, name: str, x: mx.array) -> mx.array:
+        """Scale without mean or offset. The mean of squares is float32; the rest has the dtype of the weight."""
+        weight = self.table(name)
+        wide = x.astype(mx.float32)
+        wide = wide * mx.rsqrt((wide * wide).mean(-1, keepdims=True) + self.sizes.layer_norm_epsilon)
+        return weight * wide.astype(weight.dtype)
+
+    def attention(self, layer: str, x: mx.array, rows: mx.array) -> mx.array:
+        """No 1/sqrt(d); a bias for each head and distance, from the block's own table. ``rows``: [L, L]."""
+        name = f"{layer}.SelfAttention"
+        q, k, v = (self.heads(self.linear(f"{name}.{part}", x)) for part in "qkv")
+        bias = self.table(f"{name}.relative_attention_bias")[rows].transpose(2, 0, 1)
+        shares = mx.softmax((q @ k.swapaxes(-1, -2) + bias).astype(mx.float32), axis=-1).astype(v.dtype)
+        return self.linear(f"{name}.o", (shares @ v).swapaxes(0, 1).reshape(len(x), -1))
+
+    def heads(self, x: mx.array) -> mx.array:
+        """[L, H d] -> [H, L, d]."""
+        return x.reshape(len(x), self.sizes.num_heads, self.sizes.d_kv).swapaxes(0, 1)
+
+    def feed_forward(self, layer: str, x: mx.array) -> mx.array:
+        name = f"{layer}.DenseReluDense"
+        return self.linear(f"{name}.wo", _gelu(self.linear(f"{name}.wi_0", x)) * self.linear(f"{name}.wi_1", x))
+
+
+def _gelu(x: mx.array) -> mx.array:
+    """Its form with tanh. In float32: MLX gives Python's numbers the array's dtype, and 0.044715 suffers from it."""
+    wide = x.astype(mx.float32)
+    wide = 0.5 * wide * (1.0 + mx.tanh(math.sqrt(2.0 / math.pi) * (wide + 0.044715 * (wide * wide * wide))))
+    return wide.astype(x.dtype)
+
+
+def _inside(x: mx.array) -> mx.array:
+    """float16 only: infinities come back into its range, as transformers has it (``UMT5Block``)."""
+    if x.dtype != mx.float16:
+        return x
+    largest = mx.finfo(mx.float16).max
+    limit = mx.where(mx.isinf(x).any(), largest - 1000, largest).astype(mx.float16)
+    return mx.clip(x, -limit, limit)
+
+
+class MLXTextEncoder:
+    """Satisfies ``contracts.TextEncoder``. Threads may share an encoder; they take turns."""
+
+    def __init__(self, network: Network, dtype: torch.dtype, where: str, backend: str, identify: Callable[[], str]):
+        self.network, self.dtype, self.where, self.backend, self.identify = network, dtype, where, backend, identify
+        self.vocab_size, self.dim = network.sizes.vocab_size, network.sizes.d_model
+
+    @classmethod
+    def load(
+        cls,
+        config: Sizes,
+        source: TensorSource,
+        names: Mapping[str, str] | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        device: str = "cpu",
+        backend: str = "mlx",
+    ) -> MLXTextEncoder:
+        """``names``, ``dtype`` and the exception of float16 as for ``UMT5TextEncoder.load``. ``device``: cpu, or
+        MLX's GPU (mps, cuda:0). ``backend``: a key of ``BITS``; with bits, linear layers are packed from ``dtype``.
+
+        Tensors come one by one: memory holds the weights and one tensor more. Raises LoadError, SetupError."""
+        asked = f"loading the text encoder with {backend} from {source.path}"
+        if dtype not in DTYPES:
+            found = f"MLX computes in float32, bfloat16 and float16, not in {str(dtype).removeprefix('torch.')}"
+            raise SetupError(asked, found, "Set dtypes.text_encoder to one of them")
+        with _turn, mx.stream(_device(device)):
+            weights = _load(asked, config, source, names, dtype, BITS[backend])
+
+        @functools.cache
+        def identify() -> str:
+            sizes = asdict(config)  # type: ignore[call-overload]
+            about = json.dumps([source.fingerprint, str(dtype), sizes, exact_name(backend)], sort_keys=True)
+            return hashlib.sha256(about.encode()).hexdigest()
+
+        return cls(Network(config, weights), dtype, device, backend, identify)
+
+    @property
+    def fingerprint(self) -> str:
+        """Stands for the weights, the sizes, the dtype, the bits and MLX's version. At first it reads all files."""
+        return self.identify()
+
+    @property
+    def nbytes(self) -> int:
+        """Of the weights as they are held."""
+        return sum(weight.nbytes for weight in self.network.weights.values())
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return {"backend": exact_name(self.backend), "weight_bytes": self.nbytes}
+
+    def __call__(self, ids: Sequence[int]) -> Tensor:
+        """Ids of one prompt, unpadded -> [len(ids), D] in the encoder's dtype, on the CPU.
+
+        Raises RequestError for no ids at all, LoadError for ids that the embedding does not have."""
+        if not len(ids):
+            raise RequestError("encoding a prompt", "it has no tokens", "Give at least the end token")
+        if not 0 <= min(ids) <= max(ids) < self.vocab_size:
+            found = f"the ids reach from {min(ids)} to {max(ids)} and it knows 0 to {self.vocab_size - 1}"
+            raise LoadError("encoding a prompt with this text encoder", found, "Use the tokenizer of the same model")
+        with _turn, mx.stream(_device(self.where)):
+            rows = self.network(ids)
+            mx.eval(rows)
+            return to_torch(rows)
+
+
+def _device(name: str) -> mx.Device:
+    return mx.Device(mx.cpu if name == "cpu" else mx.gpu)
+
+
+def _load(
+    asked: str,
+    config: Sizes,
+    source: TensorSource,
+    names: Mapping[str, str] | None,
+    dtype: torch.dtype,
+    bits: int | None,
+) -> dict[str, mx.array | Packed]:
+    wanted = {name: torch.empty(shape, device="meta") for name, shape in shapes(config).items()}
+    odd = [name for name, tensor in wanted.items() if bits and is_linear(name) and tensor.shape[1] % GROUP]
+    if odd:
+        found = f"{odd[0]} has rows of {wanted[odd[0]].shape[1]} numbers, and they are packed by {GROUP}"
+        raise SetupError(asked, found, "Use the backend mlx")
+    target = fit(asked, wanted, source, names, aliases=UMT5_ALIASES)
+    weights: dict[str, mx.array | Packed] = {}
+    for key in source.tensors:
+        name = target[key]
+        wide = dtype == torch.float16 and name.endswith(".wo.weight")
+        array = to_mlx(read(asked, source, key, torch.float32 if wide else dtype))
+        if name not in weights:
+            weights[name] = Packed.of(array, bits) if bits and is_linear(name) else array
+            continue
+        first = weights[name]
+        if isinstance(first, Packed) or not mx.array_equal(first, array).item():  # two names: only of the embedding
+            raise two_names_differ(asked, key, name)
+    mx.clear_cache()
+    return weights
