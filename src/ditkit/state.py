@@ -181,7 +181,7 @@ class State(Mapping[str, Any]):
         header: dict[str, Any] = {"__metadata__": {"ditkit.state": json.dumps(about, sort_keys=True)}}
         at, views = 0, []
         for key, tensor in tensors:
-            view = memoryview(_bits(tensor).numpy()).cast("B") if tensor.numel() else memoryview(b"")
+            view = _bits(tensor).reshape(-1).numpy().data if tensor.numel() else memoryview(b"")
             header[key] = {
                 "dtype": _code(tensor.dtype), "shape": list(tensor.shape), "data_offsets": [at, at + len(view)],
             }  # fmt: skip
@@ -240,7 +240,7 @@ class State(Mapping[str, Any]):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with temporary.open("wb") as file:
-                file.write(self.to_bytes())
+                file.writelines(self.buffers())
                 if durable:
                     file.flush()
                     os.fsync(file.fileno())
@@ -306,7 +306,8 @@ def _contents(path: Path) -> bytearray:
     data = bytearray(path.stat().st_size)
     with open(path, "rb") as file:
         size = file.readinto(data)
-    return data[:size] if size < len(data) else data
+        del data[size:]
+        return data + rest if (rest := file.read()) else data  # a pipe does not say how much comes
 
 
 def _read(data: bytearray) -> tuple[dict[str, Tensor], dict[str, str]]:
