@@ -7,6 +7,7 @@ A Frame is a kind and a payload: ``event`` (JSON, or a State where it holds tens
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -63,12 +64,29 @@ class Job:
 
 @dataclass(frozen=True)
 class Frame:
-    kind: str
-    payload: bytes | bytearray | memoryview = b""
+    """``content``: bytes, or a State, which can be sent from where its tensors lie."""
 
-    @property
+    kind: str
+    content: bytes | bytearray | memoryview | State = b""
+
+    @functools.cached_property
+    def payload(self) -> bytes | bytearray | memoryview:
+        return self.content.to_bytes() if isinstance(self.content, State) else self.content
+
+    def buffers(self) -> Sequence[bytes | bytearray | memoryview]:
+        """The payload in pieces, without a copy of the tensors."""
+        return self.content.buffers() if isinstance(self.content, State) else [self.content]
+
+    @functools.cached_property
     def nbytes(self) -> int:
-        return len(self.payload)
+        return sum(len(piece) for piece in self.buffers())
+
+    def state(self, source: str) -> State:
+        """The State in it; its tensors stay where they are if the payload is a bytearray. Raises StateError."""
+        if isinstance(self.content, State):
+            return self.content
+        read = State.from_buffer if isinstance(self.content, bytearray) else State.from_bytes
+        return read(self.content, source)  # type: ignore[arg-type]
 
 
 def options_to_send(stage: Stage) -> dict[str, Any]:

@@ -158,7 +158,7 @@ class Remote:
                             raise KeyboardInterrupt
                         raise frame_to_error(frame.payload, self.name)
                     elif frame.kind in ("kept", "outcome"):
-                        outcome, seconds = state_to_outcome(State.from_bytes(bytes(frame.payload), self.name))
+                        outcome, seconds = state_to_outcome(frame.state(self.name))
                         self._check(stage, outcome)
                         if frame.kind == "kept":
                             assert task.keep is not None

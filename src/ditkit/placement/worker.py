@@ -6,9 +6,10 @@ One stage at a time, because they share a device. Leaves out: how jobs come and 
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ditkit.checking import fault_of
@@ -29,6 +30,9 @@ from ditkit.stage import Stage
 from ditkit.state import FIELDS, SCHEMA, State
 
 Send = Callable[[Frame], None]
+
+TICK = 0.1
+"""Seconds after which a job that waits for its turn looks whether it is still wanted."""
 
 
 class Worker:
@@ -82,7 +86,7 @@ class Worker:
             send(error_to_frame(e))
             raise
         else:
-            send(Frame("outcome", outcome_to_state(outcome, seconds).to_bytes()))
+            send(Frame("outcome", outcome_to_state(outcome, seconds)))
 
     def _stage(self, job: Job) -> Stage:
         if job.wire != WIRE:
@@ -133,9 +137,21 @@ class Worker:
         events = Events(listen)
         listening = getattr(self.components, "listening", None)
         components = self.components if listening is None else listening(events)
-        with self._turn:
+        with self._my_turn(cancelled):
             begun = time.perf_counter()
             task = Task(stage, inputs, job.weights, events, stop_at_step=job.stop_at_step,
                         keep=keep if job.keep_every else None, keep_every=job.keep_every or 1)  # fmt: skip
             outcome = Here(components).run(task)
             return (outcome if outcome.stopped else checked(stage, outcome)), time.perf_counter() - begun
+
+    @contextlib.contextmanager
+    def _my_turn(self, cancelled: threading.Event) -> Iterator[None]:
+        while not self._turn.acquire(timeout=TICK):
+            if cancelled.is_set():
+                raise KeyboardInterrupt
+        try:
+            if cancelled.is_set():
+                raise KeyboardInterrupt
+            yield
+        finally:
+            self._turn.release()
