@@ -13,6 +13,7 @@ from types import FunctionType
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from uuid import uuid4
 
+from ditkit.events import SILENT, Events
 from ditkit.state import digest
 
 if TYPE_CHECKING:
@@ -246,4 +247,50 @@ class VAE(Protocol):
 
     def decode(self, latents: Tensor, frames_per_chunk: int = 1) -> Iterator[Tensor]:
         """Normalised latents -> chunks [B, 3, t, H, W] in [-1, 1], in order."""
+        ...
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a language model is asked for: ``instructions`` tell how, ``pictures`` are uint8 [H, W, 3] arrays."""
+
+    instructions: str
+    prompt: str
+    pictures: tuple[Any, ...]
+    temperature: float
+    seed: int
+    max_tokens: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """``raw`` is all that came, ``text`` without a reasoning block. ``told_model`` and ``told_build``: what the server
+    said of itself. ``finish``: ``stop``, or why it ended early, such as ``length``. Tokens are None where not told."""
+
+    raw: str
+    text: str
+    reasoning: str
+    model: str
+    told_model: str
+    told_build: str
+    finish: str
+    prompt_tokens: int | None
+    tokens: int | None
+
+
+@runtime_checkable
+class PromptExpander(Protocol):
+    """A language model that makes a longer prompt of a short one. ``name`` is where it is, as a person wrote it."""
+
+    name: str
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def load(self, events: Events = SILENT) -> None:
+        """Bring it into memory, if it is to be in this process, and tell of that. Raises LoadError."""
+        ...
+
+    def __call__(self, wish: Wish) -> Answer:
+        """Raises PlaceError when no answer came."""
         ...

@@ -14,12 +14,13 @@ from typing import Any
 class Outcome:
     """``written``: the fields that the stage wrote. ``settings``: those that it read, with their values. ``plugs``:
     what was in the seams, None if it never asked for them; that is not the same as nothing. ``stopped``: it was
-    interrupted; ``written`` is as far as it came."""
+    interrupted; ``written`` is as far as it came. Not ``lasting``: a makeshift, which must not serve other runs."""
 
     written: Mapping[str, Any]
     settings: Mapping[str, Any]
     plugs: Mapping[str, list[str]] | None
     stopped: bool = False
+    lasting: bool = True
 
 
 @dataclass(frozen=True)

@@ -126,6 +126,7 @@ class Request(Settings):
     )
     expand_temperature: Float = default(0.7, "Qwen2.5's own setting", "0 or more; 0 takes the likeliest word")
     expand_max_tokens: int = default(512, "Wan2.1 prompt_extend", "how many tokens an expansion may have, 1 or more")
+    expand_attempt: int = default(0, "ditkit", "which of a seed's expansions: it is added to the seed, 0 or more")
     expand_fallback: bool = default(False, "ditkit", "true to go on with the raw prompt when expanding it fails")
     batched: bool = default(False, "ditkit", "true to run all samples in one batch, false for one after the other")
 
@@ -157,6 +158,13 @@ class Request(Settings):
     def _positive(cls, value: int) -> int:
         if value < 1:
             raise ValueError(f"{value} is less than 1")
+        return value
+
+    @field_validator("expand_attempt")
+    @classmethod
+    def _attempt(cls, value: int) -> int:
+        if value < 0:
+            raise ValueError(f"{value} is negative")
         return value
 
     @field_validator("max_sequence_length")

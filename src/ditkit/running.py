@@ -137,7 +137,7 @@ class Here:
             written = stage.run(Only(task.inputs, readable(stage), stage.name, "field"), ctx)
         except Stopped as e:
             return Outcome(e.fields, settings.recorded(), ctx.plugs, stopped=True)
-        return Outcome(written, settings.recorded(), ctx.plugs)
+        return Outcome(written, settings.recorded(), ctx.plugs, lasting=ctx.lasting)
 
 
 def readable(stage: Stage) -> set[str]:

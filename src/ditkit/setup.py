@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import field_validator
 
@@ -12,9 +13,10 @@ from ditkit.errors import MissingDependency, SetupError, nearest
 from ditkit.request import Settings, _number, default
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-COMPONENTS = ("text_encoder", "image_encoder", "transformer", "transformer_2", "vae", "preview_decoder")
+COMPONENTS = ("text_encoder", "image_encoder", "transformer", "transformer_2", "vae", "preview_decoder",
+              "prompt_expander")  # fmt: skip
 BACKENDS = ("torch", "mlx", "mlx-8bit", "mlx-4bit")
-PARTS = (*COMPONENTS, "tokenizer")
+PARTS = (*(name for name in COMPONENTS if name != "prompt_expander"), "tokenizer")
 
 
 class Setup(Settings):
@@ -76,6 +78,17 @@ class Setup(Settings):
     def _above_zero(cls, value: float) -> float:
         if not 0 < value < math.inf:
             raise ValueError(f"{value} is not a finite number above 0")
+        return value
+
+    @field_validator("expander")
+    @classmethod
+    def _expander(cls, value: str | None) -> str | None:
+        if value is not None:
+            url, kinds = urlsplit(value), ("http", "https", "transformers")
+            if url.scheme not in kinds or not (url.path if url.scheme == "transformers" else url.hostname):
+                raise ValueError("it is neither the URL of a server nor transformers:FOLDER")
+            if url.username or url.password or url.query:
+                raise ValueError("an address with a key in it would be written into every clip; set OPENAI_API_KEY")
         return value
 
     @field_validator("retries")

@@ -48,6 +48,10 @@ class Stage(Protocol):
         """The fields that it writes. A stage that can stop early returns them as they stand."""
         ...
 
+    def unwanted(self, state: State) -> str:
+        """Why the State's request does without this stage, or nothing. What it wrote for another request is dropped."""
+        ...
+
     def needs(self, state: State, stop_at_step: int | None = None) -> tuple[str, ...]:
         """Those of ``components`` that are still called in a run that goes on from ``state`` (to ``stop_at_step``)."""
         ...
@@ -70,6 +74,9 @@ class BaseStage:
     triggers: tuple[str, ...] = ()
     loop: tuple[str, ...] = ()
     fields: tuple[Field, ...] = ()
+
+    def unwanted(self, state: State) -> str:
+        return ""
 
     def needs(self, state: State, stop_at_step: int | None = None) -> tuple[str, ...]:
         return self.components
@@ -161,6 +168,7 @@ class Context:
         self.components, self.settings, self.events, self.stop_at_step = components, settings, events, stop_at_step
         self._seams, self._keep, self._every = seams or Seams(), keep, keep_every
         self.plugs: dict[str, list[str]] | None = None  # what is plugged into the seams, once they are asked for
+        self.lasting = True  # a stage sets it to False for a makeshift, which must not serve other runs
 
     @property
     def seams(self) -> Seams:

@@ -19,11 +19,16 @@ from ditkit.build.model import Model, vocabulary
 from ditkit.contracts import Swap
 from ditkit.errors import LoadError, SetupError
 from ditkit.events import SILENT, Events
+from ditkit.prompting import open_expander
 from ditkit.setup import Setup
 from ditkit.shared import Holder, Shared
+from ditkit.store.cache import remember_hashes
 
 if TYPE_CHECKING:
     from ditkit.checkpoints.parts import Part
+
+EXPANDER = "prompt_expander"
+"""Of the setup, not of the model: it is held beside the model's parts, and told of in the State's ``expansion``."""
 
 
 class Components(Mapping[str, Any]):
@@ -34,12 +39,14 @@ class Components(Mapping[str, Any]):
 
     def __init__(self, model: Model, setup: Setup, swaps: tuple[Swap, ...] = (), shared: Shared | None = None):
         self.model, self.setup, self.own_swaps = model, setup, swaps
+        remember_hashes(setup)
         self.adapters = Adapters.open(setup, model.parts)
         self.holder = Holder(
             shared or Shared(),
             {name: (partial(self._key, name), partial(self._make, name)) for name in model.parts},
             self._check,
         )
+        self.expander = None if setup.expander is None else open_expander(setup)
         self._identities: dict[str, Callable[[], str]] = {}
         self._stamps = {name: self._stamp(name) for name in model.parts}
         self._lock = threading.RLock()
@@ -49,6 +56,9 @@ class Components(Mapping[str, Any]):
 
     def get_component(self, name: str, events: Events) -> Any:
         with self._lock:
+            if name == EXPANDER and self.expander is not None:
+                self.expander.load(events)
+                return self.expander
             if name in self.holder.loaded:
                 return self.holder[name]
             with events.span("load", component=name):
@@ -56,6 +66,8 @@ class Components(Mapping[str, Any]):
 
     def fingerprint_of(self, name: str) -> str:
         """That of the component, also of one that is not loaded: its files are read once, and hashed."""
+        if name == EXPANDER and self.expander is not None:
+            return self.expander.fingerprint
         loaded = self.holder.loaded.get(name)
         if loaded is None:
             self._check(name)
@@ -118,10 +130,10 @@ class Components(Mapping[str, Any]):
         return _Listening(self, events)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.model.parts)
+        return iter([*self.model.parts, *([] if self.expander is None else [EXPANDER])])
 
     def __len__(self) -> int:
-        return len(self.model.parts)
+        return len(self.model.parts) + (self.expander is not None)
 
     def place(self, name: str) -> tuple[Any, str]:
         """dtype and device of a component."""

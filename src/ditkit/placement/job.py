@@ -113,17 +113,19 @@ def _tuples(value: Any) -> Any:
 
 def outcome_to_state(outcome: Outcome, seconds: float = 0.0) -> State:
     about = {"settings": outcome.settings, "plugs": outcome.plugs, "stopped": outcome.stopped, "seconds": seconds}
+    about["lasting"] = outcome.lasting
     return State({**outcome.written, "outcome": about})
 
 
 def state_to_outcome(state: State) -> tuple[Outcome, float]:
     """The outcome and the seconds that it took. Raises StateError for a State that holds none."""
     about = state.get("outcome")
-    keys = {"settings": dict, "plugs": dict | None, "stopped": bool, "seconds": float}
+    keys = {"settings": dict, "plugs": dict | None, "stopped": bool, "seconds": float, "lasting": bool}
     if not isinstance(about, dict) or not all(isinstance(about.get(k), t) for k, t in keys.items()):
         raise StateError("reading the outcome of a stage", "it does not say what it came from", "Run the stage again")
     written = {k: v for k, v in state.items() if k != "outcome"}
-    return Outcome(written, about["settings"], about["plugs"], about["stopped"]), about["seconds"]
+    told = about["settings"], about["plugs"], about["stopped"], about["lasting"]
+    return Outcome(written, *told), about["seconds"]
 
 
 def event_to_frame(event: Event) -> Frame:

@@ -1,0 +1,132 @@
+"""A language model of a folder, by transformers, in this process. It stays in memory beside the video model's parts;
+``placement = {expand_prompt = "process"}`` puts it into a process of its own.
+
+Text models and models that see pictures. Leaves out: what is asked, and what becomes of a failure.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from pathlib import Path
+from typing import Any
+
+from ditkit.contracts import Answer, Wish
+from ditkit.errors import LoadError, SetupError
+from ditkit.events import SILENT, Events
+from ditkit.prompting.cleaning import split_reasoning
+from ditkit.prompting.server import shrunk
+from ditkit.state import digest
+
+_TURN = threading.Lock()  # sampling draws from torch's own generator, which all threads share
+
+
+class LocalExpander:
+    """``folder``: config, weights, tokenizer with a chat template; a processor where the model sees pictures."""
+
+    def __init__(self, folder: str, dtype: str, device: str):
+        self.name, self.folder = f"transformers:{folder}", Path(folder).expanduser()
+        self.dtype, self.device = dtype, device
+        self._lock = threading.RLock()
+        self._loaded: tuple[Any, Any] | None = None
+        self._fingerprint: str | None = None
+        if not (self.folder / "config.json").is_file():
+            raise SetupError(f"expander={self.name!r}", f"{self.folder} holds no config.json",
+                             "Give the folder of a transformers model")  # fmt: skip
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all files that decide what it says, and of its dtype; it is not loaded for that."""
+        from ditkit.checkpoints.files import file_hash
+
+        with self._lock:
+            if self._fingerprint is None:
+                kinds = {".json", ".jinja", ".txt", ".model", ".safetensors", ".bin"}
+                files = sorted(f for f in self.folder.iterdir() if f.suffix in kinds)
+                self._fingerprint = digest("transformers", self.dtype, {f.name: file_hash(f) for f in files})
+            return self._fingerprint
+
+    @property
+    def sees(self) -> bool:
+        """Whether it is a model that takes pictures, by its config."""
+        from transformers import AutoConfig
+        from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as SEEING
+
+        return AutoConfig.from_pretrained(self.folder, local_files_only=True).model_type in SEEING
+
+    def load(self, events: Events = SILENT) -> None:
+        """Raises LoadError."""
+        with self._lock:
+            if self._loaded is None:
+                with events.span("load", component="prompt_expander"):
+                    self._loaded = self._open()
+
+    def _open(self) -> tuple[Any, Any]:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+
+        asked = f"loading the language model {self.folder}"
+        try:
+            sees = self.sees
+            reader = (AutoProcessor if sees else AutoTokenizer).from_pretrained(self.folder, local_files_only=True)
+            cls = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+            model = cls.from_pretrained(self.folder, local_files_only=True, dtype=getattr(torch, self.dtype))
+        except (OSError, ValueError, KeyError, ImportError) as e:
+            raise LoadError(asked, " ".join(str(e).split())[:300], "Give a whole folder of a chat model") from None
+        if not reader.chat_template:
+            raise LoadError(asked, "its tokenizer has no chat template", "Take a model that was made to follow orders")
+        return model.to(self.device).eval().requires_grad_(False), reader
+
+    def __call__(self, wish: Wish) -> Answer:
+        """The same seed gives the same answer; torch's generators are left as they were. Raises LoadError, and
+        SetupError for pictures that the model cannot see."""
+        import torch
+
+        self.load()
+        assert self._loaded is not None
+        model, reader = self._loaded
+        if wish.pictures and not hasattr(reader, "image_processor"):
+            raise SetupError(
+                f"showing a picture to {self.name}",
+                "the model reads text alone",
+                "Take one that sees, or a template that shows no picture, such as expand_template=t2v-en",
+            )
+        inputs = reader.apply_chat_template(
+            _messages(wish, hasattr(reader, "image_processor")),
+            add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+        ).to(self.device)  # fmt: skip
+        inputs = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+        length = inputs["input_ids"].shape[1]
+        cards = [self.device] if self.device.startswith("cuda") else []
+        with _TURN, torch.inference_mode(), torch.random.fork_rng(devices=cards):
+            torch.manual_seed(wish.seed)
+            ids = model.generate(**inputs, generation_config=_sampling(model, wish))[0, length:].tolist()
+        raw = reader.decode(ids, skip_special_tokens=True)
+        text, thought = split_reasoning(raw)
+        ends = model.generation_config.eos_token_id
+        stopped = bool(ids) and ids[-1] in (ends if isinstance(ends, list) else [ends])
+        return Answer(raw, text, thought, self.name, model.config.model_type, "", "stop" if stopped else "length",
+                      length, len(ids))  # fmt: skip
+
+
+def _messages(wish: Wish, parts: bool) -> list[dict[str, Any]]:
+    """A processor wants lists of parts, a tokenizer texts."""
+    if not parts:
+        return [{"role": "system", "content": wish.instructions}, {"role": "user", "content": wish.prompt}]
+    seen = [{"type": "image", "image": shrunk(picture)} for picture in wish.pictures]
+    return [
+        {"role": "system", "content": [{"type": "text", "text": wish.instructions}]},
+        {"role": "user", "content": [*seen, {"type": "text", "text": wish.prompt}]},
+    ]
+
+
+def _sampling(model: Any, wish: Wish) -> Any:
+    """The model's own settings (top-p, penalties), with the temperature and the length that were asked for."""
+    config = copy.deepcopy(model.generation_config)
+    config.max_new_tokens, config.max_length = wish.max_tokens, None
+    config.do_sample = wish.temperature > 0
+    if config.do_sample:
+        config.temperature = wish.temperature
+    else:  # these would be complained about
+        config.temperature = config.top_p = config.top_k = None
+    return config

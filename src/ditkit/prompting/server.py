@@ -1,0 +1,173 @@
+"""A language model behind an OpenAI-compatible server: vLLM, SGLang, llama.cpp, Ollama, mlx-lm, transformers serve.
+
+The key comes from OPENAI_API_KEY, as the client has it; it is neither kept nor told. Leaves out: what is asked
+(``templates.py``) and what becomes of a failure (``stages/expand_prompt.py``).
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ditkit.contracts import Answer, Wish
+from ditkit.errors import MissingDependency, PlaceError
+from ditkit.events import SILENT, Events
+from ditkit.prompting.cleaning import split_reasoning
+from ditkit.state import digest
+
+LONGEST_SIDE = 1024  # pixels of a picture that is sent: more costs tokens, and a prompt needs no more
+SEEDS = 2**31  # llama.cpp and Ollama keep a seed in 32 bits, and take a negative one for "any"
+
+
+class ServerExpander:
+    """``url`` ends in ``/v1``, as a rule. Without ``model`` the first one that the server lists. ``patience``: seconds
+    that one answer may take; ``retries``: how often the client asks again where a server is busy or was not reached."""
+
+    def __init__(self, url: str, model: str | None = None, patience: float = 60.0, retries: int = 2):
+        self.name, self.model, self.patience, self.retries = url, model, patience, retries
+        self._lock = threading.RLock()
+        self._client: Any = None
+
+    @property
+    def fingerprint(self) -> str:
+        """Of address and model. A server that cannot be asked for its model has one too: its answer will fail."""
+        try:
+            model = self._model("expanding a prompt")
+        except PlaceError:
+            model = None
+        return digest("server", self.name, model)
+
+    def load(self, events: Events = SILENT) -> None:
+        """There is nothing to load: the server has done that."""
+
+    def __call__(self, wish: Wish) -> Answer:
+        """Raises PlaceError for a server that is not there, refuses, or does not answer with a completion."""
+        asked = f"expanding a prompt at {self.name}"
+        model = self._model(asked)
+        with _explained(asked, model, bool(wish.pictures)):
+            reply = self._openai().chat.completions.create(
+                model=model,
+                messages=messages_of(wish),
+                temperature=wish.temperature,
+                seed=wish.seed % SEEDS,
+                max_tokens=wish.max_tokens,
+            )
+        return _answer(asked, reply, model)
+
+    def _model(self, asked: str) -> str:
+        with self._lock:
+            if self.model is None:
+                with _explained(asked, None, False):
+                    listed = self._openai().models.list()
+                names = [getattr(each, "id", None) for each in getattr(listed, "data", None) or []]
+                if not names or not isinstance(names[0], str):
+                    raise PlaceError(asked, "it lists no models", "Name one with expander_model")
+                self.model = names[0]
+            return self.model
+
+    def _openai(self) -> Any:
+        with self._lock:
+            if self._client is None:
+                try:
+                    from openai import OpenAI
+                except ImportError:
+                    raise MissingDependency(f"expanding prompts at {self.name}", "the package openai is not installed",
+                                            'Run pip install "ditkit[prompts]"') from None  # fmt: skip
+                key = os.environ.get("OPENAI_API_KEY") or "none"  # local servers want some key, and look at none
+                self._client = OpenAI(base_url=self.name, api_key=key, timeout=self.patience, max_retries=self.retries)
+            return self._client
+
+
+def messages_of(wish: Wish) -> list[dict[str, Any]]:
+    """System and user message; pictures stand before the text, in data URLs."""
+    system = {"role": "system", "content": wish.instructions}
+    if not wish.pictures:
+        return [system, {"role": "user", "content": wish.prompt}]
+    seen = [{"type": "image_url", "image_url": {"url": data_url(picture)}} for picture in wish.pictures]
+    return [system, {"role": "user", "content": [*seen, {"type": "text", "text": wish.prompt}]}]
+
+
+def data_url(picture: Any) -> str:
+    """uint8 [H, W, 3] -> a PNG of at most ``LONGEST_SIDE`` pixels a side."""
+    buffer = io.BytesIO()
+    shrunk(picture).save(buffer, format="PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def shrunk(picture: Any) -> Any:
+    """uint8 [H, W, 3] -> a PIL image of at most ``LONGEST_SIDE`` pixels a side, in the same proportions."""
+    from PIL import Image
+
+    image = Image.fromarray(picture)
+    image.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
+    return image
+
+
+def _answer(asked: str, reply: Any, model: str) -> Answer:
+    """Raises PlaceError for what is no completion: the client does not check that."""
+    choices = getattr(reply, "choices", None)
+    message = getattr(choices[0], "message", None) if isinstance(choices, list) and choices else None
+    if message is None:
+        raise PlaceError(asked, "its answer is no chat completion", "Check that the address is that of its API")
+    content = getattr(message, "content", None) or ""
+    if not isinstance(content, str):
+        raise PlaceError(asked, "its answer is no text", "Check that the address is that of its API")
+    if refusal := getattr(message, "refusal", None):
+        raise PlaceError(asked, f"the model refused: {refusal}", "Say it in other words")
+    separated = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None) or ""
+    text, thought = split_reasoning(content)
+    usage = getattr(reply, "usage", None)
+    return Answer(
+        raw=content,
+        text=text,
+        reasoning=separated or thought,
+        model=model,
+        told_model=getattr(reply, "model", None) or "",
+        told_build=getattr(reply, "system_fingerprint", None) or "",
+        finish=choices[0].finish_reason or "",
+        prompt_tokens=getattr(usage, "prompt_tokens", None),
+        tokens=getattr(usage, "completion_tokens", None),
+    )
+
+
+@contextmanager
+def _explained(asked: str, model: str | None, seeing: bool) -> Iterator[None]:
+    """The client's errors as PlaceError; what the server said is in them."""
+    import openai
+
+    try:
+        yield
+    except openai.APITimeoutError:
+        raise PlaceError(asked, "it did not answer in time", "Give it more with patience, or look at its log") from None
+    except openai.APIConnectionError as e:
+        found = f"it was not reached ({e.__cause__ or e})"
+        raise PlaceError(asked, found, "Start the server, or check the address") from None
+    except openai.AuthenticationError as e:
+        raise PlaceError(asked, f"it wants another key ({_said(e)})", "Set OPENAI_API_KEY") from None
+    except openai.APIStatusError as e:
+        about = f" for model {model!r}" if model else ""
+        do = "Check the address, which ends in /v1 with most servers, and the model's name"
+        if seeing:
+            do = "Take a model that sees pictures, or a template that shows none, such as expand_template=t2v-en"
+        elif e.status_code >= 500:
+            do = "Look at its log"
+        raise PlaceError(asked, f"it answered {e.status_code}{about} ({_said(e)})", do) from None
+    except (openai.OpenAIError, ValueError) as e:  # a ValueError: JSON that is none
+        found = f"its answer cannot be read ({type(e).__name__}: {_short(str(e))})"
+        raise PlaceError(asked, found, "Check that the address is that of its API") from None
+
+
+def _said(error: Any) -> str:
+    body = error.body
+    told = body.get("message") or body.get("detail") or body.get("error") if isinstance(body, dict) else body
+    return _short(str(told or error.message))
+
+
+def _short(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= 300 else f"{line[:300]}..."

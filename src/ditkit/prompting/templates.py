@@ -1,0 +1,132 @@
+"""Templates: what a language model is told to make of a prompt. Each is a TOML file with a name and a version.
+
+Those of ditkit lie in ``assets/prompts``. A file of yours takes their place: its text, not its path, goes into the
+request, so that a State is whole without the file. Leaves out: asking the model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import tomllib
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ditkit.errors import RequestError, nearest
+
+if TYPE_CHECKING:
+    from ditkit.request import Request
+
+FOLDER = Path(__file__).parents[1] / "assets" / "prompts"
+AUTO = "auto"
+PICTURES = ("image", "last_image")
+_KEYS: Mapping[str, type] = {"name": str, "version": int, "language": str, "pictures": list, "instructions": str}
+_QUOTED = re.compile(r'"[^"]*"|“[^”]*”|「[^」]*」|『[^』]*』|《[^》]*》')
+_HAN, _KANA, _HANGUL = r"[\u3400-\u4dbf\u4e00-\u9fff]", r"[\u3040-\u30ff]", r"[\uac00-\ud7af]"
+
+
+@dataclass(frozen=True)
+class Template:
+    """``pictures``: the fields of the run that the model is shown, in this order. ``sha256`` is that of the file."""
+
+    name: str
+    version: int
+    language: str
+    pictures: tuple[str, ...]
+    instructions: str
+    sha256: str
+
+    @classmethod
+    def parse(cls, text: str, origin: str) -> Template:
+        """Raises RequestError for a file that is no template."""
+        asked = f"the template {origin}"
+        try:
+            values = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as e:
+            raise RequestError(asked, f"it is not valid TOML ({e})", "Correct it") from None
+        if unknown := [key for key in values if key not in _KEYS]:
+            raise RequestError(
+                asked, f"there is no key {unknown[0]!r}{nearest(unknown[0], _KEYS)}", f"The keys are {', '.join(_KEYS)}"
+            )
+        for key, kind in _KEYS.items():
+            if not _fits(values.get(key), kind):
+                found = "it is missing" if key not in values else f"it is {values[key]!r}"
+                raise RequestError(f"{key} of {asked}", found, f"Give it as {_WANTED[key]}")
+        if strange := [name for name in values["pictures"] if name not in PICTURES]:
+            raise RequestError(
+                f"pictures of {asked}", f"there is no {strange[0]!r}{nearest(str(strange[0]), PICTURES)}",
+                f"Choose from {', '.join(PICTURES)}",
+            )  # fmt: skip
+        told = {**values, "pictures": tuple(values["pictures"]), "instructions": values["instructions"].strip()}
+        return cls(**told, sha256=hashlib.sha256(text.encode()).hexdigest())
+
+
+_WANTED = {
+    "name": "a text", "version": "a whole number", "language": "a text such as en",
+    "pictures": "a list such as [] or ['image']", "instructions": "a text of at least a word",
+}  # fmt: skip
+
+
+def _fits(value: Any, kind: type) -> bool:
+    return type(value) is kind and (kind is not str or bool(value.strip()))
+
+
+@cache
+def packaged() -> Mapping[str, str]:
+    """Name -> text of ditkit's own templates."""
+    return {file.stem: file.read_text(encoding="utf-8") for file in sorted(FOLDER.glob("*.toml"))}
+
+
+@cache
+def packaged_sha256() -> str:
+    """One hash of all of them: a result that came from others is another result."""
+    return hashlib.sha256("".join(f"{name}\0{text}\0" for name, text in packaged().items()).encode()).hexdigest()
+
+
+def placed(request: Request) -> Request:
+    """``request`` with the text of its template in place of the file's path. Raises RequestError."""
+    given = request.expand_template
+    if given == AUTO or given in packaged() or "\n" in given:
+        return request
+    asked, path = f"expand_template={given!r}", Path(os.path.expanduser(given))
+    if not path.is_file():
+        known = (AUTO, *packaged())
+        raise RequestError(asked, f"there is no template and no file of that name{nearest(given, known)}",
+                           f"Give a file, or one of {', '.join(known)}")  # fmt: skip
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise RequestError(asked, f"it cannot be read ({e})", "Save it as UTF-8 text") from None
+    Template.parse(text, given)
+    return request.model_copy(update={"expand_template": text if "\n" in text else f"{text}\n"})
+
+
+def chosen(given: str, prompt: str, pictures: Collection[str]) -> Template:
+    """The template for ``prompt``: that of the name, or the one whose text ``given`` is; ``auto`` goes by the pictures
+    that the run has and by the language of the prompt. Raises RequestError."""
+    if given == AUTO:
+        task = "flf2v" if {*PICTURES} <= {*pictures} else "i2v" if "image" in pictures else "t2v"
+        given = f"{task}-{language_of(prompt)}"
+    if given not in packaged() and "\n" not in given:
+        raise RequestError(f"expand_template={given!r}", f"there is no such template{nearest(given, packaged())}",
+                           f"Begin the run with Pipe.begin, or give one of {', '.join(packaged())}")  # fmt: skip
+    template = Template.parse(packaged().get(given, given), given if given in packaged() else "of the request")
+    if missing := [name for name in template.pictures if name not in pictures]:
+        raise RequestError(f"expand_template={template.name!r}", f"it shows the run's {missing[0]}, and there is none",
+                           f"Give {missing[0]}, or take t2v-{language_of(prompt)}")  # fmt: skip
+    return template
+
+
+def language_of(prompt: str) -> str:
+    """``zh`` where at least half of the words are Chinese characters, each counted as a word; else ``en``: Wan knows
+    these two. What stands in quotation marks is a sign in the picture and does not count."""
+    text = _QUOTED.sub(" ", prompt)
+    if re.search(f"{_KANA}|{_HANGUL}", text):
+        return "en"
+    han = len(re.findall(_HAN, text))
+    others = len(re.findall(r"[^\W\d_]+", re.sub(_HAN, " ", text)))
+    return "zh" if han and han >= others else "en"

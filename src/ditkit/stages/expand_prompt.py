@@ -1,0 +1,107 @@
+"""A short prompt to one that says what the video model wants to know, by a language model.
+
+The original stays in ``prompt``; what is encoded instead is ``expanded_prompt``; ``expansion`` tells how it came about.
+Leaves out: what the model is told (``prompting/templates.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ditkit.contracts import Answer, Wish
+from ditkit.errors import DitkitError, PlaceError, RequestError
+from ditkit.pipeline import BaseStage, Context
+from ditkit.prompting.cleaning import cleaned
+from ditkit.prompting.templates import PICTURES, Template, chosen, packaged_sha256
+from ditkit.state import State
+
+
+@dataclass(frozen=True)
+class ExpandPrompt(BaseStage):
+    """``templates`` is the hash of ditkit's own templates: with others the result is another one."""
+
+    templates: str = packaged_sha256()
+
+    name = "expand_prompt"
+    reads = ("prompt", "seed", "request")
+    optional = PICTURES
+    writes = ("expanded_prompt", "expansion")
+    components = ("prompt_expander",)
+
+    def unwanted(self, state: State) -> str:
+        return "the request has expand=no" if state.get("request", {}).get("expand", "no") == "no" else ""
+
+    def run(self, inputs: Mapping[str, Any], ctx: Context) -> Mapping[str, Any]:
+        if self.templates != packaged_sha256():
+            raise PlaceError("expanding a prompt", "the templates here are not those of the caller",
+                             "Use the same version of ditkit on both machines")  # fmt: skip
+        columns = zip(inputs["prompt"], inputs["seed"], strict=True)
+        done = [self.expand(prompt, seed, i, inputs, ctx) for i, (prompt, seed) in enumerate(columns)]
+        return {"expanded_prompt": [text for text, _ in done], "expansion": [about for _, about in done]}
+
+    def expand(
+        self, prompt: str, seed: int, clip: int, inputs: Mapping[str, Any], ctx: Context
+    ) -> tuple[str, dict[str, Any]]:
+        settings, expander = ctx.settings, ctx.components["prompt_expander"]
+        template = chosen(settings.expand_template, prompt, [name for name in PICTURES if name in inputs])
+        wish = Wish(
+            template.instructions,
+            prompt,
+            tuple(inputs[name][clip].cpu().numpy() for name in template.pictures),
+            settings.expand_temperature,
+            seed + settings.expand_attempt,
+            settings.expand_max_tokens,
+        )
+        about = {"expander": expander.name, **_told(template), "temperature": wish.temperature, "seed": wish.seed}
+        answer: Answer | None = None
+        try:
+            answer = expander(wish)
+            text = useful(answer, expander.name, wish.max_tokens)
+        except PlaceError as e:
+            if not settings.expand_fallback:
+                raise _with_advice(e) from None
+            ctx.lasting = False  # another try may go better
+            ctx.events.emit("prompt.fallback", clip=clip, prompt=prompt, reason=str(e))
+            text, about = prompt, {**about, "failure": str(e)}
+        return text, about | ({} if answer is None else {k: v for k, v in asdict(answer).items() if k != "text"})
+
+
+def useful(answer: Answer, place: str, max_tokens: int) -> str:
+    """The prompt that an answer holds. Raises PlaceError for an empty, a filtered and a cut one."""
+    asked, text = f"expanding a prompt at {place}", cleaned(answer.text)
+    if answer.finish == "length":
+        where = " (it was still reasoning)" if answer.reasoning and not text else ""
+        raise PlaceError(asked, f"the answer was cut off at {max_tokens} tokens{where}", "Raise expand_max_tokens")
+    if answer.finish == "content_filter":
+        raise PlaceError(asked, "the server's filter stopped the answer", "Say it in other words")
+    if not text:
+        found = "the model reasoned and did not answer" if answer.reasoning else "the answer is empty"
+        raise PlaceError(asked, found, "Try another seed or another model")
+    return text
+
+
+def _told(template: Template) -> dict[str, Any]:
+    named = {"template": template.name, "template_version": template.version, "template_sha256": template.sha256}
+    return {**named, "language": template.language, "pictures": list(template.pictures)}
+
+
+def _with_advice(error: PlaceError) -> DitkitError:
+    return PlaceError(error.asked, error.found, f"{error.do}; or go on with the raw prompt by expand_fallback")
+
+
+def check_wanted(request: Mapping[str, Any], state: State, names: list[str], until: str | None, idle: bool) -> None:
+    """Before a run that will go through ``names`` ``until``: raises RequestError where a prompt shall be expanded and
+    nothing can do it, or where a person shall be asked and nobody is there. ``idle``: it has been expanded already."""
+    if request["expand"] == "no" or idle:
+        return
+    if ExpandPrompt.name not in names:
+        if "expanded_prompt" not in state:
+            raise RequestError(f"expand={request['expand']!r}", "nothing is there that expands prompts",
+                               "Name a server or a folder with expander")  # fmt: skip
+    elif request["expand"] == "ask" and until != ExpandPrompt.name:
+        raise RequestError(
+            "a run with expand='ask'", "it does not stop to ask",
+            "Run it until='expand_prompt', change expanded_prompt of its State, and run that State",
+        )  # fmt: skip
