@@ -28,6 +28,9 @@ FIELDS: dict[str, FieldInfo] = {**Request.model_fields, **Setup.model_fields}
 
 PREFIX = "DITKIT_"
 
+TOKEN = "DITKIT_HOST_TOKEN"
+"""No setting: settings are shown and written into manifests (``placement/tokens.py``)."""
+
 
 class Entries(dict[str, Any]):
     """Entries of a table that are set one by one: they join the table below instead of replacing it."""
@@ -112,7 +115,7 @@ def file_layer(path: str | Path) -> Layer:
 
 def environment_layer(environment: Mapping[str, str]) -> Layer:
     """``DITKIT_NAME=VALUE`` for every setting; any other name that begins so is refused."""
-    names = sorted(name for name in environment if name.startswith(PREFIX))
+    names = sorted(name for name in environment if name.startswith(PREFIX) and name != TOKEN)
     return text_layer(
         (name.removeprefix(PREFIX).lower(), environment[name], f"environment {name}", False) for name in names
     )

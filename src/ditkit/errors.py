@@ -58,7 +58,9 @@ class PlaceError(DitkitError):
 
 
 class Lost(PlaceError):
-    """A place was not reached, or stopped answering. What it was doing can be done again."""
+    """A place was not reached, or stopped answering. What it was doing can be done again, ``after`` so many seconds."""
+
+    after = 0.0
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

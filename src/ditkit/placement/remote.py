@@ -12,10 +12,9 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Protocol
 
-from ditkit.errors import Lost, PlaceError, StateError
+from ditkit.errors import DitkitError, Lost, PlaceError, StateError
 from ditkit.events import Events
 from ditkit.placement.handshake import Handshake
 from ditkit.placement.job import (
@@ -114,20 +113,27 @@ class Remote:
                 "Run the stage here, or take them out",
             )
         state, reached = task.inputs, None
-        for attempt in range(self.retries + 1):
-            try:
-                for outcome, final in self._attempt(task, state):
-                    if final:
-                        return outcome
-                    reached = outcome
-                raise Lost(f"running stage {task.stage.name!r} at {self.name}", "it sent no outcome", "Look at its log")
-            except Lost as e:
-                if attempt == self.retries:
-                    tries = "" if attempt == 0 else f" ({attempt + 1} times)"
-                    raise PlaceError(e.asked, f"{e.found}{tries}", e.do) from None
-                task.events.emit("place.retry", place=self.name, stage=task.stage.name, attempt=attempt + 1, why=str(e))
-                time.sleep(min(0.1 * 2**attempt, 5.0))
-                state = state if reached is None else state.with_fields(reached.written)
+        try:
+            for attempt in range(self.retries + 1):
+                try:
+                    for outcome, final in self._attempt(task, state):
+                        if final:
+                            return outcome
+                        reached = outcome
+                    asked = f"running stage {task.stage.name!r} at {self.name}"
+                    raise Lost(asked, "it sent no outcome", "Look at its log")
+                except Lost as e:
+                    if attempt == self.retries:
+                        tries = "" if attempt == 0 else f" ({attempt + 1} times)"
+                        raise PlaceError(e.asked, f"{e.found}{tries}", e.do) from None
+                    told = {"place": self.name, "stage": task.stage.name, "attempt": attempt + 1, "why": str(e)}
+                    task.events.emit("place.retry", **told)
+                    time.sleep(max(e.after, min(0.1 * 2**attempt, 5.0)))
+                    state = state if reached is None else state.with_fields(reached.written)
+        except KeyboardInterrupt:
+            if reached is None:
+                raise
+            return dataclasses.replace(reached, stopped=True)
         raise AssertionError
 
     def _attempt(self, task: Task, inputs: State) -> Iterator[tuple[Outcome, bool]]:
@@ -143,11 +149,14 @@ class Remote:
             task.events.ignored(),
         )
         begun, received, cancelled = time.perf_counter(), 0, False
+        theirs: DitkitError | None = None
         with Reader(lambda: self.channel.submit(job, inputs)) as frames:
             while True:
                 try:
                     frame = frames.get()
                     if frame is None:
+                        if cancelled:
+                            raise KeyboardInterrupt
                         return
                     received += frame.nbytes
                     if frame.kind == "event":
@@ -156,7 +165,8 @@ class Remote:
                     elif frame.kind == "error":
                         if cancelled:
                             raise KeyboardInterrupt
-                        raise frame_to_error(frame.payload, self.name)
+                        theirs = frame_to_error(frame.payload, self.name)
+                        raise theirs
                     elif frame.kind in ("kept", "outcome"):
                         outcome, seconds = state_to_outcome(frame.state(self.name))
                         self._check(stage, outcome)
@@ -170,15 +180,22 @@ class Remote:
                             waited = max(0.0, whole - seconds)
                             task.events.emit("travel", stage=stage.name, place=self.name, seconds=waited, **told)
                             # It may have been done before it heard of the Ctrl-C; the run ends here all the same.
-                            yield (replace(outcome, stopped=True) if cancelled else outcome), True
+                            yield (dataclasses.replace(outcome, stopped=True) if cancelled else outcome), True
                             return
                 except StateError as e:
+                    if e is theirs:
+                        raise
                     raise PlaceError(e.asked, e.found, f"{self.name} sent that; look at its log") from None
+                except Lost:
+                    if cancelled:
+                        raise KeyboardInterrupt from None
+                    raise
                 except KeyboardInterrupt:
                     if cancelled:
                         raise
                     cancelled = True
-                    self.channel.cancel(job.id)
+                    with contextlib.suppress(PlaceError):  # then its frames end, too
+                        self.channel.cancel(job.id)
 
     def _check(self, stage: Stage, outcome: Outcome) -> None:
         """Content whose label and bytes disagree is refused."""
