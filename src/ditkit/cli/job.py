@@ -211,9 +211,11 @@ def write(result: Result, goal: Goal, makes_video: bool) -> dict[str, list[Path]
 def report(result: Result, files: dict[str, list[Path]], goal: Goal, out: Any) -> None:
     if not goal.quiet:
         out.print(f"time   {show.times(result.receipt)}")
+        for line in show.whereabouts(result.receipt):
+            out.print(line)
     if goal.json:
         told = {kind: [str(path) for path in paths] for kind, paths in files.items()}
-        keys = ("stages", "loads", "steps", "skipped", "truncated")
+        keys = ("stages", "loads", "steps", "skipped", "truncated", "places", "travelled", "cached", "retries")
         told |= {key: result.receipt[key] for key in keys}
         told["output_sha256"] = [m["output_sha256"] for m in result.manifests]
         print(json.dumps(told))

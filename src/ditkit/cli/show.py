@@ -102,6 +102,32 @@ def times(receipt: Mapping[str, Any]) -> str:
     return ", ".join(parts) or "nothing was left to do"
 
 
+def whereabouts(receipt: Mapping[str, Any]) -> list[str]:
+    """A line for each stage at each other place: its time there, what travelled and for how long; for each result that
+    came from the cache, or did not, the reason; for each time that a place was lost, why."""
+    lines = []
+    for stage, places in receipt["places"].items():
+        for place in places:
+            trips = [t for t in receipt["travelled"] if (t["stage"], t["place"]) == (stage, place)]
+            if trips:
+                worked, waited, there, back = (
+                    sum(t[k] for t in trips) for k in ("worked", "seconds", "sent", "received")
+                )
+                way = f"{size(there)} there, {size(back)} back, {seconds(waited)} on the way"
+                lines.append(f"place  {stage} at {place}: {seconds(worked)}; {way}")
+            elif places != ["here"]:
+                lines.append(f"place  {stage} here")
+    lines += [f"cache  {stage}: {why}" for stage, why in receipt["cached"].items()]
+    lines += [f"retry  {retry['stage']}: {retry['why']}" for retry in receipt["retries"]]
+    return lines
+
+
+def size(count: int) -> str:
+    """Bytes in decimal units."""
+    unit, name = next((u for u in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")) if count >= u[0]), (1, "bytes"))
+    return f"{count} bytes" if unit == 1 else f"{count / unit:.1f} {name}"
+
+
 def warn_of_truncation(event: Event) -> None:
     if event.name == "prompt.truncated":
         what = event["field"].replace("_", " ")

@@ -9,6 +9,7 @@ from typing import Any
 from ditkit.contracts import Seams, Step
 from ditkit.errors import SetupError, nearest
 from ditkit.pipeline import Pipeline
+from ditkit.placement import contradictions
 from ditkit.placement.remote import Channel, Remote
 from ditkit.placement.spec import Spec, Target
 from ditkit.running import Here, Place, Segment
@@ -30,10 +31,12 @@ class Places:
 
     def devices(self, pipeline: Pipeline) -> dict[str, str]:
         """Devices of the components of stages that are placed on a device of this process. Raises SetupError where two
-        settings contradict each other."""
+        settings contradict each other, or where nothing would heed one."""
         found: dict[str, str] = dict(self.setup.devices)
-        for target, spec in self.specs.items():
+        for target in self.specs:
             self._check(target, pipeline)
+        contradictions.check(self.setup, self.specs, pipeline)
+        for target, spec in self.specs.items():
             if spec.kind != "here" or spec.device is None:
                 continue
             names = [target.expert] if target.expert else list(pipeline[target.stage].components)

@@ -12,6 +12,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from ditkit.errors import DitkitError, Lost, PlaceError, StateError
@@ -133,7 +134,7 @@ class Remote:
         except KeyboardInterrupt:
             if reached is None:
                 raise
-            return dataclasses.replace(reached, stopped=True)
+            return replace(reached, stopped=True)
         raise AssertionError
 
     def _attempt(self, task: Task, inputs: State) -> Iterator[tuple[Outcome, bool]]:
@@ -176,11 +177,12 @@ class Remote:
                             yield outcome, False
                         else:
                             whole = time.perf_counter() - begun
-                            told = {"sent": inputs.nbytes(), "received": received, "worked": seconds}
+                            sent = sum(map(len, inputs.buffers()))
+                            told = {"sent": sent, "received": received, "worked": seconds}
                             waited = max(0.0, whole - seconds)
                             task.events.emit("travel", stage=stage.name, place=self.name, seconds=waited, **told)
                             # It may have been done before it heard of the Ctrl-C; the run ends here all the same.
-                            yield (dataclasses.replace(outcome, stopped=True) if cancelled else outcome), True
+                            yield (replace(outcome, stopped=True) if cancelled else outcome), True
                             return
                 except StateError as e:
                     if e is theirs:

@@ -1,0 +1,76 @@
+"""``python -m ditkit.placement.child``: what a ``ProcessChannel`` starts. It offers stages on a Unix socket.
+
+One line of JSON on stdin says what to offer and where. One line on stdout answers: an empty one when it listens, else
+the error. When stdin ends, so does the child, in the middle of whatever it does. Leaves out: the socket's language
+(``host.py``).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+from typing import Any
+
+PARENT_DEATH = 1
+"""PR_SET_PDEATHSIG of Linux's prctl: the signal that comes when the parent has died."""
+
+
+def end_with_parent() -> None:
+    """On Linux the kernel sees to it, even when this process is too busy to look at its stdin."""
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(PARENT_DEATH, signal.SIGKILL)
+
+    def watch() -> None:
+        while sys.stdin.buffer.read(1):
+            pass
+        os._exit(0)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def opened(told: dict[str, Any]) -> Any:
+    """The app over a Worker. Raises LoadError, SetupError."""
+    import torch
+
+    from ditkit.placement.host import app_of
+    from ditkit.placement.offer import worker_of
+    from ditkit.setup import Setup
+
+    torch.set_num_threads(told["threads"])
+    return app_of(worker_of(Setup(**told["setup"]), told["stages"]), token=told["token"])
+
+
+def main() -> None:
+    answer = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # nobody reads what a library prints
+    told = json.loads(sys.stdin.buffer.readline())
+    end_with_parent()
+
+    from ditkit.errors import DitkitError
+    from ditkit.placement.job import error_to_frame
+
+    try:
+        app = opened(told)
+    except DitkitError as e:
+        answer.write(bytes(error_to_frame(e).payload) + b"\n")
+        answer.close()
+        return
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(told["socket"])
+    listener.listen()
+    answer.write(b"\n")
+    answer.close()
+
+    import uvicorn
+
+    uvicorn.Server(uvicorn.Config(app, http="httptools", log_level="warning")).run(sockets=[listener])
+
+
+if __name__ == "__main__":
+    main()
