@@ -95,6 +95,7 @@ class Pipeline:
 
     def planned(self, state: State, start: str | None = None, until: str | None = None) -> list[Stage]:
         """The stages from ``start`` to ``until`` that a run from ``state`` would not find done already."""
+        state = self._wanted(state)
         return [s for s in self._slice(start, until) if not self._idle(s, state, asked=start is not None)]
 
     def components(self, start: str | None = None, until: str | None = None) -> list[str]:
@@ -180,6 +181,7 @@ class Pipeline:
         if stop_at_step is not None and stop_at_step < 0:
             raise PipelineError(f"stop_at_step={stop_at_step}", "no step comes before the first", "Give 0 or more")
         how = Options(components, events, seams or Seams(), stop_at_step, debug, places or {}, keep, results)
+        state = self._wanted(state)
         for stage in self._slice(start, until):
             reason = self._idle(stage, state, asked=start is not None, events=events)
             if reason:
@@ -214,6 +216,7 @@ class Pipeline:
         begun run has no use for, such as the first of two experts after the switch, nor those of stages whose results
         are at hand. Raises Interrupted on Ctrl-C."""
         how = Options(components, events, seams or Seams(), None, False, places or {}, None, results)
+        state = self._wanted(state)
         stages = self.planned(state, start, until)
         try:
             for stage in stages:
@@ -235,8 +238,19 @@ class Pipeline:
         """Why the result of ``stage`` does not belong to what the State asks for (``records.py``)."""
         return outdated(stage, state, {n for s in self.stages[self.index(stage.name) :] for n in _writes(s)})
 
+    def _wanted(self, state: State) -> State:
+        """``state`` without what stages wrote that its request does without now."""
+        for stage in self.stages:
+            if stage.name in state.get("records", {}) and stage.unwanted(state):
+                records = {n: r for n, r in state["records"].items() if n != stage.name}
+                finished = [n for n in state["stages"] if n != stage.name]
+                state = state.without(*_writes(stage)).with_fields({"records": records, "stages": finished})
+        return state
+
     def _idle(self, stage: Stage, state: State, asked: bool, events: Events = SILENT) -> str:
         """Why ``stage`` does not run now, or nothing."""
+        if why := stage.unwanted(state):
+            return why
         missing = [name for name in stage.triggers if name not in state]
         if missing:
             return f"no {', '.join(missing)}"
@@ -288,7 +302,8 @@ class Pipeline:
                 break
             inputs = _inputs(stage, state)
         if question is not None and how.results is not None and stage.done(state):
-            why = how.results.store(question, replace(outcome, settings=read))
+            whole = replace(outcome, settings=read)
+            why = how.results.store(question, whole) if outcome.lasting else "it is a makeshift of the stage"
             if why:
                 how.events.emit("cache.refused", stage=stage.name, why=why)
         return state

@@ -32,6 +32,7 @@ def pipeline_of(model: Model, setup: Setup) -> Pipeline:
     from ditkit.stages.encode_first_frame import EncodeFirstFrame
     from ditkit.stages.encode_image import EncodeImage
     from ditkit.stages.encode_text import EncodeText
+    from ditkit.stages.expand_prompt import ExpandPrompt
 
     encoders: list[Stage] = []
     if model.task in ("i2v", "flf2v"):
@@ -42,6 +43,7 @@ def pipeline_of(model: Model, setup: Setup) -> Pipeline:
         encoders = [EncodeControl()]
     return Pipeline(
         [
+            *([] if setup.expander is None else [ExpandPrompt()]),
             EncodeText(),
             *encoders,
             Denoise(model.strides, setup.attention, setup.remember_text, model.experts),
