@@ -63,8 +63,8 @@ class Packed:
         """In which it computes."""
         return self.scales.dtype
 
-    def __rmatmul__(self, x: mx.array) -> mx.array:
-        """``x @ weight.T``."""
+    def apply(self, x: mx.array) -> mx.array:
+        """[..., in] -> [..., out]."""
         return mx.quantized_matmul(
             x, self.weight, self.scales, self.biases, transpose=True, group_size=GROUP, bits=self.bits
         )

@@ -18,7 +18,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Protocol
 
-import mlx.core as mx
 import torch
 from torch import Tensor
 
@@ -27,7 +26,7 @@ from ditkit.checkpoints.load import fit, read, two_names_differ
 from ditkit.checkpoints.source import TensorSource
 from ditkit.errors import LoadError, RequestError, SetupError
 from ditkit.mlx import BITS, exact_name
-from ditkit.mlx.arrays import GROUP, Packed, to_mlx, to_torch
+from ditkit.mlx.arrays import GROUP, Packed, mx, to_mlx, to_torch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -116,7 +115,7 @@ class Network:
         """In the dtype of the weight, which is wider than x in one place (``wo`` with float16)."""
         weight = self.weights[f"{name}.weight"]
         x = x.astype(weight.dtype)
-        return x @ weight if isinstance(weight, Packed) else x @ weight.T
+        return weight.apply(x) if isinstance(weight, Packed) else x @ weight.T
 
     def table(self, name: str) -> mx.array:
         """A weight that is never packed."""
