@@ -27,6 +27,7 @@ from ditkit.setup import Setup
 from ditkit.shared import Switch
 from ditkit.shared import switch as exchange
 from ditkit.state import State, digest
+from ditkit.store.cache import open_cache
 
 if TYPE_CHECKING:
     import numpy as np
@@ -260,7 +261,7 @@ def load(
     theirs = share_with.components if share_with else None
     shared = theirs.holder.shared if isinstance(theirs, Components) else None
     components = Components(opened, chosen, seams.swaps, shared)
-    return Pipe(opened, chosen, components, pipeline, seams, listeners)
+    return Pipe(opened, chosen, components, pipeline, seams, listeners, open_cache(chosen))
 
 
 def switch(old: Pipe, new: Pipe) -> Switch:

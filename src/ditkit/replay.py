@@ -150,7 +150,8 @@ def prepare(script: Script, model: str | None = None) -> Pipe:
     for name, facts in script.manifest["components"].items():
         if name in COMPONENTS:
             places["devices"][name], places["dtypes"][name] = facts["device"], facts["dtype"]
-    pipe = load(**{**script.setup.model_dump(), **places, "threads": None, "model": folder})
+    # A cache would give back the clip that is to be made again.
+    pipe = load(**{**script.setup.model_dump(), **places, "threads": None, "model": folder, "cache": None})
     check_weights(script, pipe)
     return pipe
 

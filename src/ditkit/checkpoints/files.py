@@ -26,6 +26,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from ditkit.checkpoints.source import Look, unseen
 from ditkit.errors import LoadError
+from ditkit.store.hashes import HASHES
 
 if TYPE_CHECKING:
     import torch
@@ -490,14 +491,6 @@ def file_sample(file: Path, count: int = 17, length: int = 2**14) -> str:
     return digest.hexdigest()
 
 
-_hashes: dict[tuple[Path, int, int], str] = {}
-
-
 def file_hash(file: Path) -> str:
-    """sha256 of a file, remembered by path, size and time of change."""
-    stat = file.stat()
-    key = (file.resolve(), stat.st_size, stat.st_mtime_ns)
-    if key not in _hashes:
-        with file.open("rb") as stream:
-            _hashes[key] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return _hashes[key]
+    """sha256 of a file, remembered while the file stays as it is (``store/hashes.py``)."""
+    return HASHES.of(file)

@@ -1,0 +1,329 @@
+"""The cache of stage results: found by all that they depend on, checked by their content, thrown away by last use.
+
+Two keys, as in compiler caches. The first is known before a stage runs: its name, version, code, options, weights and
+inputs, and the software. Under it stand results, each with the settings that its stage read and what was in the seams
+if it asked for them; the one whose settings have the same values now is the one.
+
+``FOLDER/v1/index.sqlite`` knows the entries; each is a file in ``FOLDER/v1/results``. Whoever adds or removes files
+holds the write lock of the index meanwhile. Leaves out: what a question is made of (``pipeline.py``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import platform
+import secrets
+import sqlite3
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from ditkit.errors import OutputError, SetupError, StateError
+from ditkit.outcome import Outcome, Question
+from ditkit.setup import Setup
+from ditkit.state import State, digest
+from ditkit.store import reasons
+from ditkit.store.database import Database, private
+from ditkit.store.hashes import HASHES
+
+LAYOUT = "v1"
+RECORD = "@record"
+"""The field of an entry's State that is no field of a stage: settings and plugs."""
+
+COMPARED = 100
+"""Of how many entries of a stage, the last used ones, the nearest is looked for to explain a miss."""
+
+REMEMBERED = 1000
+"""How many entries that are gone are still known by name."""
+
+ABANDONED = 3600.0
+"""Seconds after which a file that nobody finished belongs to a process that died."""
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS entries (
+    id INTEGER PRIMARY KEY,
+    stage TEXT NOT NULL, first TEXT NOT NULL, key TEXT NOT NULL UNIQUE,
+    about TEXT NOT NULL, file TEXT NOT NULL, sha256 TEXT NOT NULL, size INTEGER NOT NULL,
+    made REAL NOT NULL, machine TEXT NOT NULL, used INTEGER NOT NULL, gone TEXT NOT NULL);
+CREATE INDEX IF NOT EXISTS by_first ON entries (first);
+CREATE INDEX IF NOT EXISTS by_stage ON entries (stage, used);
+CREATE INDEX IF NOT EXISTS by_use ON entries (gone, used, size);
+"""
+
+_NOW = "(SELECT COALESCE(MAX(used), 0) + 1 FROM entries)"  # counts uses: clocks may go back
+
+
+@dataclass(frozen=True)
+class Contents:
+    """``stages``: entries and bytes of each, the largest first."""
+
+    folder: Path
+    stages: Mapping[str, tuple[int, int]]
+
+    @property
+    def size(self) -> int:
+        return sum(size for _, size in self.stages.values())
+
+
+class Cache:
+    """Satisfies ``running.Results``. Threads and processes may share a folder. What goes wrong with it is said in the
+    reasons that ``find`` and ``store`` give; a run goes on without it."""
+
+    def __init__(self, folder: str | os.PathLike[str], limit: int):
+        """``limit``: bytes of all results together. Raises SetupError where the folder cannot be used."""
+        self.folder, self.limit = Path(folder), limit
+        self.results = self.folder / LAYOUT / "results"
+        try:
+            private(self.results)
+            self.index = Database(self.results.parent / "index.sqlite", SCHEMA)
+            self._sweep()
+        except (OSError, sqlite3.Error) as e:
+            raise _unusable(self.folder, e) from None
+
+    # --- finding
+
+    def find(self, question: Question) -> tuple[Outcome | None, str]:
+        """A result, and when and where it was made; or None, and what the nearest one was made from instead."""
+        if why := _unknowable(question):
+            return None, why
+        try:
+            with self.index.reading() as db:
+                rows = db.execute(
+                    "SELECT id, about, file, sha256, made, machine FROM entries"
+                    " WHERE first = ? AND gone = '' ORDER BY used DESC", (_first(question),)
+                ).fetchall()  # fmt: skip
+            for number, about, file, sha256, made, machine in rows:
+                if reasons.fits(json.loads(about), question):
+                    return self._read(number, file, sha256), f"made on {_date(made)} on {machine}"
+            return None, self._nearest(question)
+        except _Damaged as e:
+            return None, str(e)
+        except (OSError, sqlite3.Error, ValueError) as e:
+            return None, f"the cache cannot be read ({_text(e)})"
+
+    def _read(self, number: int, file: str, sha256: str) -> Outcome:
+        try:
+            data = (self.results / file).read_bytes()
+        except FileNotFoundError:
+            self._drop(number, "its file is gone")
+            raise _Damaged("its file was removed a moment ago, or by hand") from None
+        try:
+            if hashlib.sha256(data).hexdigest() != sha256:
+                raise StateError(f"reading {file}", "its bytes are others", "Make it again")
+            state = State.from_bytes(data, file)
+        except StateError:
+            self._drop(number, "its file was damaged")
+            raise _Damaged("its file was damaged, and is removed") from None
+        with contextlib.suppress(sqlite3.Error), self.index.writing() as db:
+            db.execute(f"UPDATE entries SET used = {_NOW} WHERE id = ?", (number,))
+        record = state[RECORD]
+        return Outcome({k: state[k] for k in state if k != RECORD}, record["settings"], record["plugs"])
+
+    def _drop(self, number: int, why: str) -> None:
+        with self.index.writing() as db:
+            self._remove(db, db.execute("SELECT id, file FROM entries WHERE id = ? AND gone = ''", (number,)), why)
+
+    def _nearest(self, question: Question) -> str:
+        with self.index.reading() as db:
+            rows = db.execute(
+                "SELECT about, made, gone FROM entries WHERE stage = ? ORDER BY used DESC LIMIT ?",
+                (question.stage, COMPARED),
+            ).fetchall()
+        if not rows:
+            return f"no result of {question.stage} is kept"
+        found = [(reasons.differences(json.loads(about), question, software()), made, gone)
+                 for about, made, gone in rows]  # fmt: skip
+        differences, made, gone = min(found, key=lambda row: len(row[0]))
+        if not differences:
+            return f"it was made on {_date(made)}, and {gone or 'was not there a moment ago'}"
+        return f"the nearest one differs: {reasons.told(differences)}"
+
+    # --- storing
+
+    def store(self, question: Question, outcome: Outcome) -> str:
+        """Keep it, and let go of what was not used for the longest time. Why it was not kept, or nothing."""
+        if outcome.stopped:
+            return "it is not complete"
+        if why := _unknowable(question):
+            return why
+        if plugs := reasons.unlasting(outcome.plugs or {}):
+            return f"{plugs[0].partition('#')[0]} has no name that lasts, so nothing would find the result"
+        record = {"settings": dict(outcome.settings), "plugs": outcome.plugs}
+        data = State({**outcome.written, RECORD: record}).to_bytes()
+        if len(data) > self.limit:
+            return f"it has {_megabytes(len(data))}, the cache may have {_megabytes(self.limit)}"
+        try:
+            self._add(question, record, data)
+        except (OSError, sqlite3.Error) as e:
+            return f"the cache cannot be written ({_text(e)})"
+        return ""
+
+    def _add(self, question: Question, record: Mapping[str, Any], data: bytes) -> None:
+        about = json.dumps({**reasons.describe(question, software()), **record}, sort_keys=True)
+        first, key = _first(question), digest(_first(question), dict(record))
+        file = f"{key[:32]}-{secrets.token_hex(4)}.safetensors"
+        temporary = self.results / f"{file}.tmp"
+        try:
+            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as stream:
+                stream.write(data)
+            with self.index.writing() as db:
+                if db.execute("SELECT 1 FROM entries WHERE key = ? AND gone = ''", (key,)).fetchone():
+                    return  # another process was faster
+                self._shrink(db, self.limit - len(data))
+                os.replace(temporary, self.results / file)
+                db.execute(
+                    "INSERT OR REPLACE INTO entries"
+                    " (stage, first, key, about, file, sha256, size, made, machine, used, gone)"
+                    f" VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, {_NOW}, '')",
+                    (question.stage, first, key, about, file, hashlib.sha256(data).hexdigest(), len(data),
+                     time.time(), platform.node() or "this machine"),
+                )  # fmt: skip
+        finally:
+            with contextlib.suppress(OSError):  # renamed, or never made
+                temporary.unlink()
+
+    def _shrink(self, db: sqlite3.Connection, room: int) -> int:
+        """Under the write lock: evict until what is left has at most ``room`` bytes. Bytes that were freed."""
+        size = before = db.execute("SELECT COALESCE(SUM(size), 0) FROM entries WHERE gone = ''").fetchone()[0]
+        for number, file, bytes_ in db.execute(
+            "SELECT id, file, size FROM entries WHERE gone = '' ORDER BY used, id"
+        ).fetchall() if size > room else []:  # fmt: skip
+            if size <= room:
+                break
+            self._remove(db, [(number, file)], "was evicted to make room")
+            size -= bytes_
+        db.execute(
+            "DELETE FROM entries WHERE gone != '' AND id NOT IN"
+            " (SELECT id FROM entries WHERE gone != '' ORDER BY used DESC LIMIT ?)", (REMEMBERED,)
+        )  # fmt: skip
+        return before - size
+
+    def _remove(self, db: sqlite3.Connection, rows: Any, why: str) -> None:
+        """Under the write lock. Who has the file open reads it to its end."""
+        for number, file in rows:
+            (self.results / file).unlink(missing_ok=True)
+            db.execute("UPDATE entries SET gone = ?, size = 0, file = '' WHERE id = ?", (why, number))
+
+    def _sweep(self) -> None:
+        """Remove files that no entry knows: somebody died between two steps."""
+        with self.index.writing() as db:
+            known = {file for (file,) in db.execute("SELECT file FROM entries WHERE gone = ''")}
+            for file in self.results.iterdir():
+                with contextlib.suppress(FileNotFoundError):  # whoever wrote it has just finished
+                    old = time.time() - file.stat().st_mtime > ABANDONED
+                    if (file.suffix == ".tmp" and old) or (file.suffix == ".safetensors" and file.name not in known):
+                        file.unlink()
+
+    # --- looking after it
+
+    def contents(self) -> Contents:
+        """Raises OutputError."""
+        with _said(self.folder), self.index.reading() as db:
+            rows = db.execute("SELECT stage, COUNT(*), SUM(size) FROM entries WHERE gone = '' GROUP BY stage"
+                              " ORDER BY SUM(size) DESC, stage").fetchall()  # fmt: skip
+            return Contents(self.folder, {stage: (count, size) for stage, count, size in rows})
+
+    def trim(self) -> int:
+        """Evict down to the limit; bytes that were freed. Raises OutputError."""
+        with _said(self.folder):
+            self._sweep()
+            with self.index.writing() as db:
+                return self._shrink(db, self.limit)
+
+    def clear(self) -> int:
+        """Forget everything; bytes that were freed. Raises OutputError."""
+        with _said(self.folder), self.index.writing() as db:
+            freed = self._shrink(db, -1)
+            db.execute("DELETE FROM entries")
+        return freed
+
+
+class _Damaged(Exception):
+    """An entry that cannot be used; its text says why."""
+
+
+def folder_of(setting: str) -> Path:
+    """What the setting ``cache`` means: a folder, or ``default`` for that of the user, where the system has it."""
+    if setting != "default":
+        return Path(setting).expanduser().absolute()
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "ditkit"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ditkit"
+
+
+def open_cache(setup: Setup) -> Cache | None:
+    """That of a Setup, None if it has none. Raises SetupError."""
+    return None if setup.cache is None else Cache(folder_of(setup.cache), int(setup.cache_gigabytes * 1e9))
+
+
+def remember_hashes(setup: Setup) -> None:
+    """Beside the results, for whoever has a cache: nothing is written to disk that nobody asked for. Raises
+    SetupError."""
+    if setup.cache is not None:
+        folder = folder_of(setup.cache)
+        try:
+            HASHES.keep_in(private(folder / LAYOUT))
+        except (OSError, sqlite3.Error) as e:
+            raise _unusable(folder, e) from None
+
+
+@functools.cache
+def software() -> Mapping[str, str]:
+    """What computes: ditkit by its source text, as it may change under one version, and the libraries under it."""
+    package = Path(__file__).parents[1]
+    text = hashlib.sha256()
+    for file in sorted(package.rglob("*.py")):
+        text.update(f"{file.relative_to(package)}\0".encode() + file.read_bytes())
+    return {"ditkit": text.hexdigest()[:12], "torch": _version("torch"), "transformers": _version("transformers")}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
+
+
+def _first(question: Question) -> str:
+    return digest(reasons.describe(question, software()))
+
+
+def _unknowable(question: Question) -> str:
+    """Why results of this question cannot be told from others, or nothing."""
+    if nameless := [name for name, found in question.weights.items() if found == "none"]:
+        return f"{nameless[0]} has no fingerprint, so nothing tells it from another one"
+    if not question.code:
+        return f"the code of {question.stage} is in no file, so nothing tells it from what it was before"
+    return ""
+
+
+def _date(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f} MB"
+
+
+def _text(error: Exception) -> str:
+    return (getattr(error, "strerror", None) or str(error)).lower()
+
+
+def _unusable(folder: Path, error: Exception) -> SetupError:
+    return SetupError(f"the cache {folder}", _text(error), "Choose another folder, or remove this one")
+
+
+@contextlib.contextmanager
+def _said(folder: Path) -> Any:
+    try:
+        yield
+    except (OSError, sqlite3.Error) as e:
+        raise OutputError(f"the cache {folder}", _text(e), "Remove the folder") from None

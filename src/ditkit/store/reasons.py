@@ -1,0 +1,101 @@
+"""Why a kept result is not the one that is asked for, in words: what differs between the two.
+
+``about`` is what an entry of the cache knows of itself: all of its record, and the software that made it. Leaves out:
+which entries are compared (``cache.py``).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from ditkit.outcome import Question
+
+_UNLASTING = re.compile(r"#[0-9a-f]{32}")
+
+NAMED = 4
+"""Differences that are told; more are counted."""
+
+
+def canonical(value: Any) -> str:
+    """1 and 1.0 and true are three values here, as they are in fingerprints."""
+    return json.dumps(value, sort_keys=True)
+
+
+def describe(question: Question, software: Mapping[str, str]) -> dict[str, Any]:
+    """What is known before the stage runs; all of it is in the first key."""
+    return {
+        "stage": question.stage,
+        "version": question.version,
+        "code": question.code,
+        "software": dict(software),
+        "options": dict(question.options),
+        "weights": dict(question.weights),
+        "inputs": dict(question.inputs),
+    }
+
+
+def fits(about: Mapping[str, Any], question: Question) -> bool:
+    """Whether a result of the same first key is the one: all settings that its stage read have their value still, and
+    the seams, if it asked for them, what was in them. A stage is pure, so it would read the same ones again."""
+    return not _settings(about["settings"], question.request) and not _plugs(about["plugs"], question)
+
+
+def differences(about: Mapping[str, Any], question: Question, software: Mapping[str, str]) -> list[str]:
+    """Nothing if the result is the one that is asked for."""
+    now = describe(question, software)
+    version = [] if about["version"] == now["version"] else ["the stage has another version"]
+    code = [] if about["code"] == now["code"] or version else ["the stage has other code"]
+    return [
+        *_others(about["inputs"], now["inputs"]),
+        *_others(about["weights"], now["weights"]),
+        *_settings(about["settings"], question.request),
+        *_values(about["options"], now["options"]),
+        *_plugs(about["plugs"], question),
+        *version,
+        *code,
+        *_values(about["software"], now["software"]),
+    ]
+
+
+def told(differences: list[str]) -> str:
+    more = len(differences) - NAMED
+    return ", ".join(differences[:NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def unlasting(plugs: Mapping[str, list[str]]) -> list[str]:
+    """Plugs whose names no other process has (``contracts.identify``): NAME#UUID."""
+    return [plug for plugged in plugs.values() for plug in plugged if _UNLASTING.search(plug)]
+
+
+def _others(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """Of things that are known by their fingerprints."""
+    changed = [f"{name} is another one" for name in now if name in then and then[name] != now[name]]
+    return [
+        *changed,
+        *(f"{name} is new" for name in now if name not in then),
+        *(f"{name} is gone" for name in then if name not in now),
+    ]
+
+
+def _values(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    names = [n for n in dict.fromkeys((*then, *now)) if canonical(then.get(n)) != canonical(now.get(n))]
+    return [f"{name} was {_short(then.get(name))}, is {_short(now.get(name))}" for name in names]
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def _settings(then: Mapping[str, Any], request: Mapping[str, Any]) -> list[str]:
+    return _values(then, {name: request.get(name) for name in then})
+
+
+def _plugs(then: Mapping[str, list[str]] | None, question: Question) -> list[str]:
+    if then is None:
+        return []
+    seams = [s for s in dict.fromkeys((*then, *question.plugs)) if then.get(s) != question.plugs.get(s)]
+    return [f"seam {seam} holds something else" for seam in seams]
