@@ -1,0 +1,96 @@
+"""``run.json``: what a run is, settled when it begins and never changed. How far it came is in its kept States.
+
+Leaves out: the folder around it (``run.py``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ditkit.errors import OutputError, StateError
+from ditkit.state import sync_folder
+
+VERSION = 1
+NAME = "run.json"
+
+
+class Parent(BaseModel):
+    """What a run was forked from. ``step``: where in the loop, if a step was named; ``changed``: settings by name with
+    the value before and after; ``spliced``: a part of the loop was taken with other settings, so that the request alone
+    does not make this run again."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: str
+    id: str
+    step: int | None
+    clip: int | None
+    changed: dict[str, tuple[Any, Any]]
+    spliced: bool
+
+
+class Description(BaseModel):
+    """``setup``: the settings that somebody gave. ``steps``: of the loop. ``every``, ``keep_steps``: which States are
+    kept. ``out`` and ``sheet``: where results go; None and True stand for places in the run's own folder."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    run: int = VERSION
+    id: str
+    created: str
+    model: dict[str, Any]
+    request: dict[str, Any]
+    setup: dict[str, Any]
+    clips: int
+    steps: int
+    every: int
+    keep_steps: Literal["last", "all"]
+    out: str | None = None
+    sheet: str | bool = True
+    parent: Parent | None = None
+
+    def write(self, folder: Path) -> None:
+        """Whole or not at all, and there for good. Raises OutputError."""
+        path = folder / NAME
+        temporary = path.with_name(f".{NAME}.{os.getpid()}.tmp")
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(json.dumps(self.model_dump(), indent=1, ensure_ascii=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            sync_folder(folder)
+        except OSError as e:
+            raise OutputError(f"writing {path}", e.strerror or str(e), "Free some space or choose another place") from e
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+
+    @classmethod
+    def read(cls, folder: Path) -> Description:
+        """Raises StateError."""
+        path = folder / NAME
+        asked = f"opening the run {folder}"
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            do = "Check its name; `ditkit runs` lists those that are there"
+            raise StateError(asked, f"there is no {NAME}", do) from None
+        except (OSError, ValueError) as e:
+            raise StateError(asked, f"its {NAME} cannot be read ({e})", "Begin the run anew elsewhere") from None
+        version = values.get("run") if isinstance(values, dict) else None
+        if version != VERSION:
+            found = f"its version is {version!r}; this ditkit reads {VERSION}"
+            raise StateError(asked, found, "Use the ditkit that wrote it")
+        try:
+            return cls(**values)
+        except ValidationError as e:
+            fault = e.errors()[0]
+            found = f"its {NAME} is damaged at {'.'.join(map(str, fault['loc']))} ({fault['msg']})"
+            raise StateError(asked, found, "Begin the run anew elsewhere") from None
