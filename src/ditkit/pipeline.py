@@ -23,11 +23,11 @@ from ditkit.running import (
     Interrupted,
     Keeper,
     Outcome,
+    Place,
     Results,
     Segment,
     Task,
     checked,
-    needed_components,
     readable,
 )
 from ditkit.stage import DERIVED, BaseStage, Context, Only, RecordedSettings, Stage, Stopped, setting_of
@@ -35,7 +35,7 @@ from ditkit.state import FIELDS, Field, State
 
 __all__ = [
     "SOURCES", "BaseStage", "Context", "Interrupted", "Only", "Options", "Pipeline", "RecordedSettings", "Stage",
-    "Stopped", "fingerprint_of", "needed_components",
+    "Stopped", "fingerprint_of",
 ]  # fmt: skip
 
 SOURCES = ("prompt", "negative_prompt", "seed", "request")
@@ -226,11 +226,8 @@ class Pipeline:
                     if found is not None and question is not None:
                         state = self._after(stage, state, question.weights, found)
                         continue
-                segments = how.segments(stage)
-                for at, segment in enumerate(segments):
-                    last = segments[at + 1].from_step if at + 1 < len(segments) else None
-                    if last is None or state.get("step", 0) < last:
-                        segment.place.prepare(stage, needed_components(stage, state, last), events)
+                for place, names in how.calls(stage, state):
+                    place.prepare(stage, names, events)
         except KeyboardInterrupt:
             raise Interrupted(stages[0].name, state) from None
 
@@ -327,21 +324,18 @@ class Pipeline:
 
     @staticmethod
     def _weights(stage: Stage, state: State, how: Options) -> dict[str, str]:
-        """Fingerprints of the stage's components: of those that it still calls, from where they are; of the others, as
-        the State remembers them. What one place of several does not have, another one has."""
-        needed = needed_components(stage, state, how.stop_at_step)
+        """Fingerprints of the stage's components: of those that it still calls, from where they are called; of the
+        others, as the State remembers them. Of those that a later part of the loop will call there are none yet."""
         found: dict[str, str] = {}
-        places = [segment.place for segment in how.segments(stage)]
-        for place in places:
-            lacking = [n for n in needed if n not in found]
-            found |= {n: f for n, f in place.fingerprints(stage, lacking).items() if n in lacking} if lacking else {}
-        lacking = [n for n in needed if n not in found]
-        if lacking:
-            where = " and ".join(place.name for place in places)
-            raise PipelineError(
-                f"running stage {stage.name!r} at {where}", f"there is no component {', '.join(lacking)}", "Load it"
-            )
-        return {n: found[n] if n in found else state["weights"][n] for n in stage.components}
+        for place, names in how.calls(stage, state):
+            asked = [name for name in names if name not in found]
+            found |= place.fingerprints(stage, asked) if asked else {}
+            lacking = [name for name in asked if name not in found]
+            if lacking:
+                what = f"there is no component {', '.join(lacking)}"
+                raise PipelineError(f"running stage {stage.name!r} at {place.name}", what, "Load it")
+        known = state.get("weights", {}) | found
+        return {name: known[name] for name in stage.components if name in known}
 
     def _after(self, stage: Stage, state: State, weights: Mapping[str, str], outcome: Outcome) -> State:
         """The State with what a stage wrote, where that came from, which weights were at work and what is finished.
@@ -401,6 +395,22 @@ class Options:
 
     def segments(self, stage: Stage) -> Sequence[Segment]:
         return self.places.get(stage.name) or (Segment(Here(self.components)),)
+
+    def calls(self, stage: Stage, state: State) -> list[tuple[Place, Sequence[str]]]:
+        """Where ``stage`` still runs from ``state``, and which of its components are called there. What a scheduler of
+        the user's makes of the noise levels is not known before; then it is all of them."""
+        found: list[tuple[Place, Sequence[str]]] = []
+        segments, done = self.segments(stage), state.get("step", 0) if stage.loop else 0
+        for at, segment in enumerate(segments):
+            end = segments[at + 1].from_step if at + 1 < len(segments) else None
+            last = min((step for step in (end, self.stop_at_step) if step is not None), default=None)
+            begin = max(done, segment.from_step)
+            if (end is not None and end <= done) or (last is not None and begin >= last and begin > done):
+                continue
+            there = state if begin == done else state.with_fields({"step": begin})
+            names = stage.components if self.seams.scheduler is not None else stage.needs(there, last)
+            found.append((segment.place, names))
+        return found
 
 
 def _inputs(stage: Stage, state: State) -> State:

@@ -72,11 +72,16 @@ def fingerprints(stage: Stage, state: State, record: Record, written: Mapping[st
     """Of each field that the stage wrote from ``state``: its record, hashed.
 
     A looping stage adds the step that it reached, and is blind to where it was interrupted: going on from its own
-    earlier fields counts as one run."""
+    earlier fields counts as one run. Of its weights those count that are called on the way to that step: the second of
+    two experts has no part in the first half of a run, and may not even be there."""
 
     def key(name: str, fields: Mapping[str, Any], origin: list[str]) -> str:
-        reached = fields.get("step", 0) if stage.loop else 0
-        return digest(name, stage.name, record, reached, origin)
+        if not stage.loop:
+            return digest(name, stage.name, record, 0, origin)
+        reached, carried = fields.get("step", 0), {n: fields[n] for n in stage.loop if n in fields}
+        used = stage.needs(state.with_fields({**carried, "step": 0}), reached)
+        weights = {n: fingerprint for n, fingerprint in record["weights"].items() if n in used}
+        return digest(name, stage.name, {**record, "weights": weights}, reached, origin)
 
     held = [n for n in stage.loop if n in state]
     own = all(state.fingerprints.get(n) == key(n, state, []) for n in held)

@@ -151,13 +151,6 @@ def fingerprint_in(components: Mapping[str, Any], name: str) -> str:
     return tell(name) if tell is not None else getattr(components[name], "fingerprint", "none")
 
 
-def needed_components(stage: Stage, state: State, stop_at_step: int | None = None) -> list[str]:
-    """The components that have to be there for ``stage`` to run from ``state``: those that it still calls, and those
-    whose fingerprints the State does not remember."""
-    calls, known = stage.needs(state, stop_at_step), state.get("weights", {})
-    return [name for name in stage.components if name in calls or name not in known]
-
-
 def checked(stage: Stage, outcome: Outcome) -> Outcome:
     """Raises PipelineError when what a stage wrote is not what it declares."""
     written, allowed = outcome.written, {*stage.writes, *stage.may_write}

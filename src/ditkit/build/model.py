@@ -17,22 +17,22 @@ from typing import TYPE_CHECKING, Any
 from ditkit.build.defaults import official
 from ditkit.build.notes import LatentsRgb, check_defaults, check_preview
 from ditkit.build.pipelines import INPUTS, NEEDED
-from ditkit.checkpoints.find import find
+from ditkit.checkpoints.find import Found, at_host, find
 from ditkit.errors import LoadError, RequestError
 from ditkit.request import Request
 
 if TYPE_CHECKING:
-    from ditkit.checkpoints.parts import Part
+    from ditkit.checkpoints.parts import Part, Scope
     from ditkit.setup import Setup
 
 
 @dataclass(frozen=True)
 class Model:
-    """``task``: t2v, i2v, flf2v, ti2v or vace. ``strides``: pixels to latents as (frames, height, width); ``patch``:
-    latents to tokens. ``defaults``: the model's own for a Request."""
+    """``task``: t2v, i2v, flf2v, ti2v or vace; empty where no transformer is known. ``strides``: pixels to latents as
+    (frames, height, width); ``patch``: latents to tokens. ``parts`` are on this machine, ``elsewhere`` are at hosts."""
 
     name: str
-    path: Path
+    path: Path | str
     parts: Mapping[str, Part]
     task: str
     flow_shift: float | None
@@ -44,42 +44,80 @@ class Model:
 
     processor: Mapping[str, Any] | None = None
     verify: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
+    elsewhere: Mapping[str, Part] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, name: str, setup: Setup | None = None) -> Model:
+    def open(cls, name: str, setup: Setup | None = None, *, scope: Scope | None = None) -> Model:
         """``name``: a model that comes with the package, a folder of any layout, a single file, a manifest, or
-        ``hf:OWNER/NAME@REVISION``. ``setup`` may put other files in the place of single parts.
+        ``hf:OWNER/NAME@REVISION``. ``setup`` may put other files in the place of single parts. ``scope``: which parts
+        have to be here, and who is asked for the others.
 
-        No weights are read. Raises LoadError."""
-        found = find(name, setup)
+        No weights are read. Raises LoadError, and what a host that is asked has to say."""
+        return cls._of(name, find(name, setup, scope), setup)
+
+    @classmethod
+    def at(cls, address: str, about: Mapping[str, Any], setup: Setup, scope: Scope) -> Model:
+        """The model that the host at ``address`` speaks of; ``about`` is the ``model`` of its description. Raises
+        LoadError."""
+        return cls._of(address, at_host(address, about, setup, scope), setup)
+
+    @classmethod
+    def _of(cls, name: str, found: Found, setup: Setup | None) -> Model:
         located = found.located.check()
-        parts = located.parts
-        vae = vae_geometry(parts["vae"])
-        patch = tuple(parts["transformer"].config["patch_size"])
-        check_fit(str(located.path), parts, vae)
-        if setup and "image_encoder" in setup.parts and parts["transformer"].config.get("image_dim") is None:
+        known = {**located.elsewhere, **located.parts}
+        strides, patch, vae = geometry(known)
+        main = known.get("transformer") or known.get("transformer_2")
+        if main is not None and vae is not None:
+            check_fit(str(located.path), main, vae)
+        if setup and "image_encoder" in setup.parts and main is not None and main.config.get("image_dim") is None:
             raise LoadError(
                 f"opening {name} with an image_encoder", "its transformer has no image branch", "Leave the part out"
             )
-        multiple = vae.strides[1] * patch[1]
-        defaults = check_defaults(found.tables.get("defaults", {}), found.file, multiple, vae.strides[0])
-        rgb = check_preview(found.tables.get("preview"), found.file, vae.z_dim)
-        if rgb is None and vae.official:
-            from ditkit.models.latent_rgb import factors_for
+        defaults = check_defaults(found.tables.get("defaults", {}), found.file, strides[1] * patch[1], strides[0])
+        rgb = None
+        if vae is not None:
+            rgb = check_preview(found.tables.get("preview"), found.file, vae.z_dim)
+            if rgb is None and vae.official:
+                from ditkit.models.latent_rgb import factors_for
 
-            rgb = factors_for(vae.z_dim)
+                rgb = factors_for(vae.z_dim)
         return cls(
-            name, located.path, parts, str(located.task), found.flow_shift, defaults, rgb, vae.strides, patch,
-            located.boundary, found.processor, found.verify,
+            name, located.path, located.parts, located.task or "", found.flow_shift, defaults, rgb, strides, patch,
+            located.boundary, found.processor, found.verify, located.elsewhere,
         )  # fmt: skip
+
+    def describe(self) -> dict[str, Any]:
+        """What a host says of its model, in plain values: ``model``, the whole, and ``parts``, of each that is here its
+        kind, its sizes and an identity that is told in milliseconds. ``elsewhere.py`` reads it."""
+        preview = None if self.latents_rgb is None else dict(zip(("factors", "bias"), self.latents_rgb, strict=True))
+        parts = {
+            name: {"kind": part.kind, "config": dict(part.config), "layout": part.layout,
+                   "quantization": part.quantization, "notes": list(part.notes), "identity": self.identities[name]}
+            for name, part in self.parts.items()
+        }  # fmt: skip
+        about = {
+            "name": self.name, "task": self.task, "boundary": self.boundary, "flow_shift": self.flow_shift,
+            "defaults": dict(self.own_defaults), "preview": preview, "processor": self.processor,
+        }  # fmt: skip
+        return {"model": about, "parts": parts}
+
+    @property
+    def known(self) -> dict[str, Part]:
+        """All parts, wherever they lie."""
+        return {**self.elsewhere, **self.parts}
 
     @property
     def experts(self) -> tuple[str, ...]:
-        return ("transformer", "transformer_2") if "transformer_2" in self.parts else ("transformer",)
+        return ("transformer", "transformer_2") if "transformer_2" in self.known else ("transformer",)
+
+    @property
+    def main(self) -> Part:
+        """The transformer; of two, the first that is known."""
+        return self.known["transformer"] if "transformer" in self.known else self.known["transformer_2"]
 
     @property
     def has_image_branch(self) -> bool:
-        return self.parts["transformer"].config.get("image_dim") is not None
+        return self.main.config.get("image_dim") is not None
 
     @functools.cached_property
     def defaults(self) -> dict[str, Any]:
@@ -101,19 +139,27 @@ class Model:
         return found
 
     @functools.cached_property
-    def identity(self) -> str:
-        """Stands for the configs, the weights and the tokenizer, wherever they lie; a State remembers it.
+    def identities(self) -> dict[str, str]:
+        """Stands for each part's config, weights or vocabulary, wherever they lie; a State remembers it.
 
         Made when first asked for, in milliseconds: of the weights it takes the headers, the sizes and samples of the
-        data. Full hashes are in the components' fingerprints and in the manifest. A preview decoder is left out, as no
-        clip depends on it. Raises LoadError."""
+        data. Full hashes are in the components' fingerprints and in the manifest. Raises LoadError."""
         from ditkit.checkpoints.files import file_sample
 
-        about = [
-            [name, part.kind, dict(part.config), part.source.sketch if part.source else file_sample(vocabulary(part))]
-            for name, part in sorted(self.parts.items())
-            if name != "preview_decoder"
-        ]
+        found: dict[str, str] = {}
+        for name, part in sorted(self.known.items()):
+            if part.place is not None:
+                found[name] = str(part.told["identity"])
+                continue
+            sketch = part.source.sketch if part.source else file_sample(vocabulary(part))
+            about = json.dumps([part.kind, dict(part.config), sketch], sort_keys=True)
+            found[name] = hashlib.sha256(about.encode()).hexdigest()
+        return found
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """That of all parts together, but for a preview decoder, on which no clip depends."""
+        about = {name: identity for name, identity in self.identities.items() if name != "preview_decoder"}
         return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
     def request(self, values: Mapping[str, Any], origin: str = "request") -> Request:
@@ -152,7 +198,7 @@ class Model:
         if request.image_processing == "diffusers" and self.processor is not None and self.has_image_branch:
             from ditkit.models.clip import check_processor
 
-            check_processor(self.processor, self.parts["image_encoder"].config["image_size"])
+            check_processor(self.processor, self.known["image_encoder"].config["image_size"])
         if request.size_from == "image" and "image" not in INPUTS[self.task]:
             raise RequestError(f"{asked} with size_from=image", "its model takes no image", "Give width and height")
         if request.control_scale != 1 and self.task != "vace":
@@ -169,11 +215,7 @@ class VAEGeometry:
 
 def vae_geometry(part: Part) -> VAEGeometry:
     """What other parts need to know of a VAE, from its config. Raises LoadError for a part that is none."""
-    from ditkit.models.taehv import TAEHVConfig
-    from ditkit.models.wan_vae import WanVAEConfig
-    from ditkit.models.wan_vae22 import WanVAE22Config
-
-    classes: dict[str, Any] = {"wan_vae": WanVAEConfig, "wan_vae22": WanVAE22Config, "taehv": TAEHVConfig}
+    classes = _vaes()
     if part.kind not in classes:
         raise LoadError(f"using {part.path} as vae", f"it is a {part.kind}", f"Give one of {', '.join(classes)}")
     config = classes[part.kind](**part.config)
@@ -182,13 +224,33 @@ def vae_geometry(part: Part) -> VAEGeometry:
     return VAEGeometry(part.kind, config.z_dim, (config.temporal_stride, spatial, spatial), official)
 
 
-def check_fit(where: str, parts: Mapping[str, Part], vae: VAEGeometry) -> None:
+def geometry(parts: Mapping[str, Part]) -> tuple[tuple[int, int, int], tuple[int, int, int], VAEGeometry | None]:
+    """Strides, patch and what else is known of the VAE. A host without the VAE has the strides of the published one
+    whose latents its transformer takes; a job brings its own."""
+    main = parts.get("transformer") or parts.get("transformer_2")
+    patch = (1, 2, 2) if main is None else tuple(main.config["patch_size"])
+    if "vae" in parts:
+        vae = vae_geometry(parts["vae"])
+        return vae.strides, patch, vae
+    kind = "wan_vae22" if main is not None and main.config["out_dim"] == 48 else "wan_vae"
+    config = _vaes()[kind]()
+    return (config.temporal_stride, config.spatial_stride, config.spatial_stride), patch, None
+
+
+def _vaes() -> dict[str, Any]:
+    from ditkit.models.taehv import TAEHVConfig
+    from ditkit.models.wan_vae import WanVAEConfig
+    from ditkit.models.wan_vae22 import WanVAE22Config
+
+    return {"wan_vae": WanVAEConfig, "wan_vae22": WanVAE22Config, "taehv": TAEHVConfig}
+
+
+def check_fit(where: str, main: Part, vae: VAEGeometry) -> None:
     """What the parts alone cannot tell (``checkpoints/parts.py`` compares their sizes): what a VAE gives to a control
     input. Raises LoadError."""
-    transformer = parts["transformer"].config
-    if not transformer.get("vace_layers"):
+    if not main.config.get("vace_layers"):
         return
-    needs, gives = transformer["vace_in_dim"], 2 * vae.z_dim + vae.strides[1] * vae.strides[2]
+    needs, gives = main.config["vace_in_dim"], 2 * vae.z_dim + vae.strides[1] * vae.strides[2]
     if needs != gives:
         raise LoadError(
             f"opening the model in {where}",

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from ditkit.errors import SetupError, nearest
 from ditkit.pipeline import SOURCES, Pipeline, Stage
 
 if TYPE_CHECKING:
@@ -23,8 +26,21 @@ NEEDED = {"t2v": (), "i2v": ("image",), "flf2v": ("image", "last_image"), "ti2v"
 """Task -> those of them that it cannot do without."""
 
 
-def pipeline_of(model: Model, setup: Setup) -> Pipeline:
-    """The stages of ``model``'s task."""
+CALLS: Mapping[str, tuple[str, ...]] = MappingProxyType({
+    "expand_prompt": ("prompt_expander",),
+    "encode_text": ("tokenizer", "text_encoder"),
+    "encode_image": ("image_encoder",),
+    "encode_condition": ("vae",),
+    "encode_first_frame": ("vae",),
+    "encode_control": ("vae",),
+    "denoise": ("transformer", "transformer_2"),
+    "decode_latents": ("vae",),
+})  # fmt: skip
+"""Stage -> the components that it may call, known before a model is."""
+
+
+def stage_of(name: str, model: Model, setup: Setup) -> Stage:
+    """One stage by its name, whatever else of ``model`` is on this machine."""
     from ditkit.stages.decode_latents import DecodeLatents
     from ditkit.stages.denoise import Denoise
     from ditkit.stages.encode_condition import EncodeCondition
@@ -34,20 +50,38 @@ def pipeline_of(model: Model, setup: Setup) -> Pipeline:
     from ditkit.stages.encode_text import EncodeText
     from ditkit.stages.expand_prompt import ExpandPrompt
 
-    encoders: list[Stage] = []
+    match name:
+        case "expand_prompt":
+            return ExpandPrompt()
+        case "encode_text":
+            return EncodeText()
+        case "encode_image":
+            return EncodeImage()
+        case "encode_condition":
+            return EncodeCondition(model.strides)
+        case "encode_first_frame":
+            return EncodeFirstFrame()
+        case "encode_control":
+            return EncodeControl()
+        case "denoise":
+            from ditkit.models.wan import TIMESTEP_SCALE
+
+            return Denoise(model.strides, setup.attention, setup.remember_text, model.experts, TIMESTEP_SCALE)
+        case "decode_latents":
+            return DecodeLatents(setup.vae_frames_per_chunk)
+    raise SetupError(f"the stage {name!r}", f"there is none of that name{nearest(name, CALLS)}",
+                     f"The stages are {', '.join(CALLS)}")  # fmt: skip
+
+
+def pipeline_of(model: Model, setup: Setup) -> Pipeline:
+    """The stages of ``model``'s task."""
+    encoders: list[str] = []
     if model.task in ("i2v", "flf2v"):
-        encoders = [*([EncodeImage()] if model.has_image_branch else []), EncodeCondition(model.strides)]
+        encoders = [*(["encode_image"] if model.has_image_branch else []), "encode_condition"]
     elif model.task == "ti2v":
-        encoders = [EncodeFirstFrame()]
+        encoders = ["encode_first_frame"]
     elif model.task == "vace":
-        encoders = [EncodeControl()]
-    return Pipeline(
-        [
-            *([] if setup.expander is None else [ExpandPrompt()]),
-            EncodeText(),
-            *encoders,
-            Denoise(model.strides, setup.attention, setup.remember_text, model.experts),
-            DecodeLatents(setup.vae_frames_per_chunk),
-        ],
-        (*SOURCES, *INPUTS[model.task]),
-    )
+        encoders = ["encode_control"]
+    expands = [] if setup.expander is None else ["expand_prompt"]
+    names = [*expands, "encode_text", *encoders, "denoise", "decode_latents"]
+    return Pipeline([stage_of(name, model, setup) for name in names], (*SOURCES, *INPUTS[model.task]))

@@ -21,7 +21,7 @@ from ditkit.setup import Setup
 if TYPE_CHECKING:
     from ditkit.checkpoints.hub import Hub
     from ditkit.checkpoints.manifest import Manifest, Place
-    from ditkit.checkpoints.parts import Located
+    from ditkit.checkpoints.parts import Located, Scope
 
 ASSETS = Path(__file__).parents[1] / "assets"
 MODELS = {"shapes": ASSETS / "shapes", "shapes-i2v": ASSETS / "shapes-i2v"}
@@ -42,16 +42,31 @@ class Found:
     verify: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
 
 
-def find(name: str, setup: Setup | None = None) -> Found:
+def find(name: str, setup: Setup | None = None, scope: Scope | None = None) -> Found:
     """The parts of the model ``name``, opened (headers only). ``setup`` says what stands in for single parts, which
-    variant of a Diffusers folder, and whether the network may be used. Raises LoadError."""
+    variant of a Diffusers folder, and whether the network may be used. ``scope``: which parts matter here; one that
+    lies at a host is not fetched. Raises LoadError."""
     from ditkit.checkpoints.files import readable
+    from ditkit.checkpoints.parts import WHOLE
 
     with readable(f"model {name!r:.200}"):
-        return _find(name, setup or Setup(model=name))
+        return _find(name, setup or Setup(model=name), scope or WHOLE)
 
 
-def _find(name: str, setup: Setup) -> Found:
+def at_host(address: str, about: Mapping[str, Any], setup: Setup, scope: Scope) -> Found:
+    """The model that a host speaks of; ``about`` as ``Model.describe`` gives it. Parts that ``setup`` names are opened
+    here, the others are in ``scope``. Raises LoadError."""
+    from ditkit.checkpoints.hub import Hub
+    from ditkit.checkpoints.parts import announced, open_part
+
+    hub = Hub(offline=setup.offline)
+    parts = {n: open_part(_place(w, hub, n), n, allow=setup.allow) for n, w in setup.parts.items() if scope.opens(n)}
+    located = announced(address, parts, {"boundary_ratio": about.get("boundary")}, scope)
+    tables = {name: about[name] for name in ("defaults", "preview") if about.get(name)}
+    return Found(located, about.get("flow_shift"), tables, Path(address), about.get("processor"))
+
+
+def _find(name: str, setup: Setup, scope: Scope) -> Found:
     from ditkit.checkpoints.diffusers_folder import IMAGE_CLAIM
     from ditkit.checkpoints.hub import Hub, HubName
     from ditkit.checkpoints.parts import locate
@@ -61,14 +76,14 @@ def _find(name: str, setup: Setup) -> Found:
         if rule != IMAGE_CLAIM:
             found = f"there is no such rule{nearest(rule, [IMAGE_CLAIM])}"
             raise SetupError(f"allow={rule!r}", found, f"There is {IMAGE_CLAIM}")
-    instead = {part: _place(where, hub, part) for part, where in setup.parts.items()}
+    instead = {part: _place(where, hub, part) for part, where in setup.parts.items() if scope.opens(part)}
     if HubName.parse(name) is not None:
-        return _from_manifest(_fetched(name, hub), setup, instead, hub)
+        return _from_manifest(_fetched(name, hub), setup, instead, hub, scope)
     path = _path(name)
     manifest = _manifest(path)
     if manifest is not None:
-        return _from_manifest(manifest, setup, instead, hub)
-    return Found(locate(path, setup.variant, allow=setup.allow, instead=instead), None, {}, path)
+        return _from_manifest(manifest, setup, instead, hub, scope)
+    return Found(locate(path, setup.variant, allow=setup.allow, instead=instead, scope=scope), None, {}, path)
 
 
 def parts_of(path: Path, variant: str | None = None, *, verify: bool = False) -> Located:
@@ -127,7 +142,7 @@ def _manifest(path: Path) -> Manifest | None:
     return Manifest.open(path) if path.suffix == ".toml" or path.name in NAMES else None
 
 
-def _from_manifest(manifest: Manifest, setup: Setup, instead: Mapping[str, Path], hub: Hub) -> Found:
+def _from_manifest(manifest: Manifest, setup: Setup, instead: Mapping[str, Path], hub: Hub, scope: Scope) -> Found:
     from ditkit.checkpoints import lock
     from ditkit.checkpoints.manifest import INDEX, MODULAR
     from ditkit.checkpoints.parts import WITHOUT_WEIGHTS, assemble, locate
@@ -136,16 +151,23 @@ def _from_manifest(manifest: Manifest, setup: Setup, instead: Mapping[str, Path]
     indexed = any((folder / one).is_file() for one in (INDEX, MODULAR))
     named = {name: place for name, place in manifest.components.items() if name not in instead}
     weights = [name for name in named if name not in WITHOUT_WEIGHTS]
-    there = [name for name in weights if not (indexed and _missing(named[name]))]  # the model says what it lacks
+    wanted = [name for name in weights if scope.opens(name) and not (name in scope.elsewhere and named[name].afar)]
+    there = [name for name in wanted if not (indexed and _missing(named[name]))]  # the model says what it lacks
     places = {name: named[name].resolve(hub) for name in there}
     variants = {name: named[name].variant or setup.variant for name in places}
     values = _values(manifest)
     if indexed:
-        located = assemble(folder, "diffusers", {**places, **instead}, values, variants, setup.allow, weights)
+        located = assemble(folder, "diffusers", {**places, **instead}, values, variants, setup.allow, weights, scope)
     else:
         variant = None if places else setup.variant
-        located = locate(folder, variant, allow=setup.allow, instead={**places, **instead}, values=values)
-    notes = {name: named[name].resolve(hub) for name in ("scheduler", "image_processor") if name in named}
+        others = {**places, **instead}
+        located = locate(folder, variant, allow=setup.allow, instead=others, values=values, scope=scope)
+    spare = scope.only is not None  # a host has what its stages need
+    notes = {
+        name: named[name].resolve(hub)
+        for name in ("scheduler", "image_processor")
+        if name in named and not (spare and _missing(named[name]))
+    }
     for name, place in notes.items():  # small files, read now
         if named[name].sha256:
             lock.verify(named[name], place)

@@ -67,6 +67,11 @@ class Place:
         """A local place, or a repository by commit: what it names cannot move."""
         return self.repo is None or bool(COMMIT.fullmatch(self.revision or ""))
 
+    @property
+    def afar(self) -> bool:
+        """It would have to be fetched, or is not there at all."""
+        return self.path is None or not (self.path / self.subfolder / (self.file or "")).exists()
+
     def resolve(self, hub: Hub | None = None) -> Path:
         """The component's folder or file on this machine, fetched if need be.
 

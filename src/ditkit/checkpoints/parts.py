@@ -9,7 +9,7 @@ to get it. Only headers are read. Leaves out: manifests (manifest.py), building 
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -58,7 +58,10 @@ NATIVE_TOKENIZER = Path("google", "umt5-xxl")
 class Part:
     """One component. ``config``: keywords of the kind's config class. ``source``: tensors under the names of our
     module (transformers' own for umt5 and clip), without scales; None for a tokenizer. ``layout`` is the file's.
-    ``notes``: what was left out or chosen on the way, in plain words."""
+    ``notes``: what was left out or chosen on the way, in plain words.
+
+    A part that lies at a host has the host's address as its ``place``, no source, and in ``told`` what that host says
+    of it besides."""
 
     component: str
     kind: str
@@ -69,15 +72,38 @@ class Part:
     quantization: str | None = None
     detected: Detected | None = None
     notes: tuple[str, ...] = ()
+    place: str | None = None
+    told: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Which parts of a model matter on this machine.
+
+    ``only``: those that are opened; None for all. Of two experts one is enough then. ``elsewhere``: of parts that may
+    lie at a host, what asks that host (None: it has no such part); one that is here, or that the model does not need,
+    is not asked for. ``meant``: those of them that are to be the host's, whatever lies here. ``experts``: transformers
+    that the user named, which tells how many there are."""
+
+    only: Collection[str] | None = None
+    elsewhere: Mapping[str, Callable[[], Part | None]] = field(default_factory=dict)
+    meant: Collection[str] = ()
+    experts: Collection[str] = ()
+
+    def opens(self, name: str) -> bool:
+        return name not in self.meant and (self.only is None or name in self.only)
+
+
+WHOLE = Scope()
 
 
 @dataclass(frozen=True)
 class Located:
-    """A model's parts. ``boundary``: the sigma below which ``transformer_2`` runs. ``expand_timesteps``: each token has
-    its own timestep. ``unused``: files beside the parts, and why they are none. ``problems``: what keeps the model from
-    running; ``check`` raises the first."""
+    """A model's parts: ``parts`` are here, ``elsewhere`` at hosts. ``boundary``: the sigma below which
+    ``transformer_2`` runs. ``expand_timesteps``: each token has its own timestep. ``unused``: files beside the parts,
+    and why they are none. ``problems``: what keeps the model from running; ``check`` raises the first."""
 
-    path: Path
+    path: Path | str
     layout: str
     parts: Mapping[str, Part]
     task: str | None = None
@@ -85,6 +111,7 @@ class Located:
     expand_timesteps: bool = False
     unused: Mapping[str, str] = field(default_factory=dict)
     problems: tuple[LoadError, ...] = ()
+    elsewhere: Mapping[str, Part] = field(default_factory=dict)
 
     def check(self) -> Located:
         if self.problems:
@@ -214,17 +241,18 @@ def locate(
     instead: Mapping[str, Path] = MappingProxyType({}),
     values: Mapping[str, Any] = MappingProxyType({}),
     allow: Collection[str] = (),
+    scope: Scope = WHOLE,
 ) -> Located:
     """All parts of the model in ``path``: a folder of diffusers, a native one, or one file of weights.
 
     ``variant`` selects among the weights of each folder of diffusers. ``instead``: component -> a file or folder that
     stands in for the model's own, or for one that it does not have. ``values`` go before those of the model's index
-    (``boundary_ratio``, ``expand_timesteps``). Raises LoadError when nothing can be opened, or when two files are the
-    same part; whatever keeps the parts from running is in ``problems``."""
+    (``boundary_ratio``, ``expand_timesteps``). ``scope``: which parts matter here. Raises LoadError when nothing can be
+    opened, or when two files are the same part; whatever keeps the parts from running is in ``problems``."""
     path = Path(os.path.expanduser(path))
     asked = f"opening the model in {path}"
     with readable(asked):
-        return _locate(path, variant, instead, values, allow, asked)
+        return _locate(path, variant, instead, values, allow, scope, asked)
 
 
 def _locate(
@@ -233,6 +261,7 @@ def _locate(
     instead: Mapping[str, Path],
     values: Mapping[str, Any],
     allow: Collection[str],
+    scope: Scope,
     asked: str,
 ) -> Located:
     path, entry = split_entry(path)
@@ -241,18 +270,22 @@ def _locate(
     if not path.is_dir() and not path.is_file():
         raise LoadError(asked, "it is neither a file nor a folder", "Check the path")
     if path.is_dir() and (path / "model_index.json").is_file():
-        return _diffusers(path, variant, instead, values, allow)
+        return _diffusers(path, variant, instead, values, allow, scope)
     if path.is_dir() and (path / "modular_model_index.json").is_file():
         found = "it has only modular_model_index.json, which names parts in other places"
         raise LoadError(asked, found, "Open it as a manifest")
+    if path.is_dir() and any((path / name).is_dir() for name in scope.only or ()):  # some folders of a Diffusers model
+        places = {name: path / name for name in scope.only or () if (path / name).is_dir()}
+        variants = dict.fromkeys(places, variant)
+        return assemble(path, "diffusers", {**places, **instead}, values, variants, allow, scope=scope)
     if variant is not None:
         raise LoadError(asked, f"variant {variant!r} was given and it has no model_index.json", "Leave it out")
-    others = {name: open_part(place, name, allow=allow) for name, place in instead.items()}
+    others = {name: open_part(place, name, allow=allow) for name, place in instead.items() if scope.opens(name)}
     if path.is_file():
         part = open_part(path, None, entry=entry, allow=allow)
-        return _located(path, "file", {part.component: part, **others}, values)
-    parts, unused = _native(path, others, allow)
-    return _located(path, "native", parts, values, unused)
+        return _located(path, "file", {part.component: part, **others}, values, scope=scope)
+    parts, unused = _native(path, others, allow, scope)
+    return _located(path, "native", parts, values, unused, scope=scope)
 
 
 def assemble(
@@ -263,6 +296,7 @@ def assemble(
     variants: Mapping[str, str | None] = MappingProxyType({}),
     allow: Collection[str] = (),
     promised: Collection[str] = (),
+    scope: Scope = WHOLE,
 ) -> Located:
     """The model whose components are in ``places``, with the ``values`` of its index or manifest (``boundary_ratio``,
     ``expand_timesteps``). ``path`` is what messages call it. ``promised``: the components that its index names; one
@@ -270,13 +304,23 @@ def assemble(
     parts = {
         name: open_part(place, name, variants.get(name), allow=allow)
         for name, place in places.items()
-        if name not in WITHOUT_WEIGHTS
+        if name not in WITHOUT_WEIGHTS and scope.opens(name)
     }
-    return _located(path, layout, parts, values, promised=promised)
+    return _located(path, layout, parts, values, promised=promised, scope=scope)
+
+
+def announced(where: str, parts: Mapping[str, Part], values: Mapping[str, Any], scope: Scope) -> Located:
+    """The model that a host has, at the address ``where``, with ``parts`` of this machine in their places."""
+    return _located(where, "host", parts, values, scope=scope)
 
 
 def _diffusers(
-    folder: Path, variant: str | None, instead: Mapping[str, Path], values: Mapping[str, Any], allow: Collection[str]
+    folder: Path,
+    variant: str | None,
+    instead: Mapping[str, Path],
+    values: Mapping[str, Any],
+    allow: Collection[str],
+    scope: Scope,
 ) -> Located:
     index = read_index(folder, require_folders=False)
     asked = f"opening the model in {folder}"
@@ -289,16 +333,20 @@ def _diffusers(
     places = {name: folder / name for name in index.components if (folder / name).is_dir()}
     variants = dict.fromkeys(places.keys() - instead.keys(), variant)
     together = {**index.values, **values}
-    return assemble(folder, "diffusers", {**places, **instead}, together, variants, allow, index.components.keys())
+    promised = index.components.keys()
+    return assemble(folder, "diffusers", {**places, **instead}, together, variants, allow, promised, scope)
 
 
-def _native(folder: Path, others: Mapping[str, Part], allow: Collection[str]) -> tuple[dict[str, Part], dict[str, str]]:
+def _native(
+    folder: Path, others: Mapping[str, Part], allow: Collection[str], scope: Scope
+) -> tuple[dict[str, Part], dict[str, str]]:
     """The parts of a native folder, weights beside one another and two experts in folders of their own, with
     ``others`` in their places; and the files that are none."""
     parts, unused = dict(others), {}
     experts = [name for name, part in EXPERTS.items() if part not in others and (folder / name).is_dir()]
     for name in experts:
-        parts[EXPERTS[name]] = open_part(folder / name, EXPERTS[name], allow=allow)
+        if scope.opens(EXPERTS[name]):
+            parts[EXPERTS[name]] = open_part(folder / name, EXPERTS[name], allow=allow)
     for file in weight_files(folder):
         try:
             source = open_source(file)
@@ -306,7 +354,9 @@ def _native(folder: Path, others: Mapping[str, Part], allow: Collection[str]) ->
         except LoadError as error:
             unused[file.name] = error.found
             continue
-        if part.component in others:
+        if not scope.opens(part.component):
+            unused[file.name] = f"the {part.component} is not used here"
+        elif part.component in others:
             unused[file.name] = f"another {part.component} stands in for it"
         elif part.component in parts:
             raise LoadError(
@@ -322,7 +372,11 @@ def _native(folder: Path, others: Mapping[str, Part], allow: Collection[str]) ->
             )
         else:
             parts[part.component] = part
-    if "tokenizer" not in parts and (folder / NATIVE_TOKENIZER / "tokenizer.json").is_file():
+    if (
+        "tokenizer" not in parts
+        and scope.opens("tokenizer")
+        and (folder / NATIVE_TOKENIZER / "tokenizer.json").is_file()
+    ):
         parts["tokenizer"] = _tokenizer(folder / NATIVE_TOKENIZER)
     if not parts:
         why = f" ({some(f'{name}: {reason}' for name, reason in unused.items())})" if unused else ""
@@ -365,41 +419,75 @@ WHAT: Mapping[str, str] = MappingProxyType({
 
 
 def _located(
-    path: Path,
+    path: Path | str,
     layout: str,
     parts: Mapping[str, Part],
     values: Mapping[str, Any],
     unused: Mapping[str, str] = MappingProxyType({}),
     promised: Collection[str] = (),
+    scope: Scope = WHOLE,
 ) -> Located:
-    main = parts.get("transformer") or parts.get("transformer_2")
+    parts = {name: part for name, part in parts.items() if scope.opens(name)}
+    halves = layout == "native" and any((Path(path) / folder).is_dir() for folder in EXPERTS)
+    two = halves or "transformer_2" in (*parts, *scope.experts)
+    needed, far = _needed(parts, two, promised, scope)
+    whole = {**parts, **far}
+    main = whole.get("transformer") or whole.get("transformer_2")
     task = task_of(main.config) if main else None
     boundary = values.get("boundary_ratio")
-    halves = layout == "native" and any((path / folder).is_dir() for folder in EXPERTS)
-    two = halves or "transformer_2" in parts
-    if boundary is None and "transformer_2" in parts and layout != "diffusers":
+    if boundary is None and "transformer_2" in whole and layout != "diffusers":
         boundary = BOUNDARIES.get(str(task))  # the layout has no place for it
     expand = values.get("expand_timesteps")
-    look = _Look(path, layout, parts, unused)
+    look = _Look(path, layout, whole, unused)
     problems = [
-        *look.missing(two, promised),
-        *look.experts(boundary),
+        *look.missing(needed, promised if scope.only is None else ()),
+        *(look.experts(boundary) if scope.only is None else ()),
         *look.fits(),
     ]
     if expand and main and task != "ti2v":
         problems.append(look.problem(f"expand_timesteps is true and its transformer is {task}", "Correct the index"))
-    ordered = {name: parts[name] for name in (*KINDS, "tokenizer") if name in parts}
+    ordered = [{n: some[n] for n in (*KINDS, "tokenizer") if n in some} for some in (parts, far)]
     return Located(
-        path, layout, MappingProxyType(ordered), task, boundary, task == "ti2v" if expand is None else bool(expand),
-        MappingProxyType(dict(unused)), tuple(problems),
+        path, layout, MappingProxyType(ordered[0]), task, boundary, task == "ti2v" if expand is None else bool(expand),
+        MappingProxyType(dict(unused)), tuple(problems), MappingProxyType(ordered[1]),
     )  # fmt: skip
+
+
+def _needed(
+    parts: Mapping[str, Part], two: bool, promised: Collection[str], scope: Scope
+) -> tuple[list[str], dict[str, Part]]:
+    """The names of the parts that must be there, and those of them that a host has."""
+    far: dict[str, Part] = {}
+
+    def found(name: str) -> Part | None:
+        if name not in (*parts, *far) and name in scope.elsewhere and (part := scope.elsewhere[name]()) is not None:
+            far[name] = part
+        return parts.get(name) or far.get(name)
+
+    if scope.only is not None:
+        experts = [name for name in EXPERTS.values() if name in scope.only]
+        one = [name for name in experts if name in parts] or experts[:1]
+        return [*(name for name in scope.only if name not in experts), *one], far
+    main = found("transformer")
+    two = two or (main is not None and main.detected is not None and _always_two(main.detected))
+    if two or main is None or main.place is not None or "transformer_2" in promised:
+        second = found("transformer_2")
+        main, two = main or second, two or second is not None
+    needed = ["tokenizer", "text_encoder", "transformer", "vae"]
+    if main is not None and main.config.get("image_dim") is not None:
+        needed.append("image_encoder")
+    if two:
+        needed.append("transformer_2")
+    for name in needed:
+        found(name)
+    return needed, far
 
 
 @dataclass(frozen=True)
 class _Look:
     """Looks through the parts for what is wrong with the whole."""
 
-    path: Path
+    path: Path | str
     layout: str
     parts: Mapping[str, Part]
     unused: Mapping[str, str]
@@ -407,13 +495,8 @@ class _Look:
     def problem(self, found: str, do: str) -> LoadError:
         return LoadError(f"opening the model in {self.path}", found, do)
 
-    def missing(self, two: bool, promised: Collection[str] = ()) -> Iterable[LoadError]:
-        needed = ["tokenizer", "text_encoder", "transformer", "vae"]
+    def missing(self, needed: Collection[str], promised: Collection[str]) -> Iterable[LoadError]:
         main = self.parts.get("transformer") or self.parts.get("transformer_2")
-        if main is not None and main.config.get("image_dim") is not None:
-            needed.append("image_encoder")
-        if two or (main is not None and main.detected is not None and _always_two(main.detected)):
-            needed.append("transformer_2")
         for name in needed:
             if name not in self.parts:
                 yield self.problem(f"it needs {WHAT[name]}, and there is none {self.where(name)}", self.how(name, main))
@@ -424,11 +507,13 @@ class _Look:
 
     def where(self, name: str) -> str:
         if self.layout == "diffusers":
-            return f"in {self.path / name}"
+            return f"in {Path(self.path) / name}"
         if self.layout == "native" and name in EXPERTS.values() and len(self.parts.keys() & set(EXPERTS.values())) == 1:
-            return f"in {next(self.path / folder for folder, part in EXPERTS.items() if part == name)}"
+            return f"in {next(Path(self.path) / folder for folder, part in EXPERTS.items() if part == name)}"
         if self.layout == "native" and name == "tokenizer":
-            return f"in {self.path / NATIVE_TOKENIZER}"
+            return f"in {Path(self.path) / NATIVE_TOKENIZER}"
+        if self.layout == "host":
+            return f"at {self.path}"
         if self.layout == "file":
             return "in a single file"
         listed = some(f"{file}: {why}" for file, why in self.unused.items()) if self.unused else ""
@@ -455,7 +540,8 @@ class _Look:
             for key in sorted(first.keys() | other.keys()):
                 if first.get(key) != other.get(key):
                     yield self.problem(
-                        f"{key} is {first.get(key)} in transformer and {other.get(key)} in transformer_2",
+                        f"{key} is {first.get(key)} in transformer{_at(self.parts['transformer'])} and "
+                        f"{other.get(key)} in transformer_2{_at(self.parts['transformer_2'])}",
                         "Use two experts of one model",
                     )
 
@@ -474,10 +560,14 @@ class _Look:
             if other is None or main.config[ours] in (None, other.config[theirs]):
                 continue
             yield self.problem(
-                f"its transformer has {main.config[ours]} as the {what} ({ours}) and its {name} {other.config[theirs]} "
-                f"({theirs} of {other.kind})",
+                f"its transformer{_at(main)} has {main.config[ours]} as the {what} ({ours}) and its {name}{_at(other)} "
+                f"{other.config[theirs]} ({theirs} of {other.kind})",
                 self.how(name, main) if name == "vae" else "Use parts of one model",
             )
+
+
+def _at(part: Part) -> str:
+    return "" if part.place is None else f" at {part.place}"
 
 
 def _always_two(found: Detected) -> bool:

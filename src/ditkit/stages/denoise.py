@@ -21,6 +21,7 @@ from ditkit.guidance.experts import by_expert
 from ditkit.pipeline import BaseStage, Context, Stopped
 from ditkit.schedulers import make
 from ditkit.schedulers.noise import initial_noise, step_noise
+from ditkit.schedulers.sigmas import explicit, float32, timesteps
 from ditkit.schedulers.table import request_steps
 from ditkit.stages.told import CONDITIONING, forward_pass
 from ditkit.state import State
@@ -29,12 +30,14 @@ from ditkit.state import State
 @dataclass(frozen=True)
 class Denoise(BaseStage):
     """``strides``: pixels to latents, as (frames, height, width); frames as (T - 1) / stride + 1. ``experts``: the
-    transformers of the run; with two, the second takes the steps below the request's boundary."""
+    transformers of the run; with two, the second takes the steps below the request's boundary. ``timestep_scale`` is
+    theirs; where it is not known, a part of a run counts as calling both."""
 
     strides: tuple[int, int, int] = (4, 8, 8)
     attention: str = "sdpa"
     remember_text: bool = field(default=True, compare=False)
     experts: tuple[str, ...] = ("transformer",)
+    timestep_scale: float | None = field(default=None, compare=False)
 
     name = "denoise"
     reads = ("prompt_embeds", "prompt_lengths", "seed", "request")
@@ -50,25 +53,30 @@ class Denoise(BaseStage):
         return "sigmas" in state and "step" in state and state["step"] == len(state["sigmas"]) - 1
 
     def needs(self, state: Mapping[str, Any], stop_at_step: int | None = None) -> tuple[str, ...]:
-        """A run that goes on below the boundary has done with the first expert, one that stops above it has no use for
-        the second. Near it both are named: which one a step gets is decided by its timestep, which is rounded."""
-        boundary = state["request"].get("boundary")
-        if len(self.experts) < 2 or boundary is None:
+        """The experts of the steps that a run from ``state`` still takes (to ``stop_at_step``). A run that takes none
+        asks one transformer for its sizes: that of the step where it stands."""
+        steps = self.planned(state)
+        if not steps:
             return self.experts
-        sigmas = state["sigmas"] if "sigmas" in state else self.planned_sigmas(state["request"])
-        done = state.get("step", 0)
-        steps = sigmas[done : min(len(sigmas) - 1, len(sigmas) if stop_at_step is None else stop_at_step)]
-        high = any(sigma >= boundary * (1 - 1e-6) for sigma in steps)
-        low = any(sigma < boundary * (1 + 1e-6) for sigma in steps)
-        return tuple(name for name, used in zip(self.experts, (high, low), strict=True) if used) or self.experts
+        done = min(state.get("step", 0), len(steps) - 1)
+        used = {*steps[done : len(steps) if stop_at_step is None else stop_at_step]} or {steps[done]}
+        return tuple(name for name in self.experts if name in used)
 
-    @staticmethod
-    def planned_sigmas(request: Mapping[str, Any]) -> list[float]:
-        """The noise levels of a run that has not begun, as its request alone gives them."""
-        if request.get("sigmas") is not None:
-            return [*request["sigmas"]]
+    def planned(self, state: Mapping[str, Any]) -> list[str]:
+        """The expert of each step, by the rule of the step table: its timestep, made of noise levels that are not yet
+        rounded. Empty where it cannot be told: noise levels that the request does not give."""
+        request = state["request"]
+        if len(self.experts) < 2 or request.get("boundary") is None or self.timestep_scale is None:
+            return []
         solver = make(request["solver"], **request["solver_options"])
-        return list(solver.sigmas(request["steps"], request["shift"], request["schedule"]))
+        own = request.get("sigmas")
+        sigmas = (
+            solver.sigmas(request["steps"], request["shift"], request["schedule"]) if own is None else explicit(own)
+        )
+        if state.get("sigmas") not in (None, [float32(sigma) for sigma in sigmas]):
+            return []
+        told = timesteps(sigmas, request["schedule"], solver.name, self.timestep_scale)
+        return [self.experts[timestep < request["boundary"] * self.timestep_scale] for timestep in told]
 
     def run(self, inputs: Mapping[str, Any], ctx: Context) -> Mapping[str, Any]:
         solver = ctx.seams.scheduler or make(ctx.settings.solver, **ctx.settings.solver_options)
