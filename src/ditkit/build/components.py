@@ -129,6 +129,9 @@ class Components(Mapping[str, Any]):
         """The same components; ``events`` hears of those that are loaded through this view."""
         return _Listening(self, events)
 
+    def __contains__(self, name: object) -> bool:  # a Mapping's own one would load it
+        return name in [*self]
+
     def __iter__(self) -> Iterator[str]:
         return iter([*self.model.parts, *([] if self.expander is None else [EXPANDER])])
 
@@ -270,6 +273,9 @@ class _Listening(Mapping[str, Any]):
 
     def fingerprint_of(self, name: str) -> str:
         return self._components.fingerprint_of(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._components
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._components)

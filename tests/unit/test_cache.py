@@ -1,0 +1,396 @@
+"""The cache of stage results by itself: its two keys, what it says, its limit, damage, crashes, many processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import os
+import random
+import sqlite3
+import stat
+import time
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+
+from ditkit.errors import OutputError, SetupError
+from ditkit.outcome import Outcome, Question
+from ditkit.records import code_of
+from ditkit.stage import BaseStage
+from ditkit.stages.decode_latents import DecodeLatents
+from ditkit.stages.encode_text import EncodeText
+from ditkit.state import State
+from ditkit.store import cache as room
+from ditkit.store.cache import Cache, folder_of
+from ditkit.store.hashes import Hashes
+
+ASKED = Question(
+    "encode_text", 1, "c0de", {"wide": False}, {"text_encoder": "f" * 64}, {"prompt": "a" * 64},
+    {"steps": 4, "guidance_scale": 5.0, "guided": True}, {},
+)  # fmt: skip
+
+
+def asked(**changes) -> Question:
+    return dataclasses.replace(ASKED, **changes)
+
+
+def outcome(value=1.0, settings=None, plugs=None, size=100, **more) -> Outcome:
+    written = {"prompt_embeds": torch.full((1, size), value), "prompt_lengths": [1]}
+    return Outcome(written, {"guided": True} if settings is None else settings, plugs, **more)
+
+
+def value(found: Outcome | None) -> float | None:
+    return None if found is None else found.written["prompt_embeds"][0, 0].item()
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return Cache(tmp_path / "cache", 10**6)
+
+
+def files(cache):
+    return sorted(cache.results.iterdir())
+
+
+def said(cache, question=ASKED):
+    return cache.find(question)[1]
+
+
+# --- what comes back
+
+
+def test_what_was_stored_comes_back_bit_for_bit(cache):
+    written = {
+        "latents": torch.tensor([[float("nan"), -0.0]]).bfloat16(),
+        "history": {"a": torch.ones(2), "b": torch.tensor(3)},
+        "step": 4,
+        "sigmas": [1.0, 0.1],
+    }
+    assert cache.store(ASKED, Outcome(written, {"steps": 4}, {"predict": ["x"]})) == ""
+    found, why = cache.find(asked(plugs={"predict": ["x"]}))
+    assert State(found.written).equal(State(written))
+    assert (found.settings, found.plugs, found.stopped) == ({"steps": 4}, {"predict": ["x"]}, False)
+    assert why.startswith("made on 20")
+
+
+def test_an_empty_cache_says_so(cache):
+    assert cache.find(ASKED) == (None, "no result of encode_text is kept")
+
+
+CHANGES = {
+    "stage": ({"stage": "other"}, "no result of other is kept"),
+    "version": ({"version": 2}, "the stage has another version"),
+    "code": ({"code": "c1de"}, "the stage has other code"),
+    "option": ({"options": {"wide": True}}, "wide was False, is True"),
+    "weights": ({"weights": {"text_encoder": "e" * 64}}, "text_encoder is another one"),
+    "input": ({"inputs": {"prompt": "b" * 64}}, "prompt is another one"),
+    "new input": ({"inputs": {"prompt": "a" * 64, "image": "c" * 64}}, "image is new"),
+    "no input": ({"inputs": {}}, "prompt is gone"),
+    "setting": ({"request": {**ASKED.request, "guided": False}}, "guided was True, is False"),
+    "type": ({"request": {**ASKED.request, "guided": 1}}, "guided was True, is 1"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_result_of_anything_else_is_not_found_and_the_difference_is_named(cache, name):
+    changes, words = CHANGES[name]
+    cache.store(ASKED, outcome())
+    found, why = cache.find(asked(**changes))
+    assert found is None
+    assert why.removeprefix("the nearest one differs: ") == words
+
+
+def test_other_software_is_a_miss_that_names_it(cache, monkeypatch):
+    cache.store(ASKED, outcome())
+    now = room.software()
+    monkeypatch.setattr(room, "software", lambda: {**now, "torch": "9"})
+    assert said(cache) == f"the nearest one differs: torch was {now['torch']!r}, is '9'"
+
+
+def test_a_setting_that_was_not_read_does_not_matter(cache):
+    cache.store(ASKED, outcome())
+    assert value(cache.find(asked(request={"guided": True, "steps": 50}))[0]) == 1.0
+
+
+def test_results_with_other_settings_stand_side_by_side(cache):
+    for steps in (4, 5, 6):
+        question = asked(request={**ASKED.request, "steps": steps})
+        cache.store(question, outcome(float(steps), {"steps": steps}))
+    for steps in (4, 5, 6):
+        assert value(cache.find(asked(request={**ASKED.request, "steps": steps}))[0]) == steps
+    assert said(cache, asked(request={**ASKED.request, "steps": 9})).endswith("steps was 6, is 9")
+
+
+def test_a_stage_that_asked_for_the_empty_seams_is_another_than_one_that_never_asked(cache):
+    plugged = asked(plugs={"predict": ["a wrapper"]})
+    cache.store(ASKED, outcome(1.0, plugs={}))
+    assert cache.find(plugged) == (None, "the nearest one differs: seam predict holds something else")
+    cache.store(plugged, outcome(2.0, plugs=dict(plugged.plugs)))
+    assert (value(cache.find(ASKED)[0]), value(cache.find(plugged)[0])) == (1.0, 2.0)
+    never = asked(stage="never")
+    cache.store(never, outcome(3.0, plugs=None))
+    assert value(cache.find(asked(stage="never", plugs={"predict": ["a wrapper"]}))[0]) == 3.0
+
+
+def test_the_nearest_one_is_the_one_with_the_fewest_differences(cache):
+    cache.store(asked(inputs={"prompt": "b" * 64}, options={"wide": True}), outcome())
+    cache.store(asked(inputs={"prompt": "b" * 64}), outcome())
+    many = {f"w{i}": "0" * 64 for i in range(9)}
+    cache.store(asked(weights=many), outcome())
+    assert said(cache) == "the nearest one differs: prompt is another one"
+    assert said(Cache(cache.folder, 1), asked(weights=many, inputs={})) == "the nearest one differs: prompt is gone"
+    far = asked(weights={f"v{i}": "0" * 64 for i in range(9)})
+    assert said(cache, far).count(",") == 3
+    assert " more" in said(cache, far)
+
+
+# --- what is not kept
+
+
+def test_what_has_no_name_that_lasts_is_not_kept(cache):
+    plugs = {"predict": [f"my.module.wrapper#{'0' * 32}"]}
+    why = cache.store(asked(plugs=plugs), outcome(plugs=plugs))
+    assert why == "my.module.wrapper has no name that lasts, so nothing would find the result"
+    assert cache.store(asked(plugs=plugs), outcome(plugs=None)) == "", "a stage that never asked is kept"
+
+
+def test_what_cannot_be_told_apart_is_neither_kept_nor_found(cache):
+    for question in (asked(weights={"vae": "none"}), asked(code="")):
+        why = cache.store(question, outcome())
+        assert "nothing tells it from" in why
+        assert cache.find(question) == (None, why)
+    assert files(cache) == []
+
+
+def test_half_a_result_is_not_kept(cache):
+    assert cache.store(ASKED, outcome(stopped=True)) == "it is not complete"
+
+
+def test_the_code_of_a_stage_is_its_files(tmp_path):
+    scope = {"BaseStage": BaseStage, "__name__": "a notebook"}
+    exec("class Mine(BaseStage):\n    def run(self, inputs, ctx):\n        return {}", scope)
+    assert code_of(scope["Mine"]()) == ""
+    codes = [code_of(EncodeText()), code_of(DecodeLatents())]
+    assert len({*codes, ""}) == 3, "also that of a run behind a decorator"
+    assert codes[0] == code_of(EncodeText())
+
+
+# --- the limit
+
+
+def test_what_was_not_used_for_the_longest_time_goes_first(tmp_path):
+    cache = Cache(tmp_path, 5000)
+    questions = [asked(inputs={"prompt": f"{i}"}) for i in range(4)]
+    for i in range(3):
+        assert cache.store(questions[i], outcome(float(i), size=250)) == ""
+    assert value(cache.find(questions[0])[0]) == 0.0
+    cache.store(questions[3], outcome(3.0, size=250))
+    assert [value(cache.find(q)[0]) for q in questions] == [0.0, None, 2.0, 3.0]
+    assert "was evicted to make room" in said(cache, questions[1])
+    sizes = [file.stat().st_size for file in files(cache)]
+    assert (len(sizes), sum(sizes)) == (3, cache.contents().size)
+    assert sum(sizes) <= 5000
+
+
+def test_one_that_is_larger_than_the_limit_is_not_kept_and_moves_nobody_out(tmp_path):
+    cache = Cache(tmp_path, 5000)
+    cache.store(ASKED, outcome())
+    assert cache.store(asked(version=2), outcome(size=2000)) == "it has 0.0 MB, the cache may have 0.0 MB"
+    assert value(cache.find(ASKED)[0]) == 1.0
+
+
+def test_a_smaller_limit_holds_from_the_next_store_or_trim_on(cache):
+    for i in range(6):
+        cache.store(asked(version=i), outcome(size=250))
+    small = Cache(cache.folder, 3000)
+    assert small.contents().size > 3000
+    freed = small.trim()
+    assert freed > 0
+    assert small.contents().size == sum(f.stat().st_size for f in files(small)) <= 3000
+
+
+def test_clear_forgets_everything(cache):
+    for i in range(3):
+        cache.store(asked(version=i), outcome())
+    size = cache.contents().size
+    assert cache.contents().stages == {"encode_text": (3, size)}
+    assert cache.clear() == size > 0
+    assert (files(cache), cache.contents().stages) == ([], {})
+    assert said(cache) == "no result of encode_text is kept"
+
+
+# --- damage and crashes
+
+
+@pytest.mark.parametrize("how", ["a bit", "the end", "everything"])
+def test_a_damaged_file_is_a_miss_and_is_removed(cache, how):
+    cache.store(ASKED, outcome())
+    (file,) = files(cache)
+    data = bytearray(file.read_bytes())
+    data[-8] ^= 1
+    file.write_bytes({"a bit": data, "the end": data[:-1], "everything": b""}[how])
+    assert cache.find(ASKED) == (None, "its file was damaged, and is removed")
+    assert files(cache) == []
+    assert cache.store(ASKED, outcome(2.0)) == ""
+    assert value(cache.find(ASKED)[0]) == 2.0
+
+
+def test_an_entry_without_a_file_and_a_file_without_an_entry(cache):
+    cache.store(ASKED, outcome())
+    (file,) = files(cache)
+    stray, fresh, old = (cache.results / name for name in ("x.safetensors", "y.safetensors.tmp", "z.safetensors.tmp"))
+    for each in (stray, fresh, old):
+        each.write_bytes(b"?")
+    os.utime(old, (1, 1))
+    again = Cache(cache.folder, 10**6)
+    assert files(again) == [file, fresh], "what another process is writing now is left alone"
+    file.unlink()
+    assert cache.find(ASKED)[1].startswith("its file was removed")
+    assert "its file is gone" in said(cache)
+    assert cache.contents().stages == {}
+
+
+def test_nothing_but_its_own_files_is_touched(tmp_path):
+    mine = tmp_path / "holiday.safetensors"
+    mine.write_bytes(b"mine")
+    cache = Cache(tmp_path, 10**6)
+    cache.store(ASKED, outcome())
+    cache.clear()
+    Cache(tmp_path, 10**6)
+    assert mine.read_bytes() == b"mine"
+
+
+def test_a_damaged_index_never_stops_a_run(cache):
+    cache.store(ASKED, outcome())
+    for suffix in ("-wal", "-shm"):
+        Path(f"{cache.index.file}{suffix}").unlink(missing_ok=True)
+    cache.index.file.write_bytes(b"no database at all" * 100)
+    assert cache.find(ASKED)[1].startswith("the cache cannot be read (")
+    assert cache.store(ASKED, outcome()).startswith("the cache cannot be written (")
+    with pytest.raises(OutputError, match="Remove the folder"):
+        cache.contents()
+    with pytest.raises(SetupError, match="Choose another folder"):
+        Cache(cache.folder, 1)
+
+
+def test_a_folder_that_cannot_be(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SetupError, match=r"the cache .*file"):
+        Cache(tmp_path / "file", 1)
+
+
+def test_nobody_else_can_read_it(tmp_path):
+    cache = Cache(tmp_path / "a" / "b", 10**6)
+    cache.store(ASKED, outcome())
+    for folder in (tmp_path / "a", cache.folder, cache.results.parent, cache.results):
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert [stat.S_IMODE(file.stat().st_mode) for file in files(cache)] == [0o600]
+
+
+def test_where_the_folder_of_the_user_is(monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert folder_of("default") == tmp_path / "ditkit"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert folder_of("default") == Path.home() / ".cache" / "ditkit"
+    monkeypatch.setattr("sys.platform", "darwin")
+    assert folder_of("default") == Path.home() / "Library" / "Caches" / "ditkit"
+    assert folder_of("~/x") == Path.home() / "x"
+
+
+# --- many processes
+
+LIMIT = 30_000
+
+
+def hammer(folder, seed, end, told):
+    """Finds, stores, evicts, clears; every result says by its content which question it answers."""
+    try:
+        draw, hits = random.Random(seed), 0
+        while time.monotonic() < end:
+            cache = Cache(folder, LIMIT)
+            for _ in range(20):
+                i = draw.randrange(40)
+                question = asked(inputs={"prompt": str(i)})
+                found, why = cache.find(question)
+                hits += found is not None
+                if found is not None and value(found) != i:
+                    raise AssertionError(f"{i} was answered with {value(found)}")
+                if "cannot be" in why or "damaged" in why:
+                    raise AssertionError(why)
+                if found is None and (why := cache.store(question, outcome(float(i), size=draw.randrange(50, 500)))):
+                    raise AssertionError(why)
+            if draw.random() < 0.02:
+                cache.clear()
+        told.put(hits)
+    except BaseException:
+        told.put(traceback.format_exc())
+
+
+def test_many_processes_at_once(tmp_path):
+    context = multiprocessing.get_context("fork")
+    told, end = context.Queue(), time.monotonic() + 4
+    processes = [context.Process(target=hammer, args=(tmp_path, seed, end, told)) for seed in range(4)]
+    for process in processes:
+        process.start()
+    said = [told.get(timeout=120) for _ in processes]
+    for process in processes:
+        process.join(60)
+    assert [x for x in said if isinstance(x, str)] == []
+    assert sum(said) > 10, "some were found"
+    cache = Cache(tmp_path, LIMIT)
+    assert sum(file.stat().st_size for file in files(cache)) == cache.contents().size <= LIMIT
+    with sqlite3.connect(cache.index.file) as db:
+        assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+
+# --- hashes of files
+
+
+def settled(file, data):
+    """A file that has not changed for a while: nothing can set the ctime back, so this waits for it."""
+    file.write_bytes(data)
+    while time.time() - file.stat().st_ctime < 2.2:
+        time.sleep(0.1)
+    return file
+
+
+def test_a_hash_is_read_from_disk_in_another_process_and_never_for_another_content(tmp_path):
+    file = settled(tmp_path / "weights", b"old")
+    (tmp_path / "hashes").mkdir()
+    one = Hashes()
+    one.keep_in(tmp_path / "hashes")
+    right = one.of(file)
+    with sqlite3.connect(tmp_path / "hashes" / "hashes.sqlite") as db:
+        db.execute("UPDATE hashes SET sha256 = 'remembered'")
+    other = Hashes()
+    other.keep_in(tmp_path / "hashes")
+    assert other.of(file) == "remembered"
+    before = file.stat()
+    file.write_bytes(b"new")
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    after = file.stat()
+    assert (after.st_size, after.st_mtime_ns, after.st_ino) == (before.st_size, before.st_mtime_ns, before.st_ino)
+    assert one.of(file) == other.of(file) != right
+    assert other.of(file) not in ("remembered", right)
+
+
+def test_a_young_file_is_not_remembered(tmp_path):
+    file, hashes = tmp_path / "weights", Hashes()
+    hashes.keep_in(tmp_path)
+    file.write_bytes(b"1")
+    hashes.of(file)
+    with sqlite3.connect(tmp_path / "hashes.sqlite") as db:
+        assert db.execute("SELECT COUNT(*) FROM hashes").fetchone() == (0,)
+    assert hashes._known == {}
+
+
+def test_a_disk_that_fails_costs_time_only(tmp_path):
+    file, hashes = tmp_path / "weights", Hashes()
+    file.write_bytes(b"1")
+    hashes.keep_in(tmp_path)
+    right = Hashes().of(file)
+    (tmp_path / "hashes.sqlite").write_bytes(b"no database" * 500)
+    assert hashes.of(file) == right
