@@ -20,12 +20,14 @@ from ditkit.errors import DitkitError, RequestError, SetupError, StateError
 from ditkit.events import Events, Listener
 from ditkit.pipeline import Interrupted, Pipeline
 from ditkit.placement import Places
+from ditkit.prompting import templates
 from ditkit.receipt import Recorder, manifest
 from ditkit.request import Request
 from ditkit.running import Keeper, Results
 from ditkit.setup import Setup
 from ditkit.shared import Switch
 from ditkit.shared import switch as exchange
+from ditkit.stages.expand_prompt import ExpandPrompt, check_asked
 from ditkit.state import State, digest
 from ditkit.store.cache import open_cache
 
@@ -106,7 +108,7 @@ class Pipe:
         """The State that a run starts from. Its request has everything filled in, the size that follows from an image
         too. ``pixels``: pictures that the request names by their hash (``pictures.take``); files are read here."""
         self.model.check(request)
-        request = pictures.placed(request)
+        request = templates.placed(pictures.placed(request))
         found = pictures.read(request, pixels or {})
         request = self.model.fit(request, found)
         prompts, negatives, seeds = zip(*self.check(request), strict=True)
@@ -160,6 +162,7 @@ class Pipe:
                 else f"it was begun with another model, {before.get('name')}",
                 "Load it with the same files and parts" if same else "Load that one",
             )
+        check_asked(self.pipeline, state, start, until)
         recorder = Recorder()
         events = Events(*self.listeners, *listeners, recorder)
         if isinstance(self.components, Components):
@@ -198,14 +201,16 @@ class Pipe:
         options: dict[str, Any],
         begun: Mapping[int, State],
     ) -> State:
-        """Prompts are encoded first, together, so that equal ones are encoded once; then each clip by itself."""
+        """Prompts are expanded and encoded first, together, so that equal ones are encoded once; then each clip."""
         finished: list[State] = []
-        first = self.pipeline.stages[0].name
-        if start in (None, first):
-            state = self.pipeline.run(state, components, start=start, until=first, **options)
-            if until == first:
+        names = self.pipeline.names
+        shared = names[: 2 if names[0] == ExpandPrompt.name else 1]
+        if start in (None, *shared):
+            last = until if until in shared else shared[-1]
+            state = self.pipeline.run(state, components, start=start, until=last, **options)
+            if until in shared:
                 return state
-            start = None if start is None else self.pipeline.names[1]
+            start = None if start is None else names[len(shared)]
         keep: Keeper | None = options["keep"]
         for i, part in enumerate(samples.split(state, self.pipeline.table)):
             options["events"].emit("clip", index=i, count=samples.count(state))
@@ -225,6 +230,7 @@ class Pipe:
             # A batch rounds otherwise than a clip alone: to be made again bit for bit, all of it has to be.
             sample = {} if together else {"prompt": prompt, "negative_prompt": negative, "seed": seed, "batched": False}
             seen = {n: digest(state[n] if together else state[n][i : i + 1]) for n in pictured}
+            expanded = {n: state[n] if together else state[n][i : i + 1] for n in ExpandPrompt.writes if n in state}
             yield manifest(
                 self.setup.model,
                 self.setup.model_dump(),
@@ -235,6 +241,7 @@ class Pipe:
                 media.frames_sha256(video),
                 i if together else 0,
                 seen,
+                expanded,
             )
 
 

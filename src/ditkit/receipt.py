@@ -125,10 +125,11 @@ def manifest(
     frames_sha256: str,
     clip: int = 0,
     inputs: Mapping[str, str] | None = None,
+    expanded: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """All that is needed to make one clip again and to know that it is the same: ``sample`` holds its prompt,
     negative prompt and seed, or nothing if the whole run was one batch, of which this is clip number ``clip``.
-    ``inputs``: hashes of pictures."""
+    ``inputs``: hashes of pictures. ``expanded``: what a language model made of the prompt, as it is in the State."""
     return {
         "manifest": 1,
         "model": model,
@@ -138,5 +139,6 @@ def manifest(
         **receipt,
         "clip": clip,
         "inputs": dict(inputs or {}),
+        "expanded": dict(expanded or {}),
         "output_sha256": frames_sha256,
     }

@@ -21,6 +21,7 @@ from ditkit.pipe import Pipe, Result, load
 from ditkit.receipt import versions
 from ditkit.request import Request
 from ditkit.setup import COMPONENTS, Setup
+from ditkit.stages.expand_prompt import ExpandPrompt
 from ditkit.state import State, digest
 
 VERSION = 1
@@ -91,7 +92,7 @@ def begin(script: Script, pipe: Pipe, images: Mapping[str, Any]) -> State:
         if name not in state or digest(state[name]) != recorded:
             raise StateError(f"replaying {script.file}", f"its {name} is not the one that it was made with",
                              f"Bring that picture back, or name it: {name}=FILE")  # fmt: skip
-    return state
+    return state.with_fields(script.manifest.get("expanded", {}))  # the language model is not asked again
 
 
 def read(path: str | os.PathLike[str]) -> Script:
@@ -109,6 +110,9 @@ def read(path: str | os.PathLike[str]) -> Script:
             raise StateError(asked, f"its manifest has no usable {key!r}", "Use an untouched file")
     if not _usable(manifest["components"], manifest["machine"]):
         raise StateError(asked, "its manifest has no usable 'components' or 'machine'", "Use an untouched file")
+    expanded = manifest.get("expanded", {})
+    if not isinstance(expanded, dict) or not {*expanded} <= {*ExpandPrompt.writes}:
+        raise StateError(asked, "its manifest has no usable 'expanded'", "Use an untouched file")
     origin = f"manifest of {file}"
     request = Request.parse(manifest["request"], origin, StateError)
     setup = Setup.parse(manifest["setup"], origin, StateError)

@@ -121,15 +121,16 @@ def check_contradiction(settled: Settled, layers: Sequence[Layer]) -> None:
                              f"a list of sigmas replaces {key}", f"Leave out {key}, or leave out sigmas")  # fmt: skip
 
 
-def with_settings(command: Callable[..., Any]) -> Callable[..., Any]:
+def with_settings(command: Callable[..., Any], keys: Sequence[str] = tuple(FIELDS)) -> Callable[..., Any]:
     """``command(given, ...)`` as a typer command: ``given`` is made of an option for each setting, --set and --config.
+    ``keys``: the settings that it has a use for.
 
     A parameter ``prompt`` stays what it is and goes into ``given`` too."""
     own = inspect.signature(command, eval_str=True).parameters
     kept = [p for name, p in own.items() if name != "given"]
     added = [
         inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_annotation(key))
-        for key in FIELDS
+        for key in keys
         if key != "prompt"
     ]
     added.append(
@@ -138,7 +139,7 @@ def with_settings(command: Callable[..., Any]) -> Callable[..., Any]:
     added.append(_parameter("file", Path, "--config", "FILE", "A TOML file of settings."))
 
     def run(**values: Any) -> Any:
-        flags = {key: values.pop(key) for key in FIELDS if key != "prompt"}
+        flags = {key: values.pop(key) for key in keys if key != "prompt"}
         texts = {k: _texts(v) for k, v in flags.items() if v is not None and v != []}
         if values.get("prompt") is not None:
             texts["prompt"] = (values["prompt"],)

@@ -11,7 +11,24 @@ from typing import Annotated
 import typer
 
 import ditkit
-from ditkit.cli import bench, convert, demo, doctor, explain, generate, inspect, lock, plan, replay, run, show, stages
+from ditkit.cli import (
+    bench,
+    convert,
+    demo,
+    doctor,
+    expand,
+    explain,
+    fork,
+    generate,
+    inspect,
+    lock,
+    plan,
+    replay,
+    run,
+    runs,
+    show,
+    stages,
+)
 from ditkit.cli.job import interruptible
 from ditkit.errors import DitkitError
 
@@ -43,7 +60,7 @@ def common(
     pass
 
 
-for module in (generate, demo, run, plan, replay, stages, doctor, inspect, lock, convert):
+for module in (generate, expand, demo, run, fork, runs, plan, replay, stages, doctor, inspect, lock, convert):
     module.add_to(app)
 app.add_typer(explain.app, name="config")
 app.add_typer(bench.app, name="bench")

@@ -16,7 +16,7 @@ def open_expander(setup: Setup) -> PromptExpander:
     if kind == "transformers":
         from ditkit.prompting.local import LocalExpander
 
-        return LocalExpander(rest, setup.dtype_of("prompt_expander"), setup.device_of("prompt_expander"))
+        return LocalExpander(rest, lambda: (setup.dtype_of("prompt_expander"), setup.device_of("prompt_expander")))
     from ditkit.prompting.server import ServerExpander
 
     return ServerExpander(setup.expander, setup.expander_model, setup.patience, setup.retries)

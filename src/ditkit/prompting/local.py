@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +23,14 @@ _TURN = threading.Lock()  # sampling draws from torch's own generator, which all
 
 
 class LocalExpander:
-    """``folder``: config, weights, tokenizer with a chat template; a processor where the model sees pictures."""
+    """``folder``: config, weights, tokenizer with a chat template; a processor where the model sees pictures.
+    ``place`` tells dtype and device, when they are needed."""
 
-    def __init__(self, folder: str, dtype: str, device: str):
-        self.name, self.folder = f"transformers:{folder}", Path(folder).expanduser()
-        self.dtype, self.device = dtype, device
+    def __init__(self, folder: str, place: Callable[[], tuple[str, str]]):
+        self.name, self.folder, self._place = f"transformers:{folder}", Path(folder).expanduser(), place
         self._lock = threading.RLock()
         self._loaded: tuple[Any, Any] | None = None
         self._fingerprint: str | None = None
-        if not (self.folder / "config.json").is_file():
-            raise SetupError(f"expander={self.name!r}", f"{self.folder} holds no config.json",
-                             "Give the folder of a transformers model")  # fmt: skip
 
     @property
     def fingerprint(self) -> str:
@@ -41,10 +39,19 @@ class LocalExpander:
 
         with self._lock:
             if self._fingerprint is None:
+                self._check()
                 kinds = {".json", ".jinja", ".txt", ".model", ".safetensors", ".bin"}
                 files = sorted(f for f in self.folder.iterdir() if f.suffix in kinds)
-                self._fingerprint = digest("transformers", self.dtype, {f.name: file_hash(f) for f in files})
+                self._fingerprint = digest("transformers", self._place()[0], {f.name: file_hash(f) for f in files})
             return self._fingerprint
+
+    def _check(self) -> None:
+        if not (self.folder / "config.json").is_file():
+            raise SetupError(
+                f"expander={self.name!r}",
+                f"{self.folder} holds no config.json",
+                "Give the folder of a transformers model",
+            )
 
     @property
     def sees(self) -> bool:
@@ -65,17 +72,18 @@ class LocalExpander:
         import torch
         from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
-        asked = f"loading the language model {self.folder}"
+        self._check()
+        asked, (dtype, device) = f"loading the language model {self.folder}", self._place()
         try:
             sees = self.sees
             reader = (AutoProcessor if sees else AutoTokenizer).from_pretrained(self.folder, local_files_only=True)
             cls = AutoModelForImageTextToText if sees else AutoModelForCausalLM
-            model = cls.from_pretrained(self.folder, local_files_only=True, dtype=getattr(torch, self.dtype))
+            model: Any = cls.from_pretrained(self.folder, local_files_only=True, dtype=getattr(torch, dtype))
         except (OSError, ValueError, KeyError, ImportError) as e:
             raise LoadError(asked, " ".join(str(e).split())[:300], "Give a whole folder of a chat model") from None
         if not reader.chat_template:
             raise LoadError(asked, "its tokenizer has no chat template", "Take a model that was made to follow orders")
-        return model.to(self.device).eval().requires_grad_(False), reader
+        return model.to(device).eval().requires_grad_(False), reader
 
     def __call__(self, wish: Wish) -> Answer:
         """The same seed gives the same answer; torch's generators are left as they were. Raises LoadError, and
@@ -94,10 +102,10 @@ class LocalExpander:
         inputs = reader.apply_chat_template(
             _messages(wish, hasattr(reader, "image_processor")),
             add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
-        ).to(self.device)  # fmt: skip
+        ).to(model.device)  # fmt: skip
         inputs = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
         length = inputs["input_ids"].shape[1]
-        cards = [self.device] if self.device.startswith("cuda") else []
+        cards = [model.device] if model.device.type == "cuda" else []
         with _TURN, torch.inference_mode(), torch.random.fork_rng(devices=cards):
             torch.manual_seed(wish.seed)
             ids = model.generate(**inputs, generation_config=_sampling(model, wish))[0, length:].tolist()

@@ -111,7 +111,8 @@ def shrunk(picture: Any) -> Any:
 def _answer(asked: str, reply: Any, model: str) -> Answer:
     """Raises PlaceError for what is no completion: the client does not check that."""
     choices = getattr(reply, "choices", None)
-    message = getattr(choices[0], "message", None) if isinstance(choices, list) and choices else None
+    first = choices[0] if isinstance(choices, list) and choices else None
+    message = getattr(first, "message", None)
     if message is None:
         raise PlaceError(asked, "its answer is no chat completion", "Check that the address is that of its API")
     content = getattr(message, "content", None) or ""
@@ -129,7 +130,7 @@ def _answer(asked: str, reply: Any, model: str) -> Answer:
         model=model,
         told_model=getattr(reply, "model", None) or "",
         told_build=getattr(reply, "system_fingerprint", None) or "",
-        finish=choices[0].finish_reason or "",
+        finish=getattr(first, "finish_reason", None) or "",
         prompt_tokens=getattr(usage, "prompt_tokens", None),
         tokens=getattr(usage, "completion_tokens", None),
     )

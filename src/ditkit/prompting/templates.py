@@ -72,7 +72,7 @@ _WANTED = {
 
 
 def _fits(value: Any, kind: type) -> bool:
-    return type(value) is kind and (kind is not str or bool(value.strip()))
+    return type(value) is kind and (not isinstance(value, str) or bool(value.strip()))
 
 
 @cache

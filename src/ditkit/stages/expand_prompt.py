@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ditkit.contracts import Answer, Wish
-from ditkit.errors import DitkitError, PlaceError, RequestError
-from ditkit.pipeline import BaseStage, Context
+from ditkit.errors import PlaceError, RequestError, SetupError
+from ditkit.pipeline import BaseStage, Context, Pipeline
 from ditkit.prompting.cleaning import cleaned
 from ditkit.prompting.templates import PICTURES, Template, chosen, packaged_sha256
 from ditkit.state import State
@@ -87,21 +87,20 @@ def _told(template: Template) -> dict[str, Any]:
     return {**named, "language": template.language, "pictures": list(template.pictures)}
 
 
-def _with_advice(error: PlaceError) -> DitkitError:
+def _with_advice(error: PlaceError) -> PlaceError:
     return PlaceError(error.asked, error.found, f"{error.do}; or go on with the raw prompt by expand_fallback")
 
 
-def check_wanted(request: Mapping[str, Any], state: State, names: list[str], until: str | None, idle: bool) -> None:
-    """Before a run that will go through ``names`` ``until``: raises RequestError where a prompt shall be expanded and
-    nothing can do it, or where a person shall be asked and nobody is there. ``idle``: it has been expanded already."""
-    if request["expand"] == "no" or idle:
-        return
-    if ExpandPrompt.name not in names:
-        if "expanded_prompt" not in state:
-            raise RequestError(f"expand={request['expand']!r}", "nothing is there that expands prompts",
-                               "Name a server or a folder with expander")  # fmt: skip
-    elif request["expand"] == "ask" and until != ExpandPrompt.name:
+def check_asked(pipeline: Pipeline, state: State, start: str | None, until: str | None) -> None:
+    """Before a run: raises SetupError where a prompt shall be expanded and nothing is there that can, and RequestError
+    where a person shall be asked and the run would go on without that."""
+    expand, name = state["request"].get("expand", "no"), ExpandPrompt.name
+    if expand != "no" and name not in pipeline.names and "expanded_prompt" not in state:
+        found = "nothing is there that expands prompts"
+        raise SetupError(f"expand={expand!r}", found, "Name a server or a folder with expander")
+    if expand == "ask" and until != name and any(s.name == name for s in pipeline.planned(state, start, until)):
         raise RequestError(
-            "a run with expand='ask'", "it does not stop to ask",
-            "Run it until='expand_prompt', change expanded_prompt of its State, and run that State",
-        )  # fmt: skip
+            "a run with expand='ask'",
+            "it does not stop to ask",
+            f"Run it until={name!r}, change expanded_prompt of its State, and run that State",
+        )
