@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from ditkit.cli import show
+from ditkit.cli import expansion, show
 from ditkit.cli.flags import flag_of, to_path
 from ditkit.errors import DitkitError, OutputError, PipelineError
 
@@ -105,6 +105,7 @@ def carry_out(pipe: Pipe, state: State, goal: Goal) -> None:
     listeners = [show.warn_of_truncation, *([] if view is None else [view])]
     result: Result | None = None
     try:
+        state, goal = expansion.before_run(pipe, state, goal, out)
         with view or nullcontext():
             part: dict[str, Any] = {"start": goal.start, "until": goal.until, "stop_at_step": goal.stop_at_step}
             result = pipe.run(state, **part, listeners=listeners)
