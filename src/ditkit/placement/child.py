@@ -18,6 +18,9 @@ from typing import Any
 PARENT_DEATH = 1
 """PR_SET_PDEATHSIG of Linux's prctl: the signal that comes when the parent has died."""
 
+MANY = 1 << 50
+"""The one caller is trusted: nothing is too large, and as many may wait as it has threads."""
+
 
 def end_with_parent() -> None:
     """On Linux the kernel sees to it, even when this process is too busy to look at its stdin."""
@@ -38,12 +41,14 @@ def opened(told: dict[str, Any]) -> Any:
     """The app over a Worker. Raises LoadError, SetupError."""
     import torch
 
-    from ditkit.placement.host import app_of
+    from ditkit.placement.host import Limits, app_of
     from ditkit.placement.offer import worker_of
     from ditkit.setup import Setup
 
     torch.set_num_threads(told["threads"])
-    return app_of(worker_of(Setup(**told["setup"]), told["stages"]), token=told["token"])
+    worker = worker_of(Setup(**told["setup"]), told["stages"])
+    worker.describe()  # files are hashed now, when nobody counts the seconds
+    return app_of(worker, token=told["token"], limits=Limits(MANY, MANY, told["alive"]))
 
 
 def main() -> None:

@@ -69,6 +69,8 @@ def concerns(setup: Setup) -> Iterator[tuple[str, Iterable[str], Callable[[Spec]
     plain, every = Setup(), ("tokenizer", "text_encoder", "image_encoder", *EXPERTS, "vae")
     for setting in ("parts", "dtypes", "backends"):
         for name, value in getattr(setup, setting).items():
+            if setting == "parts" and value.startswith(("http://", "https://")):
+                continue  # it says that the host's is meant
             yield f"{setting} with {name} = {value!r}", [name], elsewhere
     for name, device in setup.devices.items():
         yield f"devices with {name} = {device!r}", [name], partial(on_other_than, device)

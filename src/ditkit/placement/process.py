@@ -120,7 +120,10 @@ class ProcessChannel:
 
     def _lost(self, asked: str, child: Child, why: Lost) -> Lost:
         """The child is ended, also one that lives and does not answer."""
-        found = child.fate() or why.found
+        found = child.fate()
+        if found is None:
+            found = why.found
+            child.process.kill()
         with self._lock:
             if self._child is child:
                 self._child = None
@@ -149,7 +152,7 @@ def _born(setup: Setup, stages: Sequence[str], name: str) -> Child:
         if len(str(address).encode()) > PATH:
             raise PlaceError(asked, f"the name {address} is too long for a socket", "Set TMPDIR to a shorter one")
         told = {"setup": setup.model_dump(mode="json"), "stages": list(stages), "threads": torch.get_num_threads()}
-        told |= {"socket": str(address), "token": token}
+        told |= {"socket": str(address), "token": token, "alive": min(2.0, setup.patience / 4)}
         assert process.stdin is not None
         assert process.stdout is not None
         with contextlib.suppress(BrokenPipeError):

@@ -60,7 +60,12 @@ class Actor:
         return _answer(self.worker.describe)
 
     def probe(self, stage: str) -> Answer:
-        return _answer(lambda: self.worker.probe(stage))
+        def made() -> dict[str, Any]:
+            from ditkit.placement.probe import probe_of
+
+            return probe_of(self.worker, stage)
+
+        return _answer(made)
 
     def submit(self, job: str, inputs: bytes) -> Answer:
         def begun() -> dict[str, Any]:
