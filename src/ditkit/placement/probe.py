@@ -1,0 +1,137 @@
+"""The golden probe: what a stage makes of an input that never changes, as a hash and as numbers to judge a difference.
+
+The input is made of the sizes of the components and of fixed numbers: a prompt that needs cleaning, a picture drawn by
+a formula, noise of seed 7; one step of the loop for each transformer that is there. Equal weights, dtypes and code give
+an equal hash on equal devices; two kinds of devices seldom agree in every bit.
+Leaves out: who compares (``handshake.py``).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from ditkit.errors import PlaceError
+from ditkit.placement.job import Frame, Job, frame_to_error, options_to_send, state_to_outcome
+from ditkit.placement.worker import Worker
+from ditkit.request import Request
+from ditkit.stage import Stage
+from ditkit.state import State, digest
+
+PROMPT = "A  “red” kite &amp; two dogs,\n一只猫 "
+"""Cleaning changes it in each of its steps: double spaces, quotes, an entity, a line's end, a space at the end."""
+
+FIXED = ("tokenizer", "text_encoder", "image_encoder", "vae")
+"""Components that give the same for the same, besides the transformers; what a language model says is its own."""
+
+SEED, ROWS, SIGMAS = 7, 5, [0.75, 0.0]
+
+
+def probe_of(worker: Worker, name: str) -> dict[str, Any]:
+    """``hash`` over all that the stage writes, and of each tensor its dtype, shape, root mean square and first values.
+    Raises PlaceError for a stage whose fixed input is not known."""
+    stage, written = worker.stages[name], list[dict[str, Any]]()
+    for inputs in cases(stage, worker.components):
+        frames = list[Frame]()
+        job = Job("probe", name, options_to_send(stage), ignore=("prediction", "frames"))
+        worker.run(job, inputs, frames.append, threading.Event())
+        if frames[-1].kind != "outcome":
+            raise frame_to_error(frames[-1].payload, "the probe")
+        outcome, _ = state_to_outcome(frames[-1].state("the probe"))
+        written.append(dict(outcome.written))
+    return {"stage": name, "hash": digest(written_of(written)), "numbers": [numbers(fields) for fields in written]}
+
+
+def written_of(written: list[dict[str, Any]]) -> list[Any]:
+    """Each field by its hash, in a fixed order."""
+    return [[[name, digest(fields[name])] for name in sorted(fields)] for fields in written]
+
+
+def numbers(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Of each tensor what a person compares; of a plain field its value."""
+    from ditkit.state import kind_of
+
+    return {
+        name: figures(value) if kind_of(value) == "tensor" else value
+        for name, value in fields.items()
+        if kind_of(value) != "tensors"
+    }
+
+
+def figures(value: Any) -> dict[str, Any]:
+    wide = value.double()
+    return {
+        "dtype": str(value.dtype).removeprefix("torch."),
+        "shape": list(value.shape),
+        "rms": float(wide.square().mean().sqrt()),
+        "first": [float(x) for x in wide.flatten()[:4]],
+    }
+
+
+# --- the inputs
+
+
+def cases(stage: Stage, components: Mapping[str, Any]) -> Iterator[State]:
+    """One input; of a stage with several transformers one for each of them that is here. Raises PlaceError."""
+    makers: dict[str, Callable[[], Any]] = {
+        "prompt": lambda: [PROMPT], "negative_prompt": lambda: ["blurry"], "seed": lambda: [SEED],
+        "image": lambda: picture(40, 56), "request": lambda: _request(stage),
+    }  # fmt: skip
+    if stage.loop:
+        here = [name for name in stage.components if name in components]
+        for name in here:
+            two = len(stage.components) > 1
+            yield _denoising(stage, components[name], float(name != stage.components[0]) if two else None)
+        return
+    if "latents" in stage.reads:
+        vae = components["vae"].config
+        makers |= {"latents": lambda: noise(vae.z_dim, 2, 4, 4)}
+    names = {*stage.reads, *stage.triggers}
+    unknown = [*sorted(names - set(makers)), *(n for n in stage.components if n not in FIXED)]
+    if unknown:
+        raise PlaceError(
+            f"probing stage {stage.name!r}", f"there is no fixed input for {', '.join(unknown)}", "Do without"
+        )
+    yield State({name: makers[name]() for name in sorted(names)})
+
+
+def _denoising(stage: Stage, transformer: Any, boundary: float | None) -> State:
+    """``boundary`` 1 is a step of the second transformer, 0 of the first; None where there is one alone."""
+    config = transformer.config
+    request = _request(stage, boundary, config.patch_size)
+    frames, height, width = 2, 2 * config.patch_size[1], 2 * config.patch_size[2]
+    fields: dict[str, Any] = {"request": request, "seed": [SEED]}
+    for name in ("prompt", "negative_prompt"):
+        rows = noise(1, 1, ROWS, config.text_dim, seed=SEED + len(name))[0, 0, 0]
+        fields |= {f"{name}_embeds": rows, f"{name}_lengths": [ROWS]}
+    if config.image_dim is not None:
+        fields["image_embeds"] = noise(1, 1, config.image_tokens or ROWS, config.image_dim)[0, 0]
+    for name, channels in (("condition", transformer.condition_channels), ("control", transformer.control_channels)):
+        if channels:
+            fields[name] = noise(channels, frames, height, width)
+    return State(fields)
+
+
+def _request(stage: Stage, boundary: float | None = None, patch: tuple[int, int, int] = (1, 2, 2)) -> dict[str, Any]:
+    """Two latent frames of two patches each way, by the strides that the stage knows."""
+    t, h, w = getattr(stage, "strides", (4, 16, 16))
+    size: dict[str, Any] = {"width": 2 * w * patch[2], "height": 2 * h * patch[1], "frames": t + 1}
+    return Request(
+        prompt=PROMPT, seed=SEED, sigmas=SIGMAS, solver="euler", boundary=boundary, guidance_scale=3.0, **size
+    ).model_dump()
+
+
+def noise(channels: int, frames: int, height: int, width: int, seed: int = SEED) -> Any:
+    """float32 [1, channels, frames, height, width]."""
+    from ditkit.schedulers.noise import initial_noise
+
+    return initial_noise(seed, (channels, frames, height, width))[None]
+
+
+def picture(height: int, width: int) -> Any:
+    """uint8 [1, height, width, 3]; no generator of random numbers has a say in it."""
+    import torch
+
+    y, x, c = torch.meshgrid(torch.arange(height), torch.arange(width), torch.arange(3), indexing="ij")
+    return ((x * x + 3 * y * (c + 1) + 31 * c) % 256).to(torch.uint8)[None]
