@@ -13,6 +13,7 @@ import typer
 import ditkit
 from ditkit.cli import (
     bench,
+    cache,
     convert,
     demo,
     doctor,
@@ -64,6 +65,7 @@ for module in (generate, expand, demo, run, fork, runs, plan, replay, stages, do
     module.add_to(app)
 app.add_typer(explain.app, name="config")
 app.add_typer(bench.app, name="bench")
+app.add_typer(cache.app, name="cache")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
