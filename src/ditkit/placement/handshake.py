@@ -5,11 +5,12 @@ Leaves out: the fixed inputs of the probe (``probe.py``).
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ditkit.errors import PlaceError, nearest
+from ditkit.errors import PlaceError, SetupError, nearest
 from ditkit.events import Events
 from ditkit.placement.job import WIRE
 from ditkit.stage import Stage
@@ -48,6 +49,9 @@ class Handshake:
                     f"asking {self.place} who it is", f"its {what} version is {said.get(what)!r}, ours is {mine}",
                     "Use the same version of ditkit on both machines",
                 )  # fmt: skip
+        stages = said.get("stages")
+        if not isinstance(stages, dict) or not all(map(_is_description, stages.values())):
+            raise PlaceError(f"asking {self.place} who it is", "its answer is damaged", "Check the address")
         return said
 
     def fingerprints(self, stage: Stage) -> Mapping[str, str]:
@@ -75,13 +79,35 @@ class Handshake:
                     f"its version of the stage is {theirs['version']}, ours is {stage.version}",
                     "Use the same version of ditkit on both machines",
                 )
-            if wanted := self.expect.get(stage.name):
-                found = str(self.channel.probe(stage.name).get("hash"))
-                if len(wanted) < 8 or not found.startswith(wanted):
-                    raise PlaceError(
-                        f"running stage {stage.name!r} at {self.place}",
-                        f"its probe is {found[:16]}, expected is {wanted[:16]}",
-                        "Compare weights, dtype and versions with `ditkit doctor --placement`",
-                    )
+            if stage.name in self.expect:
+                self._compare(stage.name, self.expect[stage.name])
             self._checked.add(stage.name)
             events.emit("place.checked", stage=stage.name, place=self.place)
+
+    def _compare(self, stage: str, wanted: str) -> None:
+        found = str(self.channel.probe(stage).get("hash"))
+        if not found.startswith(wanted):
+            raise PlaceError(
+                f"running stage {stage!r} at {self.place}",
+                f"its probe is {found[:16]}, expected is {wanted[:16]}",
+                "Compare weights, dtype and versions with `ditkit doctor --placement`",
+            )
+
+
+def _is_description(stage: Any) -> bool:
+    if not isinstance(stage, dict) or not isinstance(stage.get("version"), int):
+        return False
+    parts = stage.get("components")
+    return isinstance(parts, dict) and all(isinstance(x, str) for pair in parts.items() for x in pair)
+
+
+def check_expected(expect: Mapping[str, str], placement: Mapping[str, str]) -> None:
+    """``expect`` has the keys of ``placement``, for each its probe's hash or the begin of it. Raises SetupError."""
+    for key, wanted in expect.items():
+        if key not in placement:
+            raise SetupError(f"expect of {key!r}", f"it is placed nowhere{nearest(key, placement)}", "Use the same key")
+        if not re.fullmatch("[0-9a-f]{8,64}", wanted):
+            raise SetupError(
+                f"expect of {key!r} as {wanted!r}", "a probe's hash is 8 to 64 hexadecimal digits",
+                "Take it from `ditkit doctor --placement`",
+            )  # fmt: skip

@@ -10,6 +10,7 @@ from ditkit.contracts import Seams, Step
 from ditkit.errors import SetupError, nearest
 from ditkit.pipeline import Pipeline
 from ditkit.placement import contradictions
+from ditkit.placement.handshake import check_expected
 from ditkit.placement.remote import Channel, Remote
 from ditkit.placement.spec import Spec, Target
 from ditkit.running import Here, Place, Segment
@@ -26,6 +27,7 @@ class Places:
             raise SetupError(
                 f"placement of {', '.join(setup.placement)}", "it names the same steps twice", "Leave one out"
             )
+        check_expected(setup.expect, setup.placement)
         self._remotes: dict[str, Remote] = {}
         self._lock = threading.RLock()
 
@@ -106,7 +108,8 @@ class Places:
         with self._lock:
             if spec.text not in self._remotes:
                 stages = list(dict.fromkeys(t.stage for t, s in self.specs.items() if s.text == spec.text))
-                expect = {k: v for k, v in self.setup.expect.items() if k in stages}
+                placed = self.setup.placement
+                expect = {Target.parse(k).stage: v for k, v in self.setup.expect.items() if placed[k] == spec.text}
                 channel = self._channel(spec, stages)
                 self._remotes[spec.text] = Remote(spec.text, channel, self.setup.retries, expect)
             return self._remotes[spec.text]
@@ -114,8 +117,9 @@ class Places:
     def _channel(self, spec: Spec, stages: Sequence[str]) -> Channel:
         if spec.kind == "http":
             from ditkit.placement.http import HTTPChannel
+            from ditkit.placement.tokens import token_of
 
-            return HTTPChannel(str(spec.address), self.setup.patience)
+            return HTTPChannel(str(spec.address), self.setup.patience, token_of())
         if spec.kind == "process":
             from ditkit.placement.process import ProcessChannel
 
