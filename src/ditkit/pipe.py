@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from ditkit import media, pictures, samples
 from ditkit.build import Components, Model, pipeline_of, placed
+from ditkit.build.begun import Stamping, check_begun, model_field, stamped
 from ditkit.checking import check_state
 from ditkit.contracts import Seams, Step
-from ditkit.errors import DitkitError, RequestError, SetupError, StateError
+from ditkit.errors import DitkitError, RequestError, SetupError
 from ditkit.events import Events, Listener
 from ditkit.pipeline import Interrupted, Pipeline
 from ditkit.placement import Places
+from ditkit.placement.elsewhere import address, check_agree, check_here, facts_of, model_at, scope_at, scope_of
 from ditkit.prompting import templates
 from ditkit.receipt import Recorder, manifest
 from ditkit.request import Request
@@ -84,10 +86,11 @@ class Pipe:
         seams: Seams | None = None,
         listeners: Iterable[Listener] = (),
         results: Results | None = None,
+        places: Places | None = None,
     ):
         self.model, self.setup, self.components, self.pipeline = model, setup, components, pipeline
         self.seams, self.listeners, self.results = seams or Seams(), tuple(listeners), results
-        self.places = Places(setup)
+        self.places = places or Places(setup)
 
     def __call__(self, prompt: str | list[str] = "", *, listeners: Iterable[Listener] = (), **request: Any) -> Result:
         """Pictures (``image``, ``last_image``, ...) may be paths, PIL images, arrays or tensors."""
@@ -113,7 +116,7 @@ class Pipe:
         request = self.model.fit(request, found)
         prompts, negatives, seeds = zip(*self.check(request), strict=True)
         fields = {"prompt": list(prompts), "negative_prompt": list(negatives), "seed": list(seeds)}
-        model = {"name": self.setup.model, "identity": self.model.identity}
+        model = model_field(self.setup.model, self.model)
         seen = pictures.tensors(found, len(prompts), request)
         return State({**fields, **seen, "request": request.model_dump(), "model": model})
 
@@ -152,16 +155,8 @@ class Pipe:
         Raises Interrupted, with the State so far, on Ctrl-C."""
         asked = check_state(state, self.pipeline.table)
         asked.check_size(self.model.strides[1] * self.model.patch[1], self.model.strides[0])
-        before = state.get("model", {})
-        if before.get("identity", self.model.identity) != self.model.identity:
-            same = before.get("name") == self.setup.model
-            raise StateError(
-                f"running a State with model {self.setup.model}",
-                "it was begun with other files of it or with other parts"
-                if same
-                else f"it was begun with another model, {before.get('name')}",
-                "Load it with the same files and parts" if same else "Load that one",
-            )
+        planned = self.pipeline.planned(state, start, until)
+        check_begun(state, self.setup.model, self.model, self.pipeline, planned)
         check_asked(self.pipeline, state, start, until)
         recorder = Recorder()
         events = Events(*self.listeners, *listeners, recorder)
@@ -172,25 +167,37 @@ class Pipe:
         request = state["request"]
         where = self.places.of_run(self.pipeline, components, self.seams, lambda: self.steps(asked))
         common: dict[str, Any] = {"places": where, "results": self.results, "events": events, "seams": self.seams}
-        options = {**common, "stop_at_step": stop_at_step, "debug": self.setup.debug, "keep": keep}
+        options = {**common, "stop_at_step": stop_at_step, "debug": self.setup.debug}
+        options["keep"] = keep and Stamping(keep, state, self.model, self.pipeline)
+        check_agree(self.model, self.places, planned)
         together = request["batched"] or samples.count(state) == 1
         if stop_at_step is None:
             fresh = [state] if together or len(begun or {}) < samples.count(state) else []
             for each in (*fresh, *(begun or {}).values()):
                 self.pipeline.prepare(each, components, start=start, until=until, **common)
 
-        if together:
-            final = self.pipeline.run(state, components, start=start, until=until, **options)
-        else:
-            final = self._one_after_the_other(state, components, start, until, options, begun or {})
+        try:
+            if together:
+                final = self.pipeline.run(state, components, start=start, until=until, **options)
+            else:
+                final = self._one_after_the_other(state, components, start, until, options, begun or {})
+        except Interrupted as e:
+            e.state, e.finished = self._stamped(state, e.state), [self._stamped(state, one) for one in e.finished]
+            raise
+        final = self._stamped(state, final)
+        facts = self.components.describe() if isinstance(self.components, Components) else {}
+        weights = final.get("weights", {})
         receipt = {
-            **recorder.receipt(self.components.describe() if isinstance(self.components, Components) else {}),
-            "weights": final.get("weights", {}),
+            **recorder.receipt({**facts_of(self.places, recorder.places, weights), **facts}),
+            "weights": weights,
             "hosts": self.places.describe(),
             "seams": self.seams.describe(),
             "pipeline": self.pipeline.names,
         }
         return Result(final, receipt, tuple(self._manifests(final, receipt)) if "video" in final else ())
+
+    def _stamped(self, before: State, after: State) -> State:
+        return stamped(before, after, self.model, self.pipeline)
 
     def _one_after_the_other(
         self,
@@ -262,13 +269,33 @@ def load(
         import torch
 
         torch.set_num_threads(chosen.threads)
-    seams, opened = seams or Seams(), Model.open(chosen.model, chosen)
+    seams = seams or Seams()
+    chosen, opened, places = open_model(chosen)
     pipeline = pipeline_of(opened, chosen)
-    chosen = chosen.model_copy(update={"devices": Places(chosen).devices(pipeline)})
+    chosen = chosen.model_copy(update={"devices": places.devices(pipeline)})
+    check_here(opened, places, pipeline)
     theirs = share_with.components if share_with else None
     shared = theirs.holder.shared if isinstance(theirs, Components) else None
     components = Components(opened, chosen, seams.swaps, shared)
-    return Pipe(opened, chosen, components, pipeline, seams, listeners, open_cache(chosen))
+    return Pipe(opened, chosen, components, pipeline, seams, listeners, open_cache(chosen), places)
+
+
+def open_model(setup: Setup) -> tuple[Setup, Model, Places]:
+    """The model that ``setup`` names, and its places; hosts are asked for the parts that are not here.
+
+    ``setup`` as it was given, but where the model is a host's: then every stage is placed there for which nothing else
+    is said. Raises LoadError, SetupError, and PlaceError or Lost where a host is asked."""
+    host = address(setup.model)
+    if host is None:
+        places = Places(setup)
+        return setup, Model.open(setup.model, setup, scope=scope_of(places, setup.parts)), places
+    first = Places(setup)
+    opened = Model.at(setup.model, model_at(first, host), setup, scope_at(first, host, setup.parts))
+    own = [name for name in setup.parts if name in opened.parts]
+    stages = pipeline_of(opened, setup).stages
+    there = {s.name: host.text for s in stages if s.name != ExpandPrompt.name and not {*s.components} & {*own}}
+    setup = setup.model_copy(update={"placement": {**there, **setup.placement}})
+    return setup, opened, Places(setup)
 
 
 def switch(old: Pipe, new: Pipe) -> Switch:

@@ -19,6 +19,7 @@ from ditkit.build.model import Model, vocabulary
 from ditkit.contracts import Swap
 from ditkit.errors import LoadError, SetupError
 from ditkit.events import SILENT, Events
+from ditkit.mlx import exact_name
 from ditkit.prompting import open_expander
 from ditkit.setup import Setup
 from ditkit.shared import Holder, Shared
@@ -162,17 +163,20 @@ class Components(Mapping[str, Any]):
 
     def describe(self) -> dict[str, dict[str, Any]]:
         with self._lock:
-            return {name: self._facts(name, component) for name, component in self.holder.loaded.items()}
+            return {name: self.facts(name) for name in self.holder.loaded}
 
-    def _facts(self, name: str, component: Any) -> dict[str, Any]:
-        part = self.model.parts[name]
-        facts: dict[str, Any] = {"class": type(component).__name__, "dtype": "none", "device": "cpu"}
-        facts |= {"files": self.files(name)}
+    def facts(self, name: str) -> dict[str, Any]:
+        """What ``describe`` tells of one part, loaded or not; its class only once it is loaded."""
+        part, component = self.model.parts[name], self.holder.loaded.get(name)
+        facts: dict[str, Any] = {} if component is None else {"class": type(component).__name__}
+        facts |= {"dtype": "none", "device": "cpu", "files": self.files(name)}
         if part.source is None:
             return facts
         dtype, device = self.place(name)
         facts |= {"dtype": str(dtype).removeprefix("torch."), "device": device, "layout": part.layout}
-        facts |= {"quantization": part.quantization, "notes": list(part.notes)} | getattr(component, "facts", {})
+        facts |= {"quantization": part.quantization, "notes": list(part.notes)}
+        if (backend := self.setup.backend_of(name)) != "torch":
+            facts |= {"backend": exact_name(backend), **getattr(component, "facts", {})}
         if part.kind != "wan":
             return facts
         more = {"precision": self.setup.precision, "attention": self.setup.attention}

@@ -83,7 +83,7 @@ class Scope:
     ``only``: those that are opened; None for all. Of two experts one is enough then. ``elsewhere``: of parts that may
     lie at a host, what asks that host (None: it has no such part); one that is here, or that the model does not need,
     is not asked for. ``meant``: those of them that are to be the host's, whatever lies here. ``experts``: transformers
-    that the user named, which tells how many there are."""
+    that the user named: a second one is asked for."""
 
     only: Collection[str] | None = None
     elsewhere: Mapping[str, Callable[[], Part | None]] = field(default_factory=dict)
@@ -429,8 +429,8 @@ def _located(
 ) -> Located:
     parts = {name: part for name, part in parts.items() if scope.opens(name)}
     halves = layout == "native" and any((Path(path) / folder).is_dir() for folder in EXPERTS)
-    two = halves or "transformer_2" in (*parts, *scope.experts)
-    needed, far = _needed(parts, two, promised, scope)
+    two = halves or "transformer_2" in parts
+    needed, far = _needed(parts, two, (*promised, *scope.experts), scope)
     whole = {**parts, **far}
     main = whole.get("transformer") or whole.get("transformer_2")
     task = task_of(main.config) if main else None

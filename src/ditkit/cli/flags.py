@@ -91,12 +91,12 @@ def settle(given: Given, below: Layer | None = None) -> tuple[Settled, Model]:
     """All layers; the model that they name is opened (its weights are not read), for its defaults are one of them.
 
     ``below`` is a layer between the model's defaults and the config file. Raises UserError for whatever is wrong."""
-    from ditkit.build import Model
+    from ditkit.pipe import open_model
 
     upper = [_located(layer) for layer in (*([] if below is None else [below]), *given.layers())]
     asked = config.settle(*upper)
     setup = asked.setup()
-    model = Model.open(setup.model, setup)
+    model = open_model(setup)[1]
     family = Layer.of(model.family_defaults_for(asked.values), f"model family (official, {model.task})")
     settled = config.settle(family, Layer.of(model.own_defaults, f"model {setup.model}"), *upper)
     settled.request()  # a fault in a value is told with where the value comes from

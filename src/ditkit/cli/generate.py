@@ -9,7 +9,7 @@ import typer
 from ditkit.cli import job
 from ditkit.cli.flags import Given, Prompt, settle, with_settings
 from ditkit.request import Request
-from ditkit.setup import COMPONENTS, Setup
+from ditkit.setup import Setup
 
 if TYPE_CHECKING:
     from ditkit.config import Settled
@@ -50,6 +50,6 @@ def load(settled: Settled) -> Pipe:
     import ditkit
 
     pipe = ditkit.load(**settled.setup().model_dump())
-    for component in COMPONENTS:
+    for component in pipe.model.parts:  # of those that lie at a host the host knows
         pipe.setup.device_of(component)
     return pipe

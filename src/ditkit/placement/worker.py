@@ -36,7 +36,8 @@ TICK = 0.1
 
 
 class Worker:
-    """``stages``: those that it offers. ``components``: what they call. ``about``: plain facts to announce."""
+    """``stages``: those that it offers. ``components``: what they call. ``about``: plain facts to announce, or
+    what tells them when somebody asks."""
 
     def __init__(self, stages: Mapping[str, Stage], components: Mapping[str, Any], about: Mapping[str, Any]):
         self.stages, self.components, self.about = dict(stages), components, dict(about)
@@ -49,7 +50,7 @@ class Worker:
             "schema": SCHEMA,
             "versions": versions(),
             "machine": machine(),
-            **self.about,
+            **{name: told() if callable(told) else told for name, told in self.about.items()},
             "stages": {name: self._describe(stage) for name, stage in self.stages.items()},
         }
 
