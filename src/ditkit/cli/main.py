@@ -21,6 +21,7 @@ from ditkit.cli import (
     explain,
     fork,
     generate,
+    host,
     inspect,
     lock,
     plan,
@@ -61,7 +62,7 @@ def common(
     pass
 
 
-for module in (generate, expand, demo, run, fork, runs, plan, replay, stages, doctor, inspect, lock, convert):
+for module in (generate, expand, demo, run, fork, runs, plan, replay, stages, host, doctor, inspect, lock, convert):
     module.add_to(app)
 app.add_typer(explain.app, name="config")
 app.add_typer(bench.app, name="bench")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ditkit.errors import PlaceError, SetupError, nearest
 from ditkit.events import Events
 from ditkit.placement.job import WIRE
+from ditkit.placement.spec import Spec
 from ditkit.stage import Stage
 from ditkit.state import SCHEMA
 
@@ -106,6 +107,8 @@ def check_expected(expect: Mapping[str, str], placement: Mapping[str, str]) -> N
     for key, wanted in expect.items():
         if key not in placement:
             raise SetupError(f"expect of {key!r}", f"it is placed nowhere{nearest(key, placement)}", "Use the same key")
+        if Spec.parse(placement[key], key).kind == "here":
+            raise SetupError(f"expect of {key!r}", "it runs in this process", "Leave it out")
         if not re.fullmatch("[0-9a-f]{8,64}", wanted):
             raise SetupError(
                 f"expect of {key!r} as {wanted!r}", "a probe's hash is 8 to 64 hexadecimal digits",

@@ -34,7 +34,6 @@ except ModuleNotFoundError as e:
 
 from ditkit.placement.answers import Absent, Begun, FramesAnswer, Full, TooLarge, Unknown, Wrong, plain_answer, refuse
 
-
 BEARER = HTTPBearer(auto_error=False, description="the host's token")
 
 
@@ -175,8 +174,8 @@ def job_of(text: str, worker: Worker, name: str) -> Job:
         values = None
     if not isinstance(values, dict):
         raise Wrong(f"running stage {name!r}", f"the header {JOB} is no job", "Send {} or a whole one")
-    filled = {"id": uuid.uuid4().hex, "stage": name, "options": options_to_send(stage), **values}
-    job = Job.from_json(json.dumps(filled))
+    whole = json.loads(Job(uuid.uuid4().hex, name, options_to_send(stage)).to_json())
+    job = Job.from_json(json.dumps({**whole, **values}))
     if job.stage != name:
         raise Wrong(f"running stage {name!r}", f"the job is for {job.stage!r}", "Name one stage")
     return job

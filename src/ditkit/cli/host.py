@@ -1,0 +1,97 @@
+"""``ditkit host``: offer stages of a model to other machines."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ditkit import config
+from ditkit.cli.flags import Given, kebab, model_name, to_path, with_settings
+from ditkit.errors import SetupError
+from ditkit.request import Request
+from ditkit.setup import Setup
+
+Stages = Annotated[
+    list[str] | None, typer.Option(help="Stages to offer, with commas between them. Default: all.", metavar="A,B")
+]
+Port = Annotated[int, typer.Option(help="0 for a free one.", min=0, max=65535)]
+Address = Annotated[str, typer.Option("--host", help="An address of this machine; others than loopback need a token.")]
+TokenFile = Annotated[
+    Path | None, typer.Option(parser=to_path, metavar="FILE", help="The token; else DITKIT_HOST_TOKEN.")
+]
+MaxBytes = Annotated[int, typer.Option(help="How large a State may be that comes in.", min=1)]
+Queue = Annotated[int, typer.Option(help="How many jobs may wait.", min=0)]
+Lazy = Annotated[bool, typer.Option("--lazy", help="Load parts when they are first needed.")]
+Backend = Annotated[str | None, typer.Option(help="What computes the text encoder: torch, mlx, mlx-8bit or mlx-4bit.")]
+Key = Annotated[Path | None, typer.Option(parser=to_path, metavar="FILE", help="Key of the TLS certificate.")]
+Certificate = Annotated[Path | None, typer.Option(parser=to_path, metavar="FILE", help="The TLS certificate.")]
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command("host")(host)
+
+
+@with_settings
+def host(
+    given: Given,
+    stages: Stages = None,
+    port: Port = 8700,
+    address: Address = "127.0.0.1",
+    token_file: TokenFile = None,
+    max_bytes: MaxBytes = 2_000_000_000,
+    queue: Queue = 4,
+    lazy: Lazy = False,
+    backend: Backend = None,
+    ssl_keyfile: Key = None,
+    ssl_certfile: Certificate = None,
+) -> int:
+    """Offer stages of a model over HTTP, until Ctrl-C. Prints its address when it listens."""
+    from ditkit.placement.host import Limits
+    from ditkit.placement.listen import Host, bind
+    from ditkit.placement.offer import load_all, worker_of
+    from ditkit.placement.tokens import token_in, token_of
+
+    if (ssl_keyfile is None) != (ssl_certfile is None):
+        raise SetupError(
+            "a host with TLS", "only one of its two files is given", "Give --ssl-keyfile and --ssl-certfile"
+        )
+    setup = setup_of(given, backend)
+    token = token_in(token_file) if token_file is not None else token_of()
+    wanted = [name.strip() for text in stages for name in text.split(",")] if stages else None
+    with bind(address, port, token) as listener:
+        worker = worker_of(setup, wanted)
+        if not lazy:
+            load_all(worker)
+            worker.describe()  # fingerprints, which read all files once
+        server = Host(
+            worker, listener, token, Limits(max_bytes, queue), announce=lambda url: tell(url, list(worker.stages)),
+            ssl_keyfile=ssl_keyfile, ssl_certfile=ssl_certfile,
+        )  # fmt: skip
+        with contextlib.suppress(KeyboardInterrupt):  # uvicorn has ended in order, and hands the signal on
+            server.serve_here()
+    return 0
+
+
+def setup_of(given: Given, backend: str | None) -> Setup:
+    """Raises SetupError; also for a typed setting of a request, which comes with each job."""
+    for key in given.named():
+        if key in Request.model_fields:
+            raise SetupError(f"a host with --{kebab(key)}", "requests come with the jobs", "Leave it out")
+    settled = config.settle(*given.layers())
+    setup = settled.setup()
+    if backend is not None:
+        if setup.backends.get("text_encoder", backend) != backend:
+            raise SetupError(
+                f"--backend {backend}",
+                f"{settled.origins['backends']} says {setup.backends['text_encoder']}",
+                "Give one",
+            )
+        setup = Setup.of({**settled.of(Setup), "backends": {**setup.backends, "text_encoder": backend}})
+    return setup.model_copy(update={"model": model_name(setup.model)})
+
+
+def tell(url: str, stages: list[str]) -> None:
+    print(f"{url} offers {', '.join(stages)}", flush=True)
