@@ -105,7 +105,7 @@ class Denoise(BaseStage):
                     ctx.kept(done, partial(as_fields, sigmas, *reached))
         except KeyboardInterrupt:
             raise Stopped(as_fields(sigmas, *reached)) from None
-        return as_fields(sigmas, x, {} if done == len(steps) else history, done)
+        return as_fields(sigmas, x, history, done)
 
     def begin(
         self, inputs: Mapping[str, Any], ctx: Context, transformer: Any
@@ -155,6 +155,7 @@ def with_known(x: Tensor, inputs: Mapping[str, Any]) -> Tensor:
 
 
 def as_fields(sigmas: list[float], x: Tensor, history: Mapping[str, Tensor], done: int) -> dict[str, Any]:
-    """How the loop stands, as the State holds it: on the CPU."""
-    remembered = {name: tensor.cpu() for name, tensor in history.items()}
+    """How the loop stands, as the State holds it: on the CPU. One that has taken all its steps remembers nothing, also
+    when Ctrl-C came right after the last one."""
+    remembered = {} if done == len(sigmas) - 1 else {name: tensor.cpu() for name, tensor in history.items()}
     return {"latents": x.cpu(), "sigmas": sigmas, "step": done, "history": remembered}
