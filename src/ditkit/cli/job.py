@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shlex
 import signal
+import sys
 import threading
 import unicodedata
 from collections.abc import Iterator, Mapping
@@ -22,9 +24,12 @@ import typer
 from ditkit.cli import expansion, show
 from ditkit.cli.flags import flag_of, to_path
 from ditkit.errors import DitkitError, OutputError, PipelineError
+from ditkit.events import Event
 
 if TYPE_CHECKING:
+    from ditkit.contracts import Step
     from ditkit.pipe import Pipe, Result
+    from ditkit.runs import Run
     from ditkit.state import State
 
 Out = Annotated[
@@ -57,7 +62,8 @@ class Kept(DitkitError):
 
 @dataclass(frozen=True)
 class Goal:
-    """Which part of a run is wanted and where its results go; ``setup`` are the settings that somebody gave for it."""
+    """Which part of a run is wanted and where its results go; ``setup`` are the settings that somebody gave for it.
+    ``run``: the folder that keeps its States, if one does; ``kept``: one does, and may not be there yet."""
 
     out: Path
     sheet: Path | None
@@ -68,6 +74,14 @@ class Goal:
     setup: Mapping[str, Any] | None = None
     quiet: bool = False
     json: bool = False
+    run: Run | None = None
+    kept: bool = False
+
+    def at(
+        self, out: Path, sheet: Path | None, setup: Mapping[str, Any], run: Run | None = None, kept: bool = False
+    ) -> Goal:
+        """The same part of a run, with places for its results."""
+        return replace(self, out=out, sheet=sheet, setup=setup, run=run, kept=kept or run is not None)
 
 
 def default_out(prompt: str, seed: int) -> Path:
@@ -93,29 +107,58 @@ def carry_out(pipe: Pipe, state: State, goal: Goal) -> None:
     """Raises Kept on Ctrl-C, and whatever error of ditkit's comes up; before any compute where it can be foreseen."""
     from ditkit import samples
     from ditkit.pipeline import Interrupted
+
+    steps, makes_video = check(pipe, state, goal)
+    out = show.console(stderr=goal.json)
+    if not goal.quiet:
+        out.print(show.step_table(steps))
+    view = show.view(out, goal.quiet, pipe.look(), state["request"]["frames"])
+    listeners = [show.warn_of_truncation, note, *([] if view is None else [view])]
+    result: Result | None = None
+    try:
+        if goal.run is None:
+            state, goal = expansion.before_run(pipe, state, goal, out)
+        with view or nullcontext():
+            part: dict[str, Any] = {"start": goal.start, "until": goal.until, "stop_at_step": goal.stop_at_step}
+            if goal.run is None:
+                result = pipe.run(state, **part, listeners=listeners)
+            else:
+                del part["start"]
+                result = goal.run.go(**part, listeners=listeners)
+        files = write(result, goal, makes_video)
+    except Interrupted as e:
+        if goal.run is not None:
+            raise kept_in(goal.run, e.stage, goal) from None
+        waiting = [] if not one_of_several(e.state, state) else samples.split(state)[len(e.finished) + 1 :]
+        raise keep([*e.finished, e.state, *waiting], e.stage, goal, pipe) from None
+    except KeyboardInterrupt:  # outside the stages: before the first, or while the results were written
+        if goal.run is not None:
+            raise kept_in(goal.run, None, goal) from None
+        raise keep([state if result is None else result.state], None, goal, pipe) from None
+    report(result, files, goal, out)
+
+
+def note(event: Event) -> None:
+    """What a run found in its folder."""
+    if event.name == "run.note":
+        say(event["text"])
+
+
+note.ignores = frozenset({"prediction", "frames"})  # type: ignore[attr-defined]
+
+
+def say(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)
+
+
+def check(pipe: Pipe, state: State, goal: Goal) -> tuple[list[Step], bool]:
+    """The step table, and whether the run makes a video. Raises what can be known to go wrong."""
     from ditkit.request import Request
 
     steps = pipe.steps(Request(**state["request"]))
     makes_video = check_goal(pipe, state, goal, len(steps))
     check_places(state, goal, makes_video)
-    out = show.console(stderr=goal.json)
-    if not goal.quiet:
-        out.print(show.step_table(steps))
-    view = show.view(out, goal.quiet, pipe.look(), state["request"]["frames"])
-    listeners = [show.warn_of_truncation, *([] if view is None else [view])]
-    result: Result | None = None
-    try:
-        state, goal = expansion.before_run(pipe, state, goal, out)
-        with view or nullcontext():
-            part: dict[str, Any] = {"start": goal.start, "until": goal.until, "stop_at_step": goal.stop_at_step}
-            result = pipe.run(state, **part, listeners=listeners)
-        files = write(result, goal, makes_video)
-    except Interrupted as e:
-        waiting = [] if not one_of_several(e.state, state) else samples.split(state)[len(e.finished) + 1 :]
-        raise keep([*e.finished, e.state, *waiting], e.stage, goal, pipe) from None
-    except KeyboardInterrupt:  # outside the stages: before the first, or while the results were written
-        raise keep([state if result is None else result.state], None, goal, pipe) from None
-    report(result, files, goal, out)
+    return steps, makes_video
 
 
 def one_of_several(part: State, whole: State) -> bool:
@@ -143,7 +186,7 @@ def check_goal(pipe: Pipe, state: State, goal: Goal, steps: int) -> bool:
     last = len(names) - 1 if goal.until is None else names.index(goal.until)
     early = goal.stop_at_step is not None and goal.stop_at_step < steps
     makes = "video" in state or (not early and any("video" in s.writes for s in pipe.pipeline.stages[: last + 1]))
-    if not makes and goal.state is None:
+    if not makes and goal.state is None and not goal.kept:
         raise PipelineError("a run that stops before its video is made", "it would leave nothing behind",
                             "Add --save-state FILE")  # fmt: skip
     return makes
@@ -215,12 +258,16 @@ def report(result: Result, files: dict[str, list[Path]], goal: Goal, out: Any) -
         for line in show.whereabouts(result.receipt):
             out.print(line)
     if goal.json:
-        told = {kind: [str(path) for path in paths] for kind, paths in files.items()}
+        told: dict[str, Any] = {kind: [str(path) for path in paths] for kind, paths in files.items()}
         keys = ("stages", "loads", "steps", "skipped", "truncated", "places", "travelled", "cached", "retries")
         told |= {key: result.receipt[key] for key in keys}
+        told |= {} if goal.run is None else {"run": str(goal.run.path)}
         told["output_sha256"] = [m["output_sha256"] for m in result.manifests]
         print(json.dumps(told))
         return
+    if goal.run is not None and not goal.quiet:
+        count, size = goal.run.states.nbytes()
+        out.print(f"run    {shown(goal.run.path)} (States kept: {count}, {show.size(size)})")
     for kind, paths in files.items():
         for path in paths:
             out.print(str(path) if goal.quiet else f"{kind[:-1]:6} {path}")
@@ -243,6 +290,37 @@ def keep(states: list[State], stage: str | None, goal: Goal, pipe: Pipe) -> Kept
     return Kept(f"interrupted in {stage or 'the run'}{''.join(reached)}",
                 f"everything until then is kept in {', '.join(map(str, paths))}",
                 "\n".join(["Resume with:", *commands]))  # fmt: skip
+
+
+def kept_in(run: Run, stage: str | None, goal: Goal) -> Kept:
+    """What to say of an interrupted run whose folder has all that was done."""
+    words = ["ditkit", "run", "--resume", shown(run.path)]
+    part: list[tuple[str, object]] = [("--until", goal.until), ("--stop-at-step", goal.stop_at_step)]
+    for flag, value in (*part, ("--save-state", goal.state)):
+        words += [] if value is None else [flag, str(value)]
+    if goal.out.absolute() != run.out:
+        words += ["--out", str(goal.out)]
+    if goal.sheet != run_sheet(run, goal.out) and not (goal.sheet and goal.sheet.absolute() == run_sheet(run, run.out)):
+        words += ["--no-sheet"] if goal.sheet is None else ["--sheet", str(goal.sheet)]
+    for key, value in (goal.setup or {}).items():
+        words += [] if run.description.setup.get(key) == value or key == "model" else flag_of(key, value)
+    return Kept(f"interrupted in {stage or 'the run'}", f"everything until then is kept in {shown(run.path)}",
+                f"Resume with:\n  {shlex.join(words)}")  # fmt: skip
+
+
+def run_sheet(run: Run, out: Path) -> Path | None:
+    """The contact sheet of a run that writes its clip to ``out``."""
+    chosen = run.description.sheet
+    return Path(chosen) if isinstance(chosen, str) else sheet_for(out, None, no_sheet=not chosen)
+
+
+def shown(path: Path) -> str:
+    """A run's folder by its bare name where that is enough, else as short as can be."""
+    from ditkit.runs import located
+
+    if located(path.name) == path:
+        return path.name
+    return os.path.join(".", os.path.relpath(path)) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def resume(path: Path, goal: Goal, model: str) -> list[str]:

@@ -139,12 +139,13 @@ def _kept_where_it_fits(pipe: Pipe, state: State, computes_anew: bool, end: int 
     """``state`` without the results, among the stages before ``end``, that its own request would make otherwise."""
     names = []
     for stage in pipe.pipeline.stages[:end]:
-        stale = bool(pipe.pipeline.outdated(stage, state))
+        unwanted = bool(stage.unwanted(state))
+        stale = bool(pipe.pipeline.outdated(stage, state)) or (unwanted and stage.name in state.get("records", {}))
         if computes_anew and not stale and (record := state.get("records", {}).get(stage.name)):
             weights = {n: fingerprint_in(pipe.components, n) for n in stage.components if n in pipe.components}
             stale = any(record["weights"].get(n, print_) != print_ for n, print_ in weights.items())
             stale = stale or record["options"] != options_of(stage)
-        ready, begun = all(n in state for n in stage.triggers), any(n in state for n in stage.loop)
+        ready, begun = not unwanted and all(n in state for n in stage.triggers), any(n in state for n in stage.loop)
         if stale or (ready and not begun and not stage.done(state)):
             names.append(stage.name)
     return taken_back(pipe.pipeline, state, names, end)

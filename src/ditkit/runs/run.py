@@ -84,10 +84,7 @@ class Run:
         """A run that goes on from ``state``. ``setup``: the settings to open its model with next time; by default all
         of the pipe's that are not ditkit's defaults."""
         folder = located(path)
-        if every < 1:
-            raise SetupError(f"keeping a State every {every} steps", "that is never", "Give 1 or more")
-        if keep_steps not in ("last", "all"):
-            raise SetupError(f"keep_steps={keep_steps!r}", "it is neither of two", "Give last or all")
+        check_new(folder, every, keep_steps)
         request = state["request"]
         description = Description(
             id=uuid.uuid4().hex,
@@ -104,10 +101,9 @@ class Run:
             parent=parent,
         )
         run = cls(folder, description, pipe)
-        refuse_existing(folder)
         run.states.make()
         with run.held():
-            refuse_existing(folder)
+            check_new(folder, every, keep_steps)
             run.sweep()
             run.states.clear()  # of a process that was killed before it wrote run.json
             run.states.save(WHOLE, state, only=True)
@@ -159,6 +155,11 @@ class Run:
             tell(f"clip {index} begins again: its newest State is damaged and there is no older one of its own ({e})")
             return None
 
+    def keep(self, state: State) -> None:
+        """Put ``state`` in the place of the newest one; of a run that has not gone on yet."""
+        with self.held():
+            self.states.save(WHOLE, state, self.description.keep_steps == "last")
+
     def _lost(self, found: str) -> StateError:
         return StateError(
             f"going on with the run {self.path}",
@@ -186,7 +187,8 @@ class Run:
 
         with self.held():
             self.sweep()
-            state, begun = self.state(tell), dict[int, State]()
+            state = self.state(tell)
+            begun: dict[int, State] = {}
             if description.clips > 1 and not description.request["batched"]:
                 found = {i: self.clip_state(i, tell) for i in range(description.clips)}
                 begun = {i: clip_state for i, clip_state in found.items() if clip_state is not None}
@@ -250,7 +252,12 @@ def given(setup: Setup) -> dict[str, Any]:
     return {**changed, "model": setup.model}
 
 
-def refuse_existing(folder: Path) -> None:
+def check_new(folder: Path, every: int = 1, keep_steps: str = "last") -> None:
+    """Raise what stands against a new run there."""
+    if every < 1:
+        raise SetupError(f"keeping a State every {every} steps", "that is never", "Give 1 or more")
+    if keep_steps not in ("last", "all"):
+        raise SetupError(f"keep_steps={keep_steps!r}", "it is neither of two", "Give last or all")
     if (folder / NAME).exists():
         raise StateError(
             f"beginning the run {folder}", "there is one already", f"Go on with it: --resume {folder}; or name another"
