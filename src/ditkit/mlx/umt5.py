@@ -166,8 +166,8 @@ def _inside(x: mx.array) -> mx.array:
 class MLXTextEncoder:
     """Satisfies ``contracts.TextEncoder``. Threads may share an encoder; they take turns."""
 
-    def __init__(self, network: Network, dtype: torch.dtype, where: str, backend: str, identify: Callable[[], str]):
-        self.network, self.dtype, self.where, self.backend, self.identify = network, dtype, where, backend, identify
+    def __init__(self, network: Network, dtype: torch.dtype, where: str, identify: Callable[[], str]):
+        self.network, self.dtype, self.where, self.identify = network, dtype, where, identify
         self.vocab_size, self.dim = network.sizes.vocab_size, network.sizes.d_model
 
     @classmethod
@@ -197,7 +197,7 @@ class MLXTextEncoder:
             about = json.dumps([source.fingerprint, str(dtype), sizes, exact_name(backend)], sort_keys=True)
             return hashlib.sha256(about.encode()).hexdigest()
 
-        return cls(Network(config, weights), dtype, device, backend, identify)
+        return cls(Network(config, weights), dtype, device, identify)
 
     @property
     def fingerprint(self) -> str:
@@ -211,7 +211,8 @@ class MLXTextEncoder:
 
     @property
     def facts(self) -> dict[str, Any]:
-        return {"backend": exact_name(self.backend), "weight_bytes": self.nbytes}
+        """What is known only once it is loaded."""
+        return {"weight_bytes": self.nbytes}
 
     def __call__(self, ids: Sequence[int]) -> Tensor:
         """Ids of one prompt, unpadded -> [len(ids), D] in the encoder's dtype, on the CPU.
