@@ -18,6 +18,7 @@ from ditkit.build import MODELS, Components
 from ditkit.errors import DitkitError, LoadError, StateError
 from ditkit.events import Listener
 from ditkit.pipe import Pipe, Result, load
+from ditkit.placement.elsewhere import address, files_at
 from ditkit.receipt import versions
 from ditkit.request import Request
 from ditkit.setup import COMPONENTS, Setup
@@ -134,7 +135,7 @@ def _usable(components: Mapping[str, Any], machine: Mapping[str, Any]) -> bool:
     for name, facts in components.items():
         if name not in (*COMPONENTS, "tokenizer") or not isinstance(facts, dict):
             return False
-        texts, files = (facts.get("device"), facts.get("dtype")), facts.get("files")
+        texts, files = (facts.get("device"), facts.get("dtype"), facts.get("place", "")), facts.get("files")
         if not isinstance(files, dict) or not all(isinstance(x, str) for x in (*texts, *files.values())):
             return False
         if any(Path(file).name != file for file in files) or not isinstance(facts.get("swaps", []), list):
@@ -143,29 +144,45 @@ def _usable(components: Mapping[str, Any], machine: Mapping[str, Any]) -> bool:
     return isinstance(machine.get("versions", {}), dict) and (type(threads) is int and threads > 0)
 
 
-def prepare(script: Script, model: str | None = None) -> Pipe:
+def prepare(script: Script, model: str | None = None, here: bool = False) -> Pipe:
     """Check the weights' hashes and open the model where and how it ran: a device or dtype that was chosen then is
-    named now. ``model`` is where it is now, if not in its old place. Raises LoadError, SetupError."""
+    named now. ``model`` is where it is now, if not in its old place. ``here``: all stages run in this process, wherever
+    they ran then. Raises LoadError, SetupError, and PlaceError or Lost when a host of that time is gone."""
     folder = script.setup.model if model is None else model
-    if model is None and folder not in MODELS and not folder.startswith("hf:") and not Path(folder).exists():
+    if here and address(folder) is not None:
+        raise LoadError(f"replaying {script.file} here", f"its model was at {folder}",
+                        "Name a folder with the same files, with --model")  # fmt: skip
+    named = folder in MODELS or folder.startswith("hf:") or address(folder) is not None
+    if model is None and not named and not Path(folder).exists():
         raise LoadError(f"replaying {script.file}", f"its model {folder!r} is not there",
                         "Name the folder where it is now, with --model")  # fmt: skip
     places: dict[str, dict[str, str]] = {"devices": {}, "dtypes": {}}
+    kept = script.setup.model_dump()
     for name, facts in script.manifest["components"].items():
-        if name in COMPONENTS:
-            places["devices"][name], places["dtypes"][name] = facts["device"], facts["dtype"]
+        place = "" if here else facts.get("place", "")
+        if name in COMPONENTS and address(place) is None:  # a host has settings of its own
+            places["dtypes"][name] = facts["dtype"]
+            places["devices"] |= {} if "place" in facts else {name: facts["device"]}
+    if here:
+        parts = {name: where for name, where in kept["parts"].items() if address(where) is None}
+        kept |= {"placement": {}, "expect": {}, "parts": parts}
     # A cache would give back the clip that is to be made again.
-    pipe = load(**{**script.setup.model_dump(), **places, "threads": None, "model": folder, "cache": None})
+    pipe = load(**{**kept, **places, "threads": None, "model": folder, "cache": None})
     check_weights(script, pipe)
     return pipe
 
 
 def check_weights(script: Script, pipe: Pipe) -> None:
-    """The files of each part against what the clip was made with; nothing is loaded. Raises LoadError."""
+    """The files of each part against what the clip was made with, wherever they lie; nothing is loaded. Raises
+    LoadError, PlaceError."""
     assert isinstance(pipe.components, Components)
+    there = files_at(pipe.places)
     for component, facts in script.manifest["components"].items():
         asked = f"replaying {script.file} with the {component} of {pipe.setup.model}"
-        now = pipe.components.files(component) if component in pipe.components else {}
+        if (place := facts.get("place")) in there:
+            asked, now = f"{asked} at {place}", there[place].get(component, {})
+        else:
+            now = pipe.components.files(component) if component in pipe.components else {}
         for name, recorded in facts["files"].items():
             if name not in now:
                 raise LoadError(asked, f"the clip was made with {name}, and it is not there", "Bring it back")

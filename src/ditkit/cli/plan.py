@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import typer
@@ -17,6 +17,8 @@ from ditkit.setup import COMPONENTS
 
 if TYPE_CHECKING:
     from ditkit.config import Settled
+    from ditkit.pipe import Pipe
+    from ditkit.running import Segment
 
 
 def add_to(app: typer.Typer) -> None:
@@ -37,14 +39,32 @@ def plan(given: Given, prompt: Prompt = None) -> None:
         out.print(show.heading(title))
         out.print(show.table(("setting", "value", "from"), rows(settings, settled, by_image)))
     out.print(show.heading("Components"))
-    places = [
-        (name, pipe.setup.device_of(name), pipe.setup.dtype_of(name)) for name in COMPONENTS if name in pipe.model.parts
-    ]
-    out.print(show.table(("component", "device", "dtype"), places))
+    known = pipe.model.known
+    devices = [(name, *device_of(pipe, name)) for name in COMPONENTS if name in known]
+    out.print(show.table(("component", "device", "dtype"), devices))
+    out.print(show.heading("Places"))
+    where = pipe.places.of_run(pipe.pipeline, pipe.components, pipe.seams, lambda: pipe.steps(request))
+    places = [(name, *row) for name in pipe.pipeline.names for row in places_of(where.get(name))]
+    out.print(show.table(("stage", "from step", "place"), places))
     out.print(show.heading("Stages"))
     out.print(stages.stage_table(pipe.pipeline))
     out.print(show.heading("Steps"))
     out.print(show.step_table(pipe.steps(request), whole=True))
+
+
+def device_of(pipe: Pipe, name: str) -> tuple[str, str]:
+    """Device and dtype of a component; of one that lies at a host, what the host says."""
+    part = pipe.model.known[name]
+    if part.place is None:
+        return pipe.setup.device_of(name), pipe.setup.dtype_of(name)
+    return f"{part.told.get('device')} at {part.place}", str(part.told.get("dtype"))
+
+
+def places_of(segments: Sequence[Segment] | None) -> list[tuple[str, str]]:
+    """From which step on, and where; of a stage that simply runs here one row."""
+    if not segments:
+        return [("", "here")]
+    return [("" if len(segments) == 1 else str(one.from_step), one.place.name) for one in segments]
 
 
 def rows(settings: Settings, settled: Settled, origins: Mapping[str, str]) -> list[tuple[str, str, str]]:

@@ -47,6 +47,9 @@ def replay(
         list[str] | None,
         typer.Option(metavar="NAME=FILE", help="Where a picture of its request is now, such as image=a.png."),
     ] = None,
+    here: Annotated[
+        bool, typer.Option("--here", help="Run all stages here, though some ran at hosts or in other processes.")
+    ] = False,
     quiet: Quiet = False,
 ) -> int:
     """Make a clip again and compare: exit code 0 when every pixel is the same, 1 when not."""
@@ -59,7 +62,7 @@ def replay(
     request = script.request
     if out is not None:
         media.check_writable(out, width=request.width, height=request.height, fps=request.fps)
-    pipe = replays.prepare(script, None if model is None else model_name(model))
+    pipe = replays.prepare(script, None if model is None else model_name(model), here)
     for difference in replays.machine_differences(script.manifest):
         print(f"note: {difference}", file=sys.stderr)
     console = show.console()

@@ -152,6 +152,12 @@ def check_agree(model: Model, places: Places, stages: Iterable[Stage]) -> None:
                 )  # fmt: skip
 
 
+def files_at(places: Places) -> dict[str, dict[str, dict[str, str]]]:
+    """For each host its parts' files by name, with their hashes. Raises Lost, PlaceError."""
+    hosts = {spec.text: _told(places, spec) for spec in places.specs.values() if spec.kind == "http"}
+    return {host: {name: dict(told.get("files", {})) for name, told in parts.items()} for host, parts in hosts.items()}
+
+
 def facts_of(places: Places, ran: Mapping[str, Iterable[str]], weights: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     """For the receipt: components that worked elsewhere, as the places tell of them. ``ran``: stage -> names of the
     places where it ran; ``weights``: the fingerprints of what worked."""
