@@ -17,7 +17,7 @@ PROMPT = "a yellow square moving up on a teal background"
 command = [sys.executable, "-m", "ditkit", "host", "--stages", "encode_text", "--port", "0", "--model", args.model]
 with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as host:
     try:
-        address = host.stdout.readline().split()[-1]  # the host prints it when it listens
+        address = host.stdout.readline().split()[0]  # it says where it listens, and what it offers
         print(f"the text encoder is at {address}")
 
         here = ditkit.load(args.model)(PROMPT, seed=3)

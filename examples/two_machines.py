@@ -20,16 +20,14 @@ def host(*stages):
     command = [sys.executable, "-m", "ditkit", "host", "--stages", ",".join(stages), "--port", "0"]
     with subprocess.Popen([*command, "--model", args.model], stdout=subprocess.PIPE, text=True) as process:
         try:
-            yield process.stdout.readline().split()[-1]
+            yield process.stdout.readline().split()[0]
         finally:
             process.terminate()
 
 
 with host("encode_text", "denoise") as first, host("denoise") as second:
     here = ditkit.load(args.model)
-    step = (
-        here.model.request({}).steps // 2
-    )  # with Wan 2.2 one would write denoise.transformer and denoise.transformer_2
+    step = here.model.request({}).steps // 2
     placement = {"encode_text": first, "denoise": first, f"denoise@{step}": second}
     pipe = ditkit.load(args.model, placement=placement)
     moved = pipe(PROMPT, seed=5)
