@@ -175,7 +175,10 @@ def job_of(text: str, worker: Worker, name: str) -> Job:
     if not isinstance(values, dict):
         raise Wrong(f"running stage {name!r}", f"the header {JOB} is no job", "Send {} or a whole one")
     whole = json.loads(Job(uuid.uuid4().hex, name, options_to_send(stage)).to_json())
-    job = Job.from_json(json.dumps({**whole, **values}))
+    try:
+        job = Job.from_json(json.dumps({**whole, **values}))
+    except PlaceError as e:
+        raise Wrong(e.asked, e.found, e.do) from None
     if job.stage != name:
         raise Wrong(f"running stage {name!r}", f"the job is for {job.stage!r}", "Name one stage")
     return job
