@@ -240,6 +240,13 @@ def test_loading_is_strict(saved, change, said):  # noqa: F811
         load(saved)
 
 
+def test_the_real_encoder_has_the_tensors_that_torch_has():
+    sizes = UMT5Config()
+    theirs = {name: tuple(t.shape) for name, t in build(sizes).state_dict().items() if "embed_tokens" not in name}
+    assert shapes(sizes) == theirs
+    assert sum(torch.Size(shape).numel() for shape in theirs.values()) == 5_680_910_336
+
+
 # --- packed weights
 
 
@@ -372,6 +379,17 @@ def test_a_dtype_or_device_that_mlx_does_not_have():
         text_encoder_of(Setup(dtype="float64", backends={"text_encoder": "mlx"}))
     with pytest.raises(SetupError, match="MLX computes it on cpu"):
         Setup(device="cuda:7", backends={"text_encoder": "mlx"}).device_of("text_encoder")
+
+
+def test_on_apple_silicon_its_gpu_and_bfloat16_are_chosen(monkeypatch):
+    """Which devices there are is all that is pretended."""
+    import mlx.core as mx
+
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    setup = Setup(backends={"text_encoder": "mlx"})
+    assert (setup.device_of("text_encoder"), setup.dtype_of("text_encoder")) == ("mps", "bfloat16")
+    on_cpu = Setup(backends={"text_encoder": "mlx"}, devices={"text_encoder": "cpu"})
+    assert (on_cpu.device_of("text_encoder"), on_cpu.dtype_of("text_encoder")) == ("cpu", "float32")
 
 
 def test_without_mlx_the_error_gives_the_install_line(monkeypatch):

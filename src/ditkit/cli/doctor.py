@@ -13,6 +13,7 @@ from ditkit.cli import show
 OPTIONAL = {
     "huggingface_hub": 'models from the hub: pip install "ditkit[hub]"',
     "gguf": 'GGUF files: pip install "ditkit[gguf]"',
+    "mlx": 'the text encoder on Apple silicon: pip install "ditkit[mlx]"',
     "diffusers": "tests only",
     "accelerate": "tests only",
 }
