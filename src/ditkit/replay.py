@@ -127,6 +127,9 @@ def read(path: str | os.PathLike[str]) -> Script:
         raise StateError(
             asked, f"its run was changed by {', '.join(plugs)}", "Repeat it from Python, with the same parts"
         )
+    if isinstance(fork := manifest.get("fork"), dict) and fork.get("spliced"):
+        raise StateError(asked, f"its first steps were taken with other settings, by the run {fork.get('path')} or one "
+                         "before it", "Fork that run again, as its fork was")  # fmt: skip
     return Script(file, manifest, request, setup, clip)
 
 

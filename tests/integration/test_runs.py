@@ -464,6 +464,21 @@ def test_run_resume_fork_and_list(call, model, tmp_path, monkeypatch):
     assert told[1]["parent"]["changed"] == {"guidance_scale": [told[0]["request"]["guidance_scale"], 3.0]}
 
 
+def test_what_the_request_alone_does_not_make_is_not_replayed(call, model):
+    assert call("run", PROMPT, "--model", model, "--run", "a", "--quiet").code == 0
+    words = ["--set", "guidance_scale=3", "--quiet", "--no-sheet"]
+    assert call("fork", "a", "--at-step", "2", "--run", "middle", *words, "--out", "m.npz").code == 0
+    assert call("fork", "a", "--run", "anew", *words, "--out", "n.npz").code == 0
+    assert (
+        call("fork", "middle", "--run", "colder", "--set", "rounding=diffusers", *words[2:], "--out", "c.npz").code == 0
+    )
+    for name in ("m.npz", "c.npz"):
+        said = call("replay", name)
+        assert said.code == 2
+        assert "its first steps were taken with other settings" in said.err
+    assert call("replay", "n.npz").code == 0
+
+
 def test_setup_may_be_given_anew_and_is_remembered(call, model, tmp_path):
     assert call("run", PROMPT, "--model", model, "--run", "a", "--stop-at-step", "2", "--no-remember-text",
                 "--quiet").code == 0  # fmt: skip
