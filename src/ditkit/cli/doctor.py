@@ -8,10 +8,16 @@ import platform
 
 import typer
 
+from ditkit import config
 from ditkit.cli import show
+from ditkit.cli.flags import Given, kebab, model_name, with_settings
+from ditkit.errors import SetupError
+from ditkit.setup import Setup
 
 OPTIONAL = {
     "huggingface_hub": 'models from the hub: pip install "ditkit[hub]"',
+    "fastapi": 'hosts over HTTP and child processes: pip install "ditkit[remote]"',
+    "ray": 'many machines: pip install "ditkit[ray]"',
     "gguf": 'GGUF files: pip install "ditkit[gguf]"',
     "mlx": 'the text encoder on Apple silicon: pip install "ditkit[mlx]"',
     "diffusers": "tests only",
@@ -24,12 +30,34 @@ def add_to(app: typer.Typer) -> None:
     app.command("doctor")(doctor)
 
 
-def doctor() -> int:
-    """Show versions, devices, encoders and the embedded model; exit code 1 when something needed is missing."""
+@with_settings
+def doctor(given: Given) -> int:
+    """Show versions, devices, encoders and the embedded models; with --placement instead the places that stages run at:
+    latency, versions, device and probe. Exit code 1 when something is missing or wrong."""
+    setup = config.settle(*given.layers()).setup()
+    if setup.placement:
+        return check_places(given, setup)
+    if given.named():
+        raise SetupError(
+            f"doctor with --{kebab(given.named()[0])}", "without a placement there is nothing that it is for",
+            "Leave it out, or give --placement STAGE=PLACE",
+        )  # fmt: skip
     checks = [*software(), *hardware(), encoder(), *embedded_model()]
     out = show.console()
     out.print(show.table(("", "what", "found"), [("ok" if ok else "!!", what, found) for ok, what, found in checks]))
     return 0 if all(ok for ok, _, _ in checks) else 1
+
+
+def check_places(given: Given, setup: Setup) -> int:
+    from ditkit.cli import places
+
+    for key in given.named():
+        if key not in Setup.model_fields:
+            raise SetupError(f"doctor with --{kebab(key)}", "places are not asked for clips", "Leave it out")
+    rows = places.check(setup.model_copy(update={"model": model_name(setup.model)}))
+    cells = [("ok" if good else "!!", *row) for good, row in rows]
+    show.console().print(show.table(places.HEADINGS, cells))
+    return 0 if all(good for good, _ in rows) else 1
 
 
 def software() -> list[tuple[bool, str, str]]:

@@ -1,0 +1,92 @@
+"""What ``ditkit doctor --placement`` shows: every place that stages run at, asked who it is.
+
+Leaves out: this machine (``doctor.py``).
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ditkit.errors import DitkitError, nearest
+from ditkit.placement import Places
+from ditkit.placement.handshake import Handshake
+from ditkit.placement.probe import has_probe
+from ditkit.placement.remote import Channel
+from ditkit.placement.spec import Spec, Target
+from ditkit.receipt import versions
+from ditkit.setup import Setup
+
+HEADINGS = ("", "stage", "place", "latency", "versions", "device", "probe")
+QUESTIONS = 5
+
+Row = tuple[bool, list[str]]
+
+
+def check(setup: Setup) -> list[Row]:
+    """For each entry of ``placement`` whether it is in order, and what was found."""
+    places = Places(setup)
+    try:
+        return [*_rows(setup, places)]
+    finally:
+        places.close()
+
+
+def _rows(setup: Setup, places: Places) -> Iterator[Row]:
+    for key, text in setup.placement.items():
+        target, spec = Target.parse(key), Spec.parse(text, key)
+        if spec.kind == "here":
+            yield True, [key, text, "", "", "", ""]
+            continue
+        try:
+            remote = places.remote(spec)
+            said = remote.handshake.said
+            latency = f"{1000 * median(remote.channel):.1f} ms"
+            facts = [latency, compared(said.get("versions", {})), device_of(said, target.stage)]
+            good, probe = probed(remote.handshake, target.stage, setup.expect.get(key))
+            yield good, [key, text, *facts, probe]
+        except DitkitError as e:
+            yield False, [key, text, "", "", "", str(e)]
+
+
+def median(channel: Channel) -> float:
+    """Seconds of a question and its answer."""
+    ask: Callable[[], Any] = getattr(channel, "health", channel.describe)
+    found = []
+    for _ in range(QUESTIONS):
+        begun = time.perf_counter()
+        ask()
+        found.append(time.perf_counter() - begun)
+    return statistics.median(found)
+
+
+def compared(theirs: dict[str, str]) -> str:
+    """ditkit and torch, with ours where that is another one."""
+    ours = versions()
+    return ", ".join(
+        f"{name} {theirs.get(name)}{'' if theirs.get(name) == ours[name] else f' (here {ours[name]})'}"
+        for name in ("ditkit", "torch")
+    )
+
+
+def device_of(said: dict[str, Any], stage: str) -> str:
+    """Device and dtype of the parts that the stage calls, and the threads of a CPU."""
+    parts, called = said.get("parts", {}), said["stages"].get(stage, {}).get("components", {})
+    found = [f"{parts[n].get('device')} {parts[n].get('dtype')}" for n in called if parts.get(n, {}).get("device")]
+    threads = said.get("machine", {}).get("threads")
+    return ", ".join([*dict.fromkeys(found), *([f"{threads} threads"] if threads else [])])
+
+
+def probed(handshake: Handshake, stage: str, expected: str | None) -> tuple[bool, str]:
+    """Whether it is as expected, and the probe's hash, to be pinned with ``expect``."""
+    stages = handshake.said["stages"]
+    if stage not in stages:
+        return False, f"not offered; it has {', '.join(stages) or 'nothing'}{nearest(stage, stages)}"
+    if not has_probe(stages[stage]["components"]):
+        return True, "none"
+    found = str(handshake.channel.probe(stage).get("hash"))
+    if expected is not None and not found.startswith(expected):
+        return False, f"{found[:16]}, expected is {expected[:16]}"
+    return True, found[:16]
