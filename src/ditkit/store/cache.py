@@ -193,13 +193,10 @@ class Cache:
     def _shrink(self, db: sqlite3.Connection, room: int) -> int:
         """Under the write lock: evict until what is left has at most ``room`` bytes. Bytes that were freed."""
         size = before = db.execute("SELECT COALESCE(SUM(size), 0) FROM entries WHERE gone = ''").fetchone()[0]
-        for number, file, bytes_ in db.execute(
-            "SELECT id, file, size FROM entries WHERE gone = '' ORDER BY used, id"
-        ).fetchall() if size > room else []:  # fmt: skip
-            if size <= room:
-                break
-            self._remove(db, [(number, file)], "was evicted to make room")
-            size -= bytes_
+        oldest = "SELECT id, file, size FROM entries WHERE gone = '' ORDER BY used, id LIMIT 1"
+        while size > room and (row := db.execute(oldest).fetchone()):
+            self._remove(db, [row[:2]], "was evicted to make room")
+            size -= row[2]
         db.execute(
             "DELETE FROM entries WHERE gone != '' AND id NOT IN"
             " (SELECT id FROM entries WHERE gone != '' ORDER BY used DESC LIMIT ?)", (REMEMBERED,)
@@ -218,8 +215,8 @@ class Cache:
             known = {file for (file,) in db.execute("SELECT file FROM entries WHERE gone = ''")}
             for file in self.results.iterdir():
                 with contextlib.suppress(FileNotFoundError):  # whoever wrote it has just finished
-                    old = time.time() - file.stat().st_mtime > ABANDONED
-                    if (file.suffix == ".tmp" and old) or (file.suffix == ".safetensors" and file.name not in known):
+                    left = file.suffix == ".tmp" and time.time() - file.stat().st_mtime > ABANDONED
+                    if left or (file.suffix == ".safetensors" and file.name not in known):
                         file.unlink()
 
     # --- looking after it
