@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import queue
-import sys
 import threading
 import traceback
 import weakref
@@ -131,7 +130,8 @@ class RayChannel:
         self.setup, self.address, self.device, self.stages = setup, address, device, list(stages)
         self.patience = setup.patience
         self._actor: Any = None
-        self._close: Callable[[], None] = lambda: None
+        self._kill: Callable[[], Any] = lambda: None
+        self._left: weakref.finalize[..., RayChannel] | None = None
         self._lock = threading.RLock()
 
     def describe(self) -> dict[str, Any]:
@@ -159,25 +159,39 @@ class RayChannel:
 
     def close(self) -> None:
         with self._lock:
-            self._close()
-            self._actor = None
+            self._forget()
+            if self._left is not None and self._left.detach() is not None:
+                CLUSTER.left(end=True)
+            self._left = None
 
     # --- the actor
 
     def _started(self) -> Any:
         with self._lock:
             if self._actor is None:
-                ray = CLUSTER.joined(self.address)
-                gpus, cpus = int(self._gpu(ray)), int(self.address is not None)  # the cluster of this machine is ours
-                actor = ray.remote(num_cpus=cpus, num_gpus=gpus, max_concurrency=CALLS)(Actor).remote()
-                self._close = weakref.finalize(self, _end, actor)
+                ray = CLUSTER.joined(self.address, self._left is None)
+                self._left = self._left or weakref.finalize(self, CLUSTER.left, end=False)
+                actor = self._made(ray)
+                self._kill = weakref.finalize(self, _kill, actor)
                 try:
                     self._start(ray, actor)
                 except BaseException:
-                    self.close()
+                    self._forget()
                     raise
                 self._actor = actor
             return self._actor
+
+    def _forget(self) -> None:
+        """The actor ends; who asks next gets another."""
+        with self._lock:
+            self._actor = None
+            self._kill()
+
+    def _made(self, ray: Any) -> Any:
+        gpus, cpus = int(self._gpu(ray)), int(self.address is not None)  # nobody else computes on our own cluster
+        if gpus and self.address is None and not ray.cluster_resources().get("GPU"):
+            raise PlaceError(f"starting an actor at {self.name}", "Ray finds no GPU on this machine", "Use ray:cpu")
+        return ray.remote(num_cpus=cpus, num_gpus=gpus, max_concurrency=CALLS)(Actor).remote()
 
     def _start(self, ray: Any, actor: Any) -> None:
         asked = f"starting an actor at {self.name}"
@@ -227,7 +241,7 @@ class RayChannel:
             do = "See with `ray status` whether a machine is free that has what the actor needs"
         except (RayError, ConnectionError) as e:
             found, do = f"its actor died ({_first_line(e)})", "Look at Ray's log"
-        self.close()
+        self._forget()
         raise Lost(asked, found, do) from None
 
 
@@ -242,17 +256,14 @@ def _first_line(error: BaseException) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()
 
 
-def _end(actor: Any) -> None:
-    """Ends the actor, and the cluster with the last one, if it was started here."""
-    if not sys.is_finalizing():
-        with contextlib.suppress(Exception):  # the cluster may be gone already
-            CLUSTER.ray.kill(actor)
-        CLUSTER.left()
+def _kill(actor: Any) -> None:
+    with contextlib.suppress(Exception):  # the cluster may be gone already
+        CLUSTER.ray.kill(actor)
 
 
 class Cluster:
-    """The one that this process is connected to: Ray allows one. Started here, it ends with its last actor; one that
-    was there already is left as it was found."""
+    """The one that this process is connected to: Ray allows one. Started here, it ends when its last channel is closed,
+    or with this process; one that was there already is left as it was found."""
 
     def __init__(self) -> None:
         self.ray: Any = None
@@ -260,8 +271,8 @@ class Cluster:
         self.ours, self.users = False, 0
         self._lock = threading.RLock()
 
-    def joined(self, address: str | None) -> Any:
-        """Ray, connected; one more user. Raises MissingDependency, PlaceError, Lost."""
+    def joined(self, address: str | None, new: bool) -> Any:
+        """Ray, connected; ``new``: one more user. Raises MissingDependency, PlaceError, Lost."""
         with self._lock:
             self.ray = self.ray or _ray()
             if not self.ray.is_initialized():
@@ -272,7 +283,7 @@ class Cluster:
                     f"this process is connected to {self.address or 'a cluster'} already",
                     "Use one cluster in each process",
                 )
-            self.users += 1
+            self.users += new
             return self.ray
 
     def _begin(self, address: str | None) -> None:
@@ -292,10 +303,11 @@ class Cluster:
             raise Lost(f"connecting to {where}", _first_line(e), "Check the address, and RAY_AUTH_TOKEN") from None
         self.ours, self.address, self.users = True, address, 0
 
-    def left(self) -> None:
+    def left(self, end: bool) -> None:
+        """``end``: the cluster may be ended now, which is not so while memory is collected."""
         with self._lock:
             self.users -= 1
-            if self.ours and self.users <= 0:
+            if end and self.ours and self.users <= 0:
                 self.ray.shutdown()
                 self.ours = False
 
