@@ -112,7 +112,7 @@ def stood(folder: Path) -> tuple[str, bool]:
     if not (folder / "run.json").exists():
         return "nothing", half
     (newest, *_) = Run.open(folder).states.of("run")
-    fields, tensors = newest.outline()
+    _, tensors = newest.outline()
     if "video" in tensors:
         return "done", half
     if newest.step == STEPS:

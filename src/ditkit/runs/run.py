@@ -88,7 +88,7 @@ class Run:
         request = state["request"]
         description = Description(
             id=uuid.uuid4().hex,
-            created=datetime.now().astimezone().isoformat(timespec="seconds"),
+            created=datetime.now().astimezone().isoformat(timespec="milliseconds"),
             model=state["model"],
             request=request,
             setup=given(pipe.setup) if setup is None else {**setup, "model": pipe.setup.model},
