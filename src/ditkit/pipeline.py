@@ -298,12 +298,19 @@ class Pipeline:
             if end is None or end != stop or stage.done(state):
                 break
             inputs = _inputs(stage, state)
-        if question is not None and how.results is not None and stage.done(state):
-            whole = replace(outcome, settings=read)
-            why = how.results.store(question, whole) if outcome.lasting else "it is a makeshift of the stage"
-            if why:
-                how.events.emit("cache.refused", stage=stage.name, why=why)
+        if question is not None and stage.done(state):
+            self._store(question, replace(outcome, settings=read), how, state)
         return state
+
+    def _store(self, question: Question, outcome: Outcome, how: Options, state: State) -> None:
+        """A Ctrl-C meanwhile does not lose what was computed."""
+        assert how.results is not None
+        try:
+            why = how.results.store(question, outcome) if outcome.lasting else "it is a makeshift of the stage"
+        except KeyboardInterrupt:
+            raise Interrupted(question.stage, state) from None
+        if why:
+            how.events.emit("cache.refused", stage=question.stage, why=why)
 
     def _keep(self, stage: Stage, state: State, weights: Mapping[str, str], how: Options) -> tuple[Any, int]:
         if how.keep is None or not stage.loop:

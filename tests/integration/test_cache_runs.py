@@ -71,7 +71,7 @@ def test_the_same_by_the_command_line_in_a_new_process(model, tmp_path, folder):
                           capture_output=True, text=True, timeout=300)  # fmt: skip
     assert said.returncode == 0, said.stderr
     told = json.loads(said.stdout)
-    assert (told["stages"], told["loads"]) == ({}, {})
+    assert (told["stages"], told["loads"]) == ({}, {}), told["cached"]
     assert [why[:9] for why in told["cached"].values()] == ["hit: made"] * 3
     assert told["output_sha256"] == [plain.manifests[0]["output_sha256"]]
     assert said.stderr.count("hit: made on") == 3, "and a person is told"
@@ -228,6 +228,23 @@ def test_a_cache_that_breaks_stops_no_run(tiny_model, folder):
     for why in result.receipt["cached"].values():
         assert why.startswith("miss: the cache cannot be read (")
         assert "; not kept: the cache cannot be written (" in why
+
+
+def test_ctrl_c_while_a_result_is_written_loses_nothing(tiny_model, folder, monkeypatch):
+    plain = ditkit.load(tiny_model)("a red circle", seed=3).state
+    pipe = ditkit.load(tiny_model, cache=str(folder))
+
+    def interrupted(question, outcome):
+        if question.stage == "denoise":
+            raise KeyboardInterrupt
+        return ""
+
+    monkeypatch.setattr(pipe.results, "store", interrupted)
+    with pytest.raises(ditkit.Interrupted) as e:
+        pipe.run(begin(pipe))
+    assert e.value.state["step"] == 4
+    assert pipe.run(e.value.state).state.equal(plain)
+    assert list(pipe.results.results.iterdir()) == []
 
 
 def test_one_that_is_too_small_says_so(tiny_model, folder):
