@@ -169,7 +169,7 @@ class Pipe:
         common: dict[str, Any] = {"places": where, "results": self.results, "events": events, "seams": self.seams}
         options = {**common, "stop_at_step": stop_at_step, "debug": self.setup.debug}
         options["keep"] = keep and Stamping(keep, state, self.model, self.pipeline)
-        check_agree(self.model, self.places, planned)
+        check_agree(self.model, self.places, planned, where)
         together = request["batched"] or samples.count(state) == 1
         if stop_at_step is None:
             fresh = [state] if together or len(begun or {}) < samples.count(state) else []
@@ -190,7 +190,10 @@ class Pipe:
         receipt = {
             **recorder.receipt({**facts_of(self.places, recorder.places, weights), **facts}),
             "weights": weights,
-            "hosts": self.places.describe(),
+            "hosts": {
+                name: {key: told for key, told in said.items() if key not in ("model", "parts", "stages")}
+                for name, said in self.places.describe().items()
+            },  # what their parts are stands under components and weights
             "seams": self.seams.describe(),
             "pipeline": self.pipeline.names,
         }

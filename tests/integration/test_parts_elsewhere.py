@@ -271,3 +271,13 @@ def test_a_run_that_is_cut_by_a_file_loads_one_expert_on_each_side(experts, tmp_
     assert done.equal(straight)
     assert done.fingerprints == straight.fingerprints
     assert torch.equal(done["video"], whole.state["video"])
+
+
+def test_a_host_whose_expert_takes_no_step_is_not_asked(experts):
+    model, _, first, _, values, _ = experts
+    asked = {**values, "sigmas": [1.0, 0.97, 0.95]}
+    del asked["steps"]
+    gone = {"denoise.transformer": first.url, "denoise.transformer_2": "http://127.0.0.1:9"}
+    result = ditkit.load(model, placement=gone)(**asked)
+    assert result.receipt["places"]["denoise"] == [first.url]
+    same(result, ditkit.load(model)(**asked))

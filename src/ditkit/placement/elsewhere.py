@@ -6,7 +6,7 @@ A host is asked only for what is not on this machine. Leaves out: what a host sa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from ditkit.errors import PlaceError, SetupError
 from ditkit.pipeline import Pipeline, Stage
 from ditkit.placement.contradictions import uses
 from ditkit.placement.spec import EXPERTS, Spec, Target
+from ditkit.running import Segment
 
 if TYPE_CHECKING:
     from ditkit.placement.places import Places
@@ -136,11 +137,13 @@ def _at_host(places: Places, stage: str, component: str) -> bool:
     return spec is not None and spec.kind == "http"
 
 
-def check_agree(model: Model, places: Places, stages: Iterable[Stage]) -> None:
-    """Of a part that lies here and at the host where its stage runs both must be the same. Raises PlaceError, Lost."""
+def check_agree(model: Model, places: Places, stages: Iterable[Stage], where: Mapping[str, Sequence[Segment]]) -> None:
+    """Of a part that lies here and at the host where its stage runs both must be the same. ``where``: the places of the
+    run; others are not asked. Raises PlaceError, Lost."""
     planned = {stage.name: stage for stage in stages}
     for target, spec in places.specs.items():
-        if spec.kind != "http" or target.stage not in planned:
+        used = [segment.place.name for segment in where.get(target.stage, ())]
+        if spec.kind != "http" or target.stage not in planned or spec.text not in used:
             continue
         names = [target.expert] if target.expert else planned[target.stage].components
         for name in names:

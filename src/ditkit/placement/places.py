@@ -64,7 +64,9 @@ class Places:
         here = Here(components)
         for target, spec in self.specs.items():
             self._check(target, pipeline)
-            found.setdefault(target.stage, []).append(Segment(self._place(spec, here), self._first(target, steps)))
+            first = self._first(target, steps)
+            if first is not None:
+                found.setdefault(target.stage, []).append(Segment(self._place(spec, here), first))
         for name, segments in found.items():
             segments.sort(key=lambda segment: segment.from_step)
             starts = [segment.from_step for segment in segments]
@@ -95,11 +97,11 @@ class Places:
             )  # fmt: skip
 
     @staticmethod
-    def _first(target: Target, steps: Callable[[], Sequence[Step]]) -> int:
+    def _first(target: Target, steps: Callable[[], Sequence[Step]]) -> int | None:
+        """The first step there; None for an expert that takes none."""
         if target.expert is None:
             return target.step or 0
-        table = steps()
-        return next((s.index for s in table if s.expert == target.expert), len(table))
+        return next((step.index for step in steps() if step.expert == target.expert), None)
 
     def _place(self, spec: Spec, here: Here) -> Place:
         return here if spec.kind == "here" else self.remote(spec)
