@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +14,7 @@ import pytest
 import ditkit
 from ditkit import media
 from ditkit.cli import show
-from ditkit.errors import RequestError, StateError
+from ditkit.errors import PlaceError, RequestError, StateError
 from ditkit.runs import Run, listed
 from ditkit.state import State
 
@@ -127,6 +130,25 @@ def test_a_batch_is_one_state(pipe, tmp_path):
         run.go(listeners=[press(after(1))])
     assert all(name.startswith("run-") for name in names(run))
     same(run.go().state, whole.state)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="kills with a signal")
+def test_a_place_that_dies_takes_nothing_with_it(pipe, whole, tmp_path):
+    there = ditkit.load(pipe.setup.model, threads=1, placement={"denoise": "process"}, retries=0)
+    channel = there.places.remote(there.places.specs[next(iter(there.places.specs))]).channel
+    done = []
+
+    def kill(event):
+        if after(1)(event) and not done:
+            done.append(True)
+            os.kill(channel.process_id, signal.SIGKILL)
+
+    run = Run.create(tmp_path / "a", there, PROMPT, seed=3)
+    with pytest.raises(PlaceError, match="SIGKILL"):
+        run.go(listeners=[kill])
+    there.places.close()
+    assert 1 <= run.state()["step"] < 4
+    same(Run.open(run.path, pipe).go().state, whole.state)  # the rest is made here
 
 
 # --- what may go wrong
