@@ -132,6 +132,7 @@ def test_hashes_are_those_of_the_files_and_follow_changes(tmp_path):
 
 
 def test_a_hash_is_counted_once_while_the_file_stays(tmp_path, monkeypatch):
+    monkeypatch.setattr("ditkit.store.hashes.SETTLED", -1.0)  # as if the file were older
     save_file(some_tensors(), tmp_path / "x.safetensors")
     first = TensorFiles(tmp_path).sha256
     monkeypatch.setattr(hashlib, "file_digest", None)
