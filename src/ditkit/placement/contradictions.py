@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 
 from ditkit.build.adapters import Wanted
-from ditkit.errors import SetupError, nearest
+from ditkit.errors import SetupError
 from ditkit.pipeline import Pipeline
 from ditkit.placement.spec import EXPERTS, Spec, Target
 from ditkit.setup import Setup
@@ -28,14 +28,9 @@ def check(setup: Setup, specs: Mapping[Target, Spec], pipeline: Pipeline) -> Non
             hosts = any(map(elsewhere, places))
             do = "Give it to the host, or name another place" if hosts else "Leave one of the two devices out"
             raise SetupError(asked, f"what it concerns is at {where}, where nobody heeds it", do)
-    for stage in setup.expect:
-        if stage not in pipeline.names:
-            known = nearest(stage, pipeline.names)
-            raise SetupError(f"expect for the stage {stage!r}", f"there is none{known}", "Use one of its names")
-        if all(spec.kind == "here" for target, spec in specs.items() if target.stage == stage):
-            raise SetupError(
-                f"expect for the stage {stage!r}", "it runs here, where no host shows its hash", "Leave it out"
-            )
+    for key in setup.expect:  # each is the key of a placement
+        if specs[Target.parse(key)].kind == "here":
+            raise SetupError(f"expect of {key!r}", "it runs here, where no host shows its hash", "Leave it out")
 
 
 def uses(specs: Mapping[Target, Spec], pipeline: Pipeline) -> dict[str, list[Spec]]:
