@@ -274,6 +274,21 @@ def test_a_fallback_is_not_kept_for_other_runs(tiny_model, server, tmp_path):
     assert len(server.asked) == 2  # the third run found the answer of the second
 
 
+def test_another_process_gives_the_same_state(tiny_model, pipe, server):
+    elsewhere = ditkit.load(
+        tiny_model, threads=1, expander=server.url, retries=0, patience=30, placement={"expand_prompt": "process"}
+    )
+    try:
+        one, other = run(pipe), run(elsewhere)
+        assert other.equal(one)
+        assert other.fingerprints == one.fingerprints
+        server.replies.append(failing(500))
+        with pytest.raises(PlaceError, match=r"\(at process\): it answered 500"):
+            run(elsewhere, seed=9)
+    finally:
+        elsewhere.places.close()
+
+
 # --- a model in this process
 
 
@@ -398,6 +413,22 @@ def test_a_clip_remembers_its_expansion_and_replays_without_the_server(call, mod
     plain = call("generate", f"{PROMPT}, expanded with seed 3", "--model", model, "--seed", 3, "--json",
                  "--out", "b.npz", "--no-sheet")  # fmt: skip
     assert json.loads(plain.out)["output_sha256"] == [manifest["output_sha256"]]
+
+
+def test_a_state_goes_on_beside_the_file_that_its_template_came_from(call, model, server, tmp_path):
+    (tmp_path / "mine.toml").write_text(
+        'name = "mine"\nversion = 1\nlanguage = "en"\npictures = []\ninstructions = "Shout."\n'
+    )
+    (tmp_path / "all.toml").write_text(
+        f'model = "{model}"\nexpander = "{server.url}"\nexpand = "yes"\nexpand_template = "mine.toml"\n'
+    )
+    words = ["--config", "all.toml", "--until", "encode_text", "--quiet", "--save-state"]
+    said = call("run", PROMPT, *words, "a.safetensors")
+    assert said.code == 0, said.err
+    said = call("run", "--from", "a.safetensors", *words, "b.safetensors")
+    assert said.code == 0, said.err
+    assert State.load(tmp_path / "a.safetensors").equal(State.load(tmp_path / "b.safetensors"))
+    assert len(server.asked) == 1
 
 
 def test_of_several_clips_each_replays_with_its_own(call, model, server, tmp_path):

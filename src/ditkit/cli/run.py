@@ -16,6 +16,7 @@ from ditkit.cli.flags import Given, Prompt, kebab, settle, to_path, with_setting
 from ditkit.cli.generate import load, open_pipe
 from ditkit.config import Layer, Settled
 from ditkit.errors import RequestError, SetupError, StateError
+from ditkit.prompting import templates
 from ditkit.request import Request
 from ditkit.setup import Setup
 
@@ -193,7 +194,7 @@ def _goes_on(given: Given, below: Layer, request: Mapping[str, Any], flag: str, 
     """The settings of compute, over those that lie ``below``. Raises RequestError where a config file or the
     environment asks for something else than ``request``."""
     settled, _ = settle(given, below)
-    asked = settled.request()
+    asked = templates.placed(settled.request())
     for key, value in request.items():
         said = settled.said.get(key, ())
         if said and not said[-1][0].startswith("model ") and getattr(asked, key) != value:
