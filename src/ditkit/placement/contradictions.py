@@ -28,9 +28,6 @@ def check(setup: Setup, specs: Mapping[Target, Spec], pipeline: Pipeline) -> Non
             hosts = any(map(elsewhere, places))
             do = "Give it to the host, or name another place" if hosts else "Leave one of the two devices out"
             raise SetupError(asked, f"what it concerns is at {where}, where nobody heeds it", do)
-    for key in setup.expect:  # each is the key of a placement
-        if specs[Target.parse(key)].kind == "here":
-            raise SetupError(f"expect of {key!r}", "it runs here, where no host shows its hash", "Leave it out")
 
 
 def uses(specs: Mapping[Target, Spec], pipeline: Pipeline) -> dict[str, list[Spec]]:
