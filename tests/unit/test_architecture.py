@@ -19,7 +19,8 @@ PUBLIC = {
     "BaseStage", "Context", "DitkitError", "Event", "Events", "Field", "Interrupted", "Pipe", "Pipeline", "Request",
     "Result", "Seams", "Setup", "Site", "Stage", "State", "Step", "Swap", "load", "switch",
 }  # fmt: skip
-MILLISECONDS = {"media", "cli"}  # rooms where 1000 is the number of milliseconds in a second
+# Rooms where 1000 is the number of milliseconds in a second, or (mlx) a distance from the largest float16.
+MILLISECONDS = {"media", "cli", "mlx"}
 LIGHT = [
     "ditkit", "errors", "events", "request", "setup", "state", "config", "contracts", "media", "shapes.draw",
     "shapes.measure", "schedulers", "schedulers.sigmas", "schedulers.table", "checkpoints.keys", "pipeline", "samples",

@@ -41,7 +41,7 @@ RECORD = "@record"
 COMPARED = 100
 """Of how many entries of a stage, the last used ones, the nearest is looked for to explain a miss."""
 
-REMEMBERED = 1000
+REMEMBERED = 1024
 """How many entries that are gone are still known by name."""
 
 ABANDONED = 3600.0
