@@ -190,7 +190,7 @@ def rewrite(file: Path, edit) -> None:
         (lambda f: rewrite(f, lambda h: h.pop("plain")), ["damaged"]),
         (lambda f: rewrite(f, lambda h: h["plain"].pop("request")), ["holds no request"]),
         (lambda f: rewrite(f, lambda h: h["plain"]["model"].update(name="nowhere")), ["model 'nowhere'"]),
-        (lambda f: rewrite(f, lambda h: h["plain"]["model"].update(identity="x")), ["or with other parts"]),
+        (lambda f: rewrite(f, lambda h: h["plain"]["model"]["parts"].update(transformer="x")), ["another transformer"]),
         (lambda f: rewrite(f, lambda h: h["plain"]["weights"].update(transformer="x")), ["another transformer"]),
         (lambda f: f.write_bytes(f.read_bytes()[:-10]), ["not a complete safetensors file"]),
         (lambda f: f.write_bytes(b""), ["not a complete safetensors file"]),

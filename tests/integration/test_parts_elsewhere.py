@@ -247,11 +247,14 @@ def test_the_hand_over_may_be_named_as_a_step(experts):
 
 
 def test_one_expert_here_and_one_there(experts, tmp_path):
-    model, _, _, second, values, whole = experts
+    model, _, first, second, values, whole = experts
     mine = without(model, tmp_path / "mine", "transformer_2")
     pipe = ditkit.load(mine, placement={"denoise.transformer_2": second.url})
     same(pipe(**values), whole)
     assert "transformer_2" not in pipe.components
+    pipe = ditkit.load(model, placement={"denoise.transformer": first.url})
+    same(pipe(**values), whole)
+    assert "transformer" not in pipe.components.holder.loaded
 
 
 def test_a_run_that_is_cut_by_a_file_loads_one_expert_on_each_side(experts, tmp_path):

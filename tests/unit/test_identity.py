@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 
 import ditkit
 from ditkit.build.begun import check_begun
 from ditkit.errors import StateError
 from ditkit.events import Event
+from ditkit.placement import Places
 from ditkit.request import Request
 from ditkit.schedulers import make
 from ditkit.schedulers.table import request_steps
+from ditkit.setup import Setup
 from ditkit.stages.denoise import Denoise
 
 TAEHV = Path(__file__).parents[1] / "data/golden/taehv/taew2_1_tiny.safetensors"
@@ -70,13 +74,22 @@ def test_ctrl_c_keeps_whose_parts_were_at_work(pipe, draft):
         pipe.run(first, start="decode_latents", listeners=[stop])
     assert e.value.state["model"]["parts"]["vae"] == draft.model.identities["vae"]
 
+
+def test_ctrl_c_keeps_whose_parts_have_worked(pipe, whole, tiny_model, tmp_path):
+    file = shutil.copytree(tiny_model / "text_encoder", tmp_path / "text_encoder") / "model.safetensors"
+    save_file({name: x * 1.5 for name, x in load_file(file).items()}, file, {"format": "pt"})
+    other = ditkit.load(tiny_model, parts={"text_encoder": str(file.parent)})
+    first = other("a red circle", **SMALL).state
+
     def late(event: Event):
         if event.name == "step.end":
             raise KeyboardInterrupt
 
     with pytest.raises(ditkit.Interrupted) as e:
         pipe.run(first, start="encode_text", listeners=[late])
-    assert e.value.state["model"]["parts"]["text_encoder"] == pipe.model.identities["text_encoder"]
+    assert torch.equal(pipe.run(e.value.state).state["video"], whole.state["video"])
+    with pytest.raises(StateError, match="another text_encoder"):
+        other.run(e.value.state)
 
 
 def test_a_state_of_an_older_version_knows_all_parts_as_one(pipe, draft, whole):
@@ -113,6 +126,7 @@ def request(**values):
         {"steps": None, "shift": None, "solver": "euler", "sigmas": [1.0, 0.875, 0.5]},
         {"steps": None, "shift": None, "sigmas": [1.0, 0.8759, 0.8749999999, 0.2]},  # one that is cut off, and rounded
         {"steps": None, "shift": None, "sigmas": [0.8, 0.2]},
+        {"steps": None, "shift": None, "sigmas": [1.0, 0.8755, 0.2], "boundary": 0.8752},  # above, and told 875
     ],
     ids=str,
 )
@@ -134,6 +148,28 @@ def test_noise_levels_that_the_request_does_not_give_tell_nothing():
     sigmas = [1.0, 0.5, 0.0]
     assert Denoise(experts=TWO, timestep_scale=1000.0).needs({"request": asked, "sigmas": sigmas, "step": 1}) == TWO
     assert Denoise(experts=TWO).needs({"request": asked}) == TWO
+
+
+@pytest.mark.parametrize(
+    ("placement", "expected"),
+    [
+        ({"denoise.transformer": "cpu"}, [(0, "cpu"), (3, "here")]),
+        ({"denoise.transformer_2": "cpu"}, [(0, "here"), (3, "cpu")]),
+        ({"denoise": "http://a", "denoise.transformer": "cpu"}, [(0, "cpu"), (3, "http://a")]),
+        ({"denoise": "http://a", "denoise.transformer_2": "cpu"}, [(0, "http://a"), (3, "cpu")]),
+        ({"denoise.transformer": "http://a", "denoise.transformer_2": "http://b"}, [(0, "http://a"), (3, "http://b")]),
+        ({"denoise.transformer": "http://a", "denoise@2": "http://b"}, [(0, "http://a"), (2, "http://b")]),
+        ({"denoise": "http://a", "denoise@2": "http://b"}, [(0, "http://a"), (2, "http://b")]),
+    ],
+    ids=str,
+)
+def test_an_expert_is_placed_for_its_own_steps(two, placement, expected):
+    """``cpu`` is a device of this process, which is called here."""
+    pipe = ditkit.load(two)
+    table = [SimpleNamespace(index=i, expert=TWO[i >= 3]) for i in range(5)]
+    where = Places(Setup(placement=placement)).of_run(pipe.pipeline, {}, pipe.seams, lambda: table)
+    names = [(segment.from_step, segment.place.name) for segment in where["denoise"]]
+    assert names == [(step, "here" if name == "cpu" else name) for step, name in expected]
 
 
 @pytest.fixture(scope="module")

@@ -62,23 +62,37 @@ class Places:
         expert is placed. Raises SetupError."""
         found: dict[str, list[Segment]] = {}
         here = Here(components)
-        for target, spec in self.specs.items():
+        for target in self.specs:
             self._check(target, pipeline)
-            first = self._first(target, steps)
-            if first is not None:
-                found.setdefault(target.stage, []).append(Segment(self._place(spec, here), first))
-        for name, segments in found.items():
-            segments.sort(key=lambda segment: segment.from_step)
-            starts = [segment.from_step for segment in segments]
-            if len(set(starts)) < len(starts):
-                raise SetupError(
-                    f"placement of {name}",
-                    f"two places begin at step {next(s for s in starts if starts.count(s) > 1)}",
-                    "Leave one out",
-                )
-            if starts[0] > 0:
-                segments.insert(0, Segment(here))
+        for name in dict.fromkeys(target.stage for target in self.specs):
+            own = {target: self._place(spec, here) for target, spec in self.specs.items() if target.stage == name}
+            found[name] = self._segments(name, own, here, steps)
         return found
+
+    @staticmethod
+    def _segments(
+        stage: str, own: Mapping[Target, Place], here: Place, steps: Callable[[], Sequence[Step]]
+    ) -> list[Segment]:
+        """An expert's place has its steps alone; those of nobody run where the whole stage is placed, or else here."""
+        whole, cuts, ends = own.get(Target(stage), here), dict[int, Place](), list[tuple[int, int]]()
+        for target, place in own.items():
+            if target.expert is not None:
+                taken = [step.index for step in steps() if step.expert == target.expert]
+                if not taken:
+                    continue
+                begin = taken[0]
+                ends += [(begin, taken[-1] + 1)] if taken[-1] + 1 < len(steps()) else []
+            elif target.step is None:
+                continue
+            else:
+                begin = target.step
+            if begin in cuts or (begin == 0 and target.expert is None and Target(stage) in own):
+                raise SetupError(f"placement of {stage}", f"two places begin at step {begin}", "Leave one out")
+            cuts[begin] = place
+        for begin, end in ends:
+            if not any(begin < cut <= end for cut in cuts):
+                cuts[end] = whole
+        return [Segment(place, begin) for begin, place in sorted({0: whole, **cuts}.items(), key=lambda cut: cut[0])]
 
     def _check(self, target: Target, pipeline: Pipeline) -> None:
         if target.stage not in pipeline.names:
@@ -95,13 +109,6 @@ class Places:
                 f"placement of {target.stage}.{target.expert}", f"its model has {', '.join(stage.components)}",
                 "Place the whole stage",
             )  # fmt: skip
-
-    @staticmethod
-    def _first(target: Target, steps: Callable[[], Sequence[Step]]) -> int | None:
-        """The first step there; None for an expert that takes none."""
-        if target.expert is None:
-            return target.step or 0
-        return next((step.index for step in steps() if step.expert == target.expert), None)
 
     def _place(self, spec: Spec, here: Here) -> Place:
         return here if spec.kind == "here" else self.remote(spec)
