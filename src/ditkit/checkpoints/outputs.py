@@ -69,7 +69,7 @@ def plan(located: Located, layout: Layout) -> Plan:
     if not one:
         made.remarks += [f"incomplete: {problem.found}" for problem in located.problems]
     made.remarks += [f"{name} is no part and was left behind ({why})" for name, why in located.unused.items()]
-    if located.path.is_dir() and (located.path / "ditkit.toml").is_file():
+    if Path(located.path).is_dir() and (Path(located.path) / "ditkit.toml").is_file():
         made.remarks.append("ditkit.toml was left behind: write its defaults anew for the new folder")
     return made
 
@@ -150,7 +150,7 @@ def _pipeline(located: Located, made: Plan) -> None:
         return
     classes = {name: list(_class_of(part)) for name, part in located.parts.items() if part.kind != "taehv"}
     for name, file, content in _without_weights(located, task):
-        folder = located.path / name
+        folder = Path(located.path) / name
         if located.layout == "diffusers" and folder.is_dir():
             made.copies[Path(name)] = tokenizer_files(folder)
         elif content is not None:
