@@ -196,7 +196,7 @@ class State(Mapping[str, Any]):
         return cls.from_buffer(bytearray(data), source)
 
     @classmethod
-    def from_buffer(cls, data: bytearray, source: str = "the given bytes") -> State:
+    def from_buffer(cls, data: bytearray | memoryview, source: str = "the given bytes") -> State:
         """A State whose tensors lie in ``data`` itself, which must not be written to any more. Raises StateError."""
         asked = f"loading a State from {source}"
         try:
@@ -310,7 +310,7 @@ def _contents(path: Path) -> bytearray:
         return data + rest if (rest := file.read()) else data  # a pipe does not say how much comes
 
 
-def _read(data: bytearray) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _read(data: bytearray | memoryview) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors in the memory of ``data``, and the metadata, of a safetensors file: each byte belongs to one tensor, or
     it is no such file. Raises ValueError and whatever a damaged header leads to."""
     import torch
@@ -331,7 +331,7 @@ def _read(data: bytearray) -> tuple[dict[str, Tensor], dict[str, str]]:
         if count == 0:
             tensors[name] = torch.empty(shape, dtype=dtype)
         elif at % dtype.itemsize:
-            tensors[name] = torch.frombuffer(data[at : at + stop - start], dtype=dtype).reshape(shape)
+            tensors[name] = torch.frombuffer(bytearray(data[at : at + stop - start]), dtype=dtype).reshape(shape)
         else:
             tensors[name] = torch.frombuffer(data, dtype=dtype, count=count, offset=at).reshape(shape)
     if end != len(data) - 8 - size:

@@ -9,14 +9,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any
 
 from fastapi import Request, Response
 
 from ditkit.errors import DitkitError, PlaceError, StateError, UserError
-from ditkit.placement.framing import MEDIA_TYPE, pack
+from ditkit.placement.framing import HEAD, MEDIA_TYPE, PIECE, pack
 from ditkit.placement.job import Frame, Job, error_to_frame, frame_to_error
+from ditkit.placement.straight import connection_of
 from ditkit.placement.worker import TICK, Worker
 from ditkit.state import State
 
@@ -65,7 +66,13 @@ class Begun:
     """A job at work. ``admission`` is closed when it has ended. Made in the event loop that hears of it."""
 
     def __init__(
-        self, worker: Worker, job: Job, data: bytearray, cancelled: threading.Event, alive: float, admission: Any
+        self,
+        worker: Worker,
+        job: Job,
+        data: bytearray | memoryview,
+        cancelled: threading.Event,
+        alive: float,
+        admission: Any,
     ):
         self.worker, self.job, self.data = worker, job, data
         self.cancelled, self.alive, self.admission = cancelled, alive, admission
@@ -153,10 +160,21 @@ class FramesAnswer(Response):
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         async with self.begun.watched(receive) as frames:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            connection = connection_of(scope)
             async for frame in frames:
+                if connection is not None and frame.nbytes >= PIECE:
+                    await connection.write(_chunk(frame))
+                    continue
                 for piece in pack(frame):
                     await send({"type": "http.response.body", "body": piece, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _chunk(frame: Frame) -> Iterator[bytes | memoryview]:
+    """A frame as one chunk of an answer whose length is not known before."""
+    yield b"%x\r\n" % (HEAD.size + frame.nbytes)
+    yield from pack(frame)
+    yield b"\r\n"
 
 
 async def plain_answer(begun: Begun, request: Request) -> Response:

@@ -74,7 +74,9 @@ def main() -> None:
 
     import uvicorn
 
-    uvicorn.Server(uvicorn.Config(app, http="httptools", log_level="warning")).run(sockets=[listener])
+    from ditkit.placement.straight import Straight
+
+    uvicorn.Server(uvicorn.Config(app, http=Straight, log_level="warning")).run(sockets=[listener])
 
 
 if __name__ == "__main__":

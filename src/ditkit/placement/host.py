@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from ditkit.errors import DitkitError, MissingDependency, PlaceError, StateError
-from ditkit.placement.framing import checksum
+from ditkit.placement.framing import checksum, fresh
 from ditkit.placement.http import CRC, JOB
 from ditkit.placement.job import Job, options_to_send
 from ditkit.placement.tokens import same
@@ -33,6 +33,7 @@ except ModuleNotFoundError as e:
     ) from None
 
 from ditkit.placement.answers import Absent, Begun, FramesAnswer, Full, TooLarge, Unknown, Wrong, plain_answer, refuse
+from ditkit.placement.straight import connection_of
 
 BEARER = HTTPBearer(auto_error=False, description="the host's token")
 
@@ -100,8 +101,10 @@ def app_of(worker: Worker, *, token: str | None = None, limits: Limits | None = 
     return app
 
 
-def _knows(token: str | None) -> Callable[..., None]:
-    def check(request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(BEARER)]) -> None:
+def _knows(token: str | None) -> Callable[..., Any]:
+    async def check(
+        request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(BEARER)]
+    ) -> None:
         if token is None and not is_number(request.url.hostname or ""):
             found = f"it is for {request.url.hostname}, a name that anybody can give to this machine"
             raise Unknown("a request", found, "Ask 127.0.0.1 or localhost, or give the host a token")
@@ -190,18 +193,20 @@ def _offered(worker: Worker, name: str) -> Any:
     return worker.stages[name]
 
 
-async def read_body(request: Request, limit: int) -> bytearray:
+async def read_body(request: Request, limit: int) -> bytearray | memoryview:
     """The whole body. Raises TooLarge before and while it comes, StateError where its checksum is another."""
     told = request.headers.get("content-length")
-    size = int(told) if told and told.isdigit() else None
-    if size is not None and size > limit:
+    size = int(told) if told and told.isdigit() else 0
+    if size > limit:
         raise TooLarge("taking a State", f"it has {size} bytes and {limit} are allowed", "Start with --max-bytes")
-    data, at = bytearray(size or 0), 0
+    data, at, connection = fresh(size), 0, connection_of(request.scope)
     async for piece in request.stream():
         if at + len(piece) > limit:
             raise TooLarge("taking a State", f"it has more than {limit} bytes", "Start with --max-bytes")
         data[at : at + len(piece)] = piece
         at += len(piece)
+        if connection is not None and at < size and await connection.fill(memoryview(data)[at:]):
+            at = size
     crc = request.headers.get(CRC)
     if crc is not None and crc != f"{checksum([data]):08x}":
         raise StateError("taking a State", "its content has changed on the way", "Send it again")

@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ditkit.errors import DitkitError, Lost, PlaceError
-from ditkit.placement.framing import MEDIA_TYPE, checksum, pieces, unpack
+from ditkit.placement.framing import MEDIA_TYPE, checksum, fresh, pieces, unpack
 from ditkit.placement.job import Frame, Job, frame_to_error
 from ditkit.state import State
 
@@ -188,11 +188,11 @@ class _Unix(http.client.HTTPConnection):
         self.sock.connect(self._file)
 
 
-def exactly(response: http.client.HTTPResponse) -> Callable[[int], bytearray]:
+def exactly(response: http.client.HTTPResponse) -> Callable[[int], bytearray | memoryview]:
     """Reads exactly so many bytes of the body. Raises EOFError where it ends before."""
 
-    def read(size: int) -> bytearray:
-        data = bytearray(size)
+    def read(size: int) -> bytearray | memoryview:
+        data = fresh(size)
         view, at = memoryview(data), 0
         while at < size:
             got = response.readinto(view[at:])

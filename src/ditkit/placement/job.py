@@ -82,10 +82,10 @@ class Frame:
         return sum(len(piece) for piece in self.buffers())
 
     def state(self, source: str) -> State:
-        """The State in it; its tensors stay where they are if the payload is a bytearray. Raises StateError."""
+        """The State in it; its tensors stay where they are if the payload may be written to. Raises StateError."""
         if isinstance(self.content, State):
             return self.content
-        read = State.from_buffer if isinstance(self.content, bytearray) else State.from_bytes
+        read = State.from_bytes if memoryview(self.content).readonly else State.from_buffer
         return read(self.content, source)  # type: ignore[arg-type]
 
 

@@ -16,6 +16,7 @@ import uvicorn
 
 from ditkit.errors import SetupError
 from ditkit.placement.host import Limits, app_of
+from ditkit.placement.straight import Straight
 from ditkit.placement.worker import Worker
 
 GONE = 60_000
@@ -64,7 +65,7 @@ class Host(uvicorn.Server):
     ):
         app = app_of(worker, token=token, limits=limits)
         self.jobs, self.listener, self.announce = app.state.jobs, listener, announce
-        more = {"http": "httptools", "log_level": "warning", "timeout_graceful_shutdown": FAREWELL, **options}
+        more = {"http": Straight, "log_level": "warning", "timeout_graceful_shutdown": FAREWELL, **options}
         super().__init__(uvicorn.Config(app, **more))
 
     @property
