@@ -27,7 +27,7 @@ class Outcome:
 class Question:
     """What is known of a result before it is computed: all of its record but the settings that the stage will read.
     ``request``, with the settings that follow from others, and ``plugs`` tell what it would find if it looked.
-    ``code`` stands for the source text of the stage; empty if that is in no file."""
+    ``code`` stands for the classes of the stage and their source text; empty if nothing tells them from others."""
 
     stage: str
     version: int

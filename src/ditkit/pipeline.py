@@ -349,7 +349,7 @@ class Pipeline:
 
         A stage that runs once more takes back what the stages after it made of its earlier result."""
         record = record_of(stage, state, weights, outcome.settings, outcome.plugs)
-        prints = fingerprints(stage, state, record, outcome.written)
+        prints = fingerprints(stage, state, record, outcome.written, outcome.lasting)
         finished, records = state.get("stages", []), state.get("records", {})
         if stage.name in finished:
             at = self.index(stage.name)

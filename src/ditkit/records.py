@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ditkit.stage import Stage, setting_of
-from ditkit.state import State, digest
+from ditkit.state import State, digest, kind_of
 
 Record = dict[str, Any]
 
@@ -32,17 +32,24 @@ def options_of(stage: Stage) -> dict[str, Any]:
 
 
 def code_of(stage: Stage) -> str:
-    """A hash of the files that hold the ``run`` of the stage and of the classes under it; empty where one is in no
-    file, as in a notebook: then nothing tells it from the ``run`` that stood there before."""
-    files: dict[str, None] = {}
-    for cls in type(stage).__mro__:
-        if "run" in vars(cls):
-            code = getattr(inspect.unwrap(vars(cls)["run"]), "__code__", None)
-            around = getattr(sys.modules.get(cls.__module__), "__file__", None)  # a decorator may hide the function
-            files |= dict.fromkeys((code.co_filename if code else "", around or ""))
-    if not all(Path(file).is_file() for file in files):
+    """Stands for the classes of the stage: their names and the files that hold them. Empty where these do not tell all
+    that it computes: a class that is in no file (a notebook) or is made in a function, or attributes that are no fields
+    of a dataclass."""
+    if not dataclasses.is_dataclass(stage) and getattr(stage, "__dict__", None):
         return ""
-    return hashlib.sha256(b"".join(hashlib.sha256(Path(file).read_bytes()).digest() for file in files)).hexdigest()
+    names, files = list[str](), dict[str, None]()
+    for cls in type(stage).__mro__[:-1]:
+        names.append(f"{cls.__module__}.{cls.__qualname__}")
+        files[getattr(sys.modules.get(cls.__module__), "__file__", None) or ""] = (
+            None  # a decorator may hide a function
+        )
+        own = [getattr(value, "fget", value) for name, value in vars(cls).items() if not name.startswith("__")]
+        codes = [getattr(inspect.unwrap(value), "__code__", None) for value in own if callable(value)]
+        files |= {code.co_filename: None for code in codes if code is not None}
+    if any("<locals>" in name for name in names) or not all(Path(file).is_file() for file in files):
+        return ""
+    text = b"".join(hashlib.sha256(Path(file).read_bytes()).digest() for file in files)
+    return hashlib.sha256("\n".join(names).encode() + text).hexdigest()
 
 
 def inputs_of(stage: Stage, state: State) -> dict[str, str]:
@@ -68,24 +75,33 @@ def record_of(
     }
 
 
-def fingerprints(stage: Stage, state: State, record: Record, written: Mapping[str, Any]) -> dict[str, str]:
-    """Of each field that the stage wrote from ``state``: its record, hashed.
+def fingerprints(
+    stage: Stage, state: State, record: Record, written: Mapping[str, Any], lasting: bool = True
+) -> dict[str, str]:
+    """Of each field that the stage wrote from ``state``: its record, hashed, and the code of a stage that is not
+    ditkit's own. Where these do not tell one result from another its content is hashed too: a makeshift (not
+    ``lasting``), a component without a name, a stage without code, a plain value such as a language model's answer.
 
     A looping stage adds the step that it reached, and is blind to where it was interrupted: going on from its own
     earlier fields counts as one run. Of its weights those count that are called on the way to that step: the second of
     two experts has no part in the first half of a run, and may not even be there."""
+    own = type(stage).__module__.partition(".")[0] == "ditkit"
+    code = [] if own else [code_of(stage)]
+    nameless = not lasting or code == [""] or "none" in record["weights"].values()
 
     def key(name: str, fields: Mapping[str, Any], origin: list[str]) -> str:
+        more = [*code, *([digest(fields[name])] if nameless else [])]
         if not stage.loop:
-            return digest(name, stage.name, record, 0, origin)
+            more += [digest(fields[name])] if kind_of(fields[name]) == "plain" and not nameless else []
+            return digest(name, stage.name, record, 0, origin, *more)
         reached, carried = fields.get("step", 0), {n: fields[n] for n in stage.loop if n in fields}
         used = stage.needs(state.with_fields({**carried, "step": 0}), reached)
         weights = {n: fingerprint for n, fingerprint in record["weights"].items() if n in used}
-        return digest(name, stage.name, {**record, "weights": weights}, reached, origin)
+        return digest(name, stage.name, {**record, "weights": weights}, reached, origin, *more)
 
     held = [n for n in stage.loop if n in state]
-    own = all(state.fingerprints.get(n) == key(n, state, []) for n in held)
-    origin = [] if own else [fingerprint_of(state, n) for n in held]
+    same = all(state.fingerprints.get(n) == key(n, state, []) for n in held)
+    origin = [] if same else [fingerprint_of(state, n) for n in held]
     return {name: key(name, written, origin) for name in written}
 
 

@@ -41,6 +41,8 @@ RECORD = "@record"
 COMPARED = 100
 """Of how many entries of a stage, the last used ones, the nearest is looked for to explain a miss."""
 
+NAMELESS = "its class is in no file or is made in a function, or it keeps attributes that are no dataclass fields"
+
 REMEMBERED = 1024
 """How many entries that are gone are still known by name."""
 
@@ -298,7 +300,7 @@ def _unknowable(question: Question) -> str:
     if nameless := [name for name, found in question.weights.items() if found == "none"]:
         return f"{nameless[0]} has no fingerprint, so nothing tells it from another one"
     if not question.code:
-        return f"the code of {question.stage} is in no file, so nothing tells it from what it was before"
+        return f"nothing tells it from another {question.stage}: {NAMELESS}"
     return ""
 
 
