@@ -70,6 +70,12 @@ def check_state(state: State, table: Mapping[str, Field] = FIELDS) -> Request:
     if not state["prompt"]:
         raise StateError(asked, "it has no prompt", "Take an untouched State")
     request = Request.parse(state["request"], "the State's request", StateError)
+    check_counts(state, asked)
+    return request
+
+
+def check_counts(state: State, asked: str) -> None:
+    """Rows and their lengths, steps, noise levels, history and latents belong together. Raises StateError."""
     for rows, lengths in _LENGTHS.items():
         counts = state.get(lengths, [])
         if (rows in state) != (lengths in state) or (
@@ -77,7 +83,6 @@ def check_state(state: State, table: Mapping[str, Field] = FIELDS) -> Request:
         ):
             raise StateError(asked, f"{rows!r} and {lengths!r} do not fit together", "Take an untouched State")
     _check_progress(asked, state)
-    return request
 
 
 def _check_progress(asked: str, state: State) -> None:

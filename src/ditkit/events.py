@@ -44,7 +44,7 @@ class Events:
         ignores = [frozenset(getattr(listener, "ignores", ())) for listener in self.listeners]
         return sorted(frozenset.intersection(*ignores)) if ignores else ["prediction", "frames"]
 
-    def emit(self, name: str, **values: Any) -> None:
+    def emit(self, name: str, /, **values: Any) -> None:
         if self.listeners:
             event = Event(name, MappingProxyType(values))
             for listener in self.listeners:

@@ -94,7 +94,7 @@ def _plain(name: str, value: Any) -> Any:
     """A deep copy through JSON: proves that the value is plain, and keeps the State immutable."""
     try:
         copied = json.loads(json.dumps(value, allow_nan=False))
-    except (TypeError, ValueError) as e:
+    except (TypeError, ValueError, RecursionError) as e:
         raise StateError(
             f"field {name!r} was set to a {type(value).__name__}",
             f"a State holds tensors and plain JSON values ({e})",
@@ -211,7 +211,7 @@ class State(Mapping[str, Any]):
         try:
             header = json.loads(text)
             schema, plain, fingerprints = header["schema"], header.get("plain"), header.get("fingerprints")
-        except (ValueError, TypeError, KeyError, AttributeError) as e:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
             raise StateError(asked, f"its description is damaged ({e!r})", "Save the State again") from None
         if schema != SCHEMA:
             raise StateError(asked, f"it has State version {schema}; this ditkit reads version {SCHEMA}",

@@ -14,6 +14,7 @@ from ditkit.errors import PlaceError, SetupError, nearest
 from ditkit.events import Events
 from ditkit.placement.job import WIRE
 from ditkit.placement.spec import Spec
+from ditkit.placement.trust import made_by
 from ditkit.stage import Stage
 from ditkit.state import SCHEMA
 
@@ -51,7 +52,9 @@ class Handshake:
                     "Use the same version of ditkit on both machines",
                 )  # fmt: skip
         stages = said.get("stages")
-        if not isinstance(stages, dict) or not all(map(_is_description, stages.values())):
+        facts = [said.get(key) or {} for key in ("versions", "machine", "model", "parts")]
+        sound = all(isinstance(known, dict) for known in facts) and all(isinstance(x, dict) for x in facts[3].values())
+        if not sound or not isinstance(stages, dict) or not all(map(_is_description, stages.values())):
             raise PlaceError(f"asking {self.place} who it is", "its answer is damaged", "Check the address")
         return said
 
@@ -79,6 +82,12 @@ class Handshake:
                     f"running stage {stage.name!r} at {self.place}",
                     f"its version of the stage is {theirs['version']}, ours is {stage.version}",
                     "Use the same version of ditkit on both machines",
+                )
+            if theirs.get("made_by") != made_by(stage):
+                raise PlaceError(
+                    f"running stage {stage.name!r} at {self.place}",
+                    f"the stage there is {theirs.get('made_by')}, the one here {made_by(stage)}",
+                    "Run it here, or offer the same one there",
                 )
             if stage.name in self.expect:
                 self._compare(stage.name, self.expect[stage.name])

@@ -24,6 +24,9 @@ from ditkit.state import State, kind_of
 WIRE = 1
 """The version of all that is in this file; two ends of another version refuse each other."""
 
+WORDS = 2000
+"""Letters that are shown of each part of an error of another machine."""
+
 KINDS = ("event", "kept", "outcome", "error", "alive")
 
 
@@ -31,7 +34,7 @@ KINDS = ("event", "kept", "outcome", "error", "alive")
 class Job:
     """``options``: the stage's dataclass fields. ``weights``: fingerprints of its components, as the caller knows them;
     the worker refuses to use others. ``keep_every``: None when nobody keeps. ``ignore``: events that nobody there
-    listens to."""
+    listens to. ``made_by``: the stage's class (``trust.py``); empty for whoever takes the one that is there."""
 
     id: str
     stage: str
@@ -40,6 +43,7 @@ class Job:
     stop_at_step: int | None = None
     keep_every: int | None = None
     ignore: Sequence[str] = ()
+    made_by: str = ""
     wire: int = WIRE
 
     def to_json(self) -> str:
@@ -53,9 +57,10 @@ class Job:
             job = cls(**values)
             sound = all(isinstance(x, str) for x in (job.id, job.stage)) and isinstance(job.options, dict)
             sound = sound and isinstance(job.weights, dict) and isinstance(job.ignore, list)
+            sound = sound and all(isinstance(x, str) for x in (job.made_by, *job.weights.values(), *job.ignore))
             numbers = (job.stop_at_step, job.keep_every)
             sound = sound and all(n is None or (type(n) is int and n >= 0) for n in numbers) and job.keep_every != 0
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, RecursionError):
             sound = False
         if not sound:
             raise PlaceError("reading a job", "it is not one of this version", "Use the same version of ditkit")
@@ -159,7 +164,7 @@ def frame_to_event(frame: Frame) -> tuple[str, dict[str, Any]]:
         values = {k: Step(**v["@step"]) if isinstance(v, dict) and "@step" in v else v
                   for k, v in about["values"].items()}  # fmt: skip
         return str(about["name"]), {**values, **tensors}
-    except (ValueError, TypeError, KeyError) as e:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
         raise StateError("reading an event", f"it is damaged ({e!r})", "Use the same version of ditkit") from None
 
 
@@ -173,12 +178,18 @@ def error_to_frame(error: BaseException) -> Frame:
     return Frame("error", json.dumps(about).encode())
 
 
+def _printable(text: Any) -> str:
+    """What a terminal may be shown of somebody else's words."""
+    return "".join(letter if letter.isprintable() else " " for letter in str(text)[:WORDS])
+
+
 def frame_to_error(payload: bytes | bytearray | memoryview, place: str) -> DitkitError:
     """The same error, which names the place."""
     try:
         about = json.loads(bytes(payload))
         kind = getattr(errors, about["kind"], PlaceError)
         cls = kind if isinstance(kind, type) and issubclass(kind, DitkitError) else PlaceError
-        return cls(f"{about['asked']} (at {place})", str(about["found"]), str(about["do"]))
-    except (ValueError, TypeError, KeyError):
+        asked, found, do = (_printable(about[part]) for part in ("asked", "found", "do"))
+        return cls(f"{asked} (at {place})", found, do)
+    except (ValueError, TypeError, KeyError, RecursionError):
         return PlaceError(f"running a stage at {place}", "it failed, and its error is damaged", "Look at its log")

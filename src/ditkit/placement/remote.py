@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
-from ditkit.errors import DitkitError, Lost, PlaceError, StateError
+from ditkit.errors import Lost, PipelineError, PlaceError, StateError
 from ditkit.events import Events
 from ditkit.placement.handshake import Handshake
 from ditkit.placement.job import (
@@ -26,9 +26,12 @@ from ditkit.placement.job import (
     options_to_send,
     state_to_outcome,
 )
+from ditkit.placement.trust import check_event, check_outcome, made_by
 from ditkit.running import Outcome, Task
 from ditkit.stage import Stage
 from ditkit.state import State
+
+LOG = "Look at its log"
 
 
 class Channel(Protocol):
@@ -106,13 +109,8 @@ class Remote:
 
     def run(self, task: Task) -> Outcome:
         self.handshake.check(task.stage, task.events)
-        plugs = {k: v for k, v in task.seams.describe().items() if k != "swaps" or v}
-        if plugs and task.stage.loop:
-            raise PlaceError(
-                f"running stage {task.stage.name!r} at {self.name}",
-                f"{', '.join(plugs)} is changed here by Python objects, which do not travel",
-                "Run the stage here, or take them out",
-            )
+        if task.seams.describe() and task.stage.loop:
+            raise self._plugged(task)
         state, reached = task.inputs, None
         try:
             for attempt in range(self.retries + 1):
@@ -122,7 +120,7 @@ class Remote:
                             return outcome
                         reached = outcome
                     asked = f"running stage {task.stage.name!r} at {self.name}"
-                    raise Lost(asked, "it sent no outcome", "Look at its log")
+                    raise Lost(asked, "it sent no outcome", LOG)
                 except Lost as e:
                     if attempt == self.retries:
                         tries = "" if attempt == 0 else f" ({attempt + 1} times)"
@@ -148,9 +146,9 @@ class Remote:
             task.stop_at_step,
             task.keep_every if task.keep else None,
             task.events.ignored(),
+            made_by(stage),
         )
         begun, received, cancelled = time.perf_counter(), 0, False
-        theirs: DitkitError | None = None
         with Reader(lambda: self.channel.submit(job, inputs)) as frames:
             while True:
                 try:
@@ -161,21 +159,22 @@ class Remote:
                         return
                     received += frame.nbytes
                     if frame.kind == "event":
-                        name, values = frame_to_event(frame)
+                        name, values = self._event(frame)
                         task.events.emit(name, **values)
                     elif frame.kind == "error":
                         if cancelled:
                             raise KeyboardInterrupt
-                        theirs = frame_to_error(frame.payload, self.name)
-                        raise theirs
+                        raise frame_to_error(frame.payload, self.name)
                     elif frame.kind in ("kept", "outcome"):
-                        outcome, seconds = state_to_outcome(frame.state(self.name))
-                        self._check(stage, outcome)
-                        if frame.kind == "kept":
-                            assert task.keep is not None
-                            task.keep(outcome)
-                            yield outcome, False
-                        else:
+                        outcome, seconds = self._outcome(task, frame)
+                        ended = frame.kind == "outcome" and outcome.stopped and not cancelled
+                        if frame.kind == "kept" or ended:
+                            if task.keep is not None:
+                                task.keep(outcome)
+                            yield replace(outcome, stopped=False), False
+                        if ended:  # not by us: the host was told to end
+                            raise Lost(f"running stage {stage.name!r} at {self.name}", "it was ended there", LOG)
+                        if frame.kind == "outcome":
                             whole = time.perf_counter() - begun
                             sent = sum(map(len, inputs.buffers()))
                             told = {"sent": sent, "received": received, "worked": seconds}
@@ -184,10 +183,6 @@ class Remote:
                             # It may have been done before it heard of the Ctrl-C; the run ends here all the same.
                             yield (replace(outcome, stopped=True) if cancelled else outcome), True
                             return
-                except StateError as e:
-                    if e is theirs:
-                        raise
-                    raise PlaceError(e.asked, e.found, f"{self.name} sent that; look at its log") from None
                 except Lost:
                     if cancelled:
                         raise KeyboardInterrupt from None
@@ -199,12 +194,31 @@ class Remote:
                     with contextlib.suppress(PlaceError):  # then its frames end, too
                         self.channel.cancel(job.id)
 
-    def _check(self, stage: Stage, outcome: Outcome) -> None:
-        """Content whose label and bytes disagree is refused."""
-        from ditkit.checking import fault_of
-        from ditkit.state import FIELDS
+    def _event(self, frame: Frame) -> tuple[str, dict[str, Any]]:
+        with self._theirs():
+            name, values = frame_to_event(frame)
+            check_event(name, values, self.name)
+            return name, values
 
-        table, sizes = FIELDS | {f.name: f for f in stage.fields}, dict[str, int]()
-        for name, value in outcome.written.items():
-            if fault := fault_of(table[name], value, sizes) if name in table else "nobody asked for it":
-                raise StateError(f"reading {name!r} from {self.name}", fault, "Look at its log")
+    def _outcome(self, task: Task, frame: Frame) -> tuple[Outcome, float]:
+        with self._theirs():
+            outcome, seconds = state_to_outcome(frame.state(self.name))
+            check_outcome(task, outcome, self.name, frame.kind == "outcome" and not outcome.stopped)
+        if outcome.plugs is not None and task.seams.describe():  # it asked for the seams, and had none there
+            raise self._plugged(task)
+        return outcome, seconds
+
+    @contextlib.contextmanager
+    def _theirs(self) -> Iterator[None]:
+        """What is wrong with what came is no fault of ours, and sending the stage again would not change it."""
+        try:
+            yield
+        except (StateError, PipelineError) as e:
+            raise PlaceError(e.asked, e.found, f"{self.name} sent that; look at its log") from None
+
+    def _plugged(self, task: Task) -> PlaceError:
+        return PlaceError(
+            f"running stage {task.stage.name!r} at {self.name}",
+            f"{', '.join(task.seams.describe())} is changed here by Python objects, which do not travel",
+            "Run the stage here, or take them out",
+        )

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ditkit.checking import fault_of
-from ditkit.errors import DitkitError, PlaceError, StateError, nearest
+from ditkit.errors import DitkitError, Lost, PlaceError, StateError, nearest
 from ditkit.events import Event, Events
 from ditkit.placement.job import (
     WIRE,
@@ -24,6 +24,7 @@ from ditkit.placement.job import (
     outcome_to_state,
     with_options,
 )
+from ditkit.placement.trust import made_by
 from ditkit.receipt import machine, versions
 from ditkit.running import Here, Outcome, Task, checked, readable
 from ditkit.stage import Stage
@@ -63,6 +64,7 @@ class Worker:
         parts = [name for name in stage.components if name in self.components]
         return {
             "version": stage.version,
+            "made_by": made_by(stage),
             "reads": fields(stage.reads),
             "optional": fields((*stage.optional, *stage.triggers)),
             "writes": fields(stage.writes),
@@ -80,7 +82,7 @@ class Worker:
             self._check(stage, job, inputs)
             outcome, seconds = self._carry_out(stage, job, inputs, send, cancelled)
         except KeyboardInterrupt:  # cancelled where nothing can be kept
-            send(error_to_frame(PlaceError(f"running stage {job.stage!r}", "it was cancelled", "Run it again")))
+            send(error_to_frame(Lost(f"running stage {job.stage!r}", "it was ended there", "Look at its log")))
         except DitkitError as e:
             send(error_to_frame(e))
         except Exception as e:
@@ -101,7 +103,13 @@ class Worker:
                 f"it is not offered here{nearest(job.stage, self.stages)}",
                 f"Offered are {', '.join(self.stages)}",
             )
-        return with_options(self.stages[job.stage], job.options)
+        stage = self.stages[job.stage]
+        if job.made_by and job.made_by != made_by(stage):
+            raise PlaceError(
+                f"running stage {job.stage!r}", f"it is made by {made_by(stage)} here, and asked for is {job.made_by}",
+                "Run it where it is defined, or use the same version of ditkit on both machines",
+            )  # fmt: skip
+        return with_options(stage, job.options)
 
     def _check(self, stage: Stage, job: Job, inputs: State) -> None:
         asked = f"running stage {stage.name!r}"

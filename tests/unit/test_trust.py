@@ -1,0 +1,203 @@
+"""A place that sends what nobody asked for: refused by name before anything of it is used, kept or recorded."""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+import ditkit
+from ditkit.errors import PlaceError
+from ditkit.events import Events
+from ditkit.pipeline import BaseStage
+from ditkit.placement.job import Frame, frame_to_error
+from ditkit.placement.remote import Remote
+from ditkit.placement.worker import Worker
+from ditkit.receipt import Recorder
+from ditkit.running import Segment
+from ditkit.stages.decode_latents import DecodeLatents
+from ditkit.state import State
+
+
+class Liar:
+    """A Worker whose frames and words are changed on their way."""
+
+    def __init__(self, worker, change=None, said=None):
+        self.worker, self.change, self.said = worker, change or (lambda frame: [frame]), said or {}
+
+    def describe(self):
+        return {**self.worker.describe(), **self.said}
+
+    def submit(self, job, inputs):
+        import threading
+
+        frames = []
+        self.worker.run(job, inputs, frames.append, threading.Event())
+        for frame in frames:
+            yield from self.change(frame)
+
+
+class Kept:
+    every = 1
+
+    def __init__(self):
+        self.states = []
+
+    def __call__(self, state):
+        self.states.append(state)
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_model):
+    return ditkit.load(tiny_model, threads=1)
+
+
+def begin(pipe):
+    return pipe.begin(pipe.model.request({"prompt": "a red circle", "seed": 3, "steps": 3}))
+
+
+def run_at(pipe, change=None, said=None, stage="denoise", keep=None, pipeline=None):
+    worker = Worker({s.name: s for s in pipe.pipeline.stages}, pipe.components, {})
+    place, pipeline = Remote("liar", Liar(worker, change, said)), pipeline or pipe.pipeline
+    return pipeline.run(begin(pipe), pipe.components, places={stage: [Segment(place)]}, keep=keep, until=stage,
+                        events=Events(Recorder()), seams=pipe.seams)  # fmt: skip
+
+
+def with_fields(kind, **fields):
+    def change(frame):
+        if frame.kind != kind:
+            return [frame]
+        state = frame.state("liar")
+        about = {**state["outcome"], **fields.pop("outcome", {})}
+        return [Frame(kind, State({**state, **fields, "outcome": about}))]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("fields", "found"),
+    [
+        ({"prompt": ["another"]}, "prompt undeclared"),
+        ({"request": {}}, "request undeclared"),
+        ({"records": {}, "model": {}}, "model, records undeclared"),
+        ({"seed": [4], "outcome": {"stopped": True}}, "seed undeclared"),
+        ({"latents": torch.zeros(2, 4, 2, 4, 4)}, "'latents' is damaged"),
+        ({"step": 9}, "its step 9 is not one of its run"),
+        ({"step": 1}, "it ended after step 1 of 3"),
+        ({"outcome": {"settings": {"nonsense": 1}}}, "the setting 'nonsense' as 1"),
+        ({"outcome": {"settings": {"steps": 50}}}, "the setting 'steps' as 50"),
+        ({"outcome": {"plugs": {"attend": ["faster"]}}}, "plugged into its seams"),
+    ],
+)
+def test_outcomes_that_reach_too_far(pipe, fields, found):
+    with pytest.raises(PlaceError, match=f"{found}.*liar sent that"):
+        run_at(pipe, with_fields("outcome", **fields))
+
+
+def test_what_is_kept_on_the_way_is_looked_at_too(pipe):
+    kept = Kept()
+    with pytest.raises(PlaceError, match="prompt undeclared"):
+        run_at(pipe, with_fields("kept", prompt=["another"]), keep=kept)
+    assert all(state["prompt"] == ["a red circle"] for state in kept.states)
+    kept_twice = run_at(pipe, lambda f: [replace(f, kind="kept"), f] if f.kind == "outcome" else [f])
+    assert kept_twice.equal(run_at(pipe)), "nobody keeps, and nobody minds"
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+
+
+def event(**about):
+    return json.dumps(about).encode()
+
+
+@pytest.mark.parametrize(
+    ("payload", "found"),
+    [
+        (event(name="step.end", values={}), "its step is not what belongs there"),
+        (event(name="step.end", values={"step": {"@step": {"index": "1"}}}), "it is damaged"),
+        (event(name="load.end", values={"component": "vae"}), "its elapsed"),
+        (event(name="stage.start", values={"stage": "denoise", "place": "here"}), "no stage emits that"),
+        (event(name="travel", values={"sent": 0}), "no stage emits that"),
+        (event(name="a", values=[1]), "it is damaged"),
+        (b'{"name": "a", "values": ' + DEEP.encode() + b"}", "it is damaged"),
+    ],
+)
+def test_events_that_no_stage_emits(pipe, payload, found):
+    with pytest.raises(PlaceError, match=f"{found}.*liar sent that"):
+        run_at(pipe, lambda frame: [Frame("event", payload), frame])
+
+
+def test_an_event_may_carry_any_name_of_a_value(pipe):
+    run_at(pipe, lambda frame: [Frame("event", event(name="a", values={"name": 1, "self": 2})), frame])
+
+
+def test_words_of_another_machine_do_not_steer_the_terminal():
+    words = {"kind": "PlaceError", "asked": "a\x1b[2J", "found": "b\r" + "x" * 10_000, "do": "c"}
+    told = str(frame_to_error(json.dumps(words).encode(), "liar"))
+    assert told.isprintable()
+    assert len(told) < 3000
+    assert "damaged" in str(frame_to_error(DEEP.encode(), "liar"))
+
+
+def test_a_state_whose_description_is_too_deep():
+    text = '{"schema": 1, "fingerprints": {}, "plain": {"a": ' + DEEP + "}}"
+    header = json.dumps({"__metadata__": {"ditkit.state": text}}).encode()
+    with pytest.raises(ditkit.DitkitError, match="its description is damaged"):
+        State.from_bytes(struct.pack("<Q", len(header)) + header)
+
+
+@pytest.mark.parametrize("said", [{"versions": 3}, {"machine": [1]}, {"parts": {"vae": 3}}, {"model": "x"}])
+def test_a_description_of_another_shape(pipe, said):
+    with pytest.raises(PlaceError, match="its answer is damaged"):
+        run_at(pipe, said=said)
+
+
+# --- stages that are not the same at both ends
+
+
+class Grey(DecodeLatents):
+    def run(self, inputs, ctx):
+        video = super().run(inputs, ctx)["video"]
+        return {"video": video // 2}
+
+
+def test_a_stage_of_the_user_does_not_run_as_the_standard_one(pipe):
+    own = pipe.pipeline.replace("decode_latents", Grey())
+    assert Grey().version == DecodeLatents().version
+    with pytest.raises(PlaceError, match=r"the stage there is ditkit\.stages\.decode_latents\.DecodeLatents, the one"):
+        run_at(pipe, stage="decode_latents", pipeline=own)
+
+
+def test_a_host_that_was_started_anew_with_another_stage(pipe):
+    """The handshake is long over: the job says which stage is meant."""
+    worker = Worker({s.name: s for s in pipe.pipeline.stages}, pipe.components, {})
+    place = Remote("calls", Liar(worker))
+    places = {"decode_latents": [Segment(place)]}
+    done = pipe.pipeline.run(begin(pipe), pipe.components, places=places)
+    worker.stages["decode_latents"] = Grey()
+    with pytest.raises(PlaceError, match=r"it is made by .*Grey .* here, and asked for is ditkit"):
+        pipe.pipeline.run(done, pipe.components, places=places, start="decode_latents")
+
+
+@dataclass(frozen=True)
+class Looks(BaseStage):
+    name = "looks"
+    reads = ("request",)
+    writes = ("expansion",)
+
+    def run(self, inputs, ctx):
+        return {"expansion": [{"plugs": len(ctx.seams.attend)}]}
+
+
+def test_a_stage_that_asks_for_the_seams_is_not_given_none(pipe):
+    from ditkit.contracts import Seams
+    from ditkit.pipeline import Pipeline
+
+    pipeline = Pipeline((Looks(),))
+    places = {"looks": [Segment(Remote("calls", Liar(Worker({"looks": Looks()}, {}, {}))))]}
+    assert pipeline.run(begin(pipe), {}, places=places)["expansion"] == [{"plugs": 0}]
+    with pytest.raises(PlaceError, match="attend is changed here by Python objects, which do not travel"):
+        pipeline.run(begin(pipe), {}, places=places, seams=Seams(attend=(lambda attend: attend,)))
