@@ -181,5 +181,5 @@ def test_files_named_in_the_text_exist(file):
     """`models/wan.py` is looked up in the package, `tests/...` from the root; bare names may be anything."""
     text = FENCE.sub("", file.read_text())
     for name in re.findall(r"`((?:[\w.]+/)+(?:[\w.]+\.\w+)?)`", text):
-        if not name.startswith(("wan/", "outputs/", "scheduler/")):  # of other projects, or made by a run
+        if not name.startswith(("wan/", "outputs/", "scheduler/", "states/")):  # of other projects, or made by a run
             assert any((base / name).exists() for base in (ROOT, ROOT / "src/ditkit")), f"{file.name} names {name}"
