@@ -127,6 +127,23 @@ def test_half_a_description():
         HTTPChannel(url, 10).describe()
 
 
+@pytest.mark.parametrize("status", [200, 500])
+def test_an_answer_without_an_end(monkeypatch, status):
+    monkeypatch.setattr("ditkit.placement.http.MOST_WORDS", 1000)
+    for more in ({"length": 1 << 40}, {}):
+        with server(answer(status, b" " * 2000, **more)) as (url, _):
+            for ask in (HTTPChannel(url, 10).describe, lambda: last(HTTPChannel(url, 10))):
+                with pytest.raises(PlaceError, match=r"larger than 1000 bytes|not as a ditkit host does"):
+                    ask()
+
+
+@pytest.mark.parametrize("status", [200, 400])
+def test_an_answer_that_is_too_deep(status):
+    deep = b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+    with server(answer(status, deep)) as (url, _), pytest.raises(PlaceError, match=r"not as a ditkit host|answers 400"):
+        HTTPChannel(url, 10).describe()
+
+
 def test_the_body_of_an_error_of_ours_is_the_error():
     body = json.dumps({"kind": "StateError", "asked": "a", "found": "b", "do": "c"}).encode()
     with server(answer(400, body)) as (url, _), pytest.raises(StateError, match=f"a .at {url}.: b. c"):

@@ -223,6 +223,13 @@ def test_bad_specs(text):
         Spec.parse(text)
 
 
+@pytest.mark.parametrize("text", ["http://user:verysecret@h:1", "ftp://verysecret@h", "https://verysecret@h/x?y"])
+def test_a_password_is_not_shown(text):
+    with pytest.raises(SetupError) as e:
+        Spec.parse(text)
+    assert "verysecret" not in str(e.value)
+
+
 def test_targets():
     assert Target.parse("denoise") == Target("denoise")
     assert Target.parse("denoise@7") == Target("denoise", 7)

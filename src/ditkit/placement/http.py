@@ -26,6 +26,9 @@ JOB, CRC = "X-Ditkit-Job", "X-Ditkit-Crc32"
 CONNECT = 5.0
 """Seconds after which a host that does not take a connection counts as not there."""
 
+MOST_WORDS = 1 << 26
+"""Bytes of an answer that is no stream of frames: a model of a thousand files is described in a hundredth of it."""
+
 LAST = ("outcome", "error")
 
 
@@ -56,7 +59,7 @@ class HTTPChannel:
             response = self.send(connection, job, inputs)
             with contextlib.closing(response):  # it holds the socket where the host closes after its answer
                 if response.status != 200:
-                    self.check(response, response.read())
+                    self.check(response, self.words(response))
                 if response.headers.get("Content-Type") != MEDIA_TYPE:
                     raise self.stranger(response)
                 while True:
@@ -77,15 +80,24 @@ class HTTPChannel:
         with contextlib.closing(self.connect()) as connection, self.faults():
             connection.request(method, self._path(path), headers=self.headers(JOB, path))
             response = connection.getresponse()
-            data = response.read()
+            data = self.words(response)
             self.check(response, data)
         try:
             said = json.loads(data)
-        except ValueError:
+        except (ValueError, RecursionError):
             said = None
         if not isinstance(said, dict):
             raise self.stranger(response)
         return said
+
+    def words(self, response: http.client.HTTPResponse) -> bytes:
+        """All of an answer that is no stream. Raises PlaceError where it has no end."""
+        data = response.read(MOST_WORDS + 1)
+        if len(data) > MOST_WORDS:
+            raise PlaceError(self.asked, f"its answer is larger than {MOST_WORDS} bytes", "Check the address")
+        if response.length:  # what was announced and did not come
+            raise http.client.IncompleteRead(data, response.length)
+        return data
 
     def connect(self) -> http.client.HTTPConnection:
         """Raises Lost."""
@@ -208,6 +220,6 @@ def _ours(data: bytes) -> bool:
     """Whether it is an error as our hosts tell them."""
     try:
         about = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return isinstance(about, dict) and {"kind", "asked", "found", "do"} <= set(about)

@@ -54,7 +54,7 @@ class Spec:
     @classmethod
     def parse(cls, text: str, target: str = "a stage") -> Spec:
         """Raises SetupError."""
-        asked = f"placement of {target} at {text!r}"
+        asked = f"placement of {target} at {re.sub('(?<=//).*@', '...@', text)!r}"
         if text == "here" or DEVICE.fullmatch(text):
             return cls("here", text, None, None if text == "here" else text)
         for kind in ("process", "ray"):
