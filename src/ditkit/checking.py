@@ -14,6 +14,7 @@ from ditkit.request import Request
 from ditkit.state import FIELDS, Field, State, kind_of
 
 _PLAIN: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (float, int), "dict": (dict,)}
+_RECORDED = ("settings", "inputs", "weights", "options", "plugs")  # dicts in a record, see records.py
 _LENGTHS = {"prompt_embeds": "prompt_lengths", "negative_prompt_embeds": "negative_prompt_lengths"}
 
 
@@ -71,6 +72,11 @@ def check_state(state: State, table: Mapping[str, Field] = FIELDS) -> Request:
         raise StateError(asked, "it has no prompt", "Take an untouched State")
     request = Request.parse(state["request"], "the State's request", StateError)
     check_counts(state, asked)
+    for stage, record in state.get("records", {}).items():
+        if not isinstance(record, dict) or any(not isinstance(record.get(part), dict) for part in _RECORDED):
+            raise StateError(asked, f"its record of stage {stage!r} is damaged", "Take an untouched State")
+    if not isinstance(state.get("model", {}).get("parts", {}), dict):
+        raise StateError(asked, "what it says of its model's parts is damaged", "Take an untouched State")
     return request
 
 
@@ -90,6 +96,10 @@ def _check_progress(asked: str, state: State) -> None:
     step, sigmas = state.get("step", 0), state.get("sigmas")
     if step and (sigmas is None or "latents" not in state):
         raise StateError(asked, f"{step} steps are behind it, but no sigmas or latents", "Take an untouched State")
+    if sigmas is not None and "step" not in state:
+        raise StateError(asked, "it has noise levels and no count of steps", "Take an untouched State")
+    if not step and state.get("history"):
+        raise StateError(asked, "its solver remembers steps, and none was taken", "Take an untouched State")
     if step < 0 or (sigmas is not None and step > len(sigmas) - 1):
         raise StateError(asked, f"its step {step} is not one of its run", "Take an untouched State")
     if sigmas is not None and 0 < step < len(sigmas) - 1 and "history" not in state:

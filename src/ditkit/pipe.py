@@ -155,6 +155,8 @@ class Pipe:
         Raises Interrupted, with the State so far, on Ctrl-C."""
         asked = check_state(state, self.pipeline.table)
         asked.check_size(self.model.strides[1] * self.model.patch[1], self.model.strides[0])
+        if {*state["request"]} != {*Request.model_fields}:  # an older State knows fewer settings
+            state = state.with_fields({"request": asked.model_dump()})
         planned = self.pipeline.planned(state, start, until)
         check_begun(state, self.setup.model, self.model, self.pipeline, planned)
         check_asked(self.pipeline, state, start, until)

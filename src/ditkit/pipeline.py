@@ -191,10 +191,10 @@ class Pipeline:
                 state = state.without(*stage.loop)
             try:
                 state = self._run_stage(stage, state, how)
-            except KeyboardInterrupt:  # while a component was loaded, too
+                if keep is not None:
+                    keep(state)
+            except KeyboardInterrupt:  # while a component was loaded or a State was written, too
                 raise Interrupted(stage.name, state) from None
-            if keep is not None:
-                keep(state)
             if stage.loop and not stage.done(state):
                 break
         return state

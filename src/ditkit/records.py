@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from ditkit.stage import Stage, setting_of
+from ditkit.stage import DERIVED, Stage, setting_of
 from ditkit.state import State, digest, kind_of
 
 Record = dict[str, Any]
@@ -115,8 +115,9 @@ def outdated(stage: Stage, state: State, later: Collection[str]) -> list[str]:
         return []
     request, reasons = state.get("request", {}), []
     for name, value in record["settings"].items():
-        now = setting_of(request, name)
-        if now != value:
+        if name not in request and name not in DERIVED:
+            reasons.append(f"{name} was {value!r}, is gone")
+        elif (now := setting_of(request, name)) != value:
             reasons.append(f"{name} was {value!r}, is {now!r}")
     for name, then in record["inputs"].items():
         if name not in later and (name not in state or fingerprint_of(state, name) != then):

@@ -15,6 +15,7 @@ import ditkit
 from ditkit import media
 from ditkit.cli import show
 from ditkit.errors import PlaceError, RequestError, StateError
+from ditkit.running import Interrupted
 from ditkit.runs import Run, listed
 from ditkit.state import State
 
@@ -344,6 +345,29 @@ def test_a_fork_of_a_half_finished_run(pipe, tmp_path):
     same(half.fork(tmp_path / "b", guidance_scale=3.0).go().state, pipe(PROMPT, seed=3, guidance_scale=3.0).state)
     further = half.fork(tmp_path / "c", at_step=3, guidance_scale=3.0).go().state
     assert further["latents"].equal(spliced(pipe, {"guidance_scale": 3.0}, 3)["latents"])
+
+
+def test_a_fork_of_one_clip_of_a_batch_says_that_its_request_alone_does_not_make_it_again(pipe, tmp_path):
+    run = Run.create(tmp_path / "a", pipe, PROMPT, seed=[1, 2], batched=True)
+    made = run.go()
+    fork = run.fork(tmp_path / "b", clip=1).go()  # another rounding than a clip alone
+    assert fork.manifests[0]["fork"]["spliced"]
+    assert np.array_equal(fork.video, made.videos[1])
+
+
+def test_ctrl_c_while_a_state_is_written_loses_nothing(pipe, tmp_path, monkeypatch):
+    run, save, done = Run.create(tmp_path / "a", pipe, PROMPT, seed=3, every=100), State.save, []
+
+    def stopped(state, *args, **options):
+        if state.get("step") == 4 and not done:
+            done.append(True)
+            raise KeyboardInterrupt
+        return save(state, *args, **options)
+
+    monkeypatch.setattr(State, "save", stopped)
+    with pytest.raises(Interrupted):
+        run.go()
+    assert run.state()["step"] == 4  # all of the denoising
 
 
 @pytest.mark.parametrize("batched", [False, True])

@@ -36,6 +36,10 @@ BAD = {
     "a list for a request": lambda s: {"request": []},
     "a word for a model": lambda s: {"model": "x"},
     "a bare prompt": lambda s: {"prompt": "abc"},
+    "a record that is none": lambda s: {"records": {**s["records"], "encode_text": 0}},
+    "a record without its inputs": lambda s: {"records": {**s["records"], "denoise": {"settings": {}}}},
+    "parts that are a word": lambda s: {"model": {**s["model"], "parts": "x"}},
+    "no step taken, and a history of steps": lambda s: {"step": 0},
     "no prompt": lambda s: {"prompt": []},
     "two seeds for one prompt": lambda s: {"seed": [1, 2]},
     "a seed that is a word": lambda s: {"seed": ["x"]},
@@ -71,3 +75,20 @@ def test_a_state_that_lacks_something_is_refused(pipe, half, name):
 def test_what_is_whole_passes(pipe, half):
     assert check_state(half).steps == 4
     assert pipe.run(State.from_bytes(half.to_bytes())).state["step"] == 4
+
+
+def test_a_count_of_steps_that_is_gone_is_refused(half):
+    with pytest.raises(UserError, match="no count of steps"):
+        check_state(half.without("step"))
+
+
+def test_an_older_state_that_knows_fewer_settings_goes_on(pipe, half):
+    older = {name: value for name, value in half["request"].items() if name != "expand_attempt"}
+    went_on = pipe.run(half.with_fields({"request": older})).state
+    assert went_on.equal(pipe.run(half).state)
+
+
+def test_a_setting_that_is_gone_makes_a_result_out_of_date(pipe, half):
+    less = {name: value for name, value in half["request"].items() if name != "max_sequence_length"}
+    stage, state = pipe.pipeline["encode_text"], half.with_fields({"request": less})
+    assert pipe.pipeline.outdated(stage, state) == ["max_sequence_length was 512, is gone"]

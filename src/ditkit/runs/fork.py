@@ -241,8 +241,8 @@ def _check_levels(pipe: Pipe, state: State, begun: State, asked: str) -> None:
 
 
 def _spliced(parent: Run, pipe: Pipe, state: State, at_step: int | None) -> bool:
-    """Whether the loop has steps behind it that another request took."""
-    before = parent.description.parent
+    """Whether the loop has steps behind it that another request took. A batch rounds otherwise than a clip alone."""
+    before, batch = parent.description.parent, parent.description.request["batched"] and parent.description.clips > 1
     loop = loop_of(pipe.pipeline)
     going_on = loop is not None and any(n in state for n in pipe.pipeline.stages[loop].loop)
-    return going_on and (bool(at_step) or (before is not None and before.spliced))
+    return going_on and (bool(at_step) or batch or (before is not None and before.spliced))
