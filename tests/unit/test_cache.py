@@ -275,6 +275,29 @@ def test_a_damaged_index_never_stops_a_run(cache):
         Cache(cache.folder, 1)
 
 
+@pytest.mark.parametrize(
+    "damage", ["about = '{}'", "about = 'null'", "about = '{\"settings\": 1}'", "made = 'x'", "made = 1e300"]
+)
+def test_a_damaged_row_never_stops_a_run(cache, damage):
+    cache.store(ASKED, outcome())
+    with cache.index.writing() as db:
+        db.execute(f"UPDATE entries SET {damage}")
+    found, why = cache.find(ASKED)
+    assert found is None
+    assert why.startswith("the index of the cache is damaged")
+
+
+def test_a_damaged_row_never_removes_files_elsewhere(cache):
+    cache.store(ASKED, outcome())
+    other = cache.folder / "mine.txt"
+    other.write_text("mine")
+    with cache.index.writing() as db:
+        db.execute("UPDATE entries SET file = '../../mine.txt'")
+    assert cache.find(ASKED)[0] is None
+    cache.clear()
+    assert other.read_text() == "mine"
+
+
 def test_a_folder_that_cannot_be(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(SetupError, match=r"the cache .*file"):

@@ -108,12 +108,14 @@ class Cache:
             return None, self._nearest(question)
         except _Damaged as e:
             return None, str(e)
-        except (OSError, sqlite3.Error, ValueError) as e:
+        except (OSError, sqlite3.Error) as e:
             return None, f"the cache cannot be read ({_text(e)})"
+        except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as e:  # whatever damage leads to
+            return None, f"the index of the cache is damaged ({e!r}); `ditkit cache clear` makes a new one"
 
     def _read(self, number: int, file: str, sha256: str) -> Outcome:
         try:
-            data = (self.results / file).read_bytes()
+            data = (self.results / Path(file).name).read_bytes()
         except FileNotFoundError:
             self._drop(number, "its file is gone")
             raise _Damaged("its file was removed a moment ago, or by hand") from None
@@ -208,7 +210,7 @@ class Cache:
     def _remove(self, db: sqlite3.Connection, rows: Any, why: str) -> None:
         """Under the write lock. Who has the file open reads it to its end."""
         for number, file in rows:
-            (self.results / file).unlink(missing_ok=True)
+            (self.results / Path(file).name).unlink(missing_ok=True)  # never beside the folder
             db.execute("UPDATE entries SET gone = ?, size = 0, file = '' WHERE id = ?", (why, number))
 
     def _sweep(self) -> None:
