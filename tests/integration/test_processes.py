@@ -22,10 +22,11 @@ from safetensors.torch import save_file
 from shell import alone
 
 import ditkit
-from ditkit.errors import LoadError, PlaceError
+from ditkit.errors import LoadError, Lost, PlaceError
 from ditkit.placement.http import HTTPChannel
 from ditkit.placement.process import ProcessChannel
 from ditkit.placement.spec import Spec
+from ditkit.setup import Setup
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 PROMPT = "a red circle"
@@ -126,6 +127,25 @@ def test_a_child_that_hangs_is_lost_after_patience(tiny_model, whole):
     pipe.places.close()
 
 
+def test_a_child_that_hangs_at_its_start_is_lost(tiny_model, monkeypatch):
+    from ditkit.placement import process
+
+    born, spawn = [], process._spawned
+
+    def stopped():
+        child, words = spawn()
+        os.kill(child.pid, signal.SIGSTOP)
+        born.append(child)
+        return child, words
+
+    monkeypatch.setattr(process, "_spawned", stopped)
+    monkeypatch.setattr(process, "START", 0.5)
+    channel = ProcessChannel(Setup(model=str(tiny_model), patience=0.5), None, ["encode_text"])
+    with pytest.raises(Lost, match=r"starting a child process for process: it gave no sign of life in 0\.5 s"):
+        channel.describe()
+    assert [child.poll() is not None for child in born] == [True], "and it is ended"
+
+
 def test_what_opening_the_model_raises_there_is_raised_here(tiny_model, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(tiny_model, folder)
@@ -172,7 +192,7 @@ def test_a_child_ends_with_its_stdin_in_the_middle_of_what_it_does(tiny_model, t
     child = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=alone())
     child.stdin.write(json.dumps(told).encode() + b"\n")
     child.stdin.flush()
-    assert child.stdout.readline() == b"\n"
+    assert child.stdout.readline().lstrip(b".") == b"\n"
     child.stdin.close()
     assert child.wait(30) == 0
 

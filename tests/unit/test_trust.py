@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import threading
 from dataclasses import dataclass, replace
 
 import pytest
@@ -32,8 +33,6 @@ class Liar:
         return {**self.worker.describe(), **self.said}
 
     def submit(self, job, inputs):
-        import threading
-
         frames = []
         self.worker.run(job, inputs, frames.append, threading.Event())
         for frame in frames:
@@ -153,6 +152,29 @@ def test_a_state_whose_description_is_too_deep():
 def test_a_description_of_another_shape(pipe, said):
     with pytest.raises(PlaceError, match="its answer is damaged"):
         run_at(pipe, said=said)
+
+
+def test_a_host_that_is_told_to_end_was_lost_and_is_no_ctrl_c_of_ours(pipe):
+    """What it had until then is not computed again."""
+    jobs = []
+
+    class Ending(Liar):
+        def submit(self, job, inputs):
+            jobs.append(inputs.get("step", 0))
+            frames, ended = [], threading.Event()
+
+            def send(frame):
+                frames.append(frame)
+                if len(jobs) == 1 and b"step.end" in bytes(frame.payload):
+                    ended.set()
+
+            self.worker.run(job, inputs, send, ended)
+            yield from frames
+
+    worker = Worker({s.name: s for s in pipe.pipeline.stages}, pipe.components, {})
+    places = {"denoise": [Segment(Remote("ending", Ending(worker)))]}
+    assert pipe.pipeline.run(begin(pipe), pipe.components, places=places, until="denoise").equal(run_at(pipe))
+    assert jobs == [0, 1]
 
 
 # --- stages that are not the same at both ends

@@ -1,8 +1,8 @@
 """``python -m ditkit.placement.child``: what a ``ProcessChannel`` starts. It offers stages on a Unix socket.
 
 One line of JSON on stdin says what to offer and where. One line on stdout answers: an empty one when it listens, else
-the error. When stdin ends, so does the child, in the middle of whatever it does. Leaves out: the socket's language
-(``host.py``).
+the error; before it dots, as signs of life. When stdin ends, so does the child, in the middle of whatever it does.
+Leaves out: the socket's language (``host.py``).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import signal
 import socket
 import sys
 import threading
-from typing import Any
+from typing import Any, BinaryIO
 
 PARENT_DEATH = 1
 """PR_SET_PDEATHSIG of Linux's prctl: the signal that comes when the parent has died."""
@@ -37,6 +37,30 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+class Answer:
+    """The one line, and the dots before it, on ``file``."""
+
+    def __init__(self, file: BinaryIO, every: float):
+        self.file, self._said = file, threading.Event()
+        self._lock = threading.Lock()
+        threading.Thread(target=self._live, args=(every,), daemon=True).start()
+
+    def _live(self, every: float) -> None:
+        while True:
+            with self._lock:
+                if self._said.is_set():
+                    return
+                self.file.write(b".")
+                self.file.flush()
+            self._said.wait(every)
+
+    def say(self, line: bytes) -> None:
+        with self._lock:
+            self._said.set()
+            self.file.write(line + b"\n")
+            self.file.close()
+
+
 def opened(told: dict[str, Any]) -> Any:
     """The app over a Worker. Raises LoadError, SetupError."""
     import torch
@@ -52,10 +76,11 @@ def opened(told: dict[str, Any]) -> Any:
 
 
 def main() -> None:
-    answer = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    file = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # nobody reads what a library prints
     told = json.loads(sys.stdin.buffer.readline())
     end_with_parent()
+    answer = Answer(file, told["alive"])
 
     from ditkit.errors import DitkitError
     from ditkit.placement.job import error_to_frame
@@ -63,14 +88,12 @@ def main() -> None:
     try:
         app = opened(told)
     except DitkitError as e:
-        answer.write(bytes(error_to_frame(e).payload) + b"\n")
-        answer.close()
+        answer.say(bytes(error_to_frame(e).payload))
         return
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(told["socket"])
     listener.listen()
-    answer.write(b"\n")
-    answer.close()
+    answer.say(b"")
 
     import uvicorn
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 import collections
 import contextlib
 import json
+import os
 import queue
 import secrets
+import selectors
 import shutil
 import signal
 import socket
@@ -36,6 +38,9 @@ LAST_WORDS = 8
 
 PATH = 100
 """Bytes that the name of a Unix socket may have: 104 with its end on a Mac, 108 on Linux."""
+
+START = 30.0
+"""Seconds without a sign of life at least until a child that starts counts as hanging: imports stop all else in it."""
 
 Told = TypeVar("Told")
 
@@ -158,7 +163,7 @@ def _born(setup: Setup, stages: Sequence[str], name: str) -> Child:
         with contextlib.suppress(BrokenPipeError):
             process.stdin.write(json.dumps(told).encode() + b"\n")
             process.stdin.flush()
-        said = process.stdout.readline()
+        said = _line(process.stdout.fileno(), asked, max(START, setup.patience))
         if not said:
             raise Lost(asked, child.fate() or "it said nothing", "Look at what it said")
         if said != b"\n":
@@ -167,6 +172,20 @@ def _born(setup: Setup, stages: Sequence[str], name: str) -> Child:
         child.end()
         raise
     return child
+
+
+def _line(file: int, asked: str, patience: float) -> bytes:
+    """What a child says after its signs of life; nothing where it has ended. Raises Lost where there is no sign."""
+    data = b""
+    with selectors.DefaultSelector() as selector:
+        selector.register(file, selectors.EVENT_READ)
+        while not data.endswith(b"\n"):
+            if not selector.select(patience):
+                raise Lost(asked, f"it gave no sign of life in {patience:g} s", "Look at what this machine waits for")
+            if not (piece := os.read(file, 1 << 16)):
+                return b""
+            data = (data + piece).lstrip(b".")
+    return data
 
 
 def _spawned() -> tuple[subprocess.Popen[bytes], collections.deque[str]]:
