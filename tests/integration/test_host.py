@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -28,6 +29,7 @@ from ditkit.running import Segment
 from ditkit.setup import Setup
 from ditkit.state import State
 
+LOADS = ("loading", "loaded")
 TOKEN = "a-token-of-a-test-0123456789"
 
 
@@ -50,7 +52,10 @@ def host(tiny_model):
     yield url
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
-    assert (process.returncode, out, err) == (0, "", ""), "it ends in order, and had nothing to complain about"
+    loads = [f"{word} {part}" for part in ("tokenizer", "text_encoder", "transformer", "vae") for word in LOADS]
+    told = [line.split()[:2] for line in err.splitlines()]
+    assert (process.returncode, out) == (0, ""), "it ends in order"
+    assert told == [text.split() for text in loads], "it tells what it loads, and had nothing to complain about"
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +150,8 @@ def test_curl_gets_the_outcome_as_a_state(pipe, whole, host):
         ("/stages/encode_text", b"", "nonsense", 400, "is no job"),
         ("/stages/encode_text", b"", '{"stage": "denoise"}', 400, "the job is for 'denoise'"),
         ("/stages/encode_text", b"", '{"keep_every": 0}', 400, "not one of this version"),
+        ("/stages/encode_text", b"", '{"options": ' + "[" * 20_000 + "]" * 20_000 + "}", 400, "is no job"),
+        ("/stages/encode_text", State({"request": {"steps": []}}).to_bytes(), "{}", 400, "should be a valid integer"),
         ("/stages/encode_text", b"x" * 200_001, "{}", 413, "200001 bytes and 200000 are allowed"),
     ],
 )
@@ -152,6 +159,13 @@ def test_requests_that_are_refused(host, path, data, job, status, found):
     code, _, body = ask(f"{host}{path}", data, **{JOB: job})
     assert code == status
     assert found in json.loads(body)["found"]
+
+
+def test_a_client_that_died_while_it_sent_is_noticed():
+    with bind() as listener, socket.create_connection(listener.getsockname()):
+        connection, _ = listener.accept()
+        with connection:
+            assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
 
 
 def test_a_page_of_a_browser_cannot_start_anything(host):

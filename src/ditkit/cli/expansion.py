@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from ditkit.cli import show as show_run
 from ditkit.errors import RequestError
 from ditkit.events import Event
 
@@ -44,7 +45,11 @@ def before_run(pipe: Pipe, state: State, goal: Goal, out: Console) -> tuple[Stat
         return state, goal
     if asks and not (sys.stdin.isatty() and out.file.isatty()):
         raise RequestError("--expand ask", "there is no terminal to ask at", "Use --expand yes, or `ditkit expand`")
-    state = pipe.run(state, start=goal.start, until=STAGE, listeners=[warn_of_fallback]).state
+    result = pipe.run(state, start=goal.start, until=STAGE, listeners=[warn_of_fallback])
+    state = result.state
+    if not goal.quiet:
+        for line in (f"time   {show_run.times(result.receipt)}", *show_run.whereabouts(result.receipt)):
+            out.print(line)
     for clip in range(len(state["prompt"])):
         if asks or not goal.quiet:
             show(out, state["prompt"][clip], state["expanded_prompt"][clip], state["expansion"][clip])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +11,9 @@ import typer
 
 from ditkit import config
 from ditkit.cli.flags import Given, kebab, model_name, to_path, with_settings
+from ditkit.cli.show import seconds
 from ditkit.errors import SetupError
+from ditkit.events import Event
 from ditkit.request import Request
 from ditkit.setup import Setup
 
@@ -49,6 +52,7 @@ def host(
     ssl_certfile: Certificate = None,
 ) -> int:
     """Offer stages of a model over HTTP, until Ctrl-C. Prints its address when it listens."""
+    from ditkit.events import Events
     from ditkit.placement.host import Limits
     from ditkit.placement.listen import Host, bind
     from ditkit.placement.offer import load_all, worker_of
@@ -64,7 +68,7 @@ def host(
     with bind(address, port, token) as listener:
         worker = worker_of(setup, wanted)
         if not lazy:
-            load_all(worker)
+            load_all(worker, Events(tell_loads))
             worker.describe()  # fingerprints, which read all files once
         server = Host(
             worker, listener, token, Limits(max_bytes, queue), announce=lambda url: tell(url, list(worker.stages)),
@@ -91,6 +95,14 @@ def setup_of(given: Given, backend: str | None) -> Setup:
             )
         setup = Setup.of({**settled.of(Setup), "backends": {**setup.backends, "text_encoder": backend}})
     return setup.model_copy(update={"model": model_name(setup.model)})
+
+
+def tell_loads(event: Event) -> None:
+    """On the error stream: what is printed first is the address, for whoever started it to read."""
+    if event.name == "load.start":
+        print(f"loading {event['component']} ...", file=sys.stderr, flush=True)
+    if event.name == "load.end":
+        print(f"loaded {event['component']} in {seconds(event['elapsed'])}", file=sys.stderr, flush=True)
 
 
 def tell(url: str, stages: list[str]) -> None:

@@ -74,9 +74,10 @@ def compared(theirs: dict[str, str]) -> str:
 def device_of(said: dict[str, Any], stage: str) -> str:
     """Device and dtype of the parts that the stage calls, and the threads of a CPU."""
     parts, called = said.get("parts", {}), said["stages"].get(stage, {}).get("components", {})
-    found = [f"{parts[n].get('device')} {parts[n].get('dtype')}" for n in called if parts.get(n, {}).get("device")]
+    told = [parts[n] for n in called if parts.get(n, {}).get("dtype", "none") != "none"]
+    found = [f"{part.get('device')} {part['dtype']}" for part in told]
     threads = said.get("machine", {}).get("threads")
-    return ", ".join([*dict.fromkeys(found), *([f"{threads} threads"] if threads else [])])
+    return ", ".join([*dict.fromkeys(found), *([f"{threads} thread{'' if threads == 1 else 's'}"] if threads else [])])
 
 
 def probed(handshake: Handshake, stage: str, expected: str | None) -> tuple[bool, str]:

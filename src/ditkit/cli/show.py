@@ -95,7 +95,8 @@ def times(receipt: Mapping[str, Any]) -> str:
     parts = []
     for stage, elapsed in receipt["stages"].items():
         steps = receipt["steps"] if stage == "denoise" else []
-        each = f" ({len(steps)} steps, {seconds(sum(s['seconds'] for s in steps) / len(steps))} each)" if steps else ""
+        count = f"{len(steps)} step{'' if len(steps) == 1 else 's'}"
+        each = f" ({count}, {seconds(sum(s['seconds'] for s in steps) / len(steps))} each)" if steps else ""
         parts.append(f"{stage} {seconds(elapsed)}{each}")
     if receipt["loads"]:
         parts.append(f"loading {seconds(sum(receipt['loads'].values()))}")

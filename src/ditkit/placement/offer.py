@@ -12,6 +12,7 @@ from typing import Any
 from ditkit.build import CALLS, Components, Model, pipeline_of, placed, stage_of
 from ditkit.checkpoints.parts import Scope
 from ditkit.errors import SetupError, nearest
+from ditkit.events import SILENT, Events
 from ditkit.placement.spec import Target
 from ditkit.placement.worker import Worker
 from ditkit.setup import PARTS, Setup
@@ -72,7 +73,9 @@ def parts_of(components: Components) -> dict[str, dict[str, Any]]:
     return {name: {**about, **components.facts(name)} for name, about in told.items()}
 
 
-def load_all(worker: Worker) -> None:
+def load_all(worker: Worker, events: Events = SILENT) -> None:
     """Load the parts that the offered stages call, so that a damaged file is found now. Raises LoadError."""
+    assert isinstance(worker.components, Components)
+    components = worker.components.listening(events)
     for name in dict.fromkeys(name for stage in worker.stages.values() for name in stage.components):
-        worker.components.get(name)
+        components.get(name)

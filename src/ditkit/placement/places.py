@@ -96,6 +96,9 @@ class Places:
 
     def _check(self, target: Target, pipeline: Pipeline) -> None:
         if target.stage not in pipeline.names:
+            if target.stage == "expand_prompt":
+                found = "it is in no pipeline without an expander"
+                raise SetupError(f"placement of {target.stage!r}", found, "Name it with expander here too")
             raise SetupError(
                 f"placement of {target.stage!r}",
                 f"there is no such stage{nearest(target.stage, pipeline.names)}",

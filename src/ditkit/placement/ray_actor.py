@@ -324,4 +324,4 @@ def _ray() -> Any:
 
 
 def _missing() -> MissingDependency:
-    return MissingDependency("running a stage on Ray", "Ray is not installed", 'pip install "ditkit[ray]"')
+    return MissingDependency("running a stage on Ray", "Ray is not installed", 'Install it: pip install "ditkit[ray]"')

@@ -48,9 +48,9 @@ class ServerExpander:
     def __call__(self, wish: Wish) -> Answer:
         """Raises PlaceError for a server that is not there, refuses, or does not answer with a completion."""
         asked = f"expanding a prompt at {self.name}"
-        model = self._model(asked)
+        model, client = self._model(asked), self._openai()
         with _explained(asked, model, bool(wish.pictures)):
-            reply = self._openai().chat.completions.create(
+            reply = client.chat.completions.create(
                 model=model,
                 messages=messages_of(wish),
                 temperature=wish.temperature,
@@ -62,8 +62,9 @@ class ServerExpander:
     def _model(self, asked: str) -> str:
         with self._lock:
             if self.model is None:
+                client = self._openai()
                 with _explained(asked, None, False):
-                    listed = self._openai().models.list()
+                    listed = client.models.list()
                 names = [getattr(each, "id", None) for each in getattr(listed, "data", None) or []]
                 if not names or not isinstance(names[0], str):
                     raise PlaceError(asked, "it lists no models", "Name one with expander_model")
