@@ -173,7 +173,7 @@ def job_of(text: str, worker: Worker, name: str) -> Job:
     stage = _offered(worker, name)
     try:
         values = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         values = None
     if not isinstance(values, dict):
         raise Wrong(f"running stage {name!r}", f"the header {JOB} is no job", "Send {} or a whole one")

@@ -40,6 +40,9 @@ def bind(address: str = "127.0.0.1", port: int = 0, token: str | None = None) ->
     except OSError as e:
         found = (e.strerror or str(e)).lower()
         raise SetupError(f"listening at {address}, port {port}", found, "Choose another one") from None
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # one that died while it sent is noticed, too
+    if hasattr(socket, "TCP_KEEPIDLE"):
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, GONE // 2000)
     if hasattr(socket, "TCP_USER_TIMEOUT"):  # connections take it over from the listener
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, GONE)
     return listener

@@ -26,6 +26,7 @@ from ditkit.placement.job import (
 )
 from ditkit.placement.trust import made_by
 from ditkit.receipt import machine, versions
+from ditkit.request import Request
 from ditkit.running import Here, Outcome, Task, checked, readable
 from ditkit.stage import Stage
 from ditkit.state import FIELDS, SCHEMA, State
@@ -119,6 +120,8 @@ class Worker:
                 raise StateError(asked, f"it was sent {name!r}, which it does not read", "Send what it reads")
             if fault := fault_of(table[name], value, sizes):
                 raise StateError(asked, f"its field {name!r} is damaged: {fault}", "Take an untouched State")
+        if "request" in inputs:
+            Request.parse(inputs["request"], "the State's request", StateError)
         if absent := [name for name in stage.reads if name not in inputs]:
             raise StateError(asked, f"the State has no {', '.join(absent)}", "Run the stages before it first")
         for name in stage.needs(inputs, job.stop_at_step):
