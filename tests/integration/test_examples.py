@@ -2,9 +2,10 @@
 
 Blocks of one document share their names and run from top to bottom in an empty folder. A ```python block is executed;
 an ```output block right after it is what it must have printed, where a line ``...`` stands for any lines; in an ```sh
-block every line that begins with ``ditkit`` is run, as a process of its own until the document's end if it ends with
-``&`` (a host; its port is another one here, in the python blocks too). The names ``shapes`` and ``shapes-i2v`` stand
-for tiny random models, so this takes seconds; a document in ``EMBEDDED`` shows what the real ones print.
+block every line that begins with ``ditkit`` or ``curl`` is run, one that ends with ``&`` as a process of its own until
+the document's end (a host; its port is another one here, in the python blocks too). The names ``shapes`` and
+``shapes-i2v`` stand for tiny random models, so this takes seconds; a document in ``EMBEDDED`` shows what the real ones
+print.
 """
 
 from __future__ import annotations
@@ -121,10 +122,14 @@ def test_document(file, hosts):
         elif language == "sh":
             printed = ""
             for command in commands(body):
-                if command[-1:] == ["&"]:
-                    hosts(command[:-1], f"{file.name}:{line + 1}")
+                if command[0] == "curl":
+                    if shutil.which("curl") is None:
+                        pytest.skip(f"{file.name}:{line + 1} needs curl")
+                    subprocess.run([*command, "--noproxy", "*"], check=True, timeout=60)
+                elif command[-1:] == ["&"]:
+                    hosts(command[1:-1], f"{file.name}:{line + 1}")
                 else:
-                    printed += run(command, f"{file.name}:{line + 1}")
+                    printed += run(command[1:], f"{file.name}:{line + 1}")
 
 
 def python(body: str, names: dict[str, object], file: Path, line: int) -> str:
@@ -144,7 +149,7 @@ def run(command: list[str], where: str) -> str:
 
 def commands(body: str) -> list[list[str]]:
     lines = body.replace("\\\n", " ").splitlines()
-    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("ditkit ")]
+    return [shlex.split(line, comments=True) for line in lines if line.startswith(("ditkit ", "curl "))]
 
 
 def trimmed(text: str) -> list[str]:
