@@ -224,15 +224,21 @@ class Pipe:
                 return state
             start = None if start is None else names[len(shared)]
         keep: Keeper | None = options["keep"]
-        for i, part in enumerate(samples.split(state, self.pipeline.table)):
-            options["events"].emit("clip", index=i, count=samples.count(state))
-            own = {**options, "keep": keep and keep.of_clip(i)}
-            try:
+        parts = samples.split(state, self.pipeline.table)
+        try:
+            for i, part in enumerate(parts):
+                options["events"].emit("clip", index=i, count=samples.count(state))
+                own = {**options, "keep": keep and keep.of_clip(i)}
                 finished.append(self.pipeline.run(begun.get(i, part), components, start=start, until=until, **own))
-            except Interrupted as e:
-                e.finished = finished
-                raise
-        return samples.join(finished, self.pipeline.table)
+            return samples.join(finished, self.pipeline.table)
+        except Interrupted as e:
+            e.finished, e.clip = finished, len(finished)
+            raise
+        except KeyboardInterrupt:  # between two of them
+            at = min(len(finished), len(parts) - 1)
+            stopped = Interrupted(names[len(shared) :][0], [*finished, begun.get(at, parts[at])][at])
+            stopped.finished, stopped.clip = finished[:at], at
+            raise stopped from None
 
     def _manifests(self, state: State, receipt: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
         columns = zip(state["prompt"], state["negative_prompt"], state["seed"], state["video"].numpy(), strict=True)

@@ -183,13 +183,13 @@ class Pipeline:
         how = Options(components, events, seams or Seams(), stop_at_step, debug, places or {}, keep, results)
         state = self._wanted(state)
         for stage in self._slice(start, until):
-            reason = self._idle(stage, state, asked=start is not None, events=events)
-            if reason:
-                events.emit("stage.skipped", stage=stage.name, reason=reason)
-                continue
-            if stage.loop and stage.done(state):  # all of it once more, not another look at its end
-                state = state.without(*stage.loop)
             try:
+                reason = self._idle(stage, state, asked=start is not None, events=events)
+                if reason:
+                    events.emit("stage.skipped", stage=stage.name, reason=reason)
+                    continue
+                if stage.loop and stage.done(state):  # all of it once more, not another look at its end
+                    state = state.without(*stage.loop)
                 state = self._run_stage(stage, state, how)
                 if keep is not None:
                     keep(state)

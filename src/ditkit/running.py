@@ -27,6 +27,7 @@ class Interrupted(DitkitError):
         super().__init__(f"running stage {stage!r}", "it was interrupted", "Resume from the State that was kept")
         self.stage, self.state = stage, state
         self.finished: list[State] = []  # of a run of several clips, those that were complete
+        self.clip: int | None = None  # of clips that are made one after the other, whose State it is
 
 
 @dataclass(frozen=True)

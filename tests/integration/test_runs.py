@@ -370,6 +370,18 @@ def test_ctrl_c_while_a_state_is_written_loses_nothing(pipe, tmp_path, monkeypat
     assert run.state()["step"] == 4  # all of the denoising
 
 
+@pytest.mark.parametrize("index", [0, 1])
+def test_ctrl_c_between_two_clips_loses_nothing(pipe, tmp_path, index):
+    whole = pipe(PROMPT, seed=[1, 2])
+    run = Run.create(tmp_path / "a", pipe, PROMPT, seed=[1, 2])
+    with pytest.raises(Interrupted) as e:
+        run.go(listeners=[press(lambda e: e.name == "clip" and e["index"] == index)])
+    assert (len(e.value.finished), e.value.clip) == (index, index)
+    ran = Ran()
+    same(run.go(listeners=[ran]).state, whole.state)
+    assert ran.stages.count("denoise") == 2 - index
+
+
 @pytest.mark.parametrize("batched", [False, True])
 def test_a_fork_of_one_of_several_clips(pipe, tmp_path, batched):
     run = Run.create(tmp_path / "a", pipe, [PROMPT, "a blue square"], seed=[1, 2], batched=batched)

@@ -200,7 +200,11 @@ def after_steps(
 
 
 def _ancestor(above: Parent) -> Run:
-    run = Run.open(above.path)
+    try:
+        run = Run.open(above.path)
+    except StateError as e:
+        raise StateError(f"taking the first steps from the run that was forked in {above.path}", e.found,
+                         "Bring it back, or fork at a later step") from None  # fmt: skip
     if run.description.id != above.id:
         raise StateError(f"looking for the run that was forked in {above.path}", "there is another one now",
                          "Bring the old one back, or fork at a later step")  # fmt: skip

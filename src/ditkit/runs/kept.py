@@ -11,7 +11,7 @@ import contextlib
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -122,17 +122,15 @@ class KeptStates:
 
 @dataclass
 class Journal:
-    """A Keeper (``running.py``) that writes to ``states``. ``now``: whom the State belongs to that grows at present."""
+    """A Keeper (``running.py``) that writes to ``states``."""
 
     states: KeptStates
     every: int
     only_newest: bool
     who: str = WHOLE
-    now: list[str] = field(default_factory=lambda: [WHOLE])
 
     def __call__(self, state: State) -> None:
         self.states.save(self.who, state, self.only_newest)
 
     def of_clip(self, index: int) -> Journal:
-        self.now[0] = clip(index)
-        return Journal(self.states, self.every, self.only_newest, clip(index), self.now)
+        return Journal(self.states, self.every, self.only_newest, clip(index))

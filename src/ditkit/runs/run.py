@@ -197,8 +197,7 @@ class Run:
             try:
                 result = self.pipe.run(state, begun=begun, keep=journal, listeners=listeners, **part)
             except Interrupted as e:
-                if (samples.count(e.state) == samples.count(state)) == (journal.now[0] == WHOLE):
-                    self.states.save(journal.now[0], e.state, journal.only_newest)
+                self.states.save(WHOLE if e.clip is None else clip(e.clip), e.state, journal.only_newest)
                 raise
         return replace(result, manifests=tuple(self._told(m) for m in result.manifests))
 
