@@ -142,7 +142,12 @@ class HTTPChannel:
         except DitkitError:
             raise
         except ssl.SSLCertVerificationError as e:
-            raise PlaceError(self.asked, f"its certificate does not hold: {e.verify_message}", "Correct it") from None
+            found = f"its certificate does not hold: {e.verify_message}"
+            raise PlaceError(self.asked, found, "Correct it, or name the one to trust in SSL_CERT_FILE") from None
+        except ssl.SSLError as e:
+            if e.reason != "WRONG_VERSION_NUMBER":
+                raise Lost(self.asked, f"TLS failed ({e.reason or e})".lower(), "Look at its log") from None
+            raise PlaceError(self.asked, "it does not speak TLS", "Write http://, or give it a certificate") from None
         except TimeoutError:
             raise Lost(self.asked, f"it gave no sign of life in {self.patience:g} s", "Look at its log") from None
         except (http.client.IncompleteRead, http.client.RemoteDisconnected, EOFError):
