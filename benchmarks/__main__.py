@@ -13,7 +13,7 @@ from pathlib import Path
 from benchmarks import report
 from benchmarks.measure import CLOCKS, Row
 
-GROUPS = ("transformer", "vae", "loop", "start", "memory", "loading")
+GROUPS = ("transformer", "vae", "loop", "start", "memory", "loading", "wire")
 ROOT = Path(__file__).parents[1]
 
 
@@ -30,7 +30,7 @@ def rows(groups: list[str], work: Path, threads: int, clock: str, quick: bool) -
     """Each figure as it is ready. ``quick`` takes the fewest repeats, to see that everything runs."""
     import torch
 
-    from benchmarks import compute, loading, loop, models, process
+    from benchmarks import compute, loading, loop, models, process, wire
 
     torch.set_num_threads(threads)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -60,6 +60,8 @@ def rows(groups: list[str], work: Path, threads: int, clock: str, quick: bool) -
         yield from loop.share_of_a_run(folders["wide"])
     if "loading" in groups:
         yield from loading.rows(work, "tiny" if quick else "1.3B", few(3), threads, clock)
+    if "wire" in groups:
+        yield from wire.rows(few(25))
 
 
 def main() -> int:

@@ -74,7 +74,7 @@ def cells(row: Row) -> tuple[str, ...]:
 
 
 HEAD = ("", "ditkit", "diffusers", "ratio (range)", "target", "met")
-OTHERS = {"loading, beside reading the files": "reading"}
+OTHERS = {"loading, beside reading the files": "reading", "wire, beside a bare socket": "socket"}
 """Groups that are not compared with diffusers -> what they are compared with."""
 
 

@@ -29,11 +29,27 @@ LARGEST = 1 << 36
 """Bytes of a payload beyond which a length is taken for garbage."""
 
 
-def checksum(buffers: Iterable[bytes | bytearray | memoryview]) -> int:
-    crc = 0
+Buffer = bytes | bytearray | memoryview
+
+
+class Checksum:
+    """The CRC-32 of pieces, each added while the processor's cache still holds it; its text is eight digits."""
+
+    def __init__(self) -> None:
+        self.value = 0
+
+    def add(self, piece: Buffer) -> None:
+        self.value = crc32(piece, self.value)
+
+    def __str__(self) -> str:
+        return f"{self.value:08x}"
+
+
+def checksum(buffers: Iterable[Buffer]) -> int:
+    crc = Checksum()
     for buffer in buffers:
-        crc = crc32(buffer, crc)
-    return crc
+        crc.add(buffer)
+    return crc.value
 
 
 def fresh(size: int) -> bytearray | memoryview:
@@ -42,7 +58,7 @@ def fresh(size: int) -> bytearray | memoryview:
     return bytearray(size) if size < PIECE else numpy.empty(size, numpy.uint8).data
 
 
-def pieces(buffers: Iterable[bytes | bytearray | memoryview]) -> Iterator[memoryview]:
+def pieces(buffers: Iterable[Buffer]) -> Iterator[memoryview]:
     """The same bytes in pieces of a size that sockets like."""
     for buffer in buffers:
         view = memoryview(buffer)
@@ -66,7 +82,7 @@ def unpack(read: Callable[[int], bytearray | memoryview], source: str) -> Frame:
     kind, length, crc = HEAD.unpack(read(HEAD.size))
     if kind >= len(KINDS) or length > LARGEST:
         raise PlaceError(f"reading what {source} sent", "it is no frame", "Look at its log")
-    payload = read(length)
+    payload = read(length)  # at once: in pieces, each checked while it is in the cache, takes longer
     if crc32(payload) != crc:
         raise PlaceError(f"reading what {source} sent", "its content has changed on the way", "Look at the network")
     return Frame(KINDS[kind], payload)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from ditkit.errors import DitkitError, MissingDependency, PlaceError, StateError
-from ditkit.placement.framing import checksum, fresh
+from ditkit.placement.framing import Checksum, fresh
 from ditkit.placement.http import CRC, JOB
 from ditkit.placement.job import Job, options_to_send
 from ditkit.placement.tokens import same
@@ -199,15 +199,15 @@ async def read_body(request: Request, limit: int) -> bytearray | memoryview:
     size = int(told) if told and told.isdigit() else 0
     if size > limit:
         raise TooLarge("taking a State", f"it has {size} bytes and {limit} are allowed", "Start with --max-bytes")
-    data, at, connection = fresh(size), 0, connection_of(request.scope)
+    data, at, crc, connection = fresh(size), 0, Checksum(), connection_of(request.scope)
     async for piece in request.stream():
         if at + len(piece) > limit:
             raise TooLarge("taking a State", f"it has more than {limit} bytes", "Start with --max-bytes")
         data[at : at + len(piece)] = piece
         at += len(piece)
-        if connection is not None and at < size and await connection.fill(memoryview(data)[at:]):
+        crc.add(piece)
+        if connection is not None and at < size and await connection.fill(memoryview(data)[at:], crc.add):
             at = size
-    crc = request.headers.get(CRC)
-    if crc is not None and crc != f"{checksum([data]):08x}":
+    if request.headers.get(CRC, str(crc)) != str(crc):
         raise StateError("taking a State", "its content has changed on the way", "Send it again")
     return data

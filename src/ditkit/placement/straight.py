@@ -25,13 +25,14 @@ class Straight(HttpToolsProtocol):
         super().on_message_begin()
         self.scope["extensions"] = {NAME: self}  # type: ignore[dict-item]
 
-    async def fill(self, rest: memoryview) -> bool:
-        """All that is to come of the request's body into ``rest``, which is just as large; an empty message ends the
-        body then, or the one that says that the client has gone away. False: pieces wait to be taken as messages."""
+    async def fill(self, rest: memoryview, heard: Callable[[memoryview], Any]) -> bool:
+        """All that is to come of the request's body into ``rest``, which is just as large; ``heard`` is called with
+        each piece of it. An empty message ends the body then, or the one that says that the client has gone away.
+        False: pieces wait to be taken as messages."""
         if self.cycle.body or not self.cycle.more_body:
             return False
         ended = asyncio.Event()
-        self.transport.set_protocol(_Filling(self, rest, ended.set))
+        self.transport.set_protocol(_Filling(self, rest, heard, ended.set))
         self.flow.resume_reading()
         await ended.wait()
         if not self.transport.is_closing():
@@ -53,13 +54,16 @@ class Straight(HttpToolsProtocol):
 class _Filling(asyncio.BufferedProtocol):
     """Stands in for ``owner`` until ``rest`` is full or the connection is lost; then ``ended`` is called."""
 
-    def __init__(self, owner: Straight, rest: memoryview, ended: Callable[[], None]):
-        self.owner, self.rest, self.ended = owner, rest, ended
+    def __init__(
+        self, owner: Straight, rest: memoryview, heard: Callable[[memoryview], Any], ended: Callable[[], None]
+    ):
+        self.owner, self.rest, self.heard, self.ended = owner, rest, heard, ended
 
     def get_buffer(self, sizehint: int) -> memoryview:
         return self.rest
 
     def buffer_updated(self, nbytes: int) -> None:
+        self.heard(self.rest[:nbytes])
         self.rest = self.rest[nbytes:]
         if not self.rest:
             self.owner.flow.pause_reading()  # what comes next is not for this memory
