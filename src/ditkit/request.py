@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from ditkit.errors import RequestError, UserError, nearest
 
 MAX_SEED = 2**63 - 1
+MAX_STEPS = 10_000  # ten for each timestep that a Wan model was trained with; a host must not be asked for more
 
 
 def default(value: Any, source: str, text: str) -> Any:
@@ -165,6 +166,14 @@ class Request(Settings):
     def _attempt(cls, value: int) -> int:
         if value < 0:
             raise ValueError(f"{value} is negative")
+        return value
+
+    @field_validator("steps", "sigmas")
+    @classmethod
+    def _steps(cls, value: Any) -> Any:
+        count = len(value) if isinstance(value, list) else value
+        if count is not None and count > MAX_STEPS:
+            raise ValueError(f"{count} is more than {MAX_STEPS}")
         return value
 
     @field_validator("max_sequence_length")

@@ -131,3 +131,9 @@ def test_a_wrong_config_file_is_one_sentence_with_file_and_key(tmp_path, text, w
         use()
     assert all(word in str(error.value) for word in words), error.value
     assert "\n" not in str(error.value).replace(str(error.value.found), "")
+
+
+@pytest.mark.parametrize("values", [{"steps": 10_001}, {"steps": 10**12}, {"sigmas": [0.5] * 10_001}])
+def test_a_run_has_an_end(values):
+    with pytest.raises(RequestError, match="is more than 10000"):
+        Request.of(values)
