@@ -6,7 +6,7 @@ Leaves out: where a stage runs (``running.py``) and where results are kept (``st
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -27,7 +27,8 @@ class Outcome:
 class Question:
     """What is known of a result before it is computed: all of its record but the settings that the stage will read.
     ``request``, with the settings that follow from others, and ``plugs`` tell what it would find if it looked.
-    ``code`` stands for the classes of the stage and their source text; empty if nothing tells them from others."""
+    ``code`` stands for the classes of the stage and their source text; empty if nothing tells them from others.
+    ``software``: versions of what computes where the stage runs, where they are not those of this process."""
 
     stage: str
     version: int
@@ -37,3 +38,4 @@ class Question:
     inputs: Mapping[str, str]
     request: Mapping[str, Any]
     plugs: Mapping[str, list[str]]
+    software: Mapping[str, str] = field(default_factory=dict)

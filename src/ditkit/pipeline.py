@@ -326,7 +326,8 @@ class Pipeline:
         record = record_of(stage, state, weights, {}, {})
         request = state.get("request", {})
         known = {**request, **{name: setting_of(request, name) for name in DERIVED}}
-        parts = record["options"], weights, record["inputs"], known, how.seams.describe()
+        software = {k: v for segment in how.segments(stage) for k, v in segment.place.software().items()}
+        parts = record["options"], weights, record["inputs"], known, how.seams.describe(), software
         return Question(stage.name, stage.version, code_of(stage), *parts)
 
     @staticmethod

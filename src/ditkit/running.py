@@ -60,6 +60,10 @@ class Place(Protocol):
         """Of those of these components that are there."""
         ...
 
+    def software(self) -> Mapping[str, str]:
+        """Versions of what computes there, where they are not those of this process."""
+        ...
+
     def run(self, task: Task) -> Outcome:
         """Raises what the stage raises, and KeyboardInterrupt where nothing can be kept."""
         ...
@@ -109,6 +113,9 @@ class Here:
     def prepare(self, stage: Stage, components: Sequence[str], events: Events) -> None:
         for name in components:
             self.components.get(name)
+
+    def software(self) -> Mapping[str, str]:
+        return {}
 
     def fingerprints(self, stage: Stage, components: Sequence[str]) -> Mapping[str, str]:
         lacking = [name for name in components if name not in self.components]

@@ -258,3 +258,25 @@ def test_devices_of_a_stage(pipe):
     assert ditkit.load(pipe.setup.model, placement={"decode_latents": "cpu"}).setup.devices == {"vae": "cpu"}
     with pytest.raises(SetupError, match="its vae is on cuda:1"):
         ditkit.load(pipe.setup.model, placement={"decode_latents": "cpu"}, devices={"vae": "cuda:1"})
+
+
+def test_a_cache_tells_results_of_another_torch_from_those_of_this_one(pipe, remote, tmp_path):
+    from ditkit.store.cache import Cache
+
+    cache = Cache(tmp_path / "cache", 10**9)
+    heard = []
+
+    def run(places):
+        events = ditkit.Events(lambda e: heard.append(e.name) if e.name.startswith("cache.") else None)
+        pipe.pipeline.run(
+            begin(pipe), pipe.components, places=places, results=cache, until="encode_text", events=events
+        )
+
+    run({"encode_text": [Segment(remote)]})
+    run({})  # the same software: one result for both
+    said = remote.handshake.said
+    remote.handshake._said = {**said, "versions": {**said["versions"], "torch": "2.0.0"}}
+    run({"encode_text": [Segment(remote)]})
+    run({"encode_text": [Segment(remote)]})
+    run({})
+    assert heard == ["cache.miss", "cache.hit", "cache.miss", "cache.hit", "cache.hit"]

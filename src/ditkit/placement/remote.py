@@ -27,11 +27,16 @@ from ditkit.placement.job import (
     state_to_outcome,
 )
 from ditkit.placement.trust import check_event, check_outcome, made_by
+from ditkit.receipt import versions
 from ditkit.running import Outcome, Task
 from ditkit.stage import Stage
 from ditkit.state import State
 
 LOG = "Look at its log"
+
+
+COMPUTES = ("ditkit", "torch", "transformers")
+"""Packages whose version may change the last bits of a result."""
 
 
 class Channel(Protocol):
@@ -106,6 +111,11 @@ class Remote:
     def fingerprints(self, stage: Stage, components: Sequence[str]) -> Mapping[str, str]:
         known = self.handshake.fingerprints(stage)
         return {name: known[name] for name in components if name in known}
+
+    def software(self) -> Mapping[str, str]:
+        """A result that another torch made must not pass for one of ours: a cache keeps them apart."""
+        mine, theirs = versions(), self.handshake.said.get("versions", {})
+        return {name: str(theirs.get(name)) for name in COMPUTES if theirs.get(name) != mine.get(name)}
 
     def run(self, task: Task) -> Outcome:
         self.handshake.check(task.stage, task.events)

@@ -143,7 +143,7 @@ class Cache:
             ).fetchall()
         if not rows:
             return f"no result of {question.stage} is kept"
-        found = [(reasons.differences(json.loads(about), question, software()), made, gone)
+        found = [(reasons.differences(json.loads(about), question, _software(question)), made, gone)
                  for about, made, gone in rows]  # fmt: skip
         differences, made, gone = min(found, key=lambda row: len(row[0]))
         if not differences:
@@ -171,7 +171,7 @@ class Cache:
         return ""
 
     def _add(self, question: Question, record: Mapping[str, Any], data: bytes) -> None:
-        about = json.dumps({**reasons.describe(question, software()), **record}, sort_keys=True)
+        about = json.dumps({**reasons.describe(question, _software(question)), **record}, sort_keys=True)
         first, key = _first(question), digest(_first(question), dict(record))
         file = f"{key[:32]}-{secrets.token_hex(4)}.safetensors"
         temporary = self.results / f"{file}.tmp"
@@ -294,7 +294,12 @@ def _version(package: str) -> str:
 
 
 def _first(question: Question) -> str:
-    return digest(reasons.describe(question, software()))
+    return digest(reasons.describe(question, _software(question)))
+
+
+def _software(question: Question) -> dict[str, str]:
+    """What computes there: as here, but for what the question says."""
+    return {**software(), **question.software}
 
 
 def _unknowable(question: Question) -> str:
