@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+import threading
+import time
 
 import chat_models
 import numpy as np
 import pytest
 import tiny
+import typer
 from chat_server import HELD, MODEL, ChatServer, chat, failing, serving
 
 import ditkit
 from ditkit import replay
+from ditkit.cli import expansion
 from ditkit.contracts import Wish
 from ditkit.errors import PlaceError, RequestError, SetupError
 from ditkit.state import State
@@ -511,3 +516,30 @@ def test_ask(call, model, server: ChatServer, tmp_path, monkeypatch, typed, text
     assert said.code == 0, said.err
     expanded = replay.read(tmp_path / "a.npz").manifest["expanded"]
     assert (expanded["expanded_prompt"], expanded["expansion"][0].get("chosen")) == ([text], chosen)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="it has no pseudo-terminals")
+def test_a_ctrl_c_ends_the_question_wherever_it_is_handled(monkeypatch):
+    """A signal that does not break the waiting itself, as one that came just before it or went to another thread."""
+    terminal, over, hung = Terminal(monkeypatch), threading.Event(), []
+
+    def press() -> None:
+        shown = b""
+        while b"[q]uit: " not in shown:
+            shown += os.read(terminal.master, 4096)
+        time.sleep(0.3)  # until the main thread waits
+        signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+        if not over.wait(20):
+            hung.append(True)
+            terminal.type("use")
+
+    pressing = threading.Thread(target=press)
+    pressing.start()
+    try:
+        with pytest.raises(typer.Abort):
+            expansion.choice()
+    finally:
+        over.set()
+        pressing.join()
+        terminal.close()
+    assert not hung

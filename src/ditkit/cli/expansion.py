@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from ditkit.cli import asking
 from ditkit.cli import show as show_run
 from ditkit.errors import RequestError
 from ditkit.events import Event
@@ -99,7 +100,7 @@ def again(pipe: Pipe, state: State, clip: int, attempt: int) -> State:
 def choice() -> str:
     question = ", ".join(f"[{key}]{word[1:]}" for key, word in CHOICES.items())
     while True:
-        given = typer.prompt(question, default="u", show_default=False).strip().lower()
+        given = asking.line(question).strip().lower() or "u"
         if given[:1] in CHOICES and CHOICES[given[:1]].startswith(given):
             return CHOICES[given[:1]]
 

@@ -1,0 +1,58 @@
+"""A question on the terminal, and the line that a person answers.
+
+``input`` waits in C: a Ctrl-C that comes just before it does so is only seen after the next Enter. Here a signal wakes
+the waiting, whenever it comes. Leaves out: what may be answered.
+"""
+
+from __future__ import annotations
+
+import os
+import selectors
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+
+
+def line(question: str) -> str:
+    """What is typed until Enter. Raises typer.Abort on Ctrl-C and where the terminal ends."""
+    print(f"{question}: ", end="", flush=True)
+    try:
+        text = sys.stdin.readline() if sys.platform == "win32" else _typed(sys.stdin.fileno())
+    except KeyboardInterrupt:
+        print()
+        raise typer.Abort from None
+    if not text:
+        raise typer.Abort
+    return text.rstrip("\r\n")
+
+
+def _typed(terminal: int) -> str:
+    """A terminal gives one line at a time. It is read past Python's buffer, of which nobody could tell what waits."""
+    with _woken() as signals, selectors.DefaultSelector() as waiting:
+        waiting.register(terminal, selectors.EVENT_READ)
+        waiting.register(signals, selectors.EVENT_READ)
+        while terminal not in {key.fd for key, _ in waiting.select()}:
+            signals.recv(4096)  # the handlers have run by now; one that raised has ended this
+    return os.read(terminal, 1 << 16).decode(sys.stdin.encoding, "replace")
+
+
+@contextmanager
+def _woken() -> Iterator[socket.socket]:
+    """A socket that can be read after each signal. Only the main thread hears of signals."""
+    heard, tell = socket.socketpair()
+    heard.setblocking(False)
+    tell.setblocking(False)
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.set_wakeup_fd(tell.fileno(), warn_on_full_buffer=False) if main else -1
+    try:
+        yield heard
+    finally:
+        if main:
+            signal.set_wakeup_fd(before)
+        heard.close()
+        tell.close()
