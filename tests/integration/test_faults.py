@@ -175,8 +175,8 @@ def test_silence_is_lost_when_patience_ends():
         (frames(Frame("alive"), Frame("event", b"{}"), cut=-1), Lost, "stopped in the middle"),
         (frames(Frame("outcome", State({"a": torch.zeros(999)})), cut=2000, more=3000), Lost, "stopped in the middle"),
         (answer(200, b"\x63" * 64, MEDIA_TYPE), PlaceError, "it is no frame"),
-        (answer(200, HEAD.pack(2, 1 << 60, 0), MEDIA_TYPE), PlaceError, "it is no frame"),
-        (answer(200, HEAD.pack(2, 3, 0) + b"abc", MEDIA_TYPE), PlaceError, "changed on the way"),
+        (answer(200, HEAD.pack(2, 1 << 60), MEDIA_TYPE), PlaceError, "it is no frame"),
+        (answer(200, HEAD.pack(2, 3) + b"abc" + bytes(4), MEDIA_TYPE), PlaceError, "changed on the way"),
     ],
 )
 def test_streams_that_are_none(reply, kind, found):

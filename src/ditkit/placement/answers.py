@@ -15,7 +15,7 @@ from typing import Any
 from fastapi import Request, Response
 
 from ditkit.errors import DitkitError, PlaceError, StateError, UserError
-from ditkit.placement.framing import HEAD, MEDIA_TYPE, PIECE, pack
+from ditkit.placement.framing import FRAMING, MEDIA_TYPE, PIECE, pack
 from ditkit.placement.job import Frame, Job, error_to_frame, frame_to_error
 from ditkit.placement.straight import connection_of
 from ditkit.placement.worker import TICK, Worker
@@ -172,7 +172,7 @@ class FramesAnswer(Response):
 
 def _chunk(frame: Frame) -> Iterator[bytes | memoryview]:
     """A frame as one chunk of an answer whose length is not known before."""
-    yield b"%x\r\n" % (HEAD.size + frame.nbytes)
+    yield b"%x\r\n" % (FRAMING + frame.nbytes)
     yield from pack(frame)
     yield b"\r\n"
 

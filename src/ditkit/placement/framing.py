@@ -1,4 +1,4 @@
-"""Frames on a stream of bytes: one byte for the kind, 8 for the length, 4 for the CRC-32, then the payload.
+"""Frames on a stream of bytes: one byte for the kind, 8 for the length, the payload, and 4 for its CRC-32.
 
 The checksum finds content that changed on its way; it is no signature. Leaves out: what frames mean (``job.py``).
 """
@@ -20,7 +20,10 @@ from ditkit.placement.job import KINDS, Frame
 
 MEDIA_TYPE = "application/x-ditkit-frames"
 
-HEAD = struct.Struct("<BQI")
+HEAD, TAIL = struct.Struct("<BQ"), struct.Struct("<I")
+
+FRAMING = HEAD.size + TAIL.size
+"""Bytes of a frame besides its payload."""
 
 PIECE = 1 << 20
 """Bytes that are handed to a socket at once."""
@@ -68,21 +71,24 @@ def pieces(buffers: Iterable[Buffer]) -> Iterator[memoryview]:
 
 def pack(frame: Frame) -> Iterator[bytes | memoryview]:
     """The frame's bytes; a large one comes in pieces, without a copy."""
-    buffers = frame.buffers()
-    head = HEAD.pack(KINDS.index(frame.kind), frame.nbytes, checksum(buffers))
+    head, buffers = HEAD.pack(KINDS.index(frame.kind), frame.nbytes), frame.buffers()
     if frame.nbytes < PIECE:
-        yield head + b"".join(buffers)
-    else:
-        yield head
-        yield from pieces(buffers)
+        yield b"".join([head, *buffers, TAIL.pack(checksum(buffers))])
+        return
+    yield head
+    crc = Checksum()
+    for piece in pieces(buffers):
+        crc.add(piece)
+        yield piece
+    yield TAIL.pack(crc.value)
 
 
 def unpack(read: Callable[[int], bytearray | memoryview], source: str) -> Frame:
     """The next frame; ``read`` gives exactly so many bytes. Raises PlaceError for bytes that are none."""
-    kind, length, crc = HEAD.unpack(read(HEAD.size))
+    kind, length = HEAD.unpack(read(HEAD.size))
     if kind >= len(KINDS) or length > LARGEST:
         raise PlaceError(f"reading what {source} sent", "it is no frame", "Look at its log")
     payload = read(length)  # at once: in pieces, each checked while it is in the cache, takes longer
-    if crc32(payload) != crc:
+    if TAIL.pack(checksum([payload])) != read(TAIL.size):
         raise PlaceError(f"reading what {source} sent", "its content has changed on the way", "Look at the network")
     return Frame(KINDS[kind], payload)
