@@ -149,9 +149,11 @@ class Pipe:
         listeners: Iterable[Listener] = (),
         keep: Keeper | None = None,
         begun: Mapping[int, State] | None = None,
+        recorder: Recorder | None = None,
     ) -> Result:
         """Run ``state`` through the pipeline or a slice of it. ``keep`` is given the State as it grows. ``begun``: of
         clips that are made one after the other, the States of those that an earlier run began or finished, by number.
+        ``recorder``: that of the part of this run that came before; the receipt tells of both.
         Raises Interrupted, with the State so far, on Ctrl-C."""
         asked = check_state(state, self.pipeline.table)
         asked.check_size(self.model.strides[1] * self.model.patch[1], self.model.strides[0])
@@ -160,7 +162,7 @@ class Pipe:
         planned = self.pipeline.planned(state, start, until)
         check_begun(state, self.setup.model, self.model, self.pipeline, planned)
         check_asked(self.pipeline, state, start, until)
-        recorder = Recorder()
+        recorder = recorder or Recorder()
         events = Events(*self.listeners, *listeners, recorder)
         if isinstance(self.components, Components):
             components: Mapping[str, Any] = self.components.listening(events)

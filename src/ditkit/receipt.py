@@ -15,7 +15,8 @@ PACKAGES = ("ditkit", "torch", "numpy", "safetensors", "tokenizers", "transforme
 
 
 class Recorder:
-    """A listener that keeps times, skipped stages, loads, truncations and the steps as they were taken."""
+    """A listener that keeps times, skipped stages, loads, truncations and the steps as they were taken; of one run, or
+    of its parts one after the other."""
 
     ignores = frozenset({"prediction", "frames"})
 
@@ -44,7 +45,7 @@ class Recorder:
                 self.cached[event["stage"]] += f"; not kept: {event['why']}"
             case "place.retry":
                 self.retries.append(dict(event.values))
-            case "stage.skipped":
+            case "stage.skipped" if event["stage"] not in self.stages:
                 self.skipped[event["stage"]] = event["reason"]
             case "load.end":
                 self.loads[event["component"]] = event["elapsed"]

@@ -543,3 +543,42 @@ def test_a_ctrl_c_ends_the_question_wherever_it_is_handled(monkeypatch):
         pressing.join()
         terminal.close()
     assert not hung
+
+
+def test_a_receipt_tells_of_the_expansion_that_ran_before_the_rest(call, model, server, tmp_path):
+    said = make(call, model, server, "--expand", "yes", "--seed", 4, "--placement", "expand_prompt=process")
+    assert said.code == 0, said.err
+    card = json.loads((tmp_path / "a-0.json").read_text())["manifest"]
+    assert {*card["stages"]} == {"expand_prompt", "encode_text", "denoise", "decode_latents"}
+    assert card["places"]["expand_prompt"] == ["process"]
+    assert [trip["stage"] for trip in card["travelled"]] == ["expand_prompt"]
+    assert card["skipped"] == {}
+    assert "skipped" not in said.out.split("changes")[-1]
+    assert said.out.count("time   ") == said.out.count("expand_prompt at process") == 1
+    said = call("run", PROMPT, "--model", model, "--expander", server.url, "--expand", "yes", "--run", "r",
+                "--cache", "cache", "--json", "--no-sheet", "--out", "b.npz")  # fmt: skip
+    told = json.loads(said.out)
+    assert told["cached"]["expand_prompt"].startswith("miss")
+    assert told["stages"]["expand_prompt"] > 0
+
+
+def test_an_expansion_that_fails_leaves_no_fork_behind(call, model, server, tmp_path):
+    asked = "--expander", server.url, "--retries", 0, "--no-sheet"
+    said = call("run", PROMPT, "--model", model, *asked, "--run", "a")
+    assert said.code == 0, said.err
+    server.replies[:] = [failing(500)]
+    said = call("fork", "a", "--expand", "yes", *asked)
+    assert said.code == 1
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["a"]
+    said = call("fork", "a", "--expand", "yes", *asked)
+    assert said.code == 0, said.err
+    card = json.loads((tmp_path / "runs" / "a-1" / "clip.json").read_text())["manifest"]
+    assert "expand_prompt" in card["stages"]
+
+
+def test_a_kept_run_that_fails_says_how_it_goes_on(call, model):
+    said = call("run", PROMPT, "--model", model, "--run", "a", "--no-sheet", "--placement",
+                "decode_latents=http://127.0.0.1:9", "--retries", 0)  # fmt: skip
+    assert said.code == 1
+    print(said.err)
+    assert "ditkit run --resume a" in said.err

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from ditkit.cli import asking
-from ditkit.cli import show as show_run
 from ditkit.errors import RequestError
 from ditkit.events import Event
+from ditkit.receipt import Recorder
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,18 +46,16 @@ def before_run(pipe: Pipe, state: State, goal: Goal, out: Console) -> tuple[Stat
         return state, goal
     if asks and not (sys.stdin.isatty() and out.file.isatty()):
         raise RequestError("--expand ask", "there is no terminal to ask at", "Use --expand yes, or `ditkit expand`")
-    result = pipe.run(state, start=goal.start, until=STAGE, listeners=[warn_of_fallback])
-    state = result.state
-    if not goal.quiet:
-        for line in (f"time   {show_run.times(result.receipt)}", *show_run.whereabouts(result.receipt)):
-            out.print(line)
+    recorder = Recorder()
+    state = pipe.run(state, start=goal.start, until=STAGE, listeners=[warn_of_fallback], recorder=recorder).state
     for clip in range(len(state["prompt"])):
         if asks or not goal.quiet:
             show(out, state["prompt"][clip], state["expanded_prompt"][clip], state["expansion"][clip])
         if asks:
-            state = taken(pipe, state, clip, out)
+            state = taken(pipe, state, clip, out, recorder)
     following = pipe.pipeline.names[pipe.pipeline.index(STAGE) + 1]
-    return state, replace(goal, start=following if goal.start == STAGE and goal.until != STAGE else None)
+    start = following if goal.start == STAGE and goal.until != STAGE else None
+    return state, replace(goal, start=start, recorder=recorder)
 
 
 def warn_of_fallback(event: Event) -> None:
@@ -65,7 +63,7 @@ def warn_of_fallback(event: Event) -> None:
         print(f"note: {event['reason']} The raw prompt is used.", file=sys.stderr)
 
 
-def taken(pipe: Pipe, state: State, clip: int, out: Console) -> State:
+def taken(pipe: Pipe, state: State, clip: int, out: Console, recorder: Recorder) -> State:
     """Ask what shall become of one clip's prompt, until that is settled. Raises typer.Exit for quit."""
     attempt = state["request"]["expand_attempt"]
     while True:
@@ -81,19 +79,19 @@ def taken(pipe: Pipe, state: State, clip: int, out: Console) -> State:
                 typer.echo("An empty prompt cannot be used, nor one without an editor (set EDITOR).", err=True)
             case "again":
                 attempt += 1
-                state = again(pipe, state, clip, attempt)
+                state = again(pipe, state, clip, attempt, recorder)
                 show(out, state["prompt"][clip], state["expanded_prompt"][clip], state["expansion"][clip])
             case "quit":
                 raise typer.Exit(1)
 
 
-def again(pipe: Pipe, state: State, clip: int, attempt: int) -> State:
+def again(pipe: Pipe, state: State, clip: int, attempt: int, recorder: Recorder) -> State:
     """Another expansion for one clip: another seed, the same all else."""
     from ditkit import samples
 
     part = samples.split(state, pipe.pipeline.table)[clip]
     part = part.with_fields({"request": {**state["request"], "expand_attempt": attempt}})
-    new = pipe.run(part, start=STAGE, until=STAGE, listeners=[warn_of_fallback]).state
+    new = pipe.run(part, start=STAGE, until=STAGE, listeners=[warn_of_fallback], recorder=recorder).state
     return _with(state, clip, new["expanded_prompt"][0], new["expansion"][0])
 
 

@@ -10,13 +10,14 @@ import typer
 from ditkit.cli import expansion, job, show
 from ditkit.cli.flags import Given, settle, with_settings
 from ditkit.cli.generate import load
-from ditkit.cli.run import Every, KeepSteps, RunFolder, keeping, own_setup, results
+from ditkit.cli.run import Every, KeepSteps, RunFolder, keeping, own_setup, results, unless_begun
 from ditkit.config import Layer
 from ditkit.errors import DitkitError
 from ditkit.setup import Setup
 
 if TYPE_CHECKING:
     from ditkit.runs import Run
+    from ditkit.runs.description import Parent
 
 
 class Nothing(DitkitError):
@@ -50,7 +51,7 @@ def fork(
     """Begin a new run where another one stands, or stood, with changed settings."""
     from ditkit.running import Interrupted
     from ditkit.runs import Run, located
-    from ditkit.runs.fork import forked, request_of, which_clip
+    from ditkit.runs.fork import as_parent, prepared, request_of, which_clip
     from ditkit.runs.run import check_new
 
     parent = Run.open(source)
@@ -63,26 +64,24 @@ def fork(
     pipe, request = load(settled), settled.request().model_dump()
     if before["sigmas"] is not None and request["sigmas"] == before["sigmas"]:
         request |= {"steps": before["steps"], "shift": before["shift"]}
+    clip_file = out or path / "clip.mp4"
+    goal = job.Goal(clip_file, job.sheet_for(clip_file, sheet, no_sheet), setup=settled.of(Setup), quiet=quiet,
+                    json=as_json, kept=True)  # fmt: skip
+    console = show.console(stderr=as_json)
     try:
-        run = forked(
-            parent, path, request, at_step=at_step, clip=clip, pipe=pipe, tell=job.say,
-            listeners=[show.warn_of_truncation], setup=own_setup(settled), **keeping(every, keep_steps),
-            **results(out, sheet, no_sheet),
-        )  # fmt: skip
+        state, origin = prepared(
+            parent, request, at_step=at_step, clip=clip, pipe=pipe, tell=job.say, listeners=[show.warn_of_truncation]
+        )
+        with unless_begun(path):
+            job.check(pipe, state, goal)
+            for line in [] if quiet else told(origin):
+                console.print(line)
+            state, goal = expansion.before_run(pipe, state, goal, console)
     except (Interrupted, KeyboardInterrupt):
         raise Nothing(f"forking {source}", "it was interrupted before the fork was there", "Fork it again") from None
-    if not quiet:
-        console = show.console(stderr=as_json)
-        for line in told(run):
-            console.print(line)
-    clip_file = run.out
-    goal = job.Goal(clip_file, job.sheet_for(clip_file, sheet, no_sheet), setup=settled.of(Setup), quiet=quiet,
-                    json=as_json, run=run, kept=True)  # fmt: skip
-    state = run.state()
-    asked, goal = expansion.before_run(pipe, state, goal, show.console(stderr=as_json))
-    if asked is not state:
-        run.keep(asked)
-    job.carry_out(pipe, asked, goal)
+    run = Run.begin(path, pipe, state, parent=origin, setup=own_setup(settled), **results(out, sheet, no_sheet),
+                    **{**as_parent(parent), **keeping(every, keep_steps)})  # fmt: skip
+    job.carry_out(pipe, state, goal.at(goal.out, goal.sheet, settled.of(Setup), run))
 
 
 def next_to(parent: Run) -> Path:
@@ -93,9 +92,7 @@ def next_to(parent: Run) -> Path:
     return path
 
 
-def told(run: Run) -> list[str]:
-    above = run.description.parent
-    assert above is not None
+def told(above: Parent) -> list[str]:
     where = "" if above.step is None else f" at step {above.step}"
     lines = [f"fork   {job.shown(Path(above.path))}{where}"]
     for key, (old, new) in above.changed.items():

@@ -29,6 +29,7 @@ from ditkit.events import Event
 if TYPE_CHECKING:
     from ditkit.contracts import Step
     from ditkit.pipe import Pipe, Result
+    from ditkit.receipt import Recorder
     from ditkit.runs import Run
     from ditkit.state import State
 
@@ -63,7 +64,8 @@ class Kept(DitkitError):
 @dataclass(frozen=True)
 class Goal:
     """Which part of a run is wanted and where its results go; ``setup`` are the settings that somebody gave for it.
-    ``run``: the folder that keeps its States, if one does; ``kept``: one does, and may not be there yet."""
+    ``run``: the folder that keeps its States, if one does; ``kept``: one does, and may not be there yet.
+    ``recorder``: that of a part which has run."""
 
     out: Path
     sheet: Path | None
@@ -76,6 +78,7 @@ class Goal:
     json: bool = False
     run: Run | None = None
     kept: bool = False
+    recorder: Recorder | None = None
 
     def at(
         self, out: Path, sheet: Path | None, setup: Mapping[str, Any], run: Run | None = None, kept: bool = False
@@ -112,14 +115,16 @@ def carry_out(pipe: Pipe, state: State, goal: Goal) -> None:
     out = show.console(stderr=goal.json)
     if not goal.quiet:
         out.print(show.step_table(steps))
-    view = show.view(out, goal.quiet, pipe.look(), state["request"]["frames"])
-    listeners = [show.warn_of_truncation, note, *([] if view is None else [view])]
     result: Result | None = None
     try:
         if goal.run is None:
             state, goal = expansion.before_run(pipe, state, goal, out)
+        ran = () if goal.recorder is None else goal.recorder.stages
+        view = show.view(out, goal.quiet, pipe.look(), state["request"]["frames"], ran)
+        listeners = [show.warn_of_truncation, note, *([] if view is None else [view])]
         with view or nullcontext():
             part: dict[str, Any] = {"start": goal.start, "until": goal.until, "stop_at_step": goal.stop_at_step}
+            part["recorder"] = goal.recorder
             if goal.run is None:
                 result = pipe.run(state, **part, listeners=listeners)
             else:
@@ -131,6 +136,10 @@ def carry_out(pipe: Pipe, state: State, goal: Goal) -> None:
             raise kept_in(goal.run, e.stage, goal) from None
         waiting = [] if not one_of_several(e.state, state) else samples.split(state)[len(e.finished) + 1 :]
         raise keep([*e.finished, e.state, *waiting], e.stage, goal, pipe) from None
+    except DitkitError:
+        if goal.run is not None:
+            say(f"the run is kept; once that is mended, go on with:\n  {go_on(goal.run, goal)}")
+        raise
     except KeyboardInterrupt:  # outside the stages: before the first, or while the results were written
         if goal.run is not None:
             raise kept_in(goal.run, None, goal) from None
@@ -294,6 +303,12 @@ def keep(states: list[State], stage: str | None, goal: Goal, pipe: Pipe) -> Kept
 
 def kept_in(run: Run, stage: str | None, goal: Goal) -> Kept:
     """What to say of an interrupted run whose folder has all that was done."""
+    return Kept(f"interrupted in {stage or 'the run'}", f"everything until then is kept in {shown(run.path)}",
+                f"Resume with:\n  {go_on(run, goal)}")  # fmt: skip
+
+
+def go_on(run: Run, goal: Goal) -> str:
+    """The command that goes on with a kept run, to the same end."""
     words = ["ditkit", "run", "--resume", shown(run.path)]
     part: list[tuple[str, object]] = [("--until", goal.until), ("--stop-at-step", goal.stop_at_step)]
     for flag, value in (*part, ("--save-state", goal.state)):
@@ -304,8 +319,7 @@ def kept_in(run: Run, stage: str | None, goal: Goal) -> Kept:
         words += ["--no-sheet"] if goal.sheet is None else ["--sheet", str(goal.sheet)]
     for key, value in (goal.setup or {}).items():
         words += [] if run.description.setup.get(key) == value or key == "model" else flag_of(key, value)
-    return Kept(f"interrupted in {stage or 'the run'}", f"everything until then is kept in {shown(run.path)}",
-                f"Resume with:\n  {shlex.join(words)}")  # fmt: skip
+    return shlex.join(words)
 
 
 def run_sheet(run: Run, out: Path) -> Path | None:

@@ -5,7 +5,8 @@ With ``--run`` it keeps its States in a folder and goes on from there with ``--r
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -112,11 +113,25 @@ def begin(
     check_new(located(folder), **keeping(every, keep_steps))
     clip = out or located(folder) / "clip.mp4"
     goal = goal.at(clip, job.sheet_for(clip, sheet, no_sheet), settled.of(Setup), kept=True)
-    job.check(pipe, state, goal)
-    state, goal = expansion.before_run(pipe, state, goal, show.console(stderr=goal.json))
+    with unless_begun(located(folder)):
+        job.check(pipe, state, goal)
+        state, goal = expansion.before_run(pipe, state, goal, show.console(stderr=goal.json))
     run = Run.begin(folder, pipe, state, **keeping(every, keep_steps), **results(out, sheet, no_sheet),
                     setup=own_setup(settled))  # fmt: skip
     job.carry_out(pipe, state, goal.at(goal.out, goal.sheet, settled.of(Setup), run))
+
+
+@contextmanager
+def unless_begun(folder: Path) -> Iterator[None]:
+    """What fails before the run is there leaves no empty folder that the checks made."""
+    new = not folder.exists()
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            if new:
+                folder.rmdir()
+        raise
 
 
 def keeping(every: int | None, keep_steps: str | None) -> dict[str, Any]:

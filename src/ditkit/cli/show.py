@@ -138,8 +138,8 @@ def warn_of_truncation(event: Event) -> None:
 class Plain:
     """Lines for logs and pipes."""
 
-    def __init__(self, out: Console):
-        self.out, self.last = out, float("-inf")
+    def __init__(self, out: Console, ran: Iterable[str] = ()):
+        self.out, self.last, self.ran = out, float("-inf"), {*ran}
 
     def __enter__(self) -> Plain:
         return self
@@ -153,9 +153,10 @@ class Plain:
                 self.out.print(f"clip {event['index'] + 1} of {event['count']}")
             case "load.end":
                 self.out.print(f"loaded {event['component']} in {seconds(event['elapsed'])}")
-            case "stage.skipped":
+            case "stage.skipped" if event["stage"] not in self.ran:
                 self.out.print(f"{event['stage']}: skipped, {event['reason']}")
             case "stage.end":
+                self.ran.add(event["stage"])
                 self.out.print(f"{event['stage']}: {seconds(event['elapsed'])}")
             case "step.end":
                 step = event["step"]
@@ -241,10 +242,11 @@ class Live:
         self.picture.end = "\n"  # the bar comes below
 
 
-def view(out: Console, quiet: bool, look: Look | None, frames: int) -> Plain | Live | None:
+def view(out: Console, quiet: bool, look: Look | None, frames: int, ran: Iterable[str] = ()) -> Plain | Live | None:
+    """``ran``: stages that a part of the run before has carried out; that they are skipped now is no news."""
     if quiet:
         return None
-    return Live(out, look, frames) if out.is_terminal and not out.is_dumb_terminal else Plain(out)
+    return Live(out, look, frames) if out.is_terminal and not out.is_dumb_terminal else Plain(out, ran)
 
 
 def heading(title: str) -> Text:

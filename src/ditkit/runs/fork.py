@@ -48,12 +48,30 @@ def forked(
     tell: Tell = lambda _: None,
     **keeping: Any,
 ) -> Run:
-    """The new run; it has not gone on yet. ``changes``: fields of the request. ``clip``: which one of several.
-    ``pipe``: the model with changed settings of compute. Steps up to ``at_step`` that were not kept are taken again, as
-    the parent took them; nothing of that is kept if it is interrupted. ``keeping``: as for ``Run.begin``.
+    """The new run; it has not gone on yet. ``keeping``: as for ``Run.begin``; all else as for ``prepared``."""
+    pipe = pipe or parent.pipe
+    state, told = prepared(
+        parent, changes, at_step=at_step, clip=clip, pixels=pixels, pipe=pipe, listeners=listeners, tell=tell
+    )
+    return Run.begin(path, pipe, state, parent=told, **{**as_parent(parent), **keeping})
+
+
+def prepared(
+    parent: Run,
+    changes: Mapping[str, Any],
+    *,
+    pipe: Pipe,
+    at_step: int | None = None,
+    clip: int | None = None,
+    pixels: Mapping[str, Any] | None = None,
+    listeners: Iterable[Listener] = (),
+    tell: Tell = lambda _: None,
+) -> tuple[State, Parent]:
+    """What a fork begins from, and its origin; no file is written. ``changes``: fields of the request. ``clip``: which
+    one of several. ``pipe``: the model with changed settings of compute. Steps up to ``at_step`` that were not kept
+    are taken again, as the parent took them; nothing of that is kept if it is interrupted.
 
     Raises RequestError, StateError for what cannot be put together."""
-    pipe = pipe or parent.pipe
     clip = which_clip(parent, clip)
     old = standing(parent, clip, tell)
     before = request_of(parent, clip)
@@ -69,11 +87,14 @@ def forked(
     else:
         state = _at_step(parent, pipe, begun, changed, at_step, clip, listeners, tell, computes_anew)
     spliced = _spliced(parent, pipe, state, at_step)
-    told = Parent(
+    return state, Parent(
         path=str(parent.path), id=parent.description.id, step=at_step, clip=clip, changed=changed, spliced=spliced
     )
-    keeping = {"every": parent.description.every, "keep_steps": parent.description.keep_steps, **keeping}
-    return Run.begin(path, pipe, state, parent=told, **keeping)
+
+
+def as_parent(parent: Run) -> dict[str, Any]:
+    """How often the parent keeps a State, and which ones: a fork does so too, unless something else is said."""
+    return {"every": parent.description.every, "keep_steps": parent.description.keep_steps}
 
 
 def which_clip(parent: Run, index: int | None) -> int | None:

@@ -25,6 +25,7 @@ from ditkit.setup import Setup
 
 if TYPE_CHECKING:
     from ditkit.pipe import Pipe, Result
+    from ditkit.receipt import Recorder
     from ditkit.state import State
 
 FOLDER = "runs"
@@ -155,11 +156,6 @@ class Run:
             tell(f"clip {index} begins again: its newest State is damaged and there is no older one of its own ({e})")
             return None
 
-    def keep(self, state: State) -> None:
-        """Put ``state`` in the place of the newest one; of a run that has not gone on yet."""
-        with self.held():
-            self.states.save(WHOLE, state, self.description.keep_steps == "last")
-
     def _lost(self, found: str) -> StateError:
         return StateError(
             f"going on with the run {self.path}",
@@ -175,8 +171,10 @@ class Run:
         until: str | None = None,
         stop_at_step: int | None = None,
         listeners: Iterable[Listener] = (),
+        recorder: Recorder | None = None,
     ) -> Result:
         """From where it stands to the end, or to a point before it. Bit-equal to a run that was never interrupted.
+        ``recorder``: as for ``Pipe.run``.
 
         Raises Interrupted, after what was done is kept, and StateError while another process works on it."""
         listeners, description = tuple(listeners), self.description
@@ -193,7 +191,7 @@ class Run:
                 found = {i: self.clip_state(i, tell) for i in range(description.clips)}
                 begun = {i: clip_state for i, clip_state in found.items() if clip_state is not None}
             journal = Journal(self.states, description.every, description.keep_steps == "last")
-            part: dict[str, Any] = {"until": until, "stop_at_step": stop_at_step}
+            part: dict[str, Any] = {"until": until, "stop_at_step": stop_at_step, "recorder": recorder}
             try:
                 result = self.pipe.run(state, begun=begun, keep=journal, listeners=listeners, **part)
             except Interrupted as e:
