@@ -242,8 +242,10 @@ def test_the_hand_over_may_be_named_as_a_step(experts):
     assert 0 < k < 6
     same(ditkit.load(box, placement={"denoise": first.url, f"denoise@{k}": second.url})(**values), whole)
     wrong = ditkit.load(box, placement={"denoise": first.url, f"denoise@{k + 1}": second.url})
-    with pytest.raises((PlaceError, ditkit.DitkitError), match="transformer_2"):
-        wrong(**values)
+    heard = []
+    with pytest.raises(PlaceError, match=f"at {first.url}: there is no transformer_2"):
+        wrong(**values, listeners=[lambda event: heard.append(event.name)])
+    assert "stage.start" not in heard
 
 
 def test_one_expert_here_and_one_there(experts, tmp_path):

@@ -107,6 +107,9 @@ class Remote:
 
     def prepare(self, stage: Stage, components: Sequence[str], events: Events) -> None:
         self.handshake.check(stage, events)
+        if lacking := [name for name in components if name not in self.handshake.fingerprints(stage)]:
+            raise PlaceError(f"running stage {stage.name!r} at {self.name}", f"there is no {', '.join(lacking)}",
+                             "Start it with a model that has one, or name another place")  # fmt: skip
 
     def fingerprints(self, stage: Stage, components: Sequence[str]) -> Mapping[str, str]:
         known = self.handshake.fingerprints(stage)
