@@ -73,7 +73,7 @@ def test_what_is_asked_and_what_is_told(pipe, server):
     assert asked["messages"][1]["content"] == PROMPT
     expected = {
         "expander": server.url, "model": MODEL, "told_model": f"{MODEL}@1", "told_build": "build-1",
-        "template": "t2v-en", "template_version": 1, "language": "en", "pictures": [], "temperature": 0.2, "seed": 3,
+        "template": "t2v-en", "template_version": 2, "language": "en", "pictures": [], "temperature": 0.2, "seed": 3,
         "raw": f"{PROMPT}, expanded with seed 3", "reasoning": "", "finish": "stop", "prompt_tokens": 20, "tokens": 30,
     }  # fmt: skip
     assert {k: v for k, v in about.items() if k != "template_sha256"} == expected

@@ -17,12 +17,12 @@ OWN = 'name = "mine"\nversion = 3\nlanguage = "en"\npictures = []\ninstructions 
 
 # A template that changes gets another version: both stand in every clip's manifest.
 PINNED = {
-    "flf2v-en": (1, "30b6839fa23b9259"),
-    "flf2v-zh": (1, "b1843d3d4d065a13"),
-    "i2v-en": (1, "9d04dc6d090fec54"),
-    "i2v-zh": (1, "6a51a614b0ba3ae6"),
-    "t2v-en": (1, "e87b23bf421244c0"),
-    "t2v-zh": (1, "61721a442f1685b1"),
+    "flf2v-en": (2, "1974c625e6966928"),
+    "flf2v-zh": (2, "bb42b4df7bcf3c89"),
+    "i2v-en": (2, "4e6e03c594da1754"),
+    "i2v-zh": (2, "8f97c097e7f13246"),
+    "t2v-en": (2, "aa971f611e837c78"),
+    "t2v-zh": (2, "945ea7ada6019a99"),
 }
 
 
