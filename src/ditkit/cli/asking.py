@@ -24,9 +24,9 @@ def line(question: str) -> str:
     try:
         text = sys.stdin.readline() if sys.platform == "win32" else _typed(sys.stdin.fileno())
     except KeyboardInterrupt:
-        print()
-        raise typer.Abort from None
+        text = ""
     if not text:
+        print()
         raise typer.Abort
     return text.rstrip("\r\n")
 
