@@ -145,7 +145,7 @@ def test_the_dtype_of_rows_is_said_not_assumed(pipe, host):
     assert rows.equal(pipe.run(begin(pipe), until="encode_text").state["prompt_embeds"])
 
 
-@pytest.mark.parametrize("label", ["BF16", "F32", "F64", "F16"])
+@pytest.mark.parametrize("label", ["BF16", "F32", "F64"])  # F16 has as many bytes as BF16: only a probe tells those
 def test_bytes_under_the_label_of_another_dtype_are_refused(pipe, host, label):
     """Elsewhere: the payload is always float32, whatever the field beside it says."""
     true = {"float32": "F32", "bfloat16": "BF16"}[pipe.setup.dtype_of("text_encoder")]
@@ -157,8 +157,6 @@ def test_bytes_under_the_label_of_another_dtype_are_refused(pipe, host, label):
     if label == true:
         assert "prompt_embeds" in run_at(pipe, host, lambda data: with_header(data, relabel))
         return
-    if (label, true) == ("F16", "BF16"):
-        pytest.skip("as many bytes each: only the checksum and the probe tell them apart")
     with pytest.raises(PlaceError, match="forger"):
         run_at(pipe, host, lambda data: with_header(data, relabel))
 
