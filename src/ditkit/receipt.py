@@ -31,6 +31,11 @@ class Recorder:
         self.truncated: list[dict[str, Any]] = []
         self.steps: list[dict[str, Any]] = []
 
+    @property
+    def done(self) -> set[str]:
+        """Stages that were run, or whose result came from the cache. To pass over them later is no news."""
+        return {*self.stages, *self.cached}
+
     def __call__(self, event: Event) -> None:
         match event.name:
             case "stage.end":
@@ -45,7 +50,7 @@ class Recorder:
                 self.cached[event["stage"]] += f"; not kept: {event['why']}"
             case "place.retry":
                 self.retries.append(dict(event.values))
-            case "stage.skipped" if event["stage"] not in self.stages:
+            case "stage.skipped" if event["stage"] not in self.done:
                 self.skipped[event["stage"]] = event["reason"]
             case "load.end":
                 self.loads[event["component"]] = event["elapsed"]

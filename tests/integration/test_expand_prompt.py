@@ -556,10 +556,13 @@ def test_a_receipt_tells_of_the_expansion_that_ran_before_the_rest(call, model, 
     assert "skipped" not in said.out.split("changes")[-1]
     assert said.out.count("time   ") == said.out.count("expand_prompt at process") == 1
     said = call("run", PROMPT, "--model", model, "--expander", server.url, "--expand", "yes", "--run", "r",
-                "--cache", "cache", "--json", "--no-sheet", "--out", "b.npz")  # fmt: skip
+                "--cache", "cache", "--seed", 3, "--json", "--no-sheet", "--out", "b.npz")  # fmt: skip
     told = json.loads(said.out)
     assert told["cached"]["expand_prompt"].startswith("miss")
     assert told["stages"]["expand_prompt"] > 0
+    said = make(call, model, server, "--expand", "yes", "--cache", "cache")
+    assert "expand_prompt: hit" in said.out
+    assert "skipped" not in said.out
 
 
 def test_an_expansion_that_fails_leaves_no_fork_behind(call, model, server, tmp_path):

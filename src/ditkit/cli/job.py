@@ -119,7 +119,7 @@ def carry_out(pipe: Pipe, state: State, goal: Goal) -> None:
     try:
         if goal.run is None:
             state, goal = expansion.before_run(pipe, state, goal, out)
-        ran = () if goal.recorder is None else goal.recorder.stages
+        ran = () if goal.recorder is None else goal.recorder.done
         view = show.view(out, goal.quiet, pipe.look(), state["request"]["frames"], ran)
         listeners = [show.warn_of_truncation, note, *([] if view is None else [view])]
         with view or nullcontext():

@@ -153,6 +153,8 @@ class Plain:
                 self.out.print(f"clip {event['index'] + 1} of {event['count']}")
             case "load.end":
                 self.out.print(f"loaded {event['component']} in {seconds(event['elapsed'])}")
+            case "cache.hit":
+                self.ran.add(event["stage"])
             case "stage.skipped" if event["stage"] not in self.ran:
                 self.out.print(f"{event['stage']}: skipped, {event['reason']}")
             case "stage.end":
@@ -243,7 +245,7 @@ class Live:
 
 
 def view(out: Console, quiet: bool, look: Look | None, frames: int, ran: Iterable[str] = ()) -> Plain | Live | None:
-    """``ran``: stages that a part of the run before has carried out; that they are skipped now is no news."""
+    """``ran``: the stages that the part of the run before this one has done (``Recorder.done``)."""
     if quiet:
         return None
     return Live(out, look, frames) if out.is_terminal and not out.is_dumb_terminal else Plain(out, ran)
