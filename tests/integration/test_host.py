@@ -336,7 +336,7 @@ def test_others_are_not_let_in_without_a_token(address):
     [
         (["--host", "0.0.0.0"], "there is no token"),
         (["--stages", "encode_txt"], "did you mean 'encode_text'"),
-        (["--steps", "3"], "requests come with the jobs"),
+        (["--set", "steps=3"], "requests come with the jobs"),
         (["--token-file", "absent"], "no such file"),
         (["--placement", "denoise=process"], "placed"),
         (["--ssl-keyfile", "key.pem"], "only one of its two files"),

@@ -34,10 +34,13 @@ Certificate = Annotated[Path | None, typer.Option(parser=to_path, metavar="FILE"
 
 
 def add_to(app: typer.Typer) -> None:
-    app.command("host")(host)
+    app.command("host")(with_settings(host, KEYS))
 
 
-@with_settings
+KEYS = tuple(name for name in Setup.model_fields if name not in ("placement", "expect"))
+"""The settings that a host has a use for: requests come with the jobs, and what it offers runs there."""
+
+
 def host(
     given: Given,
     stages: Stages = None,
