@@ -338,7 +338,8 @@ def test_others_are_not_let_in_without_a_token(address):
         (["--stages", "encode_txt"], "did you mean 'encode_text'"),
         (["--set", "steps=3"], "requests come with the jobs"),
         (["--token-file", "absent"], "no such file"),
-        (["--placement", "denoise=process"], "placed"),
+        (["--placement", "denoise=process"], "no such option"),
+        (["--set", "placement.denoise=process"], "placed"),
         (["--ssl-keyfile", "key.pem"], "only one of its two files"),
     ],
 )
