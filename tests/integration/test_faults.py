@@ -16,7 +16,7 @@ import torch
 
 import ditkit
 from ditkit.errors import Lost, PlaceError, StateError
-from ditkit.placement.framing import HEAD, MEDIA_TYPE, pack
+from ditkit.placement.framing import HEAD, LARGEST, MEDIA_TYPE, pack
 from ditkit.placement.http import HTTPChannel
 from ditkit.placement.job import Frame, Job, options_to_send, outcome_to_state
 from ditkit.placement.listen import in_thread
@@ -142,6 +142,14 @@ def test_an_answer_that_is_too_deep(status):
     deep = b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
     with server(answer(status, deep)) as (url, _), pytest.raises(PlaceError, match=r"not as a ditkit host|answers 400"):
         HTTPChannel(url, 10).describe()
+
+
+def test_a_frame_that_announces_more_than_there_is_room_for():
+    """Where the system gives it all the same (memory that is not touched costs nothing), its end comes too soon."""
+    with server(answer(200, HEAD.pack(2, LARGEST - 1) + b"x" * 100, MEDIA_TYPE)) as (url, _):
+        with pytest.raises(PlaceError, match=r"announces 68719476735 bytes|stopped in the middle") as e:
+            last(HTTPChannel(url, 10))
+        assert url in str(e.value)
 
 
 def test_the_body_of_an_error_of_ours_is_the_error():

@@ -84,11 +84,16 @@ def pack(frame: Frame) -> Iterator[bytes | memoryview]:
 
 
 def unpack(read: Callable[[int], bytearray | memoryview], source: str) -> Frame:
-    """The next frame; ``read`` gives exactly so many bytes. Raises PlaceError for bytes that are none."""
+    """The next frame; ``read`` gives exactly so many bytes. Raises PlaceError for bytes that are none,
+    and where there is no room for them."""
     kind, length = HEAD.unpack(read(HEAD.size))
     if kind >= len(KINDS) or length > LARGEST:
         raise PlaceError(f"reading what {source} sent", "it is no frame", "Look at its log")
-    payload = read(length)  # at once: in pieces, each checked while it is in the cache, takes longer
+    try:
+        payload = read(length)  # at once: in pieces, each checked while it is in the cache, takes longer
+    except MemoryError:  # the length is the other end's word
+        found = f"it announces {length} bytes, for which there is no room"
+        raise PlaceError(f"reading what {source} sent", found, "Look at its log, or free some memory") from None
     if TAIL.pack(checksum([payload])) != read(TAIL.size):
         raise PlaceError(f"reading what {source} sent", "its content has changed on the way", "Look at the network")
     return Frame(KINDS[kind], payload)
