@@ -284,9 +284,8 @@ class Pipeline:
             end = segments[at + 1].from_step if at + 1 < len(segments) else None
             stop = min((x for x in (end, how.stop_at_step) if x is not None), default=None)
             with how.events.span("stage", stage=stage.name, place=segment.place.name):
-                task = Task(
-                    stage, inputs, weights, how.events, how.seams, stop, *self._keep(stage, state, weights, how)
-                )
+                kept = self._keep(stage, state, weights, how)
+                task = Task(stage, inputs, weights, how.events, how.seams, stop, *kept, self.table)
                 outcome = segment.place.run(task)
             if outcome.stopped:
                 raise Interrupted(stage.name, self._after(stage, state, weights, outcome))

@@ -15,7 +15,7 @@ from ditkit.errors import DitkitError, PipelineError
 from ditkit.events import SILENT, Events
 from ditkit.outcome import Outcome, Question
 from ditkit.stage import Context, Only, RecordedSettings, Stage, Stopped
-from ditkit.state import State
+from ditkit.state import FIELDS, Field, State
 
 
 class Interrupted(DitkitError):
@@ -33,7 +33,8 @@ class Interrupted(DitkitError):
 @dataclass(frozen=True)
 class Task:
     """One stage to run. ``inputs``: the fields that it may look at and no others. ``weights``: fingerprints of its
-    components as the caller knows them. ``keep``: told of how a loop stands, every ``keep_every`` steps."""
+    components as the caller knows them. ``keep``: told of how a loop stands, every ``keep_every`` steps. ``table``: all
+    fields of the pipeline; a stage may use one that another stage describes."""
 
     stage: Stage
     inputs: State
@@ -43,6 +44,7 @@ class Task:
     stop_at_step: int | None = None
     keep: Callable[[Outcome], None] | None = None
     keep_every: int = 1
+    table: Mapping[str, Field] = field(default_factory=lambda: FIELDS)
 
 
 class Place(Protocol):

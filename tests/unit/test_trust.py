@@ -13,14 +13,14 @@ import torch
 import ditkit
 from ditkit.errors import PlaceError
 from ditkit.events import Events
-from ditkit.pipeline import BaseStage
+from ditkit.pipeline import BaseStage, Pipeline
 from ditkit.placement.job import Frame, frame_to_error
 from ditkit.placement.remote import Remote
 from ditkit.placement.worker import Worker
 from ditkit.receipt import Recorder
 from ditkit.running import Segment
 from ditkit.stages.decode_latents import DecodeLatents
-from ditkit.state import State
+from ditkit.state import Field, State
 
 
 class Liar:
@@ -216,10 +216,41 @@ class Looks(BaseStage):
 
 def test_a_stage_that_asks_for_the_seams_is_not_given_none(pipe):
     from ditkit.contracts import Seams
-    from ditkit.pipeline import Pipeline
 
     pipeline = Pipeline((Looks(),))
     places = {"looks": [Segment(Remote("calls", Liar(Worker({"looks": Looks()}, {}, {}))))]}
     assert pipeline.run(begin(pipe), {}, places=places)["expansion"] == [{"plugs": 0}]
     with pytest.raises(PlaceError, match="attend is changed here by Python objects, which do not travel"):
         pipeline.run(begin(pipe), {}, places=places, seams=Seams(attend=(lambda attend: attend,)))
+
+
+# --- fields that another stage describes
+
+
+class Marks(BaseStage):
+    name, reads, writes = "marks", ("prompt",), ("mark",)
+    fields = (Field("mark", "tensor", "float32", "B N", "", "marks", "a mark"),)
+
+    def run(self, inputs, ctx):
+        return {"mark": torch.ones(len(inputs["prompt"]), 3)}
+
+
+class Doubles(BaseStage):
+    name, reads, writes = "doubles", ("mark",), ("mark",)
+
+    def run(self, inputs, ctx):
+        return {"mark": 2 * inputs["mark"]}
+
+
+@pytest.mark.parametrize("offered", [(Marks(), Doubles()), (Doubles(),)])
+def test_a_stage_may_use_a_field_that_another_stage_describes(pipe, offered):
+    pipeline, worker = Pipeline((Marks(), Doubles())), Worker({s.name: s for s in offered}, {}, {})
+    places = {s.name: [Segment(Remote("calls", Liar(worker)))] for s in offered}
+    whole, there = (pipeline.run(begin(pipe), {}, places=where) for where in ({}, places))
+    assert there.equal(whole)
+    assert there.fingerprints == whole.fingerprints
+    known = worker.describe()["stages"]["doubles"]["reads"]["mark"]
+    assert known == ({"kind": "tensor", "dtype": "float32", "shape": "B N"} if len(offered) == 2 else {})
+    forger = Remote("liar", Liar(worker, with_fields("outcome", mark=torch.ones(3))))
+    with pytest.raises(PlaceError, match=r"'mark' is damaged: it is float32 \[3\]"):
+        pipeline.run(begin(pipe), {}, places={"doubles": [Segment(forger)]})

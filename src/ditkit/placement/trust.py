@@ -17,7 +17,7 @@ from ditkit.errors import StateError
 from ditkit.records import code_of
 from ditkit.running import Outcome, Task, checked
 from ditkit.stage import DERIVED, Stage, setting_of
-from ditkit.state import FIELDS, kind_of
+from ditkit.state import kind_of
 
 STEP, NUMBER = {"step": Step}, (int, float)
 
@@ -66,7 +66,7 @@ def _is(value: Any, wanted: Any) -> bool:
 def check_outcome(task: Task, outcome: Outcome, place: str, final: bool) -> None:
     """``final``: not one on the way. Raises StateError, and PipelineError for fields that the stage does not write."""
     asked, stage = f"reading what {task.stage.name!r} made at {place}", task.stage
-    table, sizes = FIELDS | {f.name: f for f in stage.fields}, dict[str, int]()
+    table, sizes = {**task.table, **{f.name: f for f in stage.fields}}, dict[str, int]()
     before = {name: value for name, value in task.inputs.items() if name not in outcome.written}
     for name, value in before.items():
         if name in table:

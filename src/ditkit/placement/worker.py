@@ -29,7 +29,7 @@ from ditkit.receipt import machine, versions
 from ditkit.request import Request
 from ditkit.running import Here, Outcome, Task, checked, readable
 from ditkit.stage import Stage
-from ditkit.state import FIELDS, SCHEMA, State
+from ditkit.state import FIELDS, SCHEMA, Field, State
 
 Send = Callable[[Frame], None]
 
@@ -45,6 +45,12 @@ class Worker:
         self.stages, self.components, self.about = dict(stages), components, dict(about)
         self._turn = threading.Lock()
 
+    @property
+    def _table(self) -> dict[str, Field]:
+        """All fields that are known here. A stage may also read one that another end's stage describes; then only its
+        name is."""
+        return FIELDS | {f.name: f for stage in self.stages.values() for f in stage.fields}
+
     def describe(self) -> dict[str, Any]:
         """Who this is: versions, machine, stages with their fields, parts with their fingerprints. Plain values."""
         return {
@@ -57,10 +63,10 @@ class Worker:
         }
 
     def _describe(self, stage: Stage) -> dict[str, Any]:
-        table = FIELDS | {f.name: f for f in stage.fields}
+        table = self._table
 
         def fields(names: tuple[str, ...]) -> dict[str, Any]:
-            return {n: {"kind": table[n].kind, "dtype": table[n].dtype, "shape": table[n].shape} for n in names}
+            return {n: _facts(table[n]) if n in table else {} for n in names}
 
         parts = [name for name in stage.components if name in self.components]
         return {
@@ -114,11 +120,11 @@ class Worker:
 
     def _check(self, stage: Stage, job: Job, inputs: State) -> None:
         asked = f"running stage {stage.name!r}"
-        table, sizes = FIELDS | {f.name: f for f in stage.fields}, dict[str, int]()
+        table, sizes = self._table, dict[str, int]()
         for name, value in inputs.items():
             if name not in readable(stage) and name != "request":
                 raise StateError(asked, f"it was sent {name!r}, which it does not read", "Send what it reads")
-            if fault := fault_of(table[name], value, sizes):
+            if fault := fault_of(table[name], value, sizes) if name in table else None:
                 raise StateError(asked, f"its field {name!r} is damaged: {fault}", "Take an untouched State")
         if "request" in inputs:
             Request.parse(inputs["request"], "the State's request", StateError)
@@ -167,3 +173,7 @@ class Worker:
             yield
         finally:
             self._turn.release()
+
+
+def _facts(field: Field) -> dict[str, Any]:
+    return {"kind": field.kind, "dtype": field.dtype, "shape": field.shape}
