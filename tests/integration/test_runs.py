@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -586,3 +587,38 @@ def test_a_folder_may_move(call, model, tmp_path):
     (tmp_path / "runs" / "a").rename(tmp_path / "b")
     assert out(call("run", "--resume", "./b", "--json"))["clips"] == [str(tmp_path / "b" / "clip.mp4")]
     assert [each.progress for each in listed(tmp_path)] == ["done"]
+
+
+def spoil(folder: Path, text: str | None = None, **changes) -> None:
+    known = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(known | changes) if text is None else text)
+
+
+def test_one_odd_run_does_not_hide_the_others(call, model, tmp_path):
+    assert call("run", PROMPT, "--model", model, "--run", "a", "--until", "encode_text", "--quiet").code == 0
+    runs = tmp_path / "runs"
+    for name in ("copy", "deep", "empty", "prompt", "batched", "name", "states"):
+        shutil.copytree(runs / "a", runs / name)
+    spoil(runs / "deep", "[" * 100_000 + "]" * 100_000)
+    spoil(runs / "empty", request={})
+    spoil(runs / "prompt", request={"prompt": [3], "batched": False})
+    spoil(runs / "batched", request={"prompt": "a"}, clips=2)
+    spoil(runs / "name", model={})
+    shutil.rmtree(runs / "states" / "states")
+    (runs / "states" / "states").write_text("")
+    said = call("runs")
+    assert said.code == 0, said
+    assert {(each.path.name, each.progress) for each in listed(runs)} == {
+        ("a", "begun"), ("copy", "begun"), ("states", "begun"), *((n, "damaged") for n in ("deep", "empty")),
+        *((n, "damaged") for n in ("prompt", "batched", "name")),
+    }  # fmt: skip
+
+
+def test_runs_that_are_each_others_forks_are_listed_too(call, model, tmp_path):
+    assert call("run", PROMPT, "--model", model, "--run", "a", "--until", "encode_text", "--quiet").code == 0
+    runs = tmp_path / "runs"
+    parent = {"path": "x", "step": None, "clip": None, "changed": {}, "spliced": False}
+    shutil.copytree(runs / "a", runs / "b")
+    spoil(runs / "a", id="a", parent={**parent, "id": "b"})
+    spoil(runs / "b", id="b", parent={**parent, "id": "a"})
+    assert [(each.path.name, each.depth) for each in listed(runs)] == [("a", 0), ("b", 1)]

@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from ditkit.errors import OutputError, StateError
 from ditkit.state import sync_folder
@@ -55,6 +55,24 @@ class Description(BaseModel):
     sheet: str | bool = True
     parent: Parent | None = None
 
+    @field_validator("model")
+    @classmethod
+    def _named(cls, model: dict[str, Any]) -> dict[str, Any]:
+        if not isinstance(model.get("name"), str):
+            raise ValueError("it has no name")
+        return model
+
+    @field_validator("request")
+    @classmethod
+    def _asking(cls, request: dict[str, Any]) -> dict[str, Any]:
+        """What a list of runs shows of it; all else is looked at when the run goes on."""
+        prompt = request.get("prompt")
+        if not all(isinstance(text, str) for text in (prompt if isinstance(prompt, list) else [prompt])):
+            raise ValueError("it has no prompt")
+        if not isinstance(request.get("batched"), bool):
+            raise ValueError("it does not say whether its clips are batched")
+        return request
+
     def write(self, folder: Path) -> None:
         """Whole or not at all, and there for good. Raises OutputError."""
         path = folder / NAME
@@ -82,7 +100,7 @@ class Description(BaseModel):
         except FileNotFoundError:
             do = "Check its name; `ditkit runs` lists those that are there"
             raise StateError(asked, f"there is no {NAME}", do) from None
-        except (OSError, ValueError) as e:
+        except (OSError, ValueError, RecursionError) as e:
             raise StateError(asked, f"its {NAME} cannot be read ({e})", "Begin the run anew elsewhere") from None
         version = values.get("run") if isinstance(values, dict) else None
         if version != VERSION:

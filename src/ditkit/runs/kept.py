@@ -45,7 +45,7 @@ class Kept:
         try:
             with safe_open(self.path, framework="np") as file:
                 return json.loads(file.metadata()["ditkit.state"])["plain"], set(file.keys())
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as e:
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as e:
             raise StateError(f"reading {self.path}", f"it is damaged ({e})", "Look at the older ones") from None
 
 
@@ -58,7 +58,7 @@ class KeptStates:
     def of(self, who: str) -> list[Kept]:
         """The newest first."""
         found = []
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             for path in self.folder.iterdir():
                 if (match := _NAME.fullmatch(path.name)) and match[1] == who:
                     found.append(Kept(path, who, int(match[2]), None if match[3] is None else int(match[3])))

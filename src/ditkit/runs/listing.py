@@ -33,25 +33,30 @@ def listed(folder: str | Path) -> list[Listed]:
     if not folder.is_dir():
         do = "Name one, or begin a run with --run"
         raise StateError(f"listing the runs in {folder}", "there is no such folder", do)
-    runs, broken = dict[str, Run](), []
+    runs, broken = list[Run](), []
     for path in sorted(folder.iterdir()):
         if (path / NAME).exists():
             try:
-                run = Run.open(path.absolute())
-                runs[run.description.id] = run
+                runs.append(Run.open(path.absolute()))
             except StateError as e:
                 broken.append(Listed(path, None, 0, "damaged", str(e)))
-    ordered = sorted(runs.values(), key=lambda run: (run.description.created, run.name))
+    return [*_ordered(runs), *broken]
 
-    def under(parent: str | None, depth: int) -> list[Listed]:
-        found = []
-        for run in ordered:
-            above = run.description.parent
-            if (above.id if above is not None and above.id in runs else None) == parent:
-                found += [Listed(run.path, run, depth, progress(run)), *under(run.description.id, depth + 1)]
-        return found
 
-    return [*under(None, 0), *broken]
+def _ordered(runs: list[Run]) -> list[Listed]:
+    """Each run once: of a folder that was copied the first one has the forks, and runs that are each other's forks,
+    which nobody made with ditkit, come last."""
+    ids, forks, found = {run.description.id for run in runs}, dict[str | None, list[Run]](), list[Listed]()
+    for run in sorted(runs, key=lambda run: (run.description.created, run.name)):
+        above = run.description.parent
+        forks.setdefault(above.id if above is not None and above.id in ids else None, []).append(run)
+    while forks:
+        waiting = [(run, 0) for run in reversed(forks.pop(None if None in forks else next(iter(forks))))]
+        while waiting:
+            run, depth = waiting.pop()
+            found.append(Listed(run.path, run, depth, progress(run)))
+            waiting += [(fork, depth + 1) for fork in reversed(forks.pop(run.description.id, []))]
+    return found
 
 
 def progress(run: Run) -> str:
