@@ -22,7 +22,7 @@ import sys
 import tempfile
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -45,13 +45,29 @@ START = 30.0
 Told = TypeVar("Told")
 
 
+class Words:
+    """The last lines of a child's stderr, read by ``hear`` in a thread of their own."""
+
+    def __init__(self) -> None:
+        self._lines: collections.deque[str] = collections.deque(maxlen=LAST_WORDS)
+        self._all = threading.Event()
+
+    def hear(self, stream: Iterable[bytes]) -> None:
+        for line in stream:
+            self._lines.append(line.decode(errors="replace").rstrip()[:500])
+        self._all.set()
+
+    def last(self) -> str:
+        """Of a child that has ended: they may still be on their way. A process that it started may hold the stream."""
+        self._all.wait(1)
+        return " | ".join(self._lines)
+
+
 @dataclass(frozen=True)
 class Child:
     process: subprocess.Popen[bytes]
     channel: HTTPChannel
-    words: collections.deque[str]
-    """The last lines of its stderr."""
-
+    words: Words
     end: Callable[[], None]
     """Ends it and takes its folder away; may be called twice."""
 
@@ -62,7 +78,7 @@ class Child:
         except subprocess.TimeoutExpired:
             return None
         how = f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
-        words = " | ".join(self.words)
+        words = self.words.last()
         return f"its process ended with {how}{f' and said: {words}' if words else ''}"
 
 
@@ -188,12 +204,12 @@ def _line(file: int, asked: str, patience: float) -> bytes:
     return data
 
 
-def _spawned() -> tuple[subprocess.Popen[bytes], collections.deque[str]]:
+def _spawned() -> tuple[subprocess.Popen[bytes], Words]:
     """A child in a session of its own, so that Ctrl-C in the terminal is for its parent, and what it says on stderr.
 
     It is started by a thread that lives as long as it does: Linux ends it with the thread that it was started by."""
     born: queue.Queue[subprocess.Popen[bytes] | BaseException] = queue.Queue()
-    words: collections.deque[str] = collections.deque(maxlen=LAST_WORDS)
+    words = Words()
 
     def nurse() -> None:
         pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
@@ -206,8 +222,7 @@ def _spawned() -> tuple[subprocess.Popen[bytes], collections.deque[str]]:
             return
         born.put(process)
         assert process.stderr is not None
-        for line in process.stderr:
-            words.append(line.decode(errors="replace").rstrip()[:500])
+        words.hear(process.stderr)
 
     threading.Thread(target=nurse, name="ditkit child", daemon=True).start()
     found = born.get()
