@@ -286,7 +286,10 @@ class Pipeline:
             with how.events.span("stage", stage=stage.name, place=segment.place.name):
                 kept = self._keep(stage, state, weights, how)
                 task = Task(stage, inputs, weights, how.events, how.seams, stop, *kept, self.table)
-                outcome = segment.place.run(task)
+                try:
+                    outcome = segment.place.run(task)
+                except KeyboardInterrupt:  # the steps of the segments before it are not lost
+                    raise Interrupted(stage.name, state) from None
             if outcome.stopped:
                 raise Interrupted(stage.name, self._after(stage, state, weights, outcome))
             checked(stage, outcome)
@@ -296,6 +299,11 @@ class Pipeline:
             read |= outcome.settings
             if end is None or end != stop or stage.done(state):
                 break
+            if how.keep is not None:  # a hand-over is an end: the next place may not be there
+                try:
+                    how.keep(state)
+                except KeyboardInterrupt:
+                    raise Interrupted(stage.name, state) from None
             inputs = _inputs(stage, state)
         if question is not None and stage.done(state):
             self._store(question, replace(outcome, settings=read), how, state)

@@ -14,7 +14,7 @@ from ditkit.placement.job import Job
 from ditkit.placement.remote import Remote
 from ditkit.placement.spec import Spec, Target
 from ditkit.placement.worker import Worker
-from ditkit.running import Segment
+from ditkit.running import Here, Segment
 
 
 class Calls:
@@ -85,8 +85,6 @@ def test_a_stage_elsewhere_gives_the_same_state_and_fingerprints(pipe, remote, s
 
 def test_a_loop_in_two_places_is_one_loop(pipe, remote):
     whole = pipe.run(begin(pipe)).state
-    from ditkit.running import Here
-
     for k in range(1, 5):
         places = {"denoise": [Segment(remote), Segment(Here(pipe.components), k)]}
         there = pipe.pipeline.run(begin(pipe), pipe.components, places=places)
@@ -111,6 +109,40 @@ def test_a_lost_host_is_asked_again_and_goes_on_from_what_was_kept(pipe, remote)
     steps = [s["step"] for s in kept if "step" in s and "video" not in s]
     assert steps == sorted(steps), "no step was taken twice and kept twice"
     assert remote.channel.jobs == 2
+
+
+def steps_kept(pipe, places, every=1):
+    kept = []
+
+    class Keep:
+        def __call__(self, state):
+            kept.append(state)
+
+    Keep.every = every
+    pipe.pipeline.run(begin(pipe), pipe.components, places=places, keep=Keep(), until="denoise")
+    return [state for state in kept if "step" in state]
+
+
+def test_the_state_at_a_hand_over_is_kept_as_any_other(pipe, remote):
+    places = {"denoise": [Segment(Here(pipe.components)), Segment(remote, 2)]}
+    there, here = steps_kept(pipe, places), steps_kept(pipe, {})
+    assert [state["step"] for state in there] == [1, 2, 3, 4]
+    assert all(a.equal(b) and a.fingerprints == b.fingerprints for a, b in zip(there, here, strict=True))
+    assert [state["step"] for state in steps_kept(pipe, places, every=3)] == [2, 3, 4], "also between two of them"
+
+
+def test_ctrl_c_at_the_second_place_keeps_the_steps_of_the_first(pipe):
+    class Second(Here):
+        """Stopped before its first step, while a part is loaded or a host is asked."""
+
+        def run(self, task):
+            raise KeyboardInterrupt
+
+    places = {"denoise": [Segment(Here(pipe.components)), Segment(Second(pipe.components), 2)]}
+    with pytest.raises(ditkit.Interrupted) as e:
+        pipe.pipeline.run(begin(pipe), pipe.components, places=places)
+    assert e.value.state["step"] == 2
+    assert pipe.run(e.value.state).state.equal(pipe.run(begin(pipe)).state)
 
 
 def test_retries_end_and_the_last_error_names_the_place(pipe, remote):
