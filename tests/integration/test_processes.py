@@ -30,6 +30,7 @@ from ditkit.setup import Setup
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 PROMPT = "a red circle"
+LONG = 200  # steps of a run that is still at work when its child is told to end
 
 
 def placed(model, *stages, **setup):
@@ -43,6 +44,11 @@ def placed(model, *stages, **setup):
 @pytest.fixture(scope="module")
 def whole(tiny_model):
     return ditkit.load(tiny_model)(PROMPT, seed=3).state
+
+
+@pytest.fixture(scope="module")
+def long(tiny_model):
+    return ditkit.load(tiny_model)(PROMPT, seed=3, steps=LONG).state
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +93,7 @@ def ended(pid: int, seconds: float = 30.0) -> bool:
 
 
 @linux
-def test_a_killed_child_is_replaced_and_the_run_is_the_same(tiny_model, whole):
+def test_a_killed_child_is_replaced_and_the_run_is_the_same(tiny_model, long):
     pipe, channel = placed(tiny_model)
     pids = []
 
@@ -95,8 +101,8 @@ def test_a_killed_child_is_replaced_and_the_run_is_the_same(tiny_model, whole):
         pids.append(channel.process_id)
         os.kill(channel.process_id, signal.SIGKILL)
 
-    result = pipe(PROMPT, seed=3, listeners=[at_step(0, kill)])
-    assert same(result.state, whole)
+    result = pipe(PROMPT, seed=3, steps=LONG, listeners=[at_step(0, kill)])
+    assert same(result.state, long)
     (retry,) = result.receipt["retries"]
     assert "signal SIGKILL" in retry["why"]
     assert channel.process_id not in (None, *pids)
@@ -110,18 +116,18 @@ def test_a_crash_tells_its_signal_and_its_last_words(tiny_model, monkeypatch):
     pipe, channel = placed(tiny_model, retries=0)
     crash = at_step(0, lambda: os.kill(channel.process_id, signal.SIGSEGV))
     with pytest.raises(PlaceError, match=r"running stage 'denoise' at process: .*SIGSEGV and said: .*child.py") as e:
-        pipe(PROMPT, seed=3, listeners=[crash])
+        pipe(PROMPT, seed=3, steps=LONG, listeners=[crash])
     assert e.value.exit_code == 1
     pipe.places.close()
 
 
 @linux
-def test_a_child_that_hangs_is_lost_after_patience(tiny_model, whole):
+def test_a_child_that_hangs_is_lost_after_patience(tiny_model, long):
     pipe, channel = placed(tiny_model, patience=2)
     hang = at_step(0, lambda: os.kill(channel.process_id, signal.SIGSTOP))
     pid = channel._started().process.pid
-    result = pipe(PROMPT, seed=3, listeners=[hang])
-    assert same(result.state, whole)
+    result = pipe(PROMPT, seed=3, steps=LONG, listeners=[hang])
+    assert same(result.state, long)
     assert "no sign of life" in result.receipt["retries"][0]["why"]
     assert ended(pid)
     pipe.places.close()

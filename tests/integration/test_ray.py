@@ -28,6 +28,7 @@ from ditkit.placement.spec import Spec
 
 ray = pytest.importorskip("ray")
 PROMPT = "a red circle"
+LONG = 200  # steps of a run that is still at work when its actor is told to end
 
 
 def placed(model, kind="ray", **setup):
@@ -40,6 +41,11 @@ def placed(model, kind="ray", **setup):
 @pytest.fixture(scope="module")
 def whole(tiny_model):
     return ditkit.load(tiny_model)(PROMPT, seed=3).state
+
+
+@pytest.fixture(scope="module")
+def long(tiny_model):
+    return ditkit.load(tiny_model)(PROMPT, seed=3, steps=LONG).state
 
 
 @pytest.fixture(scope="module")
@@ -68,11 +74,11 @@ def at_step(index, act):
     return listener
 
 
-def test_an_actor_that_dies_is_replaced_and_the_run_is_the_same(shared, whole):
+def test_an_actor_that_dies_is_replaced_and_the_run_is_the_same(shared, long):
     pipe, channel = shared
     before = channel._actor
-    result = pipe(PROMPT, seed=3, listeners=[at_step(0, lambda: ray.kill(channel._actor))])
-    assert same(result.state, whole)
+    result = pipe(PROMPT, seed=3, steps=LONG, listeners=[at_step(0, lambda: ray.kill(channel._actor))])
+    assert same(result.state, long)
     assert channel._actor not in (None, before)
     assert "its actor died" in result.receipt["retries"][0]["why"]
     assert ray.is_initialized()

@@ -312,3 +312,23 @@ def test_a_cache_tells_results_of_another_torch_from_those_of_this_one(pipe, rem
     run({"encode_text": [Segment(remote)]})
     run({})
     assert heard == ["cache.miss", "cache.hit", "cache.miss", "cache.hit", "cache.hit"]
+
+
+def test_a_host_that_is_not_there_at_first_is_asked_again(pipe, remote):
+    describe, asked, heard = remote.channel.describe, [], []
+
+    def late():
+        asked.append(True)
+        if len(asked) < 3:
+            raise Lost("asking calls who it is", "it is not there", "Start it")
+        return describe()
+
+    remote.channel.describe = late
+    events = ditkit.Events(lambda e: heard.append(e["attempt"]) if e.name == "place.retry" else None)
+    places = {"encode_text": [Segment(remote)]}
+    pipe.pipeline.prepare(begin(pipe), pipe.components, places=places, events=events)
+    assert heard == [1, 2]
+    asked.clear()
+    remote.handshake._said, remote.handshake.retries = None, 1
+    with pytest.raises(PlaceError, match=r"it is not there \(2 times\)"):
+        pipe.pipeline.run(begin(pipe), pipe.components, places=places)

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import re
 import threading
+import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ditkit.errors import PlaceError, SetupError, nearest
-from ditkit.events import Events
+from ditkit.errors import Lost, PlaceError, SetupError, nearest
+from ditkit.events import SILENT, Events
 from ditkit.placement.job import WIRE
 from ditkit.placement.spec import Spec
 from ditkit.placement.trust import made_by
@@ -22,11 +23,22 @@ if TYPE_CHECKING:
     from ditkit.placement.remote import Channel
 
 
-class Handshake:
-    """Remembers what the other end said, and which stages were found in order."""
+def times(attempt: int) -> str:
+    """How often it was tried, for the end of a sentence."""
+    return f" ({attempt + 1} times)" if attempt else ""
 
-    def __init__(self, place: str, channel: Channel, expect: Mapping[str, str]):
-        self.place, self.channel, self.expect = place, channel, expect
+
+def pause(lost: Lost, attempt: int) -> None:
+    """Before the next attempt: as long as the other end asks for, or a little longer each time."""
+    time.sleep(max(lost.after, min(0.1 * 2**attempt, 5.0)))
+
+
+class Handshake:
+    """Remembers what the other end said, and which stages were found in order. ``retries``: how often it is asked
+    again when it was not reached."""
+
+    def __init__(self, place: str, channel: Channel, expect: Mapping[str, str], retries: int = 0):
+        self.place, self.channel, self.expect, self.retries = place, channel, expect, retries
         self._said: dict[str, Any] | None = None
         self._checked: set[str] = set()
         self._lock = threading.RLock()
@@ -34,9 +46,21 @@ class Handshake:
     @property
     def said(self) -> dict[str, Any]:
         """What the other end says of itself; asked once. Raises Lost, PlaceError."""
+        return self.ask(SILENT)
+
+    def ask(self, events: Events) -> dict[str, Any]:
+        """The same; ``events`` hears of attempts that failed."""
         with self._lock:
-            if self._said is None:
-                self._said = self._versions(self.channel.describe())
+            for attempt in range(self.retries + 1):
+                if self._said is None:
+                    try:
+                        self._said = self._versions(self.channel.describe())
+                    except Lost as e:
+                        if attempt == self.retries:
+                            raise Lost(e.asked, f"{e.found}{times(attempt)}", e.do) from None
+                        events.emit("place.retry", place=self.place, stage="", attempt=attempt + 1, why=str(e))
+                        pause(e, attempt)
+            assert self._said is not None
             return self._said
 
     @property
@@ -76,6 +100,7 @@ class Handshake:
         with self._lock:
             if stage.name in self._checked:
                 return
+            self.ask(events)
             theirs = self._stage(stage)
             if theirs["version"] != stage.version:
                 raise PlaceError(

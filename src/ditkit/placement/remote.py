@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from ditkit.errors import Lost, PipelineError, PlaceError, StateError
 from ditkit.events import Events
-from ditkit.placement.handshake import Handshake
+from ditkit.placement.handshake import Handshake, pause, times
 from ditkit.placement.job import (
     Frame,
     Job,
@@ -103,7 +103,7 @@ class Remote:
 
     def __init__(self, name: str, channel: Channel, retries: int = 2, expect: Mapping[str, str] | None = None):
         self.name, self.channel, self.retries = name, channel, retries
-        self.handshake = Handshake(name, channel, expect or {})
+        self.handshake = Handshake(name, channel, expect or {}, retries)
 
     def prepare(self, stage: Stage, components: Sequence[str], events: Events) -> None:
         self.handshake.check(stage, events)
@@ -136,11 +136,10 @@ class Remote:
                     raise Lost(asked, "it sent no outcome", LOG)
                 except Lost as e:
                     if attempt == self.retries:
-                        tries = "" if attempt == 0 else f" ({attempt + 1} times)"
-                        raise PlaceError(e.asked, f"{e.found}{tries}", e.do) from None
+                        raise PlaceError(e.asked, f"{e.found}{times(attempt)}", e.do) from None
                     told = {"place": self.name, "stage": task.stage.name, "attempt": attempt + 1, "why": str(e)}
                     task.events.emit("place.retry", **told)
-                    time.sleep(max(e.after, min(0.1 * 2**attempt, 5.0)))
+                    pause(e, attempt)
                     state = state if reached is None else state.with_fields(reached.written)
         except KeyboardInterrupt:
             if reached is None:
