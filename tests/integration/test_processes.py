@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from acting import at_step, same
 from safetensors.torch import save_file
 from shell import alone
 
@@ -58,22 +59,6 @@ def shared(tiny_model):
     pipe(PROMPT, seed=3)
     yield pipe, channel
     pipe.places.close()
-
-
-def same(state, whole):
-    return state.equal(whole) and state.fingerprints == whole.fingerprints
-
-
-def at_step(index, act):
-    """A listener that acts once."""
-    done = []
-
-    def listener(event):
-        if event.name == "step.end" and event["step"].index == index and not done:
-            done.append(True)
-            act()
-
-    return listener
 
 
 def ended(pid: int, seconds: float = 30.0) -> bool:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from acting import at_step, same
 from safetensors.torch import save_file
 from shell import alone
 
@@ -57,21 +58,6 @@ def shared(tiny_model):
     yield pipe, channel
     pipe.places.close()
     assert not ray.is_initialized()
-
-
-def same(state, whole):
-    return state.equal(whole) and state.fingerprints == whole.fingerprints
-
-
-def at_step(index, act):
-    done = []
-
-    def listener(event):
-        if event.name == "step.end" and event["step"].index == index and not done:
-            done.append(True)
-            act()
-
-    return listener
 
 
 def test_an_actor_that_dies_is_replaced_and_the_run_is_the_same(shared, long):
