@@ -15,8 +15,8 @@ import tiny_names as names
 import torch
 from safetensors.torch import load_file, save_file
 
-from ditkit.checkpoints import diffusers_folder as folders
-from ditkit.checkpoints.keys import rename, vae_keys
+from ditkit.checkpoints.kinds import diffusers_folder as folders
+from ditkit.checkpoints.kinds.keys import rename, vae_keys
 from ditkit.models import umt5
 from ditkit.models.wan import WanConfig, WanTransformer
 from ditkit.models.wan_vae import WanVAE, WanVAEConfig

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from ditkit.contracts import Seams, Site, Step, Swap
     from ditkit.errors import DitkitError
     from ditkit.events import Event, Events
-    from ditkit.pipe import Pipe, Result, load, switch
-    from ditkit.pipeline import BaseStage, Context, Interrupted, Pipeline, Stage
+    from ditkit.pipeline import Pipe, Result, load, switch
+    from ditkit.execution.stage_list import BaseStage, Context, Interrupted, Pipeline, Stage
     from ditkit.request import Request
     from ditkit.setup import Setup
     from ditkit.state import Field, State
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "load": "pipe", "switch": "pipe", "Pipe": "pipe", "Result": "pipe",
+    "load": "pipeline", "switch": "pipeline", "Pipe": "pipeline", "Result": "pipeline",
     "Request": "request", "Setup": "setup", "State": "state", "Field": "state",
-    "Pipeline": "pipeline", "Stage": "pipeline", "BaseStage": "pipeline", "Context": "pipeline",
-    "Interrupted": "pipeline",
+    "Pipeline": "execution.stage_list", "Stage": "execution.stage", "BaseStage": "execution.stage", "Context": "execution.stage",
+    "Interrupted": "execution.place",
     "Seams": "contracts", "Swap": "contracts", "Step": "contracts", "Site": "contracts",
     "Event": "events", "Events": "events", "DitkitError": "errors",
 }  # fmt: skip

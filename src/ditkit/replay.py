@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from ditkit import pictures
-from ditkit.build import MODELS, Components
+from ditkit.assembly import MODELS, Components
 from ditkit.errors import DitkitError, LoadError, StateError
 from ditkit.events import Listener
-from ditkit.pipe import Pipe, Result, load
-from ditkit.placement.elsewhere import address, files_at
+from ditkit.pipeline import Pipe, Result, load
+from ditkit.placement.remote_parts import address, files_at
 from ditkit.receipt import versions
 from ditkit.request import Request
 from ditkit.setup import COMPONENTS, Setup

@@ -15,7 +15,8 @@ import pytest
 from shell import alone
 
 import ditkit
-from ditkit import build, media
+from ditkit import media
+from ditkit import assembly
 from ditkit.cli import job, show
 from ditkit.cli.main import main
 from ditkit.events import Event
@@ -149,7 +150,7 @@ def test_another_process_goes_on_to_the_same_bits(call, model, tmp_path):
 
 
 def test_plan_and_stages_load_no_weights(call, model, tmp_path, monkeypatch):
-    monkeypatch.setattr("ditkit.build.components.LOADERS", {})
+    monkeypatch.setattr("ditkit.assembly.components.LOADERS", {})
     bare = tmp_path / "bare"
     shutil.copytree(model, bare)
     plan = call("plan", PROMPT, "--model", bare, "--steps", 30, "--set", "dtypes.vae=float64")
@@ -167,7 +168,7 @@ def test_plan_and_stages_load_no_weights(call, model, tmp_path, monkeypatch):
 
 
 def test_demo(call, model, tmp_path, monkeypatch):
-    monkeypatch.setitem(build.MODELS, "shapes", model)
+    monkeypatch.setitem(assembly.MODELS, "shapes", model)
     said = call("demo")
     assert said.code == 0, said.err
     assert "a red circle moving left on a black background" in said.out
@@ -176,7 +177,7 @@ def test_demo(call, model, tmp_path, monkeypatch):
 
 
 def test_doctor(call, model, tmp_path, monkeypatch):
-    monkeypatch.setitem(build.MODELS, "shapes", model)
+    monkeypatch.setitem(assembly.MODELS, "shapes", model)
     said = call("doctor")
     assert said.code == 0, said.out
     for word in (
@@ -189,7 +190,7 @@ def test_doctor(call, model, tmp_path, monkeypatch):
         "sha256",
     ):
         assert word in said.out
-    monkeypatch.setitem(build.MODELS, "shapes", tmp_path / "nowhere")
+    monkeypatch.setitem(assembly.MODELS, "shapes", tmp_path / "nowhere")
     said = call("doctor")
     assert said.code == 1
     assert "!!  model shapes" in said.out
@@ -212,7 +213,7 @@ def test_version_and_help_start_without_torch():
     code = (
         "import sys\nfrom ditkit.cli.main import main\n"
         "assert main(['--version']) == 0 and main(['--help']) == 0 and main(['generate', '--help']) == 0\n"
-        "heavy = {'torch', 'numpy', 'av', 'PIL', 'transformers', 'ditkit.pipe', 'ditkit.stages'} & set(sys.modules)\n"
+        "heavy = {'torch', 'numpy', 'av', 'PIL', 'transformers', 'ditkit.pipeline', 'ditkit.stages'} & set(sys.modules)\n"
         "sys.exit(str(sorted(heavy)) if heavy else 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -6,8 +6,8 @@ import socket
 
 import pytest
 
-from ditkit.placement.listen import in_thread
-from ditkit.placement.offer import worker_of
+from ditkit.placement.http.listen import in_thread
+from ditkit.placement.worker_factory import worker_of
 from ditkit.placement.probe import probe_of
 from ditkit.setup import Setup
 

@@ -15,11 +15,11 @@ import torch
 from test_family_runs import asked, begin
 
 import ditkit
-from ditkit.placement.http import HTTPChannel
-from ditkit.placement.offer import worker_of
+from ditkit.placement.http.client import HTTPChannel
+from ditkit.placement.worker_factory import worker_of
 from ditkit.placement.remote import Remote
 from ditkit.placement.spec import Spec
-from ditkit.running import Here, Segment
+from ditkit.execution.place import Here, Segment
 from ditkit.setup import Setup
 
 STAGES = {
@@ -165,7 +165,7 @@ def served():
     """The address of a Worker behind a real server in a thread."""
     import uvicorn
 
-    from ditkit.placement.host import app_of
+    from ditkit.placement.http.host import app_of
 
     servers = []
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import ditkit
 from ditkit.errors import RequestError, StateError
-from ditkit.pipeline import fingerprint_of
+from ditkit.execution.stage_list import fingerprint_of
 from ditkit.state import State
 
 PROMPT = "a red circle moving left"

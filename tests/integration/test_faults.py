@@ -16,13 +16,13 @@ import torch
 
 import ditkit
 from ditkit.errors import Lost, PlaceError, StateError
-from ditkit.placement.framing import HEAD, LARGEST, MEDIA_TYPE, pack
-from ditkit.placement.http import HTTPChannel
+from ditkit.placement.http.framing import HEAD, LARGEST, MEDIA_TYPE, pack
+from ditkit.placement.http.client import HTTPChannel
 from ditkit.placement.job import Frame, Job, options_to_send, outcome_to_state
-from ditkit.placement.listen import in_thread
-from ditkit.placement.offer import worker_of
+from ditkit.placement.http.listen import in_thread
+from ditkit.placement.worker_factory import worker_of
 from ditkit.placement.remote import Remote
-from ditkit.running import Outcome, Segment
+from ditkit.execution.place import Outcome, Segment
 from ditkit.setup import Setup
 from ditkit.state import State
 
@@ -129,7 +129,7 @@ def test_half_a_description():
 
 @pytest.mark.parametrize("status", [200, 500])
 def test_an_answer_without_an_end(monkeypatch, status):
-    monkeypatch.setattr("ditkit.placement.http.MOST_WORDS", 1000)
+    monkeypatch.setattr("ditkit.placement.http.client.MOST_WORDS", 1000)
     for more in ({"length": 1 << 40}, {}):
         with server(answer(status, b" " * 2000, **more)) as (url, _):
             for ask in (HTTPChannel(url, 10).describe, lambda: last(HTTPChannel(url, 10))):

@@ -18,14 +18,14 @@ import pytest
 
 import ditkit
 from ditkit.errors import PlaceError, SetupError
-from ditkit.placement.framing import checksum
-from ditkit.placement.host import Limits
-from ditkit.placement.http import CRC, JOB, HTTPChannel
+from ditkit.placement.http.framing import checksum
+from ditkit.placement.http.host import Limits
+from ditkit.placement.http.client import CRC, JOB, HTTPChannel
 from ditkit.placement.job import Job, options_to_send
-from ditkit.placement.listen import bind, in_thread
-from ditkit.placement.offer import worker_of
+from ditkit.placement.http.listen import bind, in_thread
+from ditkit.placement.worker_factory import worker_of
 from ditkit.placement.remote import Remote
-from ditkit.running import Segment
+from ditkit.execution.place import Segment
 from ditkit.setup import Setup
 from ditkit.state import State
 

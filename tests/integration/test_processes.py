@@ -24,8 +24,8 @@ from shell import alone
 
 import ditkit
 from ditkit.errors import LoadError, Lost, PlaceError
-from ditkit.placement.http import HTTPChannel
-from ditkit.placement.process import ProcessChannel
+from ditkit.placement.http.client import HTTPChannel
+from ditkit.placement.process.parent import ProcessChannel
 from ditkit.placement.spec import Spec
 from ditkit.setup import Setup
 
@@ -119,7 +119,7 @@ def test_a_child_that_hangs_is_lost_after_patience(tiny_model, long):
 
 
 def test_a_child_that_hangs_at_its_start_is_lost(tiny_model, monkeypatch):
-    from ditkit.placement import process
+    from ditkit.placement.process import parent as process
 
     born, spawn = [], process._spawned
 
@@ -179,7 +179,7 @@ def test_a_child_ends_with_its_stdin_in_the_middle_of_what_it_does(tiny_model, t
     """What holds where there is no prctl."""
     told = {"setup": {"model": str(tiny_model)}, "stages": ["denoise"], "threads": 1, "alive": 1.0,
             "socket": str(tmp_path / "s"), "token": "t"}  # fmt: skip
-    words = [sys.executable, "-m", "ditkit.placement.child"]
+    words = [sys.executable, "-m", "ditkit.placement.process.child"]
     child = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=alone())
     child.stdin.write(json.dumps(told).encode() + b"\n")
     child.stdin.flush()

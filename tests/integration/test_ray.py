@@ -24,7 +24,7 @@ from shell import alone
 
 import ditkit
 from ditkit.errors import LoadError, PlaceError, SetupError
-from ditkit.placement.ray_actor import CLUSTER, RayChannel
+from ditkit.placement.ray import CLUSTER, RayChannel
 from ditkit.placement.spec import Spec
 
 ray = pytest.importorskip("ray")
@@ -98,7 +98,7 @@ def test_an_actor_of_its_own_for_each_pipe(shared, tiny_model, tmp_path, whole):
 
 
 def test_the_probe_of_an_actor(shared, tiny_model):
-    from ditkit.placement.offer import worker_of
+    from ditkit.placement.worker_factory import worker_of
     from ditkit.placement.probe import probe_of
 
     mine = probe_of(worker_of(ditkit.load(tiny_model).setup), "denoise")

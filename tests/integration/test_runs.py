@@ -16,7 +16,7 @@ import ditkit
 from ditkit import media
 from ditkit.cli import show
 from ditkit.errors import PlaceError, RequestError, StateError
-from ditkit.running import Interrupted
+from ditkit.execution.place import Interrupted
 from ditkit.runs import Run, listed
 from ditkit.state import State
 

@@ -7,7 +7,7 @@ from reference import rel
 import ditkit
 from ditkit import samples
 from ditkit.errors import RequestError
-from ditkit.pipeline import Interrupted
+from ditkit.execution.stage_list import Interrupted
 from ditkit.schedulers.noise import initial_noise
 from ditkit.state import State
 

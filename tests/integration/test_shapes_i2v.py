@@ -8,8 +8,8 @@ import torch
 from reference import rel
 
 import ditkit
-from ditkit.build import MODELS
-from ditkit.checkpoints.convert import convert
+from ditkit.assembly import MODELS
+from ditkit.checkpoints.convert.convert import convert
 from ditkit.lab.image_quality import SUBJECT, image_quality
 from ditkit.lab.quality import held_out
 from ditkit.schedulers.noise import initial_noise

@@ -11,7 +11,7 @@ import tiny
 import torch
 
 import ditkit
-from ditkit.build import Components
+from ditkit.assembly import Components
 
 ROUNDS = 3
 CLIPS = {

@@ -14,18 +14,18 @@ import pytest
 import torch
 
 import ditkit
-from ditkit.placement import straight
-from ditkit.placement.framing import checksum, fresh
-from ditkit.placement.host import Limits
-from ditkit.placement.http import CRC, JOB, HTTPChannel
+from ditkit.placement.http import zero_copy as straight
+from ditkit.placement.http.framing import checksum, fresh
+from ditkit.placement.http.host import Limits
+from ditkit.placement.http.client import CRC, JOB, HTTPChannel
 from ditkit.placement.job import Job, state_to_outcome
-from ditkit.placement.listen import in_thread
-from ditkit.placement.offer import worker_of
+from ditkit.placement.http.listen import in_thread
+from ditkit.placement.worker_factory import worker_of
 from ditkit.placement.remote import Remote
 from ditkit.placement.worker import Worker
-from ditkit.running import Segment
+from ditkit.execution.place import Segment
 from ditkit.setup import Setup
-from ditkit.stage import BaseStage
+from ditkit.execution.stage import BaseStage
 from ditkit.state import State
 
 sys.path.insert(0, str(Path(__file__).parents[2]))

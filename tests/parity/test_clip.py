@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from reference import rel
 from safetensors.torch import load_file, save_file
 
-from ditkit.checkpoints.files import TensorFiles
-from ditkit.checkpoints.keys import clip_keys
-from ditkit.checkpoints.mapped import Mapped
+from ditkit.checkpoints.files.opening import TensorFiles
+from ditkit.checkpoints.kinds.keys import clip_keys
+from ditkit.checkpoints.views.mapped import Mapped
 from ditkit.contracts import ImageEncoder
 from ditkit.errors import LoadError, RequestError
 from ditkit.models.clip import MEAN, STD, CLIPConfig, CLIPImageEncoder, build, check_processor, preprocess

@@ -12,9 +12,9 @@ from reference import rel
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from ditkit.checkpoints.files import TensorFiles
-from ditkit.checkpoints.keys import clip_keys, rename, vae_keys
-from ditkit.checkpoints.mapped import Mapped
+from ditkit.checkpoints.files.opening import TensorFiles
+from ditkit.checkpoints.kinds.keys import clip_keys, rename, vae_keys
+from ditkit.checkpoints.views.mapped import Mapped
 from ditkit.conditioning.condition import image_condition
 from ditkit.conditioning.control import control_context
 from ditkit.conditioning.images import on_white, signed, stretched, video_pixels
@@ -22,7 +22,7 @@ from ditkit.conditioning.sizes import size_i2v, size_ti2v
 from ditkit.models.clip import CLIPConfig, CLIPImageEncoder
 from ditkit.models.wan_vae import WanVAE, WanVAEConfig
 from ditkit.models.wan_vae22 import WanVAE22, WanVAE22Config
-from ditkit.pipeline import Pipeline
+from ditkit.execution.stage_list import Pipeline
 from ditkit.request import Request
 from ditkit.stages.encode_condition import EncodeCondition
 from ditkit.stages.encode_control import EncodeControl

@@ -11,9 +11,9 @@ import tiny_names
 import torch
 from safetensors.torch import save_file
 
-from ditkit.checkpoints.files import TensorFiles
-from ditkit.checkpoints.lora import read_lora
-from ditkit.checkpoints.lora_merge import Merged
+from ditkit.checkpoints.files.opening import TensorFiles
+from ditkit.checkpoints.lora.read import read_lora
+from ditkit.checkpoints.lora.merge import Merged
 from ditkit.nn.lora import lora_swaps, twin
 
 peft = pytest.importorskip("peft")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from ditkit.events import Events
 from ditkit.models.wan import WanConfig, WanTransformer
-from ditkit.pipeline import Pipeline
+from ditkit.execution.stage_list import Pipeline
 from ditkit.request import Request
 from ditkit.stages.denoise import Denoise
 from ditkit.stages.told import CONDITIONING

@@ -14,7 +14,7 @@ from ditkit.contracts import Seams
 from ditkit.events import Events
 from ditkit.models.wan import WanConfig, WanTransformer
 from ditkit.models.wan_vae import WanVAE, WanVAEConfig
-from ditkit.pipeline import Pipeline
+from ditkit.execution.stage_list import Pipeline
 from ditkit.request import Request
 from ditkit.stages.decode_latents import DecodeLatents
 from ditkit.stages.denoise import Denoise

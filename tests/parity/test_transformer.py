@@ -12,8 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import built
 
-from ditkit.checkpoints import diffusers_folder as folders
-from ditkit.checkpoints.keys import rename, transformer_keys
+from ditkit.checkpoints.kinds import diffusers_folder as folders
+from ditkit.checkpoints.kinds.keys import rename, transformer_keys
 from ditkit.models.wan import WanConfig, WanTransformer
 
 GOLDEN = Path(__file__).parents[1] / "data/golden/transformer"

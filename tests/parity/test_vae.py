@@ -10,8 +10,8 @@ import torch
 from reference import l2, rel
 from safetensors.torch import load_file
 
-from ditkit.checkpoints import diffusers_folder as folders
-from ditkit.checkpoints.keys import rename, vae_keys
+from ditkit.checkpoints.kinds import diffusers_folder as folders
+from ditkit.checkpoints.kinds.keys import rename, vae_keys
 from ditkit.models.wan_vae import LATENTS_MEAN, LATENTS_STD, WanVAE, WanVAEConfig
 
 GOLDEN = Path(__file__).parents[1] / "data/golden/vae/wan21"

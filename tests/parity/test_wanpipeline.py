@@ -11,7 +11,7 @@ import torch
 from reference import rel
 
 import ditkit
-from ditkit import build
+from ditkit import assembly
 from ditkit.schedulers.noise import initial_noise
 
 SEED = 11
@@ -164,7 +164,7 @@ def test_prompt_embeddings(ours, theirs, case):
 def test_the_same_clip_on_the_embedded_model(seed, monkeypatch):
     monkeypatch.setattr(f"{__name__}.SEED", seed)
     pipe = ditkit.load("shapes", precision="diffusers")
-    pipeline = wan_pipeline(build.MODELS["shapes"])
+    pipeline = wan_pipeline(assembly.MODELS["shapes"])
     prompt = ["a red circle moving left on a black background", "a blue square moving down on a gray background"][
         seed - 1
     ]

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ditkit
-from ditkit.pipeline import BaseStage, Pipeline
+from ditkit.execution.stage_list import BaseStage, Pipeline
 from ditkit.state import Field, State
 from ditkit.store.cache import Cache
 
@@ -154,7 +154,7 @@ class Loop(BaseStage):
 
 
 def looped(results, steps, thing="a" * 64, segments=(0,)):
-    from ditkit.running import Here, Segment
+    from ditkit.execution.place import Here, Segment
 
     components = {"thing": Named(thing)} if thing else {"thing": object()}
     places = {"loop": [Segment(Here(components), at) for at in segments]}
@@ -176,7 +176,7 @@ def test_a_component_that_nothing_tells_from_another_one_is_not_cached(cache):
 
 
 PLAIN = """
-from ditkit.pipeline import BaseStage
+from ditkit.execution.stage_list import BaseStage
 from ditkit.state import Field
 
 class Answer(BaseStage):

@@ -17,14 +17,14 @@ import torch
 from safetensors.torch import save_file
 
 import ditkit
-from ditkit.build.defaults import OFFICIAL as DEFAULTS
-from ditkit.build.defaults import official
-from ditkit.checkpoints.diffusers_folder import VACE_LAYERS
-from ditkit.checkpoints.latents import STATISTICS
-from ditkit.checkpoints.parts import BOUNDARIES, locate
+from ditkit.assembly.defaults import OFFICIAL as DEFAULTS
+from ditkit.assembly.defaults import official
+from ditkit.checkpoints.kinds.diffusers_folder import VACE_LAYERS
+from ditkit.checkpoints.kinds.latents import STATISTICS
+from ditkit.checkpoints.model.locate import BOUNDARIES, locate
 from ditkit.errors import LoadError, RequestError
 from ditkit.models import clip, taehv, umt5
-from ditkit.models.official import OFFICIAL
+from ditkit.models.published import OFFICIAL
 from ditkit.models.wan_vae import WanVAEConfig
 from ditkit.models.wan_vae22 import WanVAE22Config
 from ditkit.request import Request
@@ -281,7 +281,7 @@ def test_sizes_that_are_defaults_are_those_of_the_libraries():
     from transformers import CLIPVisionConfig
     from transformers import UMT5Config as TheirUMT5
 
-    from ditkit.checkpoints import diffusers_folder as ours
+    from ditkit.checkpoints.kinds import diffusers_folder as ours
 
     with torch.device("meta"):
         for kind in (WanTransformer3DModel, WanVACETransformer3DModel):

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ditkit
-from ditkit.build import Components, Model
-from ditkit.checkpoints.convert import convert
-from ditkit.checkpoints.lock import lock_file, lock_text, make_lock
-from ditkit.checkpoints.manifest import Manifest
+from ditkit.assembly import Components, Model
+from ditkit.checkpoints.convert.convert import convert
+from ditkit.checkpoints.model.lock import lock_file, lock_text, make_lock
+from ditkit.checkpoints.model.manifest import Manifest
 from ditkit.cli.main import main
 from ditkit.errors import LoadError, OutputError, StateError
 from ditkit.setup import Setup

@@ -24,18 +24,18 @@ from safetensors.torch import load_file, save_file
 from shell import alone
 
 import ditkit
-from ditkit.build.components import Components
-from ditkit.build.model import Model
-from ditkit.checkpoints.convert import convert
-from ditkit.checkpoints.files import open_source
-from ditkit.checkpoints.keys import table_of
-from ditkit.checkpoints.mapped import Mapped
-from ditkit.checkpoints.parts import locate, open_part
-from ditkit.checkpoints.source import TensorFacts, View
+from ditkit.assembly.components import Components
+from ditkit.assembly.model import Model
+from ditkit.checkpoints.convert.convert import convert
+from ditkit.checkpoints.files.opening import open_source
+from ditkit.checkpoints.kinds.keys import table_of
+from ditkit.checkpoints.views.mapped import Mapped
+from ditkit.checkpoints.model.locate import locate, open_part
+from ditkit.checkpoints.views.source import TensorFacts, View
 from ditkit.cli.inspect import examine
 from ditkit.errors import DitkitError, LoadError
 from ditkit.models import clip, umt5
-from ditkit.models.official import OFFICIAL
+from ditkit.models.published import OFFICIAL
 from ditkit.models.wan import WanConfig, WanTransformer
 from ditkit.models.wan_vae import WanVAE, WanVAEConfig
 from ditkit.models.wan_vae22 import WanVAE22, WanVAE22Config
@@ -708,8 +708,8 @@ def test_what_may_not_be_read_is_one_sentence(models, copy):
     for above in Path(cases[0]).parents[:3]:
         above.chmod(0o755)
     code = (
-        "import os, sys\nfrom ditkit.errors import LoadError\nfrom ditkit.build.model import Model\n"
-        "from ditkit.build.components import Components\nfrom ditkit.setup import Setup\n"
+        "import os, sys\nfrom ditkit.errors import LoadError\nfrom ditkit.assembly.model import Model\n"
+        "from ditkit.assembly.components import Components\nfrom ditkit.setup import Setup\n"
         "def load(path): return Components(Model.open(path), Setup(model=path))['tokenizer']\n"
         "load(sys.argv[1])\n"  # imports everything, while it may
         "if os.getuid() == 0: os.setuid(65534)\n"

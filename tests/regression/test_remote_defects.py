@@ -25,14 +25,14 @@ from shell import alone
 
 import ditkit
 from ditkit.errors import Lost, MissingDependency, PlaceError, StateError
-from ditkit.placement.framing import checksum
-from ditkit.placement.http import CRC, JOB
+from ditkit.placement.http.framing import checksum
+from ditkit.placement.http.client import CRC, JOB
 from ditkit.placement.job import Frame
-from ditkit.placement.listen import in_thread
-from ditkit.placement.offer import worker_of
+from ditkit.placement.http.listen import in_thread
+from ditkit.placement.worker_factory import worker_of
 from ditkit.placement.remote import Remote
 from ditkit.prompting.server import ServerExpander
-from ditkit.running import Segment
+from ditkit.execution.place import Segment
 from ditkit.setup import Setup
 from ditkit.state import State
 
@@ -87,7 +87,7 @@ class Forger:
     """A host whose outcome went through ``forge``; everything else is true."""
 
     def __init__(self, url, forge):
-        from ditkit.placement.http import HTTPChannel
+        from ditkit.placement.http.client import HTTPChannel
 
         self.channel, self.forge = HTTPChannel(url), forge
 

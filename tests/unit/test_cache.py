@@ -17,8 +17,8 @@ import torch
 
 from ditkit.errors import OutputError, SetupError
 from ditkit.outcome import Outcome, Question
-from ditkit.records import code_of
-from ditkit.stage import BaseStage
+from ditkit.execution.records import code_of
+from ditkit.execution.stage import BaseStage
 from ditkit.stages.decode_latents import DecodeLatents
 from ditkit.stages.encode_text import EncodeText
 from ditkit.state import State

@@ -10,8 +10,8 @@ import tiny_names as names
 import torch
 from safetensors.torch import load_file, save_file
 
-from ditkit.checkpoints.detect import detect
-from ditkit.checkpoints.files import open_source
+from ditkit.checkpoints.kinds.detect import detect
+from ditkit.checkpoints.files.opening import open_source
 from ditkit.errors import LoadError
 
 GOLDEN = Path(__file__).parents[1] / "data/golden"
@@ -229,8 +229,8 @@ def test_a_new_name_changes_nothing(folders, tmp_path):
 
 def test_what_cannot_be_told_is_listed(tmp_path):
     """Of a 14B text-to-video transformer no shape tells the version or the expert."""
-    from ditkit.checkpoints.source import TensorFacts, View
-    from ditkit.models.official import OFFICIAL
+    from ditkit.checkpoints.views.source import TensorFacts, View
+    from ditkit.models.published import OFFICIAL
     from ditkit.models.wan import WanTransformer
 
     class Shapes(View):

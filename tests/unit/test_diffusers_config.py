@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ditkit.checkpoints.diffusers_folder import (
+from ditkit.checkpoints.kinds.diffusers_folder import (
     IMAGE_CLAIM,
     UMT5_SIZES,
     clip_config,
@@ -24,8 +24,8 @@ from ditkit.checkpoints.diffusers_folder import (
     write_component,
     write_index,
 )
-from ditkit.checkpoints.files import TensorInfo
-from ditkit.checkpoints.keys import UMT5_ALIASES, clip_keys, transformer_keys, umt5_keys, vae22_keys, vae_keys
+from ditkit.checkpoints.files.opening import TensorInfo
+from ditkit.checkpoints.kinds.keys import UMT5_ALIASES, clip_keys, transformer_keys, umt5_keys, vae22_keys, vae_keys
 from ditkit.errors import LoadError, OutputError
 from ditkit.models.umt5 import UMT5Config, build
 from ditkit.models.wan_vae import WanVAE, WanVAEConfig

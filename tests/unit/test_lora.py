@@ -11,9 +11,9 @@ import tiny_names
 import torch
 from safetensors.torch import save_file
 
-from ditkit.checkpoints.files import TensorFiles
-from ditkit.checkpoints.lora import ALLOWANCES, experts_of, inspect_lora, is_lora, read_lora
-from ditkit.checkpoints.lora_merge import Merged
+from ditkit.checkpoints.files.opening import TensorFiles
+from ditkit.checkpoints.lora.read import ALLOWANCES, experts_of, inspect_lora, is_lora, read_lora
+from ditkit.checkpoints.lora.merge import Merged
 from ditkit.errors import LoadError, SetupError
 from ditkit.nn.lora import AdaptedLinear, lora_swaps, twin
 

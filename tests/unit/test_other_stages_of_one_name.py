@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ditkit.events import Events
-from ditkit.pipeline import BaseStage, Pipeline
+from ditkit.execution.stage_list import BaseStage, Pipeline
 from ditkit.state import Field, State
 from ditkit.store.cache import Cache
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ditkit.checkpoints.load import load_into
-from ditkit.checkpoints.parts import locate, open_part, weight_files
+from ditkit.checkpoints.model.locate import locate, open_part, weight_files
 from ditkit.errors import LoadError
 from ditkit.models.wan import WanConfig, WanTransformer
 

@@ -11,7 +11,7 @@ import ditkit
 from ditkit.contracts import Seams
 from ditkit.errors import PipelineError, StateError
 from ditkit.events import Events
-from ditkit.pipeline import BaseStage, Interrupted, Pipeline
+from ditkit.execution.stage_list import BaseStage, Interrupted, Pipeline
 from ditkit.schedulers import make
 from ditkit.stages.decode_latents import DecodeLatents
 from ditkit.stages.denoise import Denoise

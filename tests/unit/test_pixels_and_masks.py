@@ -22,7 +22,7 @@ from ditkit.conditioning.images import (
     video_pixels,
 )
 from ditkit.errors import RequestError
-from ditkit.pipeline import Pipeline
+from ditkit.execution.stage_list import Pipeline
 from ditkit.request import Request
 from ditkit.stages.encode_condition import EncodeCondition
 from ditkit.stages.encode_control import EncodeControl

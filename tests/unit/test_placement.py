@@ -14,7 +14,7 @@ from ditkit.placement.job import Job
 from ditkit.placement.remote import Remote
 from ditkit.placement.spec import Spec, Target
 from ditkit.placement.worker import Worker
-from ditkit.running import Here, Segment
+from ditkit.execution.place import Here, Segment
 
 
 class Calls:

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ditkit.errors import PlaceError
-from ditkit.placement.offer import worker_of
+from ditkit.placement.worker_factory import worker_of
 from ditkit.placement.probe import cases, has_probe, probe_of
 from ditkit.setup import Setup
 
@@ -97,7 +97,7 @@ def test_the_numbers_tell_how_far_apart_two_hosts_are(models):
 
 
 def test_a_stage_of_somebody_else_has_none(models):
-    from ditkit.pipeline import BaseStage
+    from ditkit.execution.stage_list import BaseStage
 
     class Mine(BaseStage):
         name, reads, writes = "mine", ("weights",), ("video",)

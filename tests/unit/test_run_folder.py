@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ditkit.pipeline import BaseStage, Pipeline
+from ditkit.execution.stage_list import BaseStage, Pipeline
 from ditkit.runs import located
 from ditkit.runs.kept import KeptStates
 from ditkit.runs.rewind import taken_back

@@ -5,14 +5,14 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from ditkit.checkpoints.keys import table_of
-from ditkit.checkpoints.layouts import config_of, task_of
-from ditkit.checkpoints.mapped import Mapped
-from ditkit.checkpoints.sizes import clip_sizes, taehv_sizes, transformer_sizes, umt5_sizes, vae_sizes
-from ditkit.checkpoints.source import TensorFacts, View
+from ditkit.checkpoints.kinds.keys import table_of
+from ditkit.checkpoints.kinds.table import config_of, task_of
+from ditkit.checkpoints.views.mapped import Mapped
+from ditkit.checkpoints.kinds.sizes import clip_sizes, taehv_sizes, transformer_sizes, umt5_sizes, vae_sizes
+from ditkit.checkpoints.views.source import TensorFacts, View
 from ditkit.errors import LoadError
 from ditkit.models import clip, umt5
-from ditkit.models.official import OFFICIAL
+from ditkit.models.published import OFFICIAL
 from ditkit.models.taehv import TAEHV, TAEHVConfig
 from ditkit.models.wan import WanConfig, WanTransformer
 from ditkit.models.wan_vae import WanVAE, WanVAEConfig

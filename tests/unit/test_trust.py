@@ -13,12 +13,12 @@ import torch
 import ditkit
 from ditkit.errors import PlaceError
 from ditkit.events import Events
-from ditkit.pipeline import BaseStage, Pipeline
+from ditkit.execution.stage_list import BaseStage, Pipeline
 from ditkit.placement.job import Frame, frame_to_error
 from ditkit.placement.remote import Remote
 from ditkit.placement.worker import Worker
 from ditkit.receipt import Recorder
-from ditkit.running import Segment
+from ditkit.execution.place import Segment
 from ditkit.stages.decode_latents import DecodeLatents
 from ditkit.state import Field, State
 

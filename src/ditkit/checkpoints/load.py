@@ -14,8 +14,8 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from ditkit.checkpoints.files import DTYPES, some
-from ditkit.checkpoints.source import TensorSource, cast, unseen
+from ditkit.checkpoints.files.opening import DTYPES, some
+from ditkit.checkpoints.views.source import TensorSource, cast, unseen
 from ditkit.errors import LoadError
 
 NOTHING: Mapping[str, str] = MappingProxyType({})

@@ -97,8 +97,8 @@ def encoder() -> tuple[bool, str, str]:
 
 def embedded_model() -> list[tuple[bool, str, str]]:
     """Every model that comes with the package: its parts are all there and what their files hash to."""
-    from ditkit.build import MODELS, Model
-    from ditkit.checkpoints.files import file_hash
+    from ditkit.assembly import MODELS, Model
+    from ditkit.checkpoints.files.opening import file_hash
     from ditkit.errors import DitkitError
 
     rows = []

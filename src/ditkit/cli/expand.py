@@ -26,7 +26,7 @@ def expand(given: Given, prompt: Prompt = None, quiet: job.Quiet = False, as_jso
     """Let a language model expand a prompt, and show what changed."""
     from ditkit import pictures
     from ditkit.events import Events
-    from ditkit.pipeline import SOURCES, Pipeline
+    from ditkit.execution.stage_list import SOURCES, Pipeline
     from ditkit.prompting import open_expander, templates
     from ditkit.stages.expand_prompt import ExpandPrompt
     from ditkit.state import State

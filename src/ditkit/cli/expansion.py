@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from ditkit.cli.job import Goal
-    from ditkit.pipe import Pipe
+    from ditkit.pipeline import Pipe
     from ditkit.state import State
 
 STAGE = "expand_prompt"

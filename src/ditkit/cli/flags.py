@@ -21,7 +21,7 @@ from ditkit.config import FIELDS, Layer, Settled
 from ditkit.errors import SetupError
 
 if TYPE_CHECKING:
-    from ditkit.build import Model
+    from ditkit.assembly import Model
 
 Prompt = Annotated[str | None, typer.Argument(help="What the clip should show.", show_default=False)]
 
@@ -33,7 +33,7 @@ def to_path(text: str | Path) -> Path:
 
 def model_name(text: str) -> str:
     """A model's folder by its whole path, so that States and clips find it from every folder; any other name as is."""
-    from ditkit.build import MODELS
+    from ditkit.assembly import MODELS
 
     folder = to_path(text)
     return str(folder.resolve()) if text and text not in MODELS and folder.exists() else text
@@ -91,7 +91,7 @@ def settle(given: Given, below: Layer | None = None) -> tuple[Settled, Model]:
     """All layers; the model that they name is opened (its weights are not read), for its defaults are one of them.
 
     ``below`` is a layer between the model's defaults and the config file. Raises UserError for whatever is wrong."""
-    from ditkit.pipe import open_model
+    from ditkit.pipeline import open_model
 
     upper = [_located(layer) for layer in (*([] if below is None else [below]), *given.layers())]
     asked = config.settle(*upper)

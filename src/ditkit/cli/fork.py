@@ -49,7 +49,7 @@ def fork(
     as_json: job.Json = False,
 ) -> None:
     """Begin a new run where another one stands, or stood, with changed settings."""
-    from ditkit.running import Interrupted
+    from ditkit.execution.place import Interrupted
     from ditkit.runs import Run, located
     from ditkit.runs.fork import as_parent, prepared, request_of, which_clip
     from ditkit.runs.run import check_new

@@ -13,7 +13,7 @@ from ditkit.setup import Setup
 
 if TYPE_CHECKING:
     from ditkit.config import Settled
-    from ditkit.pipe import Pipe
+    from ditkit.pipeline import Pipe
 
 
 def add_to(app: typer.Typer) -> None:

@@ -28,7 +28,7 @@ from ditkit.events import Event
 
 if TYPE_CHECKING:
     from ditkit.contracts import Step
-    from ditkit.pipe import Pipe, Result
+    from ditkit.pipeline import Pipe, Result
     from ditkit.receipt import Recorder
     from ditkit.runs import Run
     from ditkit.state import State
@@ -109,7 +109,7 @@ def numbered(path: Path, count: int) -> list[Path]:
 def carry_out(pipe: Pipe, state: State, goal: Goal) -> None:
     """Raises Kept on Ctrl-C, and whatever error of ditkit's comes up; before any compute where it can be foreseen."""
     from ditkit import samples
-    from ditkit.pipeline import Interrupted
+    from ditkit.execution.stage_list import Interrupted
 
     steps, makes_video = check(pipe, state, goal)
     out = show.console(stderr=goal.json)

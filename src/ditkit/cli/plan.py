@@ -17,8 +17,8 @@ from ditkit.setup import COMPONENTS
 
 if TYPE_CHECKING:
     from ditkit.config import Settled
-    from ditkit.pipe import Pipe
-    from ditkit.running import Segment
+    from ditkit.pipeline import Pipe
+    from ditkit.execution.place import Segment
 
 
 def add_to(app: typer.Typer) -> None:

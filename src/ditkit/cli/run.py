@@ -22,7 +22,7 @@ from ditkit.request import Request
 from ditkit.setup import Setup
 
 if TYPE_CHECKING:
-    from ditkit.pipe import Pipe
+    from ditkit.pipeline import Pipe
     from ditkit.runs import Run
     from ditkit.state import State
 
@@ -146,7 +146,7 @@ def results(out: Path | None, sheet: Path | None, no_sheet: bool) -> dict[str, A
 
 def own_setup(settled: Settled) -> dict[str, Any]:
     """The settings to open the model of a run with, from every folder."""
-    from ditkit.build import placed
+    from ditkit.assembly import placed
     from ditkit.runs.run import given
 
     return given(placed(settled.setup()))

@@ -12,7 +12,7 @@ from ditkit.cli.flags import model_name
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from ditkit.pipeline import Pipeline
+    from ditkit.execution.stage_list import Pipeline
 
 
 def add_to(app: typer.Typer) -> None:

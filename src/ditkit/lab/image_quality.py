@@ -17,7 +17,7 @@ from ditkit.shapes.draw import MOTIONS, draw, motion_caption
 from ditkit.shapes.measure import measure, psnr, score
 
 if TYPE_CHECKING:
-    from ditkit.pipe import Pipe
+    from ditkit.pipeline import Pipe
 
 SUBJECT_TARGET = 0.90
 SUBJECT = ("color", "shape", "background")

@@ -27,7 +27,7 @@ from ditkit.shapes.draw import (
 from ditkit.shapes.measure import measure, psnr, score
 
 if TYPE_CHECKING:
-    from ditkit.pipe import Pipe
+    from ditkit.pipeline import Pipe
 
 TARGETS = {"color": 0.95, "motion": 0.90, "shape": 0.80}
 ROUND_TRIP_TARGET = 28.0  # dB

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ditkit.checkpoints.load import load_into
-from ditkit.checkpoints.source import TensorSource
+from ditkit.checkpoints.views.source import TensorSource
 from ditkit.errors import LoadError, RequestError, nearest
 
 ACTIVATIONS = ("gelu", "quick_gelu")

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 
-from ditkit.build.adapters import Wanted
+from ditkit.assembly.adapters import Wanted
 from ditkit.errors import SetupError
-from ditkit.pipeline import Pipeline
+from ditkit.execution.stage_list import Pipeline
 from ditkit.placement.spec import EXPERTS, Spec, Target
 from ditkit.setup import Setup
 

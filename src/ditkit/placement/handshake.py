@@ -15,8 +15,8 @@ from ditkit.errors import Lost, PlaceError, SetupError, nearest
 from ditkit.events import SILENT, Events
 from ditkit.placement.job import WIRE
 from ditkit.placement.spec import Spec
-from ditkit.placement.trust import made_by
-from ditkit.stage import Stage
+from ditkit.placement.validation import made_by
+from ditkit.execution.stage import Stage
 from ditkit.state import SCHEMA
 
 if TYPE_CHECKING:

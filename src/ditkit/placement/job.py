@@ -17,8 +17,8 @@ from ditkit import errors
 from ditkit.contracts import Step
 from ditkit.errors import DitkitError, PlaceError, StateError
 from ditkit.events import Event
-from ditkit.running import Outcome
-from ditkit.stage import Stage
+from ditkit.execution.place import Outcome
+from ditkit.execution.stage import Stage
 from ditkit.state import State, kind_of
 
 WIRE = 1

@@ -8,12 +8,12 @@ from typing import Any
 
 from ditkit.contracts import Seams, Step
 from ditkit.errors import SetupError, nearest
-from ditkit.pipeline import Pipeline
+from ditkit.execution.stage_list import Pipeline
 from ditkit.placement import contradictions
 from ditkit.placement.handshake import check_expected
 from ditkit.placement.remote import Channel, Remote
 from ditkit.placement.spec import Spec, Target
-from ditkit.running import Here, Place, Segment
+from ditkit.execution.place import Here, Place, Segment
 from ditkit.setup import Setup
 
 
@@ -128,15 +128,15 @@ class Places:
 
     def _channel(self, spec: Spec, stages: Sequence[str]) -> Channel:
         if spec.kind == "http":
-            from ditkit.placement.http import HTTPChannel
-            from ditkit.placement.tokens import token_of
+            from ditkit.placement.http.client import HTTPChannel
+            from ditkit.placement.http.tokens import token_of
 
             return HTTPChannel(str(spec.address), self.setup.patience, token_of())
         if spec.kind == "process":
-            from ditkit.placement.process import ProcessChannel
+            from ditkit.placement.process.parent import ProcessChannel
 
             return ProcessChannel(self.setup, spec.device, stages)
-        from ditkit.placement.ray_actor import RayChannel
+        from ditkit.placement.ray import RayChannel
 
         return RayChannel(self.setup, spec.address, spec.device, stages)
 

@@ -17,7 +17,7 @@ from ditkit.placement.job import Frame, Job, frame_to_error, options_to_send, st
 from ditkit.placement.spec import EXPERTS
 from ditkit.placement.worker import Worker
 from ditkit.request import Request
-from ditkit.stage import Stage
+from ditkit.execution.stage import Stage
 from ditkit.state import State, digest
 
 PROMPT = "A  “red” kite &amp; two dogs,\n一只猫 "

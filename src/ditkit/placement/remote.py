@@ -26,10 +26,10 @@ from ditkit.placement.job import (
     options_to_send,
     state_to_outcome,
 )
-from ditkit.placement.trust import check_event, check_outcome, made_by
+from ditkit.placement.validation import check_event, check_outcome, made_by
 from ditkit.receipt import versions
-from ditkit.running import Outcome, Task
-from ditkit.stage import Stage
+from ditkit.execution.place import Outcome, Task
+from ditkit.execution.stage import Stage
 from ditkit.state import State
 
 LOG = "Look at its log"

@@ -24,11 +24,11 @@ from ditkit.placement.job import (
     outcome_to_state,
     with_options,
 )
-from ditkit.placement.trust import made_by
+from ditkit.placement.validation import made_by
 from ditkit.receipt import machine, versions
 from ditkit.request import Request
-from ditkit.running import Here, Outcome, Task, checked, readable
-from ditkit.stage import Stage
+from ditkit.execution.place import Here, Outcome, Task, checked, readable
+from ditkit.execution.stage import Stage
 from ditkit.state import FIELDS, SCHEMA, Field, State
 
 Send = Callable[[Frame], None]

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 from ditkit import pictures, samples
 from ditkit.errors import RequestError, StateError
 from ditkit.pictures import IN_MEMORY
-from ditkit.records import options_of
+from ditkit.execution.records import options_of
 from ditkit.request import Request
-from ditkit.running import fingerprint_in
+from ditkit.execution.place import fingerprint_in
 from ditkit.runs.description import Parent
 from ditkit.runs.kept import WHOLE, Tell, clip
 from ditkit.runs.rewind import loop_of, taken_back
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from ditkit.events import Listener
-    from ditkit.pipe import Pipe
+    from ditkit.pipeline import Pipe
     from ditkit.state import State
 
 OPTIONS = ("clip", "pipe", "every", "keep_steps", "out", "sheet", "setup", "listeners", "tell")

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from ditkit.pipeline import Pipeline
-from ditkit.running import readable
-from ditkit.stage import Stage
+from ditkit.execution.stage_list import Pipeline
+from ditkit.execution.place import readable
+from ditkit.execution.stage import Stage
 from ditkit.state import State
 
 

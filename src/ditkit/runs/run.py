@@ -18,13 +18,13 @@ from ditkit import pictures, samples
 from ditkit.errors import OutputError, SetupError, StateError
 from ditkit.events import Events, Listener
 from ditkit.request import Request
-from ditkit.running import Interrupted
+from ditkit.execution.place import Interrupted
 from ditkit.runs.description import NAME, Description, Parent
 from ditkit.runs.kept import WHOLE, Journal, KeptStates, Tell, clip
 from ditkit.setup import Setup
 
 if TYPE_CHECKING:
-    from ditkit.pipe import Pipe, Result
+    from ditkit.pipeline import Pipe, Result
     from ditkit.receipt import Recorder
     from ditkit.state import State
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ditkit.media import to_uint8
-from ditkit.pipeline import BaseStage, Context
+from ditkit.execution.stage_list import BaseStage, Context
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from ditkit.contracts import Predict, Scheduler, Step, wrap
 from ditkit.errors import StateError
 from ditkit.guidance.cfg import classifier_free_guidance
 from ditkit.guidance.experts import by_expert
-from ditkit.pipeline import BaseStage, Context, Stopped
+from ditkit.execution.stage_list import BaseStage, Context, Stopped
 from ditkit.schedulers import make
 from ditkit.schedulers.noise import initial_noise, step_noise
 from ditkit.schedulers.sigmas import explicit, float32, timesteps

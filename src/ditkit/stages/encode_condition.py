@@ -12,7 +12,7 @@ from torch import Tensor
 from ditkit.conditioning.clips import per_clip
 from ditkit.conditioning.condition import image_condition
 from ditkit.conditioning.images import proportioned, stretched
-from ditkit.pipeline import BaseStage, Context
+from ditkit.execution.stage_list import BaseStage, Context
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from ditkit.conditioning.clips import per_clip
 from ditkit.conditioning.control import control_context
 from ditkit.conditioning.images import mask_pixels, on_white, video_pixels
 from ditkit.errors import RequestError
-from ditkit.pipeline import BaseStage, Context
+from ditkit.execution.stage_list import BaseStage, Context
 
 
 @dataclass(frozen=True)

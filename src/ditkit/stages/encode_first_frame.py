@@ -12,7 +12,7 @@ from torch import Tensor
 from ditkit.conditioning.clips import per_clip
 from ditkit.conditioning.images import check_processing, covered, stretched
 from ditkit.errors import RequestError
-from ditkit.pipeline import BaseStage, Context
+from ditkit.execution.stage_list import BaseStage, Context
 
 
 @dataclass(frozen=True)

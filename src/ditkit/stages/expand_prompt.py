@@ -12,7 +12,7 @@ from typing import Any
 
 from ditkit.contracts import Answer, Wish
 from ditkit.errors import PlaceError, RequestError, SetupError
-from ditkit.pipeline import BaseStage, Context, Pipeline
+from ditkit.execution.stage_list import BaseStage, Context, Pipeline
 from ditkit.prompting.cleaning import cleaned
 from ditkit.prompting.templates import PICTURES, Template, chosen, packaged_sha256
 from ditkit.state import State
