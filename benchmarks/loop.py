@@ -1,4 +1,4 @@
-"""Everything but the models: solver, guidance, events and the loop around them, for each step.
+"""Everything but the models: scheduler, guidance, events and the loop around them, for each step.
 
 The transformer's place is taken by one multiplication whose time is subtracted, on both sides, so that latents of the
 full 480p size can be used. Then a real run at 1.3B width: what share of it is spent outside the model.
@@ -47,12 +47,12 @@ class Timed:
         return out
 
 
-def pipe_with(folder: Path, timed: Timed, **request: Any) -> tuple[ditkit.Pipe, ditkit.State]:
+def pipe_with(folder: Path, timed: Timed, **request: Any) -> tuple[ditkit.Pipeline, ditkit.State]:
     """A pipe around ``timed``, and the State that is ready for its first step."""
     pipe = ditkit.load(folder, device="cpu")
     state = pipe.begin(pipe.model.request({"prompt": PROMPT, **request}))
     state = pipe.run(state, until="encode_text").state
-    return ditkit.Pipe(pipe.model, pipe.setup, {"transformer": timed}, pipe.pipeline), state
+    return ditkit.Pipeline(pipe.model, pipe.setup, {"transformer": timed}, pipe.stages), state
 
 
 def beside_the_model(folder: Path, frames: int, height: int, width: int, steps: int, repeats: int) -> Iterator[Row]:

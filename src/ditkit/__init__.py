@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from ditkit.contracts import Seams, Site, Step, Swap
     from ditkit.errors import DitkitError
     from ditkit.events import Event, Events
-    from ditkit.pipeline import Pipe, Result, load, switch
-    from ditkit.execution.stage_list import BaseStage, Context, Interrupted, Pipeline, Stage
+    from ditkit.execution.stage_list import BaseStage, Context, Interrupted, Stage, StageList
+    from ditkit.pipeline import Pipeline, Result, load, switch
     from ditkit.request import Request
     from ditkit.setup import Setup
     from ditkit.state import Field, State
@@ -23,17 +23,36 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "load": "pipeline", "switch": "pipeline", "Pipe": "pipeline", "Result": "pipeline",
+    "load": "pipeline", "switch": "pipeline", "Pipeline": "pipeline", "Result": "pipeline",
     "Request": "request", "Setup": "setup", "State": "state", "Field": "state",
-    "Pipeline": "execution.stage_list", "Stage": "execution.stage", "BaseStage": "execution.stage", "Context": "execution.stage",
+    "StageList": "execution.stage_list", "Stage": "execution.stage",
+    "BaseStage": "execution.stage", "Context": "execution.stage",
     "Interrupted": "execution.place",
     "Seams": "contracts", "Swap": "contracts", "Step": "contracts", "Site": "contracts",
     "Event": "events", "Events": "events", "DitkitError": "errors",
 }  # fmt: skip
 
 __all__ = [
-    "BaseStage", "Context", "DitkitError", "Event", "Events", "Field", "Interrupted", "Pipe", "Pipeline", "Request",
-    "Result", "Seams", "Setup", "Site", "Stage", "State", "Step", "Swap", "load", "switch",
+    "BaseStage",
+    "Context",
+    "DitkitError",
+    "Event",
+    "Events",
+    "Field",
+    "Interrupted",
+    "Pipeline",
+    "Request",
+    "Result",
+    "Seams",
+    "Setup",
+    "Site",
+    "Stage",
+    "StageList",
+    "State",
+    "Step",
+    "Swap",
+    "load",
+    "switch",
 ]  # fmt: skip
 
 

@@ -62,7 +62,7 @@ def check_state(state: State, table: Mapping[str, Field] = FIELDS) -> Request:
     asked = "running a State"
     absent = [name for name in ("request", "prompt", "negative_prompt", "seed") if name not in state]
     if absent:
-        raise StateError(asked, f"it has no {', '.join(absent)}", "Start it with Pipe.begin")
+        raise StateError(asked, f"it has no {', '.join(absent)}", "Start it with Pipeline.begin")
     sizes: dict[str, int] = {}
     for name, value in state.items():
         fault = fault_of(table[name], value, sizes) if name in table else None
@@ -99,8 +99,10 @@ def _check_progress(asked: str, state: State) -> None:
     if sigmas is not None and "step" not in state:
         raise StateError(asked, "it has noise levels and no count of steps", "Take an untouched State")
     if not step and state.get("history"):
-        raise StateError(asked, "its solver remembers steps, and none was taken", "Take an untouched State")
+        raise StateError(asked, "its scheduler remembers steps, and none was taken", "Take an untouched State")
     if step < 0 or (sigmas is not None and step > len(sigmas) - 1):
         raise StateError(asked, f"its step {step} is not one of its run", "Take an untouched State")
     if sigmas is not None and 0 < step < len(sigmas) - 1 and "history" not in state:
-        raise StateError(asked, "it stands between two steps without the solver's history", "Take an untouched State")
+        raise StateError(
+            asked, "it stands between two steps without the scheduler's history", "Take an untouched State"
+        )

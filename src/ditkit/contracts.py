@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 History = Mapping[str, "Tensor"]
-"""What a solver remembers between steps; named tensors only, so that it can be saved in a State."""
+"""What a scheduler remembers between steps; named tensors only, so that it can be saved in a State."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Scheduler(Protocol):
     @property
     def needs_noise(self) -> bool: ...
 
-    def sigmas(self, steps: int, shift: float, schedule: str) -> list[float]:
+    def sigmas(self, steps: int, shift: float, convention: str) -> list[float]:
         """``steps + 1`` falling values in [0, 1], the last one 0."""
         ...
 

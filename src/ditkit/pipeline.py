@@ -1,6 +1,6 @@
-"""Pipe: a model that is ready to make clips. ``ditkit.load(...)`` gives one; calling it gives a Result.
+"""Pipeline: a model that is ready to make clips. ``ditkit.load(...)`` gives one; calling it gives a Result.
 
-A Pipe holds no state of any run; threads may share it. Leaves out: finding and filling components (``build``).
+A Pipeline holds no state of any run; threads may share it. Leaves out: finding and filling components (``build``).
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from ditkit.checking import check_state
 from ditkit.contracts import Seams, Step
 from ditkit.errors import DitkitError, RequestError, SetupError
 from ditkit.events import Events, Listener
-from ditkit.execution.stage_list import Interrupted, Pipeline
+from ditkit.execution.place import Checkpointer, ResultCache
+from ditkit.execution.stage_list import Interrupted, StageList
 from ditkit.placement import Places
 from ditkit.placement.remote_parts import address, check_agree, check_here, facts_of, model_at, scope_at, scope_of
 from ditkit.prompting import templates
 from ditkit.receipt import Recorder, manifest
 from ditkit.request import Request
-from ditkit.execution.place import Keeper, Results
 from ditkit.setup import Setup
 from ditkit.shared import Switch
 from ditkit.shared import switch as exchange
@@ -73,7 +73,7 @@ class Result:
         return [media.write_video(t, v, fps, m, crf) for t, v, m in zip(targets, frames, self.manifests, strict=True)]
 
 
-class Pipe:
+class Pipeline:
     """``pipe(prompt, seed=7, ...)``: all fields of Request as keywords. ``pipeline`` and ``components`` are open:
     change the first with insert, replace and remove; the second is any mapping of parts that fit the contracts."""
 
@@ -82,13 +82,13 @@ class Pipe:
         model: Model,
         setup: Setup,
         components: Mapping[str, Any],
-        pipeline: Pipeline,
+        stages: StageList,
         seams: Seams | None = None,
         listeners: Iterable[Listener] = (),
-        results: Results | None = None,
+        results: ResultCache | None = None,
         places: Places | None = None,
     ):
-        self.model, self.setup, self.components, self.pipeline = model, setup, components, pipeline
+        self.model, self.setup, self.components, self.stages = model, setup, components, stages
         self.seams, self.listeners, self.results = seams or Seams(), tuple(listeners), results
         self.places = places or Places(setup)
 
@@ -126,12 +126,13 @@ class Pipe:
         from ditkit.schedulers import make
         from ditkit.schedulers.table import request_steps
 
-        solver = self.seams.scheduler or make(request.solver, **request.solver_options)
-        return request_steps(solver, request, TIMESTEP_SCALE, len(self.model.experts))
+        scheduler = self.seams.scheduler or make(request.scheduler, **request.scheduler_options)
+        return request_steps(scheduler, request, TIMESTEP_SCALE, len(self.model.experts))
 
     def look(self) -> Callable[[Tensor], np.ndarray] | None:
         """What turns clean normalised latents [1, C, 1, h, w] into a picture uint8 [y, x, 3]: the tiny decoder, where
-        the model has one (``parts={"preview_decoder": ...}``), else a matrix of colours; None if neither is known."""
+        the model has one (``components={"preview_decoder": ...}``), else a matrix of colours; None if neither is
+        known."""
         from ditkit.models.latent_rgb import preview_frames, rgb_frames
 
         rgb, parts = self.model.latents_rgb, self.components
@@ -147,7 +148,7 @@ class Pipe:
         until: str | None = None,
         stop_at_step: int | None = None,
         listeners: Iterable[Listener] = (),
-        keep: Keeper | None = None,
+        keep: Checkpointer | None = None,
         begun: Mapping[int, State] | None = None,
         recorder: Recorder | None = None,
     ) -> Result:
@@ -155,13 +156,13 @@ class Pipe:
         clips that are made one after the other, the States of those that an earlier run began or finished, by number.
         ``recorder``: that of the part of this run that came before; the receipt tells of both.
         Raises Interrupted, with the State so far, on Ctrl-C."""
-        asked = check_state(state, self.pipeline.table)
+        asked = check_state(state, self.stages.table)
         asked.check_size(self.model.strides[1] * self.model.patch[1], self.model.strides[0])
         if {*state["request"]} != {*Request.model_fields}:  # an older State knows fewer settings
             state = state.with_fields({"request": asked.model_dump()})
-        planned = self.pipeline.planned(state, start, until)
-        check_begun(state, self.setup.model, self.model, self.pipeline, planned)
-        check_asked(self.pipeline, state, start, until)
+        planned = self.stages.planned(state, start, until)
+        check_begun(state, self.setup.model, self.model, self.stages, planned)
+        check_asked(self.stages, state, start, until)
         recorder = recorder or Recorder()
         events = Events(*self.listeners, *listeners, recorder)
         if isinstance(self.components, Components):
@@ -169,20 +170,20 @@ class Pipe:
         else:
             components = self.components
         request = state["request"]
-        where = self.places.of_run(self.pipeline, components, self.seams, lambda: self.steps(asked))
+        where = self.places.of_run(self.stages, components, self.seams, lambda: self.steps(asked))
         common: dict[str, Any] = {"places": where, "results": self.results, "events": events, "seams": self.seams}
         options = {**common, "stop_at_step": stop_at_step, "debug": self.setup.debug}
-        options["keep"] = keep and Stamping(keep, state, self.model, self.pipeline)
+        options["keep"] = keep and Stamping(keep, state, self.model, self.stages)
         check_agree(self.model, self.places, planned, where)
         together = request["batched"] or samples.count(state) == 1
         if stop_at_step is None:
             fresh = [state] if together or len(begun or {}) < samples.count(state) else []
             for each in (*fresh, *(begun or {}).values()):
-                self.pipeline.prepare(each, components, start=start, until=until, **common)
+                self.stages.prepare(each, components, start=start, until=until, **common)
 
         try:
             if together:
-                final = self.pipeline.run(state, components, start=start, until=until, **options)
+                final = self.stages.run(state, components, start=start, until=until, **options)
             else:
                 final = self._one_after_the_other(state, components, start, until, options, begun or {})
         except Interrupted as e:
@@ -199,12 +200,12 @@ class Pipe:
                 for name, said in self.places.describe().items()
             },  # what their parts are stands under components and weights
             "seams": self.seams.describe(),
-            "pipeline": self.pipeline.names,
+            "pipeline": self.stages.names,
         }
         return Result(final, receipt, tuple(self._manifests(final, receipt)) if "video" in final else ())
 
     def _stamped(self, before: State, after: State) -> State:
-        return stamped(before, after, self.model, self.pipeline)
+        return stamped(before, after, self.model, self.stages)
 
     def _one_after_the_other(
         self,
@@ -217,22 +218,22 @@ class Pipe:
     ) -> State:
         """Prompts are expanded and encoded first, together, so that equal ones are encoded once; then each clip."""
         finished: list[State] = []
-        names = self.pipeline.names
+        names = self.stages.names
         shared = names[: 2 if names[0] == ExpandPrompt.name else 1]
         if start in (None, *shared):
             last = until if until in shared else shared[-1]
-            state = self.pipeline.run(state, components, start=start, until=last, **options)
+            state = self.stages.run(state, components, start=start, until=last, **options)
             if until in shared:
                 return state
             start = None if start is None else names[len(shared)]
-        keep: Keeper | None = options["keep"]
-        parts = samples.split(state, self.pipeline.table)
+        keep: Checkpointer | None = options["keep"]
+        parts = samples.split(state, self.stages.table)
         try:
             for i, part in enumerate(parts):
                 options["events"].emit("clip", index=i, count=samples.count(state))
                 own = {**options, "keep": keep and keep.of_clip(i)}
-                finished.append(self.pipeline.run(begun.get(i, part), components, start=start, until=until, **own))
-            return samples.join(finished, self.pipeline.table)
+                finished.append(self.stages.run(begun.get(i, part), components, start=start, until=until, **own))
+            return samples.join(finished, self.stages.table)
         except Interrupted as e:
             e.finished, e.clip = finished, len(finished)
             raise
@@ -270,9 +271,9 @@ def load(
     *,
     seams: Seams | None = None,
     listeners: Iterable[Listener] = (),
-    share_with: Pipe | None = None,
+    share_with: Pipeline | None = None,
     **setup: Any,
-) -> Pipe:
+) -> Pipeline:
     """A model by name, folder, file, manifest or repository, ready to run: ``ditkit.load("shapes", dtype="float32")``.
 
     Keywords are the fields of Setup. Weights are loaded when they are first needed. Parts that are the same as those of
@@ -290,7 +291,7 @@ def load(
     theirs = share_with.components if share_with else None
     shared = theirs.holder.shared if isinstance(theirs, Components) else None
     components = Components(opened, chosen, seams.swaps, shared)
-    return Pipe(opened, chosen, components, pipeline, seams, listeners, open_cache(chosen), places)
+    return Pipeline(opened, chosen, components, pipeline, seams, listeners, open_cache(chosen), places)
 
 
 def open_model(setup: Setup) -> tuple[Setup, Model, Places]:
@@ -301,17 +302,17 @@ def open_model(setup: Setup) -> tuple[Setup, Model, Places]:
     host = address(setup.model)
     if host is None:
         places = Places(setup)
-        return setup, Model.open(setup.model, setup, scope=scope_of(places, setup.parts)), places
+        return setup, Model.open(setup.model, setup, scope=scope_of(places, setup.components)), places
     first = Places(setup)
-    opened = Model.at(setup.model, model_at(first, host), setup, scope_at(first, host, setup.parts))
-    own = [name for name in setup.parts if name in opened.parts]
+    opened = Model.at(setup.model, model_at(first, host), setup, scope_at(first, host, setup.components))
+    own = [name for name in setup.components if name in opened.parts]
     stages = pipeline_of(opened, setup).stages
     there = {s.name: host.text for s in stages if s.name != ExpandPrompt.name and not {*s.components} & {*own}}
     setup = setup.model_copy(update={"placement": {**there, **setup.placement}})
     return setup, opened, Places(setup)
 
 
-def switch(old: Pipe, new: Pipe) -> Switch:
+def switch(old: Pipeline, new: Pipeline) -> Switch:
     """Let go of the parts that only ``old`` needs and load what ``new`` lacks; what it did, in bytes. ``new`` was made
     with ``share_with=old``. ``old`` can be used again: it loads what it lost. Raises SetupError."""
     one, other = old.components, new.components

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ditkit.errors import OutputError, StateError
+from ditkit.request import renamed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,7 +72,7 @@ FIELDS: dict[str, Field] = {
         Field("sigmas", "plain", "list[float]", "S", "0..1", "denoise", "the resolved noise levels, last one 0"),
         Field("latents", "tensor", "float32", "B C F h w", "normalised", "denoise", "the sample after ``step`` steps"),
         Field("step", "plain", "int", "", "steps done", "denoise", "how many steps have been taken"),
-        Field("history", "tensors", "float", "", "", "denoise", "what the solver remembers"),
+        Field("history", "tensors", "float", "", "", "denoise", "what the scheduler remembers"),
         Field("video", "tensor", "uint8", "B T H W 3", "0..255", "decode_latents", "finished frames, RGB"),
     )
 }  # fmt: skip
@@ -226,7 +227,7 @@ class State(Mapping[str, Any]):
         sound = sound and all(isinstance(f, str) for f in fingerprints.values())
         if not sound or len({*plain, *single, *groups}) < len(plain) + len(single) + len(groups):  # a name twice
             raise StateError(asked, "its description is damaged", "Save the State again")
-        return cls({**plain, **single, **groups}, fingerprints)
+        return cls({**_today(plain), **single, **groups}, fingerprints)
 
     def save(self, path: str | os.PathLike[str], durable: bool = False) -> Path:
         """Write one file, complete or not at all; ``durable``: when this returns it outlives a loss of power too.
@@ -273,6 +274,17 @@ class State(Mapping[str, Any]):
             return False
         same = all(mine[k].dtype == theirs[k].dtype and torch.equal(_bits(mine[k]), _bits(theirs[k])) for k in mine)
         return same and all(self[k] == other[k] for k in self if k not in mine and not _is_tensors(self._fields[k]))
+
+
+def _today(plain: dict[str, Any]) -> dict[str, Any]:
+    """Plain fields with the settings of their request and records under today's names."""
+    if isinstance(plain.get("request"), dict):
+        plain = {**plain, "request": renamed(plain["request"])}
+    records = plain.get("records")
+    if not isinstance(records, dict):
+        return plain
+    sound = {n: r for n, r in records.items() if isinstance(r, dict) and isinstance(r.get("settings"), dict)}
+    return {**plain, "records": records | {n: {**r, "settings": renamed(r["settings"])} for n, r in sound.items()}}
 
 
 def sync_folder(folder: Path) -> None:

@@ -15,8 +15,7 @@ import pytest
 from shell import alone
 
 import ditkit
-from ditkit import media
-from ditkit import assembly
+from ditkit import assembly, media
 from ditkit.cli import job, show
 from ditkit.cli.main import main
 from ditkit.events import Event
@@ -65,7 +64,7 @@ def test_quiet_prints_paths_and_json_an_object(call, model, tmp_path):
 
 def test_every_source_of_settings_reaches_the_run(call, model, tmp_path, monkeypatch):
     (tmp_path / "c.toml").write_text(
-        f"model = {json.dumps(str(model))}\nsteps = 2\nseed = 4\n[solver_options]\norder = 1\n"
+        f"model = {json.dumps(str(model))}\nsteps = 2\nseed = 4\n[scheduler_options]\norder = 1\n"
     )
     monkeypatch.setenv("DITKIT_SEED", "5")
     words = [
@@ -73,18 +72,25 @@ def test_every_source_of_settings_reaches_the_run(call, model, tmp_path, monkeyp
         "c.toml",
         "--set",
         "guidance_scale=3",
-        "--solver",
+        "--scheduler",
         "unipc",
-        "--no-remember-text",
+        "--no-cache-text-kv",
         "--shift",
         "3",
     ]
     said = call("generate", PROMPT, *words, "--out", "a.npz", "--quiet")
     assert said.code == 0, said.err
     found = media.read_manifest(tmp_path / "a.npz")
-    wanted = {"steps": 2, "seed": 5, "guidance_scale": 3.0, "shift": 3.0, "solver_options": {"order": 1}, "width": 32}
+    wanted = {
+        "steps": 2,
+        "seed": 5,
+        "guidance_scale": 3.0,
+        "shift": 3.0,
+        "scheduler_options": {"order": 1},
+        "width": 32,
+    }
     assert {key: found["request"][key] for key in wanted} == wanted
-    assert found["setup"]["remember_text"] is False
+    assert found["setup"]["cache_text_kv"] is False
     explained = call("config", "explain", "seed", *words)
     assert [line.split()[:2] for line in explained.out.splitlines()[1:]] == [
         ["seed", "0"],
@@ -109,16 +115,18 @@ def test_several_clips(call, model, tmp_path):
     assert told["output_sha256"][1] == alone
 
 
-@pytest.mark.parametrize("solver", ["unipc", "dpm++", "dpm++_sde", "euler"])
-def test_a_run_in_pieces_gives_the_same_bits(call, model, tmp_path, solver):
-    whole = call("generate", PROMPT, "--model", model, "--solver", solver, "--json", "--no-sheet", "--out", "a.npz")
+@pytest.mark.parametrize("scheduler", ["unipc", "dpm++", "dpm++_sde", "euler"])
+def test_a_run_in_pieces_gives_the_same_bits(call, model, tmp_path, scheduler):
+    whole = call(
+        "generate", PROMPT, "--model", model, "--scheduler", scheduler, "--json", "--no-sheet", "--out", "a.npz"
+    )
     first = call(
         "run",
         PROMPT,
         "--model",
         model,
-        "--solver",
-        solver,
+        "--scheduler",
+        scheduler,
         "--until",
         "encode_text",
         "--save-state",
@@ -213,7 +221,8 @@ def test_version_and_help_start_without_torch():
     code = (
         "import sys\nfrom ditkit.cli.main import main\n"
         "assert main(['--version']) == 0 and main(['--help']) == 0 and main(['generate', '--help']) == 0\n"
-        "heavy = {'torch', 'numpy', 'av', 'PIL', 'transformers', 'ditkit.pipeline', 'ditkit.stages'} & set(sys.modules)\n"
+        "heavy = {'torch', 'numpy', 'av', 'PIL', 'transformers', "
+        "'ditkit.pipeline', 'ditkit.stages'} & set(sys.modules)\n"
         "sys.exit(str(sorted(heavy)) if heavy else 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

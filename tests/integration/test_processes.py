@@ -108,7 +108,7 @@ def test_a_crash_tells_its_signal_and_its_last_words(tiny_model, monkeypatch):
 
 @linux
 def test_a_child_that_hangs_is_lost_after_patience(tiny_model, long):
-    pipe, channel = placed(tiny_model, patience=2)
+    pipe, channel = placed(tiny_model, timeout=2)
     hang = at_step(0, lambda: os.kill(channel.process_id, signal.SIGSTOP))
     pid = channel._started().process.pid
     result = pipe(PROMPT, seed=3, steps=LONG, listeners=[hang])
@@ -131,7 +131,7 @@ def test_a_child_that_hangs_at_its_start_is_lost(tiny_model, monkeypatch):
 
     monkeypatch.setattr(process, "_spawned", stopped)
     monkeypatch.setattr(process, "START", 0.5)
-    channel = ProcessChannel(Setup(model=str(tiny_model), patience=0.5), None, ["encode_text"])
+    channel = ProcessChannel(Setup(model=str(tiny_model), timeout=0.5), None, ["encode_text"])
     with pytest.raises(Lost, match=r"starting a child process for process: it gave no sign of life in 0\.5 s"):
         channel.describe()
     assert [child.poll() is not None for child in born] == [True], "and it is ended"
@@ -248,7 +248,7 @@ def test_loras_reach_it(tiny_model, tmp_path, whole):
 def test_python_objects_in_a_seam_are_refused(shared):
     pipe, _ = shared
     seams = ditkit.Seams(predict=(lambda inner: inner,))
-    other = ditkit.Pipe(pipe.model, pipe.setup, pipe.components, pipe.pipeline, seams)
+    other = ditkit.Pipeline(pipe.model, pipe.setup, pipe.components, pipe.stages, seams)
     other.places = pipe.places
     with pytest.raises(PlaceError, match="predict is changed here by Python objects"):
         other(PROMPT)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from ditkit.checkpoints.files.opening import TensorFiles
 from ditkit.checkpoints.kinds.diffusers_folder import (
     read_config,
     read_index,
@@ -19,7 +20,6 @@ from ditkit.checkpoints.kinds.diffusers_folder import (
     write_component,
     write_index,
 )
-from ditkit.checkpoints.files.opening import TensorFiles
 from ditkit.checkpoints.kinds.keys import UMT5_ALIASES, rename, transformer_keys, umt5_keys, vae_keys
 from ditkit.checkpoints.load import load_into
 from ditkit.errors import LoadError

@@ -29,8 +29,8 @@ from ditkit.assembly.model import Model
 from ditkit.checkpoints.convert.convert import convert
 from ditkit.checkpoints.files.opening import open_source
 from ditkit.checkpoints.kinds.keys import table_of
-from ditkit.checkpoints.views.mapped import Mapped
 from ditkit.checkpoints.model.locate import locate, open_part
+from ditkit.checkpoints.views.mapped import Mapped
 from ditkit.checkpoints.views.source import TensorFacts, View
 from ditkit.cli.inspect import examine
 from ditkit.errors import DitkitError, LoadError
@@ -389,7 +389,7 @@ def test_f14_a_dtype_is_the_one_that_was_asked_for(models, tmp_path):
     part = open_part(tmp_path / "half" / "transformer", "transformer")
     assert {facts.dtype for facts in part.source.tensors.values()} == {"BF16"}
     for asked in ("bfloat16", "float16", "float32"):
-        parts = components(tmp_path / "half", dtype=asked, precision="float32")
+        parts = components(tmp_path / "half", dtype=asked, dtype_policy="float32")
         parts["transformer"], parts["text_encoder"]
         wide = {p.dtype for p in parts["transformer"].parameters()}
         assert getattr(torch, asked) in wide
@@ -407,7 +407,7 @@ def test_f17_dtype_precision_and_content_are_part_of_an_identity(models, copy):
     folder = models("t2v", "diffusers")
     seen = {
         components(folder, **how)["transformer"].identify()
-        for how in ({}, {"dtype": "bfloat16"}, {"dtype": "bfloat16", "precision": "diffusers"}, {"dtype": "float64"})
+        for how in ({}, {"dtype": "bfloat16"}, {"dtype": "bfloat16", "dtype_policy": "diffusers"}, {"dtype": "float64"})
     }
     other = copy()
     file = other / "transformer" / WEIGHTS

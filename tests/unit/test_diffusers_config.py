@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ditkit.checkpoints.files.opening import TensorInfo
 from ditkit.checkpoints.kinds.diffusers_folder import (
     IMAGE_CLAIM,
     UMT5_SIZES,
@@ -24,7 +25,6 @@ from ditkit.checkpoints.kinds.diffusers_folder import (
     write_component,
     write_index,
 )
-from ditkit.checkpoints.files.opening import TensorInfo
 from ditkit.checkpoints.kinds.keys import UMT5_ALIASES, clip_keys, transformer_keys, umt5_keys, vae22_keys, vae_keys
 from ditkit.errors import LoadError, OutputError
 from ditkit.models.umt5 import UMT5Config, build

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ditkit.checkpoints.files import gguf as ours
-from ditkit.checkpoints.files.opening import open_source
 from ditkit.checkpoints.files.gguf import BLOCKS, GGUFFile
+from ditkit.checkpoints.files.opening import open_source
 from ditkit.checkpoints.kinds.keys import umt5_keys
 from ditkit.checkpoints.load import load_into
 from ditkit.checkpoints.views.quantized import Dequantized

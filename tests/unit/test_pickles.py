@@ -13,8 +13,8 @@ from torch import nn
 
 from ditkit.checkpoints.files import pickles
 from ditkit.checkpoints.files.opening import TensorFiles, open_source
-from ditkit.checkpoints.load import load_into
 from ditkit.checkpoints.files.pickles import PickleFile, StridedInfo, entries
+from ditkit.checkpoints.load import load_into
 from ditkit.errors import LoadError
 
 GOLDEN = Path(__file__).parents[1] / "data/golden"

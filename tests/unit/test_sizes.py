@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from ditkit.checkpoints.kinds.keys import table_of
+from ditkit.checkpoints.kinds.sizes import clip_sizes, taehv_sizes, transformer_sizes, umt5_sizes, vae_sizes
 from ditkit.checkpoints.kinds.table import config_of, task_of
 from ditkit.checkpoints.views.mapped import Mapped
-from ditkit.checkpoints.kinds.sizes import clip_sizes, taehv_sizes, transformer_sizes, umt5_sizes, vae_sizes
 from ditkit.checkpoints.views.source import TensorFacts, View
 from ditkit.errors import LoadError
 from ditkit.models import clip, umt5

@@ -54,9 +54,9 @@ class Wanted:
 
 def placed(setup: Setup) -> Setup:
     """``setup`` with whole paths of stand-in parts and LoRAs, so that a clip finds them from every folder."""
-    there = {name: Path(os.path.expanduser(where)) for name, where in setup.parts.items()}
-    parts = {name: str(path.absolute()) if path.exists() else setup.parts[name] for name, path in there.items()}
-    return setup.model_copy(update={"parts": parts, "loras": [Wanted.parse(text).placed for text in setup.loras]})
+    there = {name: Path(os.path.expanduser(where)) for name, where in setup.components.items()}
+    parts = {name: str(path.absolute()) if path.exists() else setup.components[name] for name, path in there.items()}
+    return setup.model_copy(update={"components": parts, "loras": [Wanted.parse(text).placed for text in setup.loras]})
 
 
 def _number(text: str) -> float | None:

@@ -114,8 +114,8 @@ class Components(Mapping[str, Any]):
         files = source.files if source else [vocabulary(part)]
         stats = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
         told = [part.kind, dict(part.config), stats, source.sketch if source else ""]
-        if part.kind == "wan":  # the one kind that has a precision and swaps
-            told += [self.setup.precision, [s.fingerprint for s in self.swaps(name)]]
+        if part.kind == "wan":  # the one kind that has a dtype_policy and swaps
+            told += [self.setup.dtype_policy, [s.fingerprint for s in self.swaps(name)]]
         place = [] if part.kind == "tokenizer" else [*map(str, self.place(name)), self.setup.backend_of(name)]
         return json.dumps([*told, place], sort_keys=True, default=list)
 
@@ -179,7 +179,7 @@ class Components(Mapping[str, Any]):
             facts |= {"backend": exact_name(backend), **getattr(component, "facts", {})}
         if part.kind != "wan":
             return facts
-        more = {"precision": self.setup.precision, "attention": self.setup.attention}
+        more = {"dtype_policy": self.setup.dtype_policy, "attention": self.setup.attention}
         return {**facts, **more, "swaps": [s.name for s in self.own_swaps], "loras": self.adapters.describe(name)}
 
 
@@ -214,12 +214,12 @@ def load_wan(components: Components, part: Part) -> Any:
 
     from ditkit.checkpoints.load import load_into
     from ditkit.models.wan import WanConfig, WanTransformer
-    from ditkit.nn.precision import precision
+    from ditkit.nn.dtype_policy import dtype_policy
 
     assert part.source is not None
     setup, config = components.setup, WanConfig(**part.config)
     dtype, device = components.place(part.component)
-    policy = precision(setup.precision, dtype)
+    policy = dtype_policy(setup.dtype_policy, dtype)
     with torch.device("meta"):
         module = WanTransformer(config, policy).eval().requires_grad_(False)
     source, swaps = components.source(part), components.swaps(part.component)

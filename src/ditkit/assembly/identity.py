@@ -38,7 +38,7 @@ def _about(components: Components, part: Part) -> list[Any]:
     source, (dtype, _) = components.source(part), components.place(part.component)
     how: list[Any] = [part.kind, source.fingerprint, str(dtype), dict(part.config)]
     if part.kind == "wan":  # the one kind that has a precision and swaps
-        how += [components.setup.precision, [s.fingerprint for s in components.swaps(part.component)]]
+        how += [components.setup.dtype_policy, [s.fingerprint for s in components.swaps(part.component)]]
     if (backend := components.setup.backend_of(part.component)) != "torch":
         how.append(exact_name(backend))
     return how

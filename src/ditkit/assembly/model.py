@@ -1,7 +1,7 @@
 """Model: the parts that a name, a folder, a file or a manifest stands for, understood and held against each other.
 
-Only headers and configs are read. Leaves out: how parts are found (``checkpoints/model/find.py``) and filled with weights
-(``components.py``).
+Only headers and configs are read. Leaves out: how parts are found (``checkpoints/model/find.py``) and filled with
+weights (``components.py``).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ditkit.assembly.defaults import official
 from ditkit.assembly.notes import LatentsRgb, check_defaults, check_preview
 from ditkit.assembly.pipelines import INPUTS, NEEDED
-from ditkit.checkpoints.model.find import Found, at_host, find
+from ditkit.checkpoints.model.find import FoundModel, at_host, find
 from ditkit.errors import LoadError, RequestError
 from ditkit.request import Request
 
@@ -62,14 +62,14 @@ class Model:
         return cls._of(address, at_host(address, about, setup, scope), setup)
 
     @classmethod
-    def _of(cls, name: str, found: Found, setup: Setup | None) -> Model:
+    def _of(cls, name: str, found: FoundModel, setup: Setup | None) -> Model:
         located = found.located.check()
         known = {**located.elsewhere, **located.parts}
         strides, patch, vae = geometry(known)
         main = known.get("transformer") or known.get("transformer_2")
         if main is not None and vae is not None:
             check_fit(str(located.path), main, vae)
-        if setup and "image_encoder" in setup.parts and main is not None and main.config.get("image_dim") is None:
+        if setup and "image_encoder" in setup.components and main is not None and main.config.get("image_dim") is None:
             raise LoadError(
                 f"opening {name} with an image_encoder", "its transformer has no image branch", "Leave the part out"
             )
@@ -134,7 +134,7 @@ class Model:
         found = official(self.task, len(self.experts), {**own, **values})
         if self.boundary is not None:
             found["boundary"] = self.boundary
-        if values.get("schedule", own.get("schedule")) == "diffusers" and self.flow_shift is not None:
+        if values.get("convention", own.get("convention")) == "diffusers" and self.flow_shift is not None:
             found["shift"] = self.flow_shift  # the convention's own default is the one in the folder
         return found
 
@@ -246,8 +246,8 @@ def _vaes() -> dict[str, Any]:
 
 
 def check_fit(where: str, main: Part, vae: VAEGeometry) -> None:
-    """What the parts alone cannot tell (``checkpoints/model/locate.py`` compares their sizes): what a VAE gives to a control
-    input. Raises LoadError."""
+    """What the parts alone cannot tell (``checkpoints/model/locate.py`` compares their sizes): what a VAE gives to a
+    control input. Raises LoadError."""
     if not main.config.get("vace_layers"):
         return
     needs, gives = main.config["vace_in_dim"], 2 * vae.z_dim + vae.strides[1] * vae.strides[2]

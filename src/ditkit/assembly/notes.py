@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ditkit.errors import LoadError, RequestError
-from ditkit.request import Request
+from ditkit.request import Request, renamed
 
 LatentsRgb = tuple[list[list[float]], list[float]]
 
@@ -25,7 +25,7 @@ def check_defaults(defaults: Mapping[str, Any], file: Path, multiple: int, tempo
         request.check_size(multiple, temporal)
     except RequestError as e:
         raise LoadError(f"{e.asked} ({file})", e.found, e.do) from None
-    return dict(defaults)
+    return renamed(defaults)
 
 
 def check_preview(preview: Mapping[str, Any] | None, file: Path, channels: int) -> LatentsRgb | None:

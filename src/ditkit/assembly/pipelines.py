@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from ditkit.errors import SetupError, nearest
-from ditkit.execution.stage_list import SOURCES, Pipeline, Stage
+from ditkit.execution.stage_list import SOURCES, Stage, StageList
 
 if TYPE_CHECKING:
     from ditkit.assembly.model import Model
@@ -66,14 +66,14 @@ def stage_of(name: str, model: Model, setup: Setup) -> Stage:
         case "denoise":
             from ditkit.models.wan import TIMESTEP_SCALE
 
-            return Denoise(model.strides, setup.attention, setup.remember_text, model.experts, TIMESTEP_SCALE)
+            return Denoise(model.strides, setup.attention, setup.cache_text_kv, model.experts, TIMESTEP_SCALE)
         case "decode_latents":
             return DecodeLatents(setup.vae_frames_per_chunk)
     raise SetupError(f"the stage {name!r}", f"there is none of that name{nearest(name, CALLS)}",
                      f"The stages are {', '.join(CALLS)}")  # fmt: skip
 
 
-def pipeline_of(model: Model, setup: Setup) -> Pipeline:
+def pipeline_of(model: Model, setup: Setup) -> StageList:
     """The stages of ``model``'s task."""
     encoders: list[str] = []
     if model.task in ("i2v", "flf2v"):
@@ -84,4 +84,4 @@ def pipeline_of(model: Model, setup: Setup) -> Pipeline:
         encoders = ["encode_control"]
     expands = [] if setup.expander is None else ["expand_prompt"]
     names = [*expands, "encode_text", *encoders, "denoise", "decode_latents"]
-    return Pipeline([stage_of(name, model, setup) for name in names], (*SOURCES, *INPUTS[model.task]))
+    return StageList([stage_of(name, model, setup) for name in names], (*SOURCES, *INPUTS[model.task]))

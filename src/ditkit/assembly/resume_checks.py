@@ -12,8 +12,8 @@ from typing import Any
 
 from ditkit.assembly.model import Model
 from ditkit.errors import StateError
-from ditkit.execution.stage_list import Pipeline, Stage
-from ditkit.execution.place import Keeper
+from ditkit.execution.place import Checkpointer
+from ditkit.execution.stage_list import Stage, StageList
 from ditkit.state import State
 
 EXPERTS = ("transformer", "transformer_2")
@@ -24,7 +24,7 @@ def model_field(name: str, model: Model) -> dict[str, Any]:
     return {"name": name, "parts": {n: i for n, i in model.identities.items() if n != "preview_decoder"}}
 
 
-def check_begun(state: State, name: str, model: Model, pipeline: Pipeline, planned: Iterable[Stage]) -> None:
+def check_begun(state: State, name: str, model: Model, pipeline: StageList, planned: Iterable[Stage]) -> None:
     """``planned``: the stages that will run. Raises StateError that names the parts."""
     begun = state.get("model", {})
     then, now, again = begun.get("parts"), model.identities, {stage.name for stage in planned}
@@ -49,7 +49,7 @@ def check_begun(state: State, name: str, model: Model, pipeline: Pipeline, plann
     raise StateError(f"running a State with model {name}", found, do)
 
 
-def stamped(before: State, after: State, model: Model, pipeline: Pipeline) -> State:
+def stamped(before: State, after: State, model: Model, pipeline: StageList) -> State:
     """``after`` with the identities of the parts that were at work since ``before``."""
     if "model" not in after:
         return after
@@ -63,9 +63,9 @@ def stamped(before: State, after: State, model: Model, pipeline: Pipeline) -> St
 
 
 class Stamping:
-    """A Keeper that tells, with each State, whose parts made it."""
+    """A Checkpointer that tells, with each State, whose parts made it."""
 
-    def __init__(self, keep: Keeper, before: State, model: Model, pipeline: Pipeline):
+    def __init__(self, keep: Checkpointer, before: State, model: Model, pipeline: StageList):
         self.keep, self.rest = keep, (model, pipeline)
         self.before = before
 
@@ -76,5 +76,5 @@ class Stamping:
     def __call__(self, state: State) -> None:
         self.keep(stamped(self.before, state, *self.rest))
 
-    def of_clip(self, index: int) -> Keeper:
+    def of_clip(self, index: int) -> Checkpointer:
         return Stamping(self.keep.of_clip(index), self.before, *self.rest)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ditkit.cli import show
-from ditkit.cli.flags import Given, settle, with_settings
+from ditkit.cli.flags import RawSettings, settle, with_settings
 from ditkit.cli.generate import load
 from ditkit.errors import RequestError
 from ditkit.request import Request
@@ -32,7 +32,7 @@ def group() -> None:
 @app.command("quality")
 @with_settings
 def quality(
-    given: Given,
+    given: RawSettings,
     clips: Annotated[int, typer.Option(help="How many held-out prompts and seeds, 1 or more.")] = 72,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> int:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ditkit.cli import job
-from ditkit.cli.flags import Given
+from ditkit.cli.flags import RawSettings
 from ditkit.cli.generate import open_pipe
 
 PROMPT = "a red circle moving left on a black background"
@@ -27,8 +27,8 @@ def demo(
     quiet: job.Quiet = False,
 ) -> None:
     """Make a clip on the embedded model, in seconds."""
-    pipe, request, _ = open_pipe(Given({"prompt": (prompt,), "seed": (str(seed),), "model": (model,)}))
+    pipe, request, _ = open_pipe(RawSettings({"prompt": (prompt,), "seed": (str(seed),), "model": (model,)}))
     assert out is not None
     if not quiet:
         print(f'"{request.prompt}", seed {request.seed}, model {model}', flush=True)
-    job.carry_out(pipe, pipe.begin(request), job.Goal(out, job.sheet_for(out, None, False), quiet=quiet))
+    job.carry_out(pipe, pipe.begin(request), job.RunOptions(out, job.sheet_for(out, None, False), quiet=quiet))

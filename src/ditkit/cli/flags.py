@@ -40,7 +40,7 @@ def model_name(text: str) -> str:
 
 
 @dataclass(frozen=True)
-class Given:
+class RawSettings:
     """Settings as they were typed: texts by field (``on`` and ``off`` for a switch), ``--set`` and ``--config``."""
 
     flags: Mapping[str, tuple[str, ...]]
@@ -87,7 +87,7 @@ class Given:
         return Layer({**layer.values, **whole}, {**layer.origins, **origins})
 
 
-def settle(given: Given, below: Layer | None = None) -> tuple[Settled, Model]:
+def settle(given: RawSettings, below: Layer | None = None) -> tuple[Settled, Model]:
     """All layers; the model that they name is opened (its weights are not read), for its defaults are one of them.
 
     ``below`` is a layer between the model's defaults and the config file. Raises UserError for whatever is wrong."""
@@ -144,7 +144,7 @@ def with_settings(command: Callable[..., Any], keys: Sequence[str] = tuple(FIELD
         if values.get("prompt") is not None:
             texts["prompt"] = (values["prompt"],)
         sets, file = tuple(values.pop("sets") or ()), values.pop("file")
-        return command(given=Given(texts, sets, file), **values)
+        return command(given=RawSettings(texts, sets, file), **values)
 
     run.__name__, run.__doc__ = command.__name__, command.__doc__
     run.__signature__ = inspect.Signature([p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in kept] + added)  # type: ignore[attr-defined]

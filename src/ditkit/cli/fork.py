@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ditkit.cli import expansion, job, show
-from ditkit.cli.flags import Given, settle, with_settings
+from ditkit.cli.flags import RawSettings, settle, with_settings
 from ditkit.cli.generate import load
 from ditkit.cli.run import Every, KeepSteps, RunFolder, keeping, own_setup, results, unless_begun
 from ditkit.config import Layer
@@ -32,7 +32,7 @@ def add_to(app: typer.Typer) -> None:
 
 @with_settings
 def fork(
-    given: Given,
+    given: RawSettings,
     source: Annotated[str, typer.Argument(metavar="RUN", help="The run to fork: its NAME in runs/, or its path.")],
     prompt: Annotated[str | None, typer.Option("--prompt", help="Another prompt.", show_default=False)] = None,
     at_step: Annotated[
@@ -65,7 +65,7 @@ def fork(
     if before["sigmas"] is not None and request["sigmas"] == before["sigmas"]:
         request |= {"steps": before["steps"], "shift": before["shift"]}
     clip_file = out or path / "clip.mp4"
-    goal = job.Goal(clip_file, job.sheet_for(clip_file, sheet, no_sheet), setup=settled.of(Setup), quiet=quiet,
+    goal = job.RunOptions(clip_file, job.sheet_for(clip_file, sheet, no_sheet), setup=settled.of(Setup), quiet=quiet,
                     json=as_json, kept=True)  # fmt: skip
     console = show.console(stderr=as_json)
     try:

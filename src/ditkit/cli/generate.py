@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 import typer
 
 from ditkit.cli import job
-from ditkit.cli.flags import Given, Prompt, settle, with_settings
+from ditkit.cli.flags import Prompt, RawSettings, settle, with_settings
 from ditkit.request import Request
 from ditkit.setup import Setup
 
 if TYPE_CHECKING:
     from ditkit.config import Settled
-    from ditkit.pipeline import Pipe
+    from ditkit.pipeline import Pipeline
 
 
 def add_to(app: typer.Typer) -> None:
@@ -22,7 +22,7 @@ def add_to(app: typer.Typer) -> None:
 
 @with_settings
 def generate(
-    given: Given,
+    given: RawSettings,
     prompt: Prompt = None,
     out: job.Out = None,
     sheet: job.Sheet = None,
@@ -34,18 +34,18 @@ def generate(
     pipe, request, settled = open_pipe(given)
     state = pipe.begin(request)
     out = out or job.default_out(state["prompt"][0], state["seed"][0])
-    goal = job.Goal(out, job.sheet_for(out, sheet, no_sheet), setup=settled.of(Setup), quiet=quiet, json=as_json)
+    goal = job.RunOptions(out, job.sheet_for(out, sheet, no_sheet), setup=settled.of(Setup), quiet=quiet, json=as_json)
     job.carry_out(pipe, state, goal)
 
 
-def open_pipe(given: Given) -> tuple[Pipe, Request, Settled]:
+def open_pipe(given: RawSettings) -> tuple[Pipeline, Request, Settled]:
     """Everything settled and checked; no weights are loaded."""
     settled, model = settle(given)
     request = model.request(settled.of(Request))
     return load(settled), request, settled
 
 
-def load(settled: Settled) -> Pipe:
+def load(settled: Settled) -> Pipeline:
     """The pipe of the settled Setup. Raises SetupError for a device that is not there, now rather than half-way."""
     import ditkit
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from ditkit import config
-from ditkit.cli.flags import Given, kebab, model_name, to_path, with_settings
+from ditkit.cli.flags import RawSettings, kebab, model_name, to_path, with_settings
 from ditkit.cli.show import seconds
 from ditkit.errors import SetupError
 from ditkit.events import Event
@@ -37,12 +37,12 @@ def add_to(app: typer.Typer) -> None:
     app.command("host")(with_settings(host, KEYS))
 
 
-KEYS = tuple(name for name in Setup.model_fields if name not in ("placement", "expect"))
+KEYS = tuple(name for name in Setup.model_fields if name not in ("placement", "expected_probes"))
 """The settings that a host has a use for: requests come with the jobs, and what it offers runs there."""
 
 
 def host(
-    given: Given,
+    given: RawSettings,
     stages: Stages = None,
     port: Port = 8700,
     address: Address = "127.0.0.1",
@@ -58,8 +58,8 @@ def host(
     from ditkit.events import Events
     from ditkit.placement.http.host import Limits
     from ditkit.placement.http.listen import Host, bind
-    from ditkit.placement.worker_factory import load_all, worker_of
     from ditkit.placement.http.tokens import token_in, token_of
+    from ditkit.placement.worker_factory import load_all, worker_of
 
     if (ssl_keyfile is None) != (ssl_certfile is None):
         raise SetupError(
@@ -82,7 +82,7 @@ def host(
     return 0
 
 
-def setup_of(given: Given, backend: str | None) -> Setup:
+def setup_of(given: RawSettings, backend: str | None) -> Setup:
     """Raises SetupError; also for a typed setting of a request, which comes with each job."""
     for key in given.named():
         if key in Request.model_fields:

@@ -66,8 +66,8 @@ def examine(path: Path, variant: str | None = None, model: str | None = None) ->
 
 
 def _examine(path: Path, variant: str | None, model: str | None) -> dict[str, Any]:
-    from ditkit.checkpoints.kinds.detect import recognise
     from ditkit.checkpoints.files.opening import open_source
+    from ditkit.checkpoints.kinds.detect import recognise
 
     if path.is_file() and path.suffix != ".toml":
         source = open_source(path)

@@ -28,7 +28,7 @@ from ditkit.events import Event
 
 if TYPE_CHECKING:
     from ditkit.contracts import Step
-    from ditkit.pipeline import Pipe, Result
+    from ditkit.pipeline import Pipeline, Result
     from ditkit.receipt import Recorder
     from ditkit.runs import Run
     from ditkit.state import State
@@ -52,7 +52,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object; whate
 ENDINGS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has no SIGHUP
 
 
-class Kept(DitkitError):
+class InterruptedRun(DitkitError):
     """Ctrl-C, with what was done until then on disk. The message ends with the commands that go on from there."""
 
     exit_code = 130
@@ -62,7 +62,7 @@ class Kept(DitkitError):
 
 
 @dataclass(frozen=True)
-class Goal:
+class RunOptions:
     """Which part of a run is wanted and where its results go; ``setup`` are the settings that somebody gave for it.
     ``run``: the folder that keeps its States, if one does; ``kept``: one does, and may not be there yet.
     ``recorder``: that of a part which has run."""
@@ -82,7 +82,7 @@ class Goal:
 
     def at(
         self, out: Path, sheet: Path | None, setup: Mapping[str, Any], run: Run | None = None, kept: bool = False
-    ) -> Goal:
+    ) -> RunOptions:
         """The same part of a run, with places for its results."""
         return replace(self, out=out, sheet=sheet, setup=setup, run=run, kept=kept or run is not None)
 
@@ -106,8 +106,9 @@ def numbered(path: Path, count: int) -> list[Path]:
     return [path] if count == 1 else [path.with_stem(f"{path.stem}-{i}") for i in range(count)]
 
 
-def carry_out(pipe: Pipe, state: State, goal: Goal) -> None:
-    """Raises Kept on Ctrl-C, and whatever error of ditkit's comes up; before any compute where it can be foreseen."""
+def carry_out(pipe: Pipeline, state: State, goal: RunOptions) -> None:
+    """Raises InterruptedRun on Ctrl-C, and whatever error of ditkit's comes up; before any compute where it can be
+    foreseen."""
     from ditkit import samples
     from ditkit.execution.stage_list import Interrupted
 
@@ -160,7 +161,7 @@ def say(text: str) -> None:
     print(f"note: {text}", file=sys.stderr)
 
 
-def check(pipe: Pipe, state: State, goal: Goal) -> tuple[list[Step], bool]:
+def check(pipe: Pipeline, state: State, goal: RunOptions) -> tuple[list[Step], bool]:
     """The step table, and whether the run makes a video. Raises what can be known to go wrong."""
     from ditkit.request import Request
 
@@ -176,12 +177,12 @@ def one_of_several(part: State, whole: State) -> bool:
     return samples.count(part) < samples.count(whole)
 
 
-def check_goal(pipe: Pipe, state: State, goal: Goal, steps: int) -> bool:
+def check_goal(pipe: Pipeline, state: State, goal: RunOptions, steps: int) -> bool:
     """Whether the run makes a video. Raises PipelineError for a part of it that leads nowhere."""
-    names = pipe.pipeline.names
+    names = pipe.stages.names
     for name in (goal.start, goal.until):
         if name is not None:
-            pipe.pipeline.index(name)
+            pipe.stages.index(name)
     done = state.get("step", 0)
     if goal.stop_at_step is not None:
         asked = f"--stop-at-step {goal.stop_at_step}"
@@ -194,14 +195,14 @@ def check_goal(pipe: Pipe, state: State, goal: Goal, steps: int) -> bool:
                                 "Leave one of them out")  # fmt: skip
     last = len(names) - 1 if goal.until is None else names.index(goal.until)
     early = goal.stop_at_step is not None and goal.stop_at_step < steps
-    makes = "video" in state or (not early and any("video" in s.writes for s in pipe.pipeline.stages[: last + 1]))
+    makes = "video" in state or (not early and any("video" in s.writes for s in pipe.stages.stages[: last + 1]))
     if not makes and goal.state is None and not goal.kept:
         raise PipelineError("a run that stops before its video is made", "it would leave nothing behind",
                             "Add --save-state FILE")  # fmt: skip
     return makes
 
 
-def check_places(state: State, goal: Goal, makes_video: bool) -> None:
+def check_places(state: State, goal: RunOptions, makes_video: bool) -> None:
     """Raise OutputError now for every file that could not be written later."""
     from ditkit.media import check_writable, files
 
@@ -221,7 +222,7 @@ def check_places(state: State, goal: Goal, makes_video: bool) -> None:
         files.probe(goal.state)
 
 
-def check_distinct(goal: Goal, count: int, makes_video: bool) -> None:
+def check_distinct(goal: RunOptions, count: int, makes_video: bool) -> None:
     """Raise OutputError where one result would replace another, or lie in a folder of frames that is replaced whole."""
     places: list[tuple[str, Path]] = []
     if makes_video:
@@ -243,7 +244,7 @@ def not_a_folder(path: Path, what: str) -> None:
         raise OutputError(f"writing the {what} {path}", "that is a folder", "Give the name of a file")
 
 
-def write(result: Result, goal: Goal, makes_video: bool) -> dict[str, list[Path]]:
+def write(result: Result, goal: RunOptions, makes_video: bool) -> dict[str, list[Path]]:
     from ditkit.media import contact_sheet
 
     files: dict[str, list[Path]] = {"states": [], "clips": [], "sheets": []}
@@ -261,7 +262,7 @@ def write(result: Result, goal: Goal, makes_video: bool) -> dict[str, list[Path]
     return files
 
 
-def report(result: Result, files: dict[str, list[Path]], goal: Goal, out: Any) -> None:
+def report(result: Result, files: dict[str, list[Path]], goal: RunOptions, out: Any) -> None:
     if not goal.quiet:
         out.print(f"time   {show.times(result.receipt)}")
         for line in show.whereabouts(result.receipt):
@@ -282,7 +283,7 @@ def report(result: Result, files: dict[str, list[Path]], goal: Goal, out: Any) -
             out.print(str(path) if goal.quiet else f"{kind[:-1]:6} {path}")
 
 
-def keep(states: list[State], stage: str | None, goal: Goal, pipe: Pipe) -> Kept:
+def keep(states: list[State], stage: str | None, goal: RunOptions, pipe: Pipeline) -> InterruptedRun:
     """Save what an interrupted run has: one file, or one for each clip that was to be made alone."""
     count = len(states)
     paths = numbered(goal.state or goal.out.with_name(f"{goal.out.stem}.state.safetensors"), count)
@@ -296,18 +297,18 @@ def keep(states: list[State], stage: str | None, goal: Goal, pipe: Pipe) -> Kept
             )
             commands.append("  " + shlex.join(resume(path, own, pipe.setup.model)))
     reached = [f" after step {s['step']} of {len(s['sigmas']) - 1}" for s in states if "step" in s][-1:]
-    return Kept(f"interrupted in {stage or 'the run'}{''.join(reached)}",
+    return InterruptedRun(f"interrupted in {stage or 'the run'}{''.join(reached)}",
                 f"everything until then is kept in {', '.join(map(str, paths))}",
                 "\n".join(["Resume with:", *commands]))  # fmt: skip
 
 
-def kept_in(run: Run, stage: str | None, goal: Goal) -> Kept:
+def kept_in(run: Run, stage: str | None, goal: RunOptions) -> InterruptedRun:
     """What to say of an interrupted run whose folder has all that was done."""
-    return Kept(f"interrupted in {stage or 'the run'}", f"everything until then is kept in {shown(run.path)}",
+    return InterruptedRun(f"interrupted in {stage or 'the run'}", f"everything until then is kept in {shown(run.path)}",
                 f"Resume with:\n  {go_on(run, goal)}")  # fmt: skip
 
 
-def go_on(run: Run, goal: Goal) -> str:
+def go_on(run: Run, goal: RunOptions) -> str:
     """The command that goes on with a kept run, to the same end."""
     words = ["ditkit", "run", "--resume", shown(run.path)]
     part: list[tuple[str, object]] = [("--until", goal.until), ("--stop-at-step", goal.stop_at_step)]
@@ -337,7 +338,7 @@ def shown(path: Path) -> str:
     return os.path.join(".", os.path.relpath(path)) if path.is_relative_to(Path.cwd()) else str(path)
 
 
-def resume(path: Path, goal: Goal, model: str) -> list[str]:
+def resume(path: Path, goal: RunOptions, model: str) -> list[str]:
     """The command that goes on from ``path`` to the same end. Settings from a config file or the environment are
     spelled out, because they may be gone by then."""
     words = ["ditkit", "run", "--from", str(path)]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ditkit.errors import LoadError
 
 if TYPE_CHECKING:
-    from ditkit.checkpoints.model.locate import Located
+    from ditkit.checkpoints.model.locate import ModelParts
 
 
 def packaged(path: Path) -> Path:
@@ -29,7 +29,7 @@ def packaged(path: Path) -> Path:
     return MODELS.get(str(path), path)
 
 
-def located(path: Path, variant: str | None = None, *, verify: bool = False) -> Located:
+def located(path: Path, variant: str | None = None, *, verify: bool = False) -> ModelParts:
     """The parts in ``path``. ``verify``: those of a locked manifest are held against their hashes. Raises LoadError."""
     from ditkit.checkpoints.model.find import parts_of
 

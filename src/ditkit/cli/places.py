@@ -45,7 +45,7 @@ def _rows(setup: Setup, places: Places) -> Iterator[Row]:
             said = remote.handshake.said
             latency = f"{1000 * median(remote.channel):.1f} ms"
             facts = [latency, compared(said.get("versions", {})), device_of(said, target.stage)]
-            good, probe = probed(remote.handshake, target.stage, setup.expect.get(key))
+            good, probe = probed(remote.handshake, target.stage, setup.expected_probes.get(key))
             yield good, [key, text, *facts, probe]
         except DitkitError as e:
             yield False, [key, text, "", "", "", str(e)]

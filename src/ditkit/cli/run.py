@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ditkit.cli import expansion, job, show
-from ditkit.cli.flags import Given, Prompt, kebab, settle, to_path, with_settings
+from ditkit.cli.flags import Prompt, RawSettings, kebab, settle, to_path, with_settings
 from ditkit.cli.generate import load, open_pipe
 from ditkit.config import Layer, Settled
 from ditkit.errors import RequestError, SetupError, StateError
@@ -22,7 +22,7 @@ from ditkit.request import Request
 from ditkit.setup import Setup
 
 if TYPE_CHECKING:
-    from ditkit.pipeline import Pipe
+    from ditkit.pipeline import Pipeline
     from ditkit.runs import Run
     from ditkit.state import State
 
@@ -47,7 +47,7 @@ def add_to(app: typer.Typer) -> None:
 
 @with_settings
 def run(
-    given: Given,
+    given: RawSettings,
     prompt: Prompt = None,
     source: Annotated[
         Path | None, typer.Option("--from", metavar="FILE", parser=to_path, help="Go on from this State.")
@@ -76,7 +76,7 @@ def run(
     _only_with("--run", folder, {"--every": every, "--keep-steps": keep_steps})
     if start is not None and source is None:
         raise StateError(f"--start {start}", "there is no State to begin from", "Add --from FILE")
-    goal = job.Goal(out or Path(), None, save_state, start, until, stop_at_step, quiet=quiet, json=as_json)
+    goal = job.RunOptions(out or Path(), None, save_state, start, until, stop_at_step, quiet=quiet, json=as_json)
     if resume is not None:
         run, settled = open_run(resume, given)
         where = destination(run.out if out is None else out, sheet, no_sheet, job.run_sheet(run, out or run.out))
@@ -95,9 +95,9 @@ def run(
 
 
 def begin(
-    pipe: Pipe,
+    pipe: Pipeline,
     state: State,
-    goal: job.Goal,
+    goal: job.RunOptions,
     settled: Settled,
     folder: str,
     out: Path | None,
@@ -170,7 +170,7 @@ def _only_with(flag: str, value: object, options: Mapping[str, object]) -> None:
         raise SetupError(named[0], f"it says what a new run keeps, and there is no {flag}", f"Add {flag} NAME")
 
 
-def open_state(source: Path, given: Given) -> tuple[Pipe, State, Settled]:
+def open_state(source: Path, given: RawSettings) -> tuple[Pipeline, State, Settled]:
     """The State and its model. What to make stands in the State; how to make it may be set anew."""
     from ditkit.state import State
 
@@ -186,7 +186,7 @@ def open_state(source: Path, given: Given) -> tuple[Pipe, State, Settled]:
     return load(settled), state, settled
 
 
-def open_run(name: str, given: Given) -> tuple[Run, Settled]:
+def open_run(name: str, given: RawSettings) -> tuple[Run, Settled]:
     """A kept run, with its model. What to make stands in its folder; how to make it may be set anew."""
     from ditkit.runs import Run
 
@@ -197,7 +197,7 @@ def open_run(name: str, given: Given) -> tuple[Run, Settled]:
     return Run.open(name, load(settled)), settled
 
 
-def _nothing_to_make(given: Given, flag: str, what: str) -> None:
+def _nothing_to_make(given: RawSettings, flag: str, what: str) -> None:
     """Raise RequestError when the command line itself says what to make."""
     if typed := [key for key in given.named() if key in Request.model_fields]:
         name = "PROMPT" if typed[0] == "prompt" else f"--{kebab(typed[0])}"
@@ -205,7 +205,7 @@ def _nothing_to_make(given: Given, flag: str, what: str) -> None:
                            "Leave it out, or begin a new run")  # fmt: skip
 
 
-def _goes_on(given: Given, below: Layer, request: Mapping[str, Any], flag: str, what: str) -> Settled:
+def _goes_on(given: RawSettings, below: Layer, request: Mapping[str, Any], flag: str, what: str) -> Settled:
     """The settings of compute, over those that lie ``below``. Raises RequestError where a config file or the
     environment asks for something else than ``request``."""
     settled, _ = settle(given, below)

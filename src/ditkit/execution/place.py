@@ -1,4 +1,4 @@
-"""Where one stage is carried out: a Place takes a Task and gives an Outcome. ``Here`` is this process.
+"""Where one stage is carried out: a Place takes a StageCall and gives an StageResult. ``Here`` is this process.
 
 A place sees the fields that the stage declared, and gives back what the stage wrote and what it looked at; records and
 fingerprints are made from that by the caller, in one way for all places. Leaves out: other places (``placement``).
@@ -13,8 +13,8 @@ from typing import Any, Protocol
 from ditkit.contracts import Seams
 from ditkit.errors import DitkitError, PipelineError
 from ditkit.events import SILENT, Events
-from ditkit.outcome import Outcome, Question
 from ditkit.execution.stage import Context, Only, RecordedSettings, Stage, Stopped
+from ditkit.stage_result import CacheKey, StageResult
 from ditkit.state import FIELDS, Field, State
 
 
@@ -31,7 +31,7 @@ class Interrupted(DitkitError):
 
 
 @dataclass(frozen=True)
-class Task:
+class StageCall:
     """One stage to run. ``inputs``: the fields that it may look at and no others. ``weights``: fingerprints of its
     components as the caller knows them. ``keep``: told of how a loop stands, every ``keep_every`` steps. ``table``: all
     fields of the pipeline; a stage may use one that another stage describes."""
@@ -42,7 +42,7 @@ class Task:
     events: Events = SILENT
     seams: Seams = field(default_factory=Seams)
     stop_at_step: int | None = None
-    keep: Callable[[Outcome], None] | None = None
+    keep: Callable[[StageResult], None] | None = None
     keep_every: int = 1
     table: Mapping[str, Field] = field(default_factory=lambda: FIELDS)
 
@@ -66,7 +66,7 @@ class Place(Protocol):
         """Versions of what computes there, where they are not those of this process."""
         ...
 
-    def run(self, task: Task) -> Outcome:
+    def run(self, task: StageCall) -> StageResult:
         """Raises what the stage raises, and KeyboardInterrupt where nothing can be kept."""
         ...
 
@@ -79,7 +79,7 @@ class Segment:
     from_step: int = 0
 
 
-class Keeper(Protocol):
+class Checkpointer(Protocol):
     """Keeps a run's State: after each stage, and every ``every`` steps of a loop."""
 
     @property
@@ -87,19 +87,19 @@ class Keeper(Protocol):
 
     def __call__(self, state: State) -> None: ...
 
-    def of_clip(self, index: int) -> Keeper:
+    def of_clip(self, index: int) -> Checkpointer:
         """The keeper of one of several clips that are made one after the other; asked for only then."""
         ...
 
 
-class Results(Protocol):
+class ResultCache(Protocol):
     """Outcomes of earlier runs, found by all that they depend on."""
 
-    def find(self, question: Question) -> tuple[Outcome | None, str]:
+    def find(self, question: CacheKey) -> tuple[StageResult | None, str]:
         """What was computed once, or None; and why."""
         ...
 
-    def store(self, question: Question, outcome: Outcome) -> str:
+    def store(self, question: CacheKey, outcome: StageResult) -> str:
         """Keep it for later runs. Why it was not kept, or nothing."""
         ...
 
@@ -127,12 +127,12 @@ class Here:
             )
         return {name: fingerprint_in(self.components, name) for name in components}
 
-    def run(self, task: Task) -> Outcome:
+    def run(self, task: StageCall) -> StageResult:
         stage, settings = task.stage, RecordedSettings(task.inputs.get("request", {}))
 
         def keep(fields: Mapping[str, Any]) -> None:
             assert task.keep is not None
-            task.keep(Outcome(fields, settings.recorded(), ctx.plugs))
+            task.keep(StageResult(fields, settings.recorded(), ctx.plugs))
 
         ctx = Context(
             Only(self.components, stage.components, stage.name, "component"),
@@ -146,8 +146,8 @@ class Here:
         try:
             written = stage.run(Only(task.inputs, readable(stage), stage.name, "field"), ctx)
         except Stopped as e:
-            return Outcome(e.fields, settings.recorded(), ctx.plugs, stopped=True)
-        return Outcome(written, settings.recorded(), ctx.plugs, lasting=ctx.lasting)
+            return StageResult(e.fields, settings.recorded(), ctx.plugs, stopped=True)
+        return StageResult(written, settings.recorded(), ctx.plugs, cacheable=ctx.cacheable)
 
 
 def readable(stage: Stage) -> set[str]:
@@ -161,7 +161,7 @@ def fingerprint_in(components: Mapping[str, Any], name: str) -> str:
     return tell(name) if tell is not None else getattr(components[name], "fingerprint", "none")
 
 
-def checked(stage: Stage, outcome: Outcome) -> Outcome:
+def checked(stage: Stage, outcome: StageResult) -> StageResult:
     """Raises PipelineError when what a stage wrote is not what it declares."""
     written, allowed = outcome.written, {*stage.writes, *stage.may_write}
     undeclared, unwritten = sorted(set(written) - allowed), [n for n in stage.writes if n not in written]

@@ -76,18 +76,18 @@ def record_of(
 
 
 def fingerprints(
-    stage: Stage, state: State, record: Record, written: Mapping[str, Any], lasting: bool = True
+    stage: Stage, state: State, record: Record, written: Mapping[str, Any], cacheable: bool = True
 ) -> dict[str, str]:
     """Of each field that the stage wrote from ``state``: its record, hashed, and the code of a stage that is not
     ditkit's own. Where these do not tell one result from another its content is hashed too: a makeshift (not
-    ``lasting``), a component without a name, a stage without code, a plain value such as a language model's answer.
+    ``cacheable``), a component without a name, a stage without code, a plain value such as a language model's answer.
 
     A looping stage adds the step that it reached, and is blind to where it was interrupted: going on from its own
     earlier fields counts as one run. Of its weights those count that are called on the way to that step: the second of
     two experts has no part in the first half of a run, and may not even be there."""
     own = type(stage).__module__.partition(".")[0] == "ditkit"
     code = [] if own else [code_of(stage)]
-    nameless = not lasting or code == [""] or "none" in record["weights"].values()
+    nameless = not cacheable or code == [""] or "none" in record["weights"].values()
 
     def key(name: str, fields: Mapping[str, Any], origin: list[str]) -> str:
         more = [*code, *([digest(fields[name])] if nameless else [])]

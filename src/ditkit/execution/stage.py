@@ -48,7 +48,7 @@ class Stage(Protocol):
         """The fields that it writes. A stage that can stop early returns them as they stand."""
         ...
 
-    def unwanted(self, state: State) -> str:
+    def skip_reason(self, state: State) -> str:
         """Why the State's request does without this stage, or nothing. What it wrote for another request is dropped."""
         ...
 
@@ -75,7 +75,7 @@ class BaseStage:
     loop: tuple[str, ...] = ()
     fields: tuple[Field, ...] = ()
 
-    def unwanted(self, state: State) -> str:
+    def skip_reason(self, state: State) -> str:
         return ""
 
     def needs(self, state: State, stop_at_step: int | None = None) -> tuple[str, ...]:
@@ -168,7 +168,7 @@ class Context:
         self.components, self.settings, self.events, self.stop_at_step = components, settings, events, stop_at_step
         self._seams, self._keep, self._every = seams or Seams(), keep, keep_every
         self.plugs: dict[str, list[str]] | None = None  # what is plugged into the seams, once they are asked for
-        self.lasting = True  # a stage sets it to False for a makeshift, which must not serve other runs
+        self.cacheable = True  # a stage sets it to False for a makeshift, which must not serve other runs
 
     @property
     def seams(self) -> Seams:

@@ -1,7 +1,7 @@
-"""Stage and Pipeline: compose, check, run, slice, stop, resume.
+"""Stage and StageList: compose, check, run, slice, stop, resume.
 
-A Stage is any object with the attributes of ``Stage`` below. A Pipeline is an immutable, ordered list of stages that is
-checked when it is built. Running it threads one State through; a stage sees only the fields and components that it
+A Stage is any object with the attributes of ``Stage`` below. A StageList is an immutable, ordered list of stages that
+is checked when it is built. Running it threads one State through; a stage sees only the fields and components that it
 declared. Leaves out: what the stages compute (``stages/``), where one stage is carried out (``running.py``), what makes
 a result out of date (``records.py``), and where components come from (``build``).
 """
@@ -16,26 +16,35 @@ from ditkit.checking import fault_of
 from ditkit.contracts import Seams
 from ditkit.errors import PipelineError, StateError, nearest
 from ditkit.events import SILENT, Events
-from ditkit.outcome import Question
-from ditkit.execution.records import code_of, fingerprint_of, fingerprints, outdated, record_of
 from ditkit.execution.place import (
+    Checkpointer,
     Here,
     Interrupted,
-    Keeper,
-    Outcome,
     Place,
-    Results,
+    ResultCache,
     Segment,
-    Task,
+    StageCall,
+    StageResult,
     checked,
     readable,
 )
+from ditkit.execution.records import code_of, fingerprint_of, fingerprints, outdated, record_of
 from ditkit.execution.stage import DERIVED, BaseStage, Context, Only, RecordedSettings, Stage, Stopped, setting_of
+from ditkit.stage_result import CacheKey
 from ditkit.state import FIELDS, Field, State
 
 __all__ = [
-    "SOURCES", "BaseStage", "Context", "Interrupted", "Only", "Options", "Pipeline", "RecordedSettings", "Stage",
-    "Stopped", "fingerprint_of",
+    "SOURCES",
+    "BaseStage",
+    "Context",
+    "Interrupted",
+    "Only",
+    "Options",
+    "RecordedSettings",
+    "Stage",
+    "StageList",
+    "Stopped",
+    "fingerprint_of",
 ]  # fmt: skip
 
 SOURCES = ("prompt", "negative_prompt", "seed", "request")
@@ -43,7 +52,7 @@ SOURCES = ("prompt", "negative_prompt", "seed", "request")
 
 
 @dataclass(frozen=True)
-class Pipeline:
+class StageList:
     """An ordered list of stages that fit together; every change gives a new, checked one."""
 
     stages: tuple[Stage, ...]
@@ -72,21 +81,21 @@ class Pipeline:
     def __getitem__(self, name: str) -> Stage:
         return self.stages[self.index(name)]
 
-    def insert(self, stage: Stage, *, before: str | None = None, after: str | None = None) -> Pipeline:
+    def insert(self, stage: Stage, *, before: str | None = None, after: str | None = None) -> StageList:
         if (before is None) == (after is None):
             raise PipelineError(
                 f"inserting stage {stage.name!r}", "it needs exactly one of before= and after=", "Name one stage"
             )
         at = self.index(before) if before is not None else self.index(str(after)) + 1
-        return Pipeline([*self.stages[:at], stage, *self.stages[at:]], self.given)
+        return StageList([*self.stages[:at], stage, *self.stages[at:]], self.given)
 
-    def replace(self, name: str, stage: Stage) -> Pipeline:
+    def replace(self, name: str, stage: Stage) -> StageList:
         at = self.index(name)
-        return Pipeline([*self.stages[:at], stage, *self.stages[at + 1 :]], self.given)
+        return StageList([*self.stages[:at], stage, *self.stages[at + 1 :]], self.given)
 
-    def remove(self, name: str) -> Pipeline:
+    def remove(self, name: str) -> StageList:
         at = self.index(name)
-        return Pipeline([*self.stages[:at], *self.stages[at + 1 :]], self.given)
+        return StageList([*self.stages[:at], *self.stages[at + 1 :]], self.given)
 
     @property
     def table(self) -> dict[str, Field]:
@@ -96,7 +105,7 @@ class Pipeline:
     def planned(self, state: State, start: str | None = None, until: str | None = None) -> list[Stage]:
         """The stages from ``start`` to ``until`` that a run from ``state`` would not find done already."""
         state = self._wanted(state)
-        return [s for s in self._slice(start, until) if not self._idle(s, state, asked=start is not None)]
+        return [s for s in self._slice(start, until) if not self._skip_reason(s, state, asked=start is not None)]
 
     def components(self, start: str | None = None, until: str | None = None) -> list[str]:
         """The components that the stages from ``start`` to ``until`` call, in order of first use."""
@@ -170,8 +179,8 @@ class Pipeline:
         seams: Seams | None = None,
         debug: bool = False,
         places: Mapping[str, Sequence[Segment]] | None = None,
-        keep: Keeper | None = None,
-        results: Results | None = None,
+        keep: Checkpointer | None = None,
+        results: ResultCache | None = None,
     ) -> State:
         """Thread ``state`` through the stages from ``start`` (default: the first that is not done) to ``until``.
 
@@ -184,7 +193,7 @@ class Pipeline:
         state = self._wanted(state)
         for stage in self._slice(start, until):
             try:
-                reason = self._idle(stage, state, asked=start is not None, events=events)
+                reason = self._skip_reason(stage, state, asked=start is not None, events=events)
                 if reason:
                     events.emit("stage.skipped", stage=stage.name, reason=reason)
                     continue
@@ -207,7 +216,7 @@ class Pipeline:
         start: str | None = None,
         until: str | None = None,
         places: Mapping[str, Sequence[Segment]] | None = None,
-        results: Results | None = None,
+        results: ResultCache | None = None,
         events: Events = SILENT,
         seams: Seams | None = None,
     ) -> None:
@@ -221,7 +230,7 @@ class Pipeline:
         try:
             for stage in stages:
                 if all(name in state for name in (*stage.triggers, *stage.reads)):
-                    question = self._question(stage, state, how) if results is not None else None
+                    question = self._cache_key(stage, state, how) if results is not None else None
                     found = results.find(question)[0] if results is not None and question is not None else None
                     if found is not None and question is not None:
                         state = self._after(stage, state, question.weights, found)
@@ -238,15 +247,15 @@ class Pipeline:
     def _wanted(self, state: State) -> State:
         """``state`` without what stages wrote that its request does without now."""
         for stage in self.stages:
-            if stage.name in state.get("records", {}) and stage.unwanted(state):
+            if stage.name in state.get("records", {}) and stage.skip_reason(state):
                 records = {n: r for n, r in state["records"].items() if n != stage.name}
                 finished = [n for n in state["stages"] if n != stage.name]
                 state = state.without(*_writes(stage)).with_fields({"records": records, "stages": finished})
         return state
 
-    def _idle(self, stage: Stage, state: State, asked: bool, events: Events = SILENT) -> str:
+    def _skip_reason(self, stage: Stage, state: State, asked: bool, events: Events = SILENT) -> str:
         """Why ``stage`` does not run now, or nothing."""
-        if why := stage.unwanted(state):
+        if why := stage.skip_reason(state):
             return why
         missing = [name for name in stage.triggers if name not in state]
         if missing:
@@ -269,7 +278,7 @@ class Pipeline:
         inputs = _inputs(stage, state)
         if how.debug:
             self._check_fields(stage, inputs, state)
-        question = self._question(stage, state, how) if how.results is not None else None
+        question = self._cache_key(stage, state, how) if how.results is not None else None
         if question is not None and how.results is not None:
             found, why = how.results.find(question)
             how.events.emit(f"cache.{'miss' if found is None else 'hit'}", stage=stage.name, why=why)
@@ -285,7 +294,7 @@ class Pipeline:
             stop = min((x for x in (end, how.stop_at_step) if x is not None), default=None)
             with how.events.span("stage", stage=stage.name, place=segment.place.name):
                 kept = self._keep(stage, state, weights, how)
-                task = Task(stage, inputs, weights, how.events, how.seams, stop, *kept, self.table)
+                task = StageCall(stage, inputs, weights, how.events, how.seams, stop, *kept, self.table)
                 try:
                     outcome = segment.place.run(task)
                 except KeyboardInterrupt:  # the steps of the segments before it are not lost
@@ -309,11 +318,11 @@ class Pipeline:
             self._store(question, replace(outcome, settings=read), how, state)
         return state
 
-    def _store(self, question: Question, outcome: Outcome, how: Options, state: State) -> None:
+    def _store(self, question: CacheKey, outcome: StageResult, how: Options, state: State) -> None:
         """A Ctrl-C meanwhile does not lose what was computed."""
         assert how.results is not None
         try:
-            why = how.results.store(question, outcome) if outcome.lasting else "it is a makeshift of the stage"
+            why = how.results.store(question, outcome) if outcome.cacheable else "it is a makeshift of the stage"
         except KeyboardInterrupt:
             raise Interrupted(question.stage, state) from None
         if why:
@@ -325,7 +334,7 @@ class Pipeline:
         save = how.keep
         return lambda outcome: save(self._after(stage, state, weights, outcome)), save.every
 
-    def _question(self, stage: Stage, state: State, how: Options) -> Question | None:
+    def _cache_key(self, stage: Stage, state: State, how: Options) -> CacheKey | None:
         """What to ask for a whole result of ``stage``; None for a part of a loop."""
         if stage.loop and (how.stop_at_step is not None or any(n in state for n in stage.loop)):
             return None
@@ -335,7 +344,7 @@ class Pipeline:
         known = {**request, **{name: setting_of(request, name) for name in DERIVED}}
         software = {k: v for segment in how.segments(stage) for k, v in segment.place.software().items()}
         parts = record["options"], weights, record["inputs"], known, how.seams.describe(), software
-        return Question(stage.name, stage.version, code_of(stage), *parts)
+        return CacheKey(stage.name, stage.version, code_of(stage), *parts)
 
     @staticmethod
     def _weights(stage: Stage, state: State, how: Options) -> dict[str, str]:
@@ -352,12 +361,12 @@ class Pipeline:
         known = state.get("weights", {}) | found
         return {name: known[name] for name in stage.components if name in known}
 
-    def _after(self, stage: Stage, state: State, weights: Mapping[str, str], outcome: Outcome) -> State:
+    def _after(self, stage: Stage, state: State, weights: Mapping[str, str], outcome: StageResult) -> State:
         """The State with what a stage wrote, where that came from, which weights were at work and what is finished.
 
         A stage that runs once more takes back what the stages after it made of its earlier result."""
         record = record_of(stage, state, weights, outcome.settings, outcome.plugs)
-        prints = fingerprints(stage, state, record, outcome.written, outcome.lasting)
+        prints = fingerprints(stage, state, record, outcome.written, outcome.cacheable)
         finished, records = state.get("stages", []), state.get("records", {})
         if stage.name in finished:
             at = self.index(stage.name)
@@ -383,7 +392,7 @@ class Pipeline:
             raise StateError(
                 f"going on with stage {stage.name!r} from a State",
                 f"it was begun with another {others[0]}",
-                "Use the same weights, dtype and precision as before",
+                "Use the same weights, dtype and dtype_policy as before",
             )
 
     def _check_fields(self, stage: Stage, values: Mapping[str, Any], state: State) -> None:
@@ -405,8 +414,8 @@ class Options:
     stop_at_step: int | None
     debug: bool
     places: Mapping[str, Sequence[Segment]]
-    keep: Keeper | None
-    results: Results | None
+    keep: Checkpointer | None
+    results: ResultCache | None
 
     def segments(self, stage: Stage) -> Sequence[Segment]:
         return self.places.get(stage.name) or (Segment(Here(self.components)),)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ditkit.models.wan_block import Block, BlockContext, WanConfig, patches
+from ditkit.models.wan_block import Block, BlockContext, WanConfig, patchify
 from ditkit.nn.layers import Linear
 
 if TYPE_CHECKING:
@@ -50,14 +50,14 @@ class Controlled(nn.Module):
         self.block, self.control, self.number = block, control, number
 
     def forward(self, x: Tensor, ctx: BlockContext) -> Tensor:
-        branch, compute = ctx.control, ctx.precision.compute
+        branch, compute = ctx.control, ctx.policy.compute
         assert branch is not None
         tokens = branch.tokens
         if self.control.before_proj is not None:
             tokens = self.control.before_proj(tokens.to(compute)) + x
         branch.tokens = self.control(tokens, ctx)
         hint = self.control.after_proj(branch.tokens.to(compute))
-        return self.block(x, ctx) + hint.to(ctx.precision.stream) * branch.scales[self.number]
+        return self.block(x, ctx) + hint.to(ctx.policy.residual_dtype) * branch.scales[self.number]
 
 
 def controlled(model: WanTransformer) -> list[nn.Module]:
@@ -84,4 +84,4 @@ def begin_control(
     scales = [float(scale)] * len(layers) if isinstance(scale, int | float) else [float(s) for s in scale]
     if len(scales) != len(layers):
         raise ValueError(f"{len(scales)} control scales were given for {len(layers)} layers with hints")
-    return Control(patches(control.to(model.device, model.precision.compute), model.vace_patch_embedding), scales)
+    return Control(patchify(control.to(model.device, model.policy.compute), model.vace_patch_embedding), scales)

@@ -6,7 +6,7 @@ calls of ``wan_block.py``. The module holds weights only; whatever belongs to on
 tables) is in objects that the caller holds, so threads can share it.
 Leaves out: the blocks themselves (``wan_block.py``), the control branch (``vace.py``), guidance, schedules, files, and
 making the condition and control inputs (``conditioning/``).
-Source: Wan2.1 and Wan2.2 ``wan/modules/model.py``; numerics of both conventions in ``nn/precision.py``.
+Source: Wan2.1 and Wan2.2 ``wan/modules/model.py``; numerics of both conventions in ``nn/dtype_policy.py``.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from ditkit.contracts import Attend, RunBlocks, Step
 from ditkit.models.vace import ControlBlock, begin_control, controlled
-from ditkit.models.wan_block import Block, BlockContext, Modulation, Text, WanConfig, patches
+from ditkit.models.wan_block import Block, BlockContext, Modulation, Text, WanConfig, patchify
 from ditkit.nn.attention import sdpa
-from ditkit.nn.layers import LayerNorm, Linear, modulation, timestep_sinusoid
-from ditkit.nn.precision import Precision, precision
+from ditkit.nn.dtype_policy import DtypePolicy, dtype_policy
+from ditkit.nn.layers import LayerNorm, Linear, modulation, timestep_embedding
 from ditkit.nn.rope import rope_table
 
 TIMESTEP_SCALE = 1000.0  # timestep = 1000 sigma; the only place of this factor
@@ -36,8 +36,8 @@ class Head(nn.Module):
         self.head = Linear(config.dim, patch * config.out_dim)
         self.modulation = modulation(2, config.dim)
 
-    def forward(self, x: Tensor, time: Modulation, policy: Precision) -> Tensor:
-        shift, scale = time.parts(self.modulation, policy.wide)
+    def forward(self, x: Tensor, time: Modulation, policy: DtypePolicy) -> Tensor:
+        shift, scale = time.parts(self.modulation, policy.norm_dtype)
         return self.head(torch.addcmul(shift, self.norm(x), 1 + scale).to(policy.head))
 
 
@@ -57,10 +57,10 @@ class ImageEmbedding(nn.Module):
         )
         self.emb_pos = None if config.image_tokens is None else nn.Parameter(torch.zeros(1, config.image_tokens, width))
 
-    def forward(self, features: Tensor, policy: Precision) -> Tensor:
-        x = features.to(policy.stream)
+    def forward(self, features: Tensor, policy: DtypePolicy) -> Tensor:
+        x = features.to(policy.residual_dtype)
         if self.emb_pos is not None:
-            x = x + self.emb_pos.to(policy.stream)
+            x = x + self.emb_pos.to(policy.residual_dtype)
         for layer in self.proj:
             x = layer(x).to(policy.compute)
         return x
@@ -80,10 +80,10 @@ class WanTransformer(nn.Module):
     timestep_scale = TIMESTEP_SCALE
     run_blocks = staticmethod(run_in_order)
 
-    def __init__(self, config: WanConfig | None = None, policy: Precision | None = None):
+    def __init__(self, config: WanConfig | None = None, policy: DtypePolicy | None = None):
         super().__init__()
         self.config = config = config or WanConfig()
-        self.precision = policy or precision("official", torch.float32)
+        self.policy = policy or dtype_policy("wan", torch.float32)
         self.identify: Callable[[], str] = lambda: "not loaded from files"
         self.patch_embedding = nn.Conv3d(config.in_dim, config.dim, config.patch_size, config.patch_size)
         self.text_embedding = nn.Sequential(
@@ -134,7 +134,7 @@ class WanTransformer(nn.Module):
         if longest > self.config.text_len:
             raise ValueError(f"{longest} rows of text were given; the transformer takes {self.config.text_len}")
         padded = torch.stack([F.pad(r, (0, 0, 0, self.config.text_len - len(r))) for r in rows])
-        device, compute = self.patch_embedding.weight.device, self.precision.compute
+        device, compute = self.patch_embedding.weight.device, self.policy.compute
         return Text(
             self.text_embedding(padded.to(device, compute)), {} if remember else None, self._image(image, len(rows))
         )
@@ -148,7 +148,7 @@ class WanTransformer(nn.Module):
         if image.shape != (count, tokens or image.shape[1], width):
             wanted = [count, tokens or "any number", width]
             raise ValueError(f"image features of shape {list(image.shape)} were given; the transformer takes {wanted}")
-        return self.img_emb(image.to(self.device), self.precision)
+        return self.img_emb(image.to(self.device), self.policy)
 
     def forward(
         self,
@@ -162,15 +162,15 @@ class WanTransformer(nn.Module):
         attend: Attend = sdpa,
         step: Step | None = None,
     ) -> Tensor:
-        policy = self.precision
+        policy = self.policy
         grid = self._grid(latents)
-        x = patches(latents.to(policy.compute), self.patch_embedding)
+        x = patchify(latents.to(policy.compute), self.patch_embedding)
         time, modulation = self._time(timestep, grid)
-        rope = rope_table(grid, self.config.head_dim, latents.device, policy.wide)
+        rope = rope_table(grid, self.config.head_dim, latents.device, policy.norm_dtype)
         branch = begin_control(self, control, control_scale, latents.shape)
         ctx = BlockContext(modulation, rope, text, attend, grid, policy, step, branch)
         x = run_blocks(self.blocks if branch is None else controlled(self), x, ctx)
-        return self._unpatch(self.head(x, time, policy), grid)
+        return self._unpatchify(self.head(x, time, policy), grid)
 
     def _grid(self, latents: Tensor) -> tuple[int, int, int]:
         size, patch = latents.shape[2:], self.config.patch_size
@@ -184,19 +184,19 @@ class WanTransformer(nn.Module):
     def _time(self, timestep: Tensor, grid: tuple[int, int, int]) -> tuple[Modulation, Modulation]:
         """[B], [B, F] or [B, L]: a timestep for all, for each frame, for each token -> the modulations of the head and
         of the blocks."""
-        policy, token = self.precision, None
+        policy, token = self.policy, None
         if timestep.dim() == 2:
             frames, tokens = grid[0], grid[0] * grid[1] * grid[2]
             if timestep.shape[1] not in (frames, tokens):
                 raise ValueError(f"{timestep.shape[1]} timesteps were given for {frames} frames of {tokens} tokens")
             timestep, token = timestep.unique(return_inverse=True)
             token = token.repeat_interleave(tokens // token.shape[1], dim=1)
-        sinusoid = timestep_sinusoid(timestep, self.config.freq_dim, policy.sinusoid).to(policy.wide)
+        sinusoid = timestep_embedding(timestep, self.config.freq_dim, policy.sinusoid).to(policy.norm_dtype)
         time = self.time_embedding(sinusoid).to(policy.projection)
         blocks = self.time_projection(time).unflatten(-1, (6, -1))
         return Modulation(time.unsqueeze(1), token), Modulation(blocks, token)
 
-    def _unpatch(self, x: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    def _unpatchify(self, x: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """[B, L, patch * C], channel fastest -> [B, C, F, h, w]."""
         x = x.unflatten(-1, (*self.config.patch_size, -1)).unflatten(1, grid)
         b, f, h, w, p, q, r, c = x.shape

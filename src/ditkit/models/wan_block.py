@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ditkit.contracts import Attend, Site, Step
+from ditkit.nn.dtype_policy import DtypePolicy
 from ditkit.nn.layers import LayerNorm, Linear, RMSNorm, modulation
-from ditkit.nn.precision import Precision
 from ditkit.nn.rope import rotate
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class BlockContext:
     text: Text
     attend: Attend
     grid: tuple[int, int, int]
-    precision: Precision
+    policy: DtypePolicy
     step: Step | None = None
     control: Control | None = None
 
@@ -116,7 +116,7 @@ class Attention(nn.Module):
 
 class SelfAttention(Attention):
     def forward(self, x: Tensor, ctx: BlockContext) -> Tensor:
-        x = x.to(ctx.precision.compute)
+        x = x.to(ctx.policy.compute)
         q = rotate(self.split(self.norm_q(self.q(x))), *ctx.rope).to(x.dtype)
         k = rotate(self.split(self.norm_k(self.k(x))), *ctx.rope).to(x.dtype)
         site = Site(self.block, "self", ctx.grid, ctx.step, self.control)
@@ -133,7 +133,7 @@ class CrossAttention(Attention):
             self.norm_k_img = RMSNorm(config.dim, config.eps)
 
     def forward(self, x: Tensor, ctx: BlockContext) -> Tensor:
-        x = x.to(ctx.precision.compute)
+        x = x.to(ctx.policy.compute)
         q = self.split(self.norm_q(self.q(x))).to(x.dtype)
         text = ctx.text
         k, v = self.keys_values(text, "cross", text.rows, lambda rows: self.norm_k(self.k(rows)), self.v)
@@ -168,7 +168,7 @@ class Block(nn.Module):
         self.modulation = modulation(6, config.dim)
 
     def forward(self, x: Tensor, ctx: BlockContext) -> Tensor:
-        wide, stream, compute = ctx.precision.wide, ctx.precision.stream, ctx.precision.compute
+        wide, stream, compute = ctx.policy.norm_dtype, ctx.policy.residual_dtype, ctx.policy.compute
         part = ctx.modulation.parts(self.modulation, wide)  # shift, scale and gate, twice
         y = self.self_attn(torch.addcmul(next(part), self.norm1(x), 1 + next(part)), ctx)  # shift + norm * (1 + scale)
         x = torch.addcmul(x.to(wide), y.to(wide), next(part)).to(stream)
@@ -177,7 +177,7 @@ class Block(nn.Module):
         return torch.addcmul(x.to(wide), y.to(wide), next(part)).to(stream)
 
 
-def patches(latents: Tensor, embedding: nn.Conv3d) -> Tensor:
+def patchify(latents: Tensor, embedding: nn.Conv3d) -> Tensor:
     """[B, C, F, h, w] -> tokens [B, L, dim], column fastest. The same sum as a convolution with stride = kernel."""
     b, c, f, h, w = latents.shape
     p, q, r = embedding.kernel_size

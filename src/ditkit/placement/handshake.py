@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from ditkit.errors import Lost, PlaceError, SetupError, nearest
 from ditkit.events import SILENT, Events
+from ditkit.execution.stage import Stage
 from ditkit.placement.job import WIRE
 from ditkit.placement.spec import Spec
 from ditkit.placement.validation import made_by
-from ditkit.execution.stage import Stage
 from ditkit.state import SCHEMA
 
 if TYPE_CHECKING:
@@ -140,11 +140,13 @@ def check_expected(expect: Mapping[str, str], placement: Mapping[str, str]) -> N
     """``expect`` has the keys of ``placement``, for each its probe's hash or the begin of it. Raises SetupError."""
     for key, wanted in expect.items():
         if key not in placement:
-            raise SetupError(f"expect of {key!r}", f"it is placed nowhere{nearest(key, placement)}", "Use the same key")
+            raise SetupError(
+                f"expected_probes of {key!r}", f"it is placed nowhere{nearest(key, placement)}", "Use the same key"
+            )
         if Spec.parse(placement[key], key).kind == "here":
-            raise SetupError(f"expect of {key!r}", "it runs in this process", "Leave it out")
+            raise SetupError(f"expected_probes of {key!r}", "it runs in this process", "Leave it out")
         if not re.fullmatch("[0-9a-f]{8,64}", wanted):
             raise SetupError(
-                f"expect of {key!r} as {wanted!r}", "a probe's hash is 8 to 64 hexadecimal digits",
+                f"expected_probes of {key!r} as {wanted!r}", "a probe's hash is 8 to 64 hexadecimal digits",
                 "Take it from `ditkit doctor --placement`",
             )  # fmt: skip

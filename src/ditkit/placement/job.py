@@ -1,7 +1,7 @@
 """What travels: a Job and its inputs there, Frames back. Plain JSON and safetensors; nothing is ever pickled.
 
-A Frame is a kind and a payload: ``event`` (JSON, or a State where it holds tensors), ``kept`` and ``outcome`` (States),
-``error`` (JSON), ``alive`` (nothing: the other end is at work). Leaves out: how bytes travel.
+A Message is a kind and a payload: ``event`` (JSON, or a State where it holds tensors), ``kept`` and ``outcome``
+(States), ``error`` (JSON), ``alive`` (nothing: the other end is at work). Leaves out: how bytes travel.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ditkit import errors
 from ditkit.contracts import Step
 from ditkit.errors import DitkitError, PlaceError, StateError
 from ditkit.events import Event
-from ditkit.execution.place import Outcome
+from ditkit.execution.place import StageResult
 from ditkit.execution.stage import Stage
 from ditkit.state import State, kind_of
 
@@ -68,7 +68,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Frame:
+class Message:
     """``content``: bytes, or a State, which can be sent from where its tensors lie."""
 
     kind: str
@@ -116,31 +116,31 @@ def _tuples(value: Any) -> Any:
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
-def outcome_to_state(outcome: Outcome, seconds: float = 0.0) -> State:
+def outcome_to_state(outcome: StageResult, seconds: float = 0.0) -> State:
     about = {"settings": outcome.settings, "plugs": outcome.plugs, "stopped": outcome.stopped, "seconds": seconds}
-    about["lasting"] = outcome.lasting
+    about["cacheable"] = outcome.cacheable
     return State({**outcome.written, "outcome": about})
 
 
-def state_to_outcome(state: State) -> tuple[Outcome, float]:
+def state_to_outcome(state: State) -> tuple[StageResult, float]:
     """The outcome and the seconds that it took. Raises StateError for a State that holds none."""
     about = state.get("outcome")
-    keys = {"settings": dict, "plugs": dict | None, "stopped": bool, "seconds": float, "lasting": bool}
+    keys = {"settings": dict, "plugs": dict | None, "stopped": bool, "seconds": float, "cacheable": bool}
     if not isinstance(about, dict) or not all(isinstance(about.get(k), t) for k, t in keys.items()):
         raise StateError("reading the outcome of a stage", "it does not say what it came from", "Run the stage again")
     written = {k: v for k, v in state.items() if k != "outcome"}
-    told = about["settings"], about["plugs"], about["stopped"], about["lasting"]
-    return Outcome(written, *told), about["seconds"]
+    told = about["settings"], about["plugs"], about["stopped"], about["cacheable"]
+    return StageResult(written, *told), about["seconds"]
 
 
-def event_to_frame(event: Event) -> Frame:
+def event_to_frame(event: Event) -> Message:
     """Values that are neither plain nor tensors (nor a Step) are sent as text."""
     tensors = {f"@{k}": v for k, v in event.values.items() if kind_of(v) == "tensor"}
     plain = {k: _plain(v) for k, v in event.values.items() if f"@{k}" not in tensors}
     about = {"name": event.name, "values": plain}
     if not tensors:
-        return Frame("event", json.dumps(about).encode())
-    return Frame("event", State({**tensors, "event": about}).to_bytes())
+        return Message("event", json.dumps(about).encode())
+    return Message("event", State({**tensors, "event": about}).to_bytes())
 
 
 def _plain(value: Any) -> Any:
@@ -152,7 +152,7 @@ def _plain(value: Any) -> Any:
         return str(value)
 
 
-def frame_to_event(frame: Frame) -> tuple[str, dict[str, Any]]:
+def frame_to_event(frame: Message) -> tuple[str, dict[str, Any]]:
     """Name and values. Raises StateError."""
     data, tensors = bytes(frame.payload), {}
     try:
@@ -168,14 +168,14 @@ def frame_to_event(frame: Frame) -> tuple[str, dict[str, Any]]:
         raise StateError("reading an event", f"it is damaged ({e!r})", "Use the same version of ditkit") from None
 
 
-def error_to_frame(error: BaseException) -> Frame:
+def error_to_frame(error: BaseException) -> Message:
     """An error of ditkit's keeps its kind and its three parts; of any other only its text travels."""
     if isinstance(error, DitkitError) and type(error).__reduce__ is DitkitError.__reduce__:
         about = {"kind": type(error).__name__, "asked": error.asked, "found": error.found, "do": error.do}
     else:
         found = f"it failed with {type(error).__name__}: {error}"
         about = {"kind": "PlaceError", "asked": "running a stage", "found": found, "do": "Look at its log"}
-    return Frame("error", json.dumps(about).encode())
+    return Message("error", json.dumps(about).encode())
 
 
 def _printable(text: Any) -> str:

@@ -8,12 +8,12 @@ from typing import Any
 
 from ditkit.contracts import Seams, Step
 from ditkit.errors import SetupError, nearest
-from ditkit.execution.stage_list import Pipeline
+from ditkit.execution.place import Here, Place, Segment
+from ditkit.execution.stage_list import StageList
 from ditkit.placement import contradictions
 from ditkit.placement.handshake import check_expected
 from ditkit.placement.remote import Channel, Remote
 from ditkit.placement.spec import Spec, Target
-from ditkit.execution.place import Here, Place, Segment
 from ditkit.setup import Setup
 
 
@@ -27,11 +27,11 @@ class Places:
             raise SetupError(
                 f"placement of {', '.join(setup.placement)}", "it names the same steps twice", "Leave one out"
             )
-        check_expected(setup.expect, setup.placement)
+        check_expected(setup.expected_probes, setup.placement)
         self._remotes: dict[str, Remote] = {}
         self._lock = threading.RLock()
 
-    def devices(self, pipeline: Pipeline) -> dict[str, str]:
+    def devices(self, pipeline: StageList) -> dict[str, str]:
         """Devices of the components of stages that are placed on a device of this process. Raises SetupError where two
         settings contradict each other, or where nothing would heed one."""
         found: dict[str, str] = dict(self.setup.devices)
@@ -53,7 +53,7 @@ class Places:
 
     def of_run(
         self,
-        pipeline: Pipeline,
+        pipeline: StageList,
         components: Mapping[str, Any],
         seams: Seams,
         steps: Callable[[], Sequence[Step]],
@@ -94,7 +94,7 @@ class Places:
                 cuts[end] = whole
         return [Segment(place, begin) for begin, place in sorted({0: whole, **cuts}.items(), key=lambda cut: cut[0])]
 
-    def _check(self, target: Target, pipeline: Pipeline) -> None:
+    def _check(self, target: Target, pipeline: StageList) -> None:
         if target.stage not in pipeline.names:
             if target.stage == "expand_prompt":
                 found = "it is in no pipeline without an expander"
@@ -121,7 +121,9 @@ class Places:
             if spec.text not in self._remotes:
                 stages = list(dict.fromkeys(t.stage for t, s in self.specs.items() if s.text == spec.text))
                 placed = self.setup.placement
-                expect = {Target.parse(k).stage: v for k, v in self.setup.expect.items() if placed[k] == spec.text}
+                expect = {
+                    Target.parse(k).stage: v for k, v in self.setup.expected_probes.items() if placed[k] == spec.text
+                }
                 channel = self._channel(spec, stages)
                 self._remotes[spec.text] = Remote(spec.text, channel, self.setup.retries, expect)
             return self._remotes[spec.text]
@@ -131,7 +133,7 @@ class Places:
             from ditkit.placement.http.client import HTTPChannel
             from ditkit.placement.http.tokens import token_of
 
-            return HTTPChannel(str(spec.address), self.setup.patience, token_of())
+            return HTTPChannel(str(spec.address), self.setup.timeout, token_of())
         if spec.kind == "process":
             from ditkit.placement.process.parent import ProcessChannel
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from ditkit.errors import DitkitError, Lost, MissingDependency, PlaceError, SetupError
-from ditkit.placement.job import Frame, Job, error_to_frame, frame_to_error
+from ditkit.placement.job import Job, Message, error_to_frame, frame_to_error
 from ditkit.setup import Setup
 from ditkit.state import State
 
@@ -39,7 +39,7 @@ class Actor:
     """Runs in the cluster. Its methods take and give text and bytes."""
 
     def __init__(self) -> None:
-        self.running: dict[str, tuple[queue.SimpleQueue[Frame], threading.Event]] = {}
+        self.running: dict[str, tuple[queue.SimpleQueue[Message], threading.Event]] = {}
         self.worker: Any = None
 
     def start(self, setup: str, stages: Sequence[str], threads: int | None) -> Answer:
@@ -75,7 +75,7 @@ class Actor:
 
         return _answer(begun)
 
-    def _work(self, job: Job, inputs: State, frames: queue.SimpleQueue[Frame], cancelled: threading.Event) -> None:
+    def _work(self, job: Job, inputs: State, frames: queue.SimpleQueue[Message], cancelled: threading.Event) -> None:
         try:
             self.worker.run(job, inputs, frames.put, cancelled)
         except Exception:  # its text has been sent; the log of the actor has the rest
@@ -128,7 +128,7 @@ class RayChannel:
             raise SetupError(f"a Ray actor on {asked}", "Ray knows no such device", "Write process:mps")
         self.name = address or ("ray" if device is None else f"ray:{device}")
         self.setup, self.address, self.device, self.stages = setup, address, device, list(stages)
-        self.patience = setup.patience
+        self.timeout = setup.timeout
         self._actor: Any = None
         self._kill: Callable[[], Any] = lambda: None
         self._left: weakref.finalize[..., RayChannel] | None = None
@@ -140,7 +140,7 @@ class RayChannel:
     def probe(self, stage: str) -> dict[str, Any]:
         return self._ask(f"probing {stage} at {self.name}", lambda actor: actor.probe.remote(stage))
 
-    def submit(self, job: Job, inputs: State) -> Iterator[Frame]:
+    def submit(self, job: Job, inputs: State) -> Iterator[Message]:
         asked, actor = f"running stage {job.stage!r} at {self.name}", self._started()
         _value(self._get(asked, actor.submit.remote(job.to_json(), inputs.to_bytes())), self.name)
         ended = False
@@ -148,7 +148,7 @@ class RayChannel:
             while not ended:
                 found = self._get(asked, actor.take.remote(job.id))
                 ended = any(kind in ("outcome", "error") for kind, _ in found)
-                yield from (Frame(kind, payload) for kind, payload in found or [("alive", b"")])
+                yield from (Message(kind, payload) for kind, payload in found or [("alive", b"")])
         finally:
             if not ended:
                 self.cancel(job.id)
@@ -196,7 +196,7 @@ class RayChannel:
     def _start(self, ray: Any, actor: Any) -> None:
         asked = f"starting an actor at {self.name}"
         self._get(asked, actor.alive.remote(), START)
-        setup = self.setup.model_copy(update={"placement": {}, "expect": {}, **self._devices(ray)})
+        setup = self.setup.model_copy(update={"placement": {}, "expected_probes": {}, **self._devices(ray)})
         started = actor.start.remote(setup.model_dump_json(), self.stages, self._threads())
         _value(self._wait(asked, actor, started), self.name)
 
@@ -224,7 +224,7 @@ class RayChannel:
     def _wait(self, asked: str, actor: Any, answer: Any) -> Answer:
         """The answer, however long it takes, as long as the actor shows that it is alive."""
         while True:
-            ready, _ = CLUSTER.ray.wait([answer], timeout=self.patience)
+            ready, _ = CLUSTER.ray.wait([answer], timeout=self.timeout)
             if ready:
                 return self._get(asked, answer)
             self._get(asked, actor.alive.remote())
@@ -233,7 +233,7 @@ class RayChannel:
         """Raises Lost for an actor that has died or is silent; the next one who asks starts another."""
         from ray.exceptions import GetTimeoutError, RayError
 
-        timeout = timeout or self.patience
+        timeout = timeout or self.timeout
         try:
             return CLUSTER.ray.get(answer, timeout=timeout)
         except GetTimeoutError:

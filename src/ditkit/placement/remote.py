@@ -17,10 +17,12 @@ from typing import Any, Protocol
 
 from ditkit.errors import Lost, PipelineError, PlaceError, StateError
 from ditkit.events import Events
+from ditkit.execution.place import StageCall, StageResult
+from ditkit.execution.stage import Stage
 from ditkit.placement.handshake import Handshake, pause, times
 from ditkit.placement.job import (
-    Frame,
     Job,
+    Message,
     frame_to_error,
     frame_to_event,
     options_to_send,
@@ -28,8 +30,6 @@ from ditkit.placement.job import (
 )
 from ditkit.placement.validation import check_event, check_outcome, made_by
 from ditkit.receipt import versions
-from ditkit.execution.place import Outcome, Task
-from ditkit.execution.stage import Stage
 from ditkit.state import State
 
 LOG = "Look at its log"
@@ -50,7 +50,7 @@ class Channel(Protocol):
         """What the stage makes of its fixed input (``probe.py``)."""
         ...
 
-    def submit(self, job: Job, inputs: State) -> Iterator[Frame]:
+    def submit(self, job: Job, inputs: State) -> Iterator[Message]:
         """Frames as they come, the last one an outcome or an error."""
         ...
 
@@ -65,8 +65,8 @@ class Reader:
     """Frames of a channel, read by a thread of their own: a Ctrl-C while waiting breaks nothing, and ``get`` can be
     called again."""
 
-    def __init__(self, submit: Callable[[], Iterator[Frame]]):
-        self._frames: queue.Queue[Frame | BaseException | None] = queue.Queue()
+    def __init__(self, submit: Callable[[], Iterator[Message]]):
+        self._frames: queue.Queue[Message | BaseException | None] = queue.Queue()
         self._left = threading.Event()
         self._thread = threading.Thread(target=self._read, args=(submit,), daemon=True)
 
@@ -77,7 +77,7 @@ class Reader:
     def __exit__(self, *_: object) -> None:
         self._left.set()
 
-    def _read(self, submit: Callable[[], Iterator[Frame]]) -> None:
+    def _read(self, submit: Callable[[], Iterator[Message]]) -> None:
         try:
             frames = submit()
             with contextlib.closing(frames):  # type: ignore[type-var]
@@ -89,7 +89,7 @@ class Reader:
         except BaseException as e:
             self._frames.put(e)
 
-    def get(self) -> Frame | None:
+    def get(self) -> Message | None:
         """The next frame, None after the last one. Raises what reading raised."""
         found = self._frames.get()
         if isinstance(found, BaseException):
@@ -120,7 +120,7 @@ class Remote:
         mine, theirs = versions(), self.handshake.said.get("versions", {})
         return {name: str(theirs.get(name)) for name in COMPUTES if theirs.get(name) != mine.get(name)}
 
-    def run(self, task: Task) -> Outcome:
+    def run(self, task: StageCall) -> StageResult:
         self.handshake.check(task.stage, task.events)
         if task.seams.describe() and task.stage.loop:
             raise self._plugged(task)
@@ -147,7 +147,7 @@ class Remote:
             return replace(reached, stopped=True)
         raise AssertionError
 
-    def _attempt(self, task: Task, inputs: State) -> Iterator[tuple[Outcome, bool]]:
+    def _attempt(self, task: StageCall, inputs: State) -> Iterator[tuple[StageResult, bool]]:
         """What is kept on the way, and then the outcome (True)."""
         stage = task.stage
         job = Job(
@@ -206,13 +206,13 @@ class Remote:
                     with contextlib.suppress(PlaceError):  # then its frames end, too
                         self.channel.cancel(job.id)
 
-    def _event(self, frame: Frame) -> tuple[str, dict[str, Any]]:
+    def _event(self, frame: Message) -> tuple[str, dict[str, Any]]:
         with self._theirs():
             name, values = frame_to_event(frame)
             check_event(name, values, self.name)
             return name, values
 
-    def _outcome(self, task: Task, frame: Frame) -> tuple[Outcome, float]:
+    def _outcome(self, task: StageCall, frame: Message) -> tuple[StageResult, float]:
         with self._theirs():
             outcome, seconds = state_to_outcome(frame.state(self.name))
             check_outcome(task, outcome, self.name, frame.kind == "outcome" and not outcome.stopped)
@@ -228,7 +228,7 @@ class Remote:
         except (StateError, PipelineError) as e:
             raise PlaceError(e.asked, e.found, f"{self.name} sent that; look at its log") from None
 
-    def _plugged(self, task: Task) -> PlaceError:
+    def _plugged(self, task: StageCall) -> PlaceError:
         return PlaceError(
             f"running stage {task.stage.name!r} at {self.name}",
             f"{', '.join(task.seams.describe())} is changed here by Python objects, which do not travel",

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 from ditkit.assembly import CALLS, Model
 from ditkit.checkpoints.model.locate import KINDS, Part, Scope
 from ditkit.errors import PlaceError, SetupError
-from ditkit.execution.stage_list import Pipeline, Stage
+from ditkit.execution.place import Segment
+from ditkit.execution.stage_list import Stage, StageList
 from ditkit.placement.contradictions import uses
 from ditkit.placement.spec import EXPERTS, Spec, Target
-from ditkit.execution.place import Segment
 
 if TYPE_CHECKING:
     from ditkit.placement.places import Places
@@ -115,7 +115,7 @@ def _told(places: Places, spec: Spec) -> Mapping[str, Any]:
     return parts if isinstance(parts, dict) else {}
 
 
-def check_here(model: Model, places: Places, pipeline: Pipeline) -> None:
+def check_here(model: Model, places: Places, pipeline: StageList) -> None:
     """Every part that a stage calls on this machine has to lie here. Raises SetupError. A loop that moves at a step may
     call some of its parts here only; that shows when it runs."""
     moving = {target.stage for target in places.specs if target.step}

@@ -14,8 +14,8 @@ from typing import Any
 from ditkit.checking import check_counts, fault_of
 from ditkit.contracts import Step
 from ditkit.errors import StateError
+from ditkit.execution.place import StageCall, StageResult, checked
 from ditkit.execution.records import code_of
-from ditkit.execution.place import Outcome, Task, checked
 from ditkit.execution.stage import DERIVED, Stage, setting_of
 from ditkit.state import kind_of
 
@@ -63,7 +63,7 @@ def _is(value: Any, wanted: Any) -> bool:
     return isinstance(value, Step) and all(_is(getattr(value, f.name), kinds[str(f.type)]) for f in fields(Step))
 
 
-def check_outcome(task: Task, outcome: Outcome, place: str, final: bool) -> None:
+def check_outcome(task: StageCall, outcome: StageResult, place: str, final: bool) -> None:
     """``final``: not one on the way. Raises StateError, and PipelineError for fields that the stage does not write."""
     asked, stage = f"reading what {task.stage.name!r} made at {place}", task.stage
     table, sizes = {**task.table, **{f.name: f for f in stage.fields}}, dict[str, int]()
@@ -88,7 +88,7 @@ def check_outcome(task: Task, outcome: Outcome, place: str, final: bool) -> None
             raise StateError(asked, found, "Look at its log")
 
 
-def _check_settings(asked: str, outcome: Outcome, request: Mapping[str, Any]) -> None:
+def _check_settings(asked: str, outcome: StageResult, request: Mapping[str, Any]) -> None:
     """They become part of the record, by which a later run judges whether the result is its own."""
     for name, value in outcome.settings.items():
         if (name not in request and name not in DERIVED) or setting_of(request, name) != value:

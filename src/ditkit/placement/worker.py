@@ -15,10 +15,12 @@ from typing import Any
 from ditkit.checking import fault_of
 from ditkit.errors import DitkitError, Lost, PlaceError, StateError, nearest
 from ditkit.events import Event, Events
+from ditkit.execution.place import Here, StageCall, StageResult, checked, readable
+from ditkit.execution.stage import Stage
 from ditkit.placement.job import (
     WIRE,
-    Frame,
     Job,
+    Message,
     error_to_frame,
     event_to_frame,
     outcome_to_state,
@@ -27,11 +29,9 @@ from ditkit.placement.job import (
 from ditkit.placement.validation import made_by
 from ditkit.receipt import machine, versions
 from ditkit.request import Request
-from ditkit.execution.place import Here, Outcome, Task, checked, readable
-from ditkit.execution.stage import Stage
 from ditkit.state import FIELDS, SCHEMA, Field, State
 
-Send = Callable[[Frame], None]
+Send = Callable[[Message], None]
 
 TICK = 0.1
 """Seconds after which a job that waits for its turn looks whether it is still wanted."""
@@ -96,7 +96,7 @@ class Worker:
             send(error_to_frame(e))
             raise
         else:
-            send(Frame("outcome", outcome_to_state(outcome, seconds)))
+            send(Message("outcome", outcome_to_state(outcome, seconds)))
 
     def _stage(self, job: Job) -> Stage:
         if job.wire != WIRE:
@@ -137,27 +137,27 @@ class Worker:
             if job.weights.get(name, mine) != mine:
                 raise StateError(
                     asked, f"its {name} is {mine[:16]}, and the caller knows {job.weights[name][:16]}",
-                    "Start it with the weights, dtype and precision of that time",
+                    "Start it with the weights, dtype and dtype_policy of that time",
                 )  # fmt: skip
 
     def _carry_out(
         self, stage: Stage, job: Job, inputs: State, send: Send, cancelled: threading.Event
-    ) -> tuple[Outcome, float]:
+    ) -> tuple[StageResult, float]:
         def listen(event: Event) -> None:
             if cancelled.is_set():
                 raise KeyboardInterrupt
             if event.name not in job.ignore:
                 send(event_to_frame(event))
 
-        def keep(outcome: Outcome) -> None:
-            send(Frame("kept", outcome_to_state(outcome).to_bytes()))
+        def keep(outcome: StageResult) -> None:
+            send(Message("kept", outcome_to_state(outcome).to_bytes()))
 
         events = Events(listen)
         listening = getattr(self.components, "listening", None)
         components = self.components if listening is None else listening(events)
         with self._my_turn(cancelled):
             begun = time.perf_counter()
-            task = Task(stage, inputs, job.weights, events, stop_at_step=job.stop_at_step,
+            task = StageCall(stage, inputs, job.weights, events, stop_at_step=job.stop_at_step,
                         keep=keep if job.keep_every else None, keep_every=job.keep_every or 1)  # fmt: skip
             outcome = Here(components).run(task)
             return (outcome if outcome.stopped else checked(stage, outcome)), time.perf_counter() - begun

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from ditkit import pictures, samples
 from ditkit.errors import RequestError, StateError
-from ditkit.pictures import IN_MEMORY
-from ditkit.execution.records import options_of
-from ditkit.request import Request
 from ditkit.execution.place import fingerprint_in
+from ditkit.execution.records import options_of
+from ditkit.pictures import IN_MEMORY
+from ditkit.request import Request
 from ditkit.runs.description import Parent
 from ditkit.runs.kept import WHOLE, Tell, clip
 from ditkit.runs.rewind import loop_of, taken_back
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from ditkit.events import Listener
-    from ditkit.pipeline import Pipe
+    from ditkit.pipeline import Pipeline
     from ditkit.state import State
 
 OPTIONS = ("clip", "pipe", "every", "keep_steps", "out", "sheet", "setup", "listeners", "tell")
 CALLERS = ("prompt", "negative_prompt", "seed", "request")
 SHAPES = ("width", "height", "frames")
-SOLVERS = ("solver", "solver_options")
+SOLVERS = ("scheduler", "scheduler_options")
 
 
 def forked(
@@ -43,7 +43,7 @@ def forked(
     at_step: int | None = None,
     clip: int | None = None,
     pixels: Mapping[str, Any] | None = None,
-    pipe: Pipe | None = None,
+    pipe: Pipeline | None = None,
     listeners: Iterable[Listener] = (),
     tell: Tell = lambda _: None,
     **keeping: Any,
@@ -60,7 +60,7 @@ def prepared(
     parent: Run,
     changes: Mapping[str, Any],
     *,
-    pipe: Pipe,
+    pipe: Pipeline,
     at_step: int | None = None,
     clip: int | None = None,
     pixels: Mapping[str, Any] | None = None,
@@ -128,7 +128,7 @@ def standing(parent: Run, index: int | None, tell: Tell) -> State:
 
 
 def _of_clip(parent: Run, state: State, index: int | None) -> State:
-    return state if index is None else samples.split(state, parent.pipe.pipeline.table)[index]
+    return state if index is None else samples.split(state, parent.pipe.stages.table)[index]
 
 
 def _pictures(old: State, request: Request, before: Mapping[str, Any]) -> dict[str, Any]:
@@ -156,25 +156,25 @@ def _asked(old: State, begun: State, changed: Mapping[str, Any]) -> State:
     return old.without(*(n for n in pictures.FIELDS if n not in begun)).with_fields(fresh)
 
 
-def _kept_where_it_fits(pipe: Pipe, state: State, computes_anew: bool, end: int | None = None) -> State:
+def _kept_where_it_fits(pipe: Pipeline, state: State, computes_anew: bool, end: int | None = None) -> State:
     """``state`` without the results, among the stages before ``end``, that its own request would make otherwise."""
     names = []
-    for stage in pipe.pipeline.stages[:end]:
-        unwanted = bool(stage.unwanted(state))
-        stale = bool(pipe.pipeline.outdated(stage, state)) or (unwanted and stage.name in state.get("records", {}))
+    for stage in pipe.stages.stages[:end]:
+        skip_reason = bool(stage.skip_reason(state))
+        stale = bool(pipe.stages.outdated(stage, state)) or (skip_reason and stage.name in state.get("records", {}))
         if computes_anew and not stale and (record := state.get("records", {}).get(stage.name)):
             weights = {n: fingerprint_in(pipe.components, n) for n in stage.components if n in pipe.components}
             stale = any(record["weights"].get(n, print_) != print_ for n, print_ in weights.items())
             stale = stale or record["options"] != options_of(stage)
-        ready, begun = not unwanted and all(n in state for n in stage.triggers), any(n in state for n in stage.loop)
+        ready, begun = not skip_reason and all(n in state for n in stage.triggers), any(n in state for n in stage.loop)
         if stale or (ready and not begun and not stage.done(state)):
             names.append(stage.name)
-    return taken_back(pipe.pipeline, state, names, end)
+    return taken_back(pipe.stages, state, names, end)
 
 
 def _at_step(
     parent: Run,
-    pipe: Pipe,
+    pipe: Pipeline,
     begun: State,
     changed: Mapping[str, Any],
     step: int,
@@ -183,7 +183,7 @@ def _at_step(
     tell: Tell,
     computes_anew: bool,
 ) -> State:
-    asked, loop = f"forking {parent.path} at step {step}", loop_of(pipe.pipeline)
+    asked, loop = f"forking {parent.path} at step {step}", loop_of(pipe.stages)
     if loop is None:
         raise StateError(asked, "none of its stages takes steps", "Leave the step out")
     if not 0 <= step < parent.description.steps:
@@ -199,12 +199,12 @@ def _at_step(
 
 
 def after_steps(
-    parent: Run, pipe: Pipe, step: int, index: int | None, listeners: Iterable[Listener], tell: Tell
+    parent: Run, pipe: Pipeline, step: int, index: int | None, listeners: Iterable[Listener], tell: Tell
 ) -> State:
     """The parent's State after ``step`` steps; from the nearest earlier one where that was not kept."""
-    loop = loop_of(pipe.pipeline)
+    loop = loop_of(pipe.stages)
     assert loop is not None
-    first = pipe.pipeline.stages[loop]
+    first = pipe.stages.stages[loop]
     alone = index is not None and not parent.description.request["batched"]
     who = clip(index) if alone and index is not None else WHOLE
     near = parent.states.newest(who, tell, upto=step) if step > 0 else None
@@ -213,7 +213,7 @@ def after_steps(
         return after_steps(_ancestor(above), pipe, step, above.clip, listeners, tell)
     if near is None:
         near = standing(parent, index, tell) if alone else parent.state(tell)
-        near = taken_back(pipe.pipeline, near, [first.name])
+        near = taken_back(pipe.stages, near, [first.name])
     if step > near.get("step", 0):
         tell(f"the steps up to {step} are taken again from step {near.get('step', 0)} on, the nearest that was kept")
         near = pipe.run(near, until=first.name, stop_at_step=step, listeners=listeners).state
@@ -232,42 +232,42 @@ def _ancestor(above: Parent) -> Run:
     return run
 
 
-def _check_weights(pipe: Pipe, state: State, asked: str) -> None:
+def _check_weights(pipe: Pipeline, state: State, asked: str) -> None:
     """Raise StateError now for what would be refused when the loop goes on."""
-    loop = loop_of(pipe.pipeline)
+    loop = loop_of(pipe.stages)
     assert loop is not None
-    for name in pipe.pipeline.stages[loop].components:
+    for name in pipe.stages.stages[loop].components:
         then = state.get("weights", {}).get(name)
         if then is not None and name in pipe.components and fingerprint_in(pipe.components, name) != then:
             raise StateError(asked, f"the steps before it were taken with another {name}",
-                             "Use the same weights, dtype and precision, or fork at step 0")  # fmt: skip
+                             "Use the same weights, dtype and dtype_policy, or fork at step 0")  # fmt: skip
 
 
-def _check_goes_on(pipe: Pipe, begun: State, changed: Mapping[str, Any], asked: str) -> None:
+def _check_goes_on(pipe: Pipeline, begun: State, changed: Mapping[str, Any], asked: str) -> None:
     """Raise StateError for a change that would not be seen, or be nonsense, in the middle of the loop."""
     from ditkit.schedulers import make
 
     request = begun["request"]
     for names, found in ((SHAPES, "the video would have another size"),
-                         (SOLVERS, "the solver remembers steps of another one")):  # fmt: skip
+                         (SOLVERS, "the scheduler remembers steps of another one")):  # fmt: skip
         if other := [n for n in names if n in changed]:
             raise StateError(f"{asked} with another {other[0]}", found, "Fork at step 0, or leave it as it was")
-    solver = pipe.seams.scheduler or make(request["solver"], **request["solver_options"])
-    if "seed" in changed and not solver.needs_noise:
-        raise StateError(f"{asked} with another seed", f"{request['solver']} draws no noise after the beginning",
+    scheduler = pipe.seams.scheduler or make(request["scheduler"], **request["scheduler_options"])
+    if "seed" in changed and not scheduler.needs_noise:
+        raise StateError(f"{asked} with another seed", f"{request['scheduler']} draws no noise after the beginning",
                          "Fork at step 0, or leave it as it was")  # fmt: skip
 
 
-def _check_levels(pipe: Pipe, state: State, begun: State, asked: str) -> None:
+def _check_levels(pipe: Pipeline, state: State, begun: State, asked: str) -> None:
     steps = pipe.steps(Request(**begun["request"]))
     if "sigmas" in state and state["sigmas"] != [*(s.sigma for s in steps), steps[-1].sigma_next]:
         raise StateError(asked, "with these settings it has other noise levels",
-                         "Fork at step 0, or keep steps, shift, schedule and sigmas")  # fmt: skip
+                         "Fork at step 0, or keep steps, shift, convention and sigmas")  # fmt: skip
 
 
-def _spliced(parent: Run, pipe: Pipe, state: State, at_step: int | None) -> bool:
+def _spliced(parent: Run, pipe: Pipeline, state: State, at_step: int | None) -> bool:
     """Whether the loop has steps behind it that another request took. A batch rounds otherwise than a clip alone."""
     before, batch = parent.description.parent, parent.description.request["batched"] and parent.description.clips > 1
-    loop = loop_of(pipe.pipeline)
-    going_on = loop is not None and any(n in state for n in pipe.pipeline.stages[loop].loop)
+    loop = loop_of(pipe.stages)
+    going_on = loop is not None and any(n in state for n in pipe.stages.stages[loop].loop)
     return going_on and (bool(at_step) or batch or (before is not None and before.spliced))

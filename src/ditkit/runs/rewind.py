@@ -8,18 +8,18 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from ditkit.execution.stage_list import Pipeline
 from ditkit.execution.place import readable
 from ditkit.execution.stage import Stage
+from ditkit.execution.stage_list import StageList
 from ditkit.state import State
 
 
-def loop_of(pipeline: Pipeline) -> int | None:
+def loop_of(pipeline: StageList) -> int | None:
     """Where the stage stands that takes steps."""
     return next((i for i, stage in enumerate(pipeline.stages) if stage.loop), None)
 
 
-def taken_back(pipeline: Pipeline, state: State, names: Collection[str], end: int | None = None) -> State:
+def taken_back(pipeline: StageList, state: State, names: Collection[str], end: int | None = None) -> State:
     """``state`` without the results of the stages ``names`` and of those that saw them, among the stages before
     ``end``. A stage whose result was overwritten by one of these goes too."""
     stages = pipeline.stages[:end]

@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from ditkit import pictures, samples
 from ditkit.errors import OutputError, SetupError, StateError
 from ditkit.events import Events, Listener
-from ditkit.request import Request
 from ditkit.execution.place import Interrupted
+from ditkit.request import Request
 from ditkit.runs.description import NAME, Description, Parent
 from ditkit.runs.kept import WHOLE, Journal, KeptStates, Tell, clip
 from ditkit.setup import Setup
 
 if TYPE_CHECKING:
-    from ditkit.pipeline import Pipe, Result
+    from ditkit.pipeline import Pipeline, Result
     from ditkit.receipt import Recorder
     from ditkit.state import State
 
@@ -42,7 +42,7 @@ def located(name: str | os.PathLike[str]) -> Path:
 class Run:
     """One run in its folder. ``pipe`` is opened when it is first asked for."""
 
-    def __init__(self, path: Path, description: Description, pipe: Pipe | None = None):
+    def __init__(self, path: Path, description: Description, pipe: Pipeline | None = None):
         self.path, self.description, self._pipe = path, description, pipe
         spliced = description.parent is not None and description.parent.spliced
         self.states = KeptStates(path / "states", keeps_first=spliced)
@@ -53,7 +53,7 @@ class Run:
     def create(
         cls,
         path: str | os.PathLike[str],
-        pipe: Pipe,
+        pipe: Pipeline,
         prompt: str | list[str] = "",
         *,
         every: int = 1,
@@ -61,9 +61,9 @@ class Run:
         out: str | os.PathLike[str] | None = None,
         **request: Any,
     ) -> Run:
-        """A run that has not begun yet; all fields of Request as keywords, as when a Pipe is called. A State is kept
-        after each stage and every ``every`` steps: the newest one, or with ``keep_steps="all"`` all of them, so that
-        each can be forked from. Raises StateError where there is a run already."""
+        """A run that has not begun yet; all fields of Request as keywords, as when a Pipeline is called. A State is
+        kept after each stage and every ``every`` steps: the newest one, or with ``keep_steps="all"`` all of them, so
+        that each can be forked from. Raises StateError where there is a run already."""
         values, pixels = pictures.take({"prompt": prompt, **request})
         state = pipe.begin(pipe.model.request(values), pixels)
         return cls.begin(path, pipe, state, every=every, keep_steps=keep_steps, out=out)
@@ -72,7 +72,7 @@ class Run:
     def begin(
         cls,
         path: str | os.PathLike[str],
-        pipe: Pipe,
+        pipe: Pipeline,
         state: State,
         *,
         every: int = 1,
@@ -112,7 +112,7 @@ class Run:
         return run
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], pipe: Pipe | None = None) -> Run:
+    def open(cls, path: str | os.PathLike[str], pipe: Pipeline | None = None) -> Run:
         """A run that was begun, maybe by another process. ``pipe``: needed for one that was changed from Python. Raises
         StateError."""
         folder = located(path)
@@ -123,7 +123,7 @@ class Run:
         return self.path.name
 
     @property
-    def pipe(self) -> Pipe:
+    def pipe(self) -> Pipeline:
         """The model, with the settings of the run. Raises LoadError, SetupError."""
         if self._pipe is None:
             import ditkit
@@ -174,7 +174,7 @@ class Run:
         recorder: Recorder | None = None,
     ) -> Result:
         """From where it stands to the end, or to a point before it. Bit-equal to a run that was never interrupted.
-        ``recorder``: as for ``Pipe.run``.
+        ``recorder``: as for ``Pipeline.run``.
 
         Raises Interrupted, after what was done is kept, and StateError while another process works on it."""
         listeners, description = tuple(listeners), self.description

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from ditkit.media import to_uint8
 from ditkit.execution.stage_list import BaseStage, Context
+from ditkit.media import to_uint8
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The denoising loop: noise and text in, clean latents out. One screen of plain math.
 
-It can stop after any step and go on from the State, bit for bit: the sample, the step count and the solver's history
+It can stop after any step and go on from the State, bit for bit: the sample, the step count and the scheduler's history
 are all that it remembers. Leaves out: what the transformer is told besides (``told.py``), and making it (``build``).
 """
 
@@ -16,9 +16,9 @@ from torch import Tensor
 
 from ditkit.contracts import Predict, Scheduler, Step, wrap
 from ditkit.errors import StateError
+from ditkit.execution.stage_list import BaseStage, Context, Stopped
 from ditkit.guidance.cfg import classifier_free_guidance
 from ditkit.guidance.experts import by_expert
-from ditkit.execution.stage_list import BaseStage, Context, Stopped
 from ditkit.schedulers import make
 from ditkit.schedulers.noise import initial_noise, step_noise
 from ditkit.schedulers.sigmas import explicit, float32, timesteps
@@ -35,7 +35,7 @@ class Denoise(BaseStage):
 
     strides: tuple[int, int, int] = (4, 8, 8)
     attention: str = "sdpa"
-    remember_text: bool = field(default=True, compare=False)
+    cache_text_kv: bool = field(default=True, compare=False)
     experts: tuple[str, ...] = ("transformer",)
     timestep_scale: float | None = field(default=None, compare=False)
 
@@ -68,27 +68,29 @@ class Denoise(BaseStage):
         request = state["request"]
         if len(self.experts) < 2 or request.get("boundary") is None or self.timestep_scale is None:
             return []
-        solver = make(request["solver"], **request["solver_options"])
+        scheduler = make(request["scheduler"], **request["scheduler_options"])
         own = request.get("sigmas")
         sigmas = (
-            solver.sigmas(request["steps"], request["shift"], request["schedule"]) if own is None else explicit(own)
+            scheduler.sigmas(request["steps"], request["shift"], request["convention"])
+            if own is None
+            else explicit(own)
         )
         if state.get("sigmas") not in (None, [float32(sigma) for sigma in sigmas]):
             return []
-        told = timesteps(sigmas, request["schedule"], solver.name, self.timestep_scale)
+        told = timesteps(sigmas, request["convention"], scheduler.name, self.timestep_scale)
         return [self.experts[timestep < request["boundary"] * self.timestep_scale] for timestep in told]
 
     def run(self, inputs: Mapping[str, Any], ctx: Context) -> Mapping[str, Any]:
-        solver = ctx.seams.scheduler or make(ctx.settings.solver, **ctx.settings.solver_options)
+        scheduler = ctx.seams.scheduler or make(ctx.settings.scheduler, **ctx.settings.scheduler_options)
         transformer = ctx.components[self.needs(inputs, ctx.stop_at_step)[0]]
-        steps = request_steps(solver, ctx.settings, transformer.timestep_scale, len(self.experts))
+        steps = request_steps(scheduler, ctx.settings, transformer.timestep_scale, len(self.experts))
         sigmas = [*(s.sigma for s in steps), steps[-1].sigma_next]
         if inputs.get("sigmas", sigmas) != sigmas:
             raise StateError("going on from a State", "it was begun with other noise levels than its request now gives",
-                             "Keep its steps, shift, schedule and solver, or begin anew")  # fmt: skip
+                             "Keep its steps, shift, convention and scheduler, or begin anew")  # fmt: skip
         x, done, history = self.begin(inputs, ctx, transformer)
         predict = self.predict(inputs, ctx, x)
-        noise = self.noise(solver, inputs["seed"], x)
+        noise = self.noise(scheduler, inputs["seed"], x)
         last = len(steps) if ctx.stop_at_step is None else min(ctx.stop_at_step, len(steps))
 
         reached = x, history, done
@@ -97,7 +99,7 @@ class Denoise(BaseStage):
                 with ctx.events.span("step", step=step):
                     velocity = predict(x, step)
                     ctx.events.emit("prediction", step=step, x=x, velocity=velocity)
-                    x_next, history_next = solver.solve(x, velocity, step, history, noise(step))
+                    x_next, history_next = scheduler.solve(x, velocity, step, history, noise(step))
                     # One assignment, so that Ctrl-C finds all of them before the step or all of them after it.
                     reached = with_known(x_next, inputs), history_next, step.index + 1
                     x, history, done = reached
@@ -132,14 +134,14 @@ class Denoise(BaseStage):
         # Read now: fingerprints hold the settings that were read, also those of a run that stops before its first step.
         scale = ctx.settings.control_scale if "control" in inputs else 1.0
         makers = {
-            name: partial(forward_pass, name, inputs, ctx, self.attention, self.remember_text, scale)
+            name: partial(forward_pass, name, inputs, ctx, self.attention, self.cache_text_kv, scale)
             for name in self.experts
         }
         return wrap(classifier_free_guidance(by_expert(makers)), ctx.seams.predict)
 
-    def noise(self, solver: Scheduler, seeds: list[int], x: Tensor):
+    def noise(self, scheduler: Scheduler, seeds: list[int], x: Tensor):
         def draw(step: Step) -> Tensor | None:
-            if not solver.needs_noise:
+            if not scheduler.needs_noise:
                 return None
             return torch.stack([step_noise(seed, step.index, x.shape[1:]) for seed in seeds]).to(x.device)
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ditkit.contracts import Predict, Step, wrap
 from ditkit.errors import StateError
-from ditkit.nn.attention import ATTENTION
 from ditkit.execution.stage_list import Context
+from ditkit.nn.attention import ATTENTION
 
 CONDITIONING = ("image_embeds", "condition", "clean_latents", "control")
 """State fields that reach the transformer, each made by a stage of its own and there only when it is needed."""

@@ -17,13 +17,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ditkit.checkpoints.files.opening import SIZES, some
-from ditkit.checkpoints.model.find import parts_of
-from ditkit.checkpoints.model.manifest import INDEX
 from ditkit.checkpoints.convert.plan import LAYOUTS, Layout, Plan, config_of, plan
-from ditkit.checkpoints.model.locate import WITHOUT_WEIGHTS, Located, Part, locate
-from ditkit.checkpoints.views.source import TensorSource
+from ditkit.checkpoints.files.opening import SIZES, some
 from ditkit.checkpoints.files.writing import SHARD_BYTES, WANTED, write_pickle, write_set
+from ditkit.checkpoints.model.find import parts_of
+from ditkit.checkpoints.model.locate import WITHOUT_WEIGHTS, ModelParts, Part, locate
+from ditkit.checkpoints.model.manifest import INDEX
+from ditkit.checkpoints.views.source import TensorSource
 from ditkit.errors import LoadError, OutputError, SetupError, nearest
 
 Progress = Callable[[str, int, int], None]
@@ -48,7 +48,7 @@ def convert(
     layout: Layout,
     dtype: str | None = None,
     *,
-    located: Located | None = None,
+    located: ModelParts | None = None,
     variant: str | None = None,
     shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
@@ -119,7 +119,7 @@ BESIDE = frozenset({"README.md", "LICENSE", "LICENSE.txt", "LICENSE.md", ".gitat
 """What stands beside a model and goes with it."""
 
 
-def _own_names(located: Located, folder: Path) -> set[str]:
+def _own_names(located: ModelParts, folder: Path) -> set[str]:
     """The entries of ``folder`` that its model consists of."""
     parts = located.parts.values()
     files = [*(file for part in parts if part.source for file in part.source.files), *(part.path for part in parts)]
@@ -165,7 +165,7 @@ def _bytes(source: TensorSource, dtype: str | None) -> int:
     )
 
 
-def _compare(located: Located, layout: str, folder: Path, dst: Path) -> None:
+def _compare(located: ModelParts, layout: str, folder: Path, dst: Path) -> None:
     """Whether the written model says of itself what the first one says. Only headers are read."""
     asked = f"writing {dst} in the {layout} layout"
     do = "Use the layout of diffusers, which has a config for each component"
@@ -197,7 +197,7 @@ def _shown(value: object) -> str:
     return text if len(text) < 60 else f"{text[:56]} ..."
 
 
-def _types(located: Located, dtype: str | None) -> dict[str, str]:
+def _types(located: ModelParts, dtype: str | None) -> dict[str, str]:
     types = {}
     for name, part in located.parts.items():
         if part.source is not None:

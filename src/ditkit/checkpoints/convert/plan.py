@@ -14,15 +14,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-from ditkit.checkpoints.kinds import diffusers_folder as theirs
 from ditkit.checkpoints.files.opening import some
+from ditkit.checkpoints.kinds import diffusers_folder as theirs
 from ditkit.checkpoints.kinds.keys import KeyTable, Side, clip_keys, table_of
 from ditkit.checkpoints.kinds.latents import STATISTICS
 from ditkit.checkpoints.kinds.table import task_of
-from ditkit.checkpoints.views.mapped import Mapped
-from ditkit.checkpoints.model.locate import EXPERTS, NATIVE_TOKENIZER, THEIR_SIDE, Located, Part
-from ditkit.checkpoints.views.source import TensorSource
+from ditkit.checkpoints.model.locate import EXPERTS, NATIVE_TOKENIZER, THEIR_SIDE, ModelParts, Part
 from ditkit.checkpoints.model.used import NOTES
+from ditkit.checkpoints.views.mapped import Mapped
+from ditkit.checkpoints.views.source import TensorSource
 from ditkit.errors import LoadError
 
 Layout = Literal["native", "diffusers"]
@@ -58,7 +58,7 @@ class Plan:
     remarks: list[str] = field(default_factory=list)
 
 
-def plan(located: Located, layout: Layout) -> Plan:
+def plan(located: ModelParts, layout: Layout) -> Plan:
     """How the model is written. Raises LoadError for tensors that are unknown or missing."""
     made = Plan()
     one = len(located.parts) == 1
@@ -130,7 +130,7 @@ USUAL_FLOW_SHIFT = 3.0
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
-def _diffusers_part(part: Part, located: Located, folder: Path | None, made: Plan) -> None:
+def _diffusers_part(part: Part, located: ModelParts, folder: Path | None, made: Plan) -> None:
     folder = Path(part.component) if folder is None else folder
     if part.kind == "tokenizer":
         made.copies[folder] = tokenizer_files(part.path)
@@ -142,7 +142,7 @@ def _diffusers_part(part: Part, located: Located, folder: Path | None, made: Pla
         made.json[folder / "config.json"] = CONFIGS[part.kind](config_of(part))
 
 
-def _pipeline(located: Located, made: Plan) -> None:
+def _pipeline(located: ModelParts, made: Plan) -> None:
     """The index, and the components without weights: taken from a folder of diffusers, else written anew."""
     task = located.task
     if task is None:
@@ -189,7 +189,7 @@ def _scheduler_class(folder: Path) -> str:
     return str(theirs.read_config(folder, file.name)["_class_name"]) if file.is_file() else "UniPCMultistepScheduler"
 
 
-def _without_weights(located: Located, task: str) -> list[tuple[str, str, dict[str, Any] | None]]:
+def _without_weights(located: ModelParts, task: str) -> list[tuple[str, str, dict[str, Any] | None]]:
     scheduler = {
         "_class_name": "UniPCMultistepScheduler", "_diffusers_version": theirs.DIFFUSERS_VERSION,
         "num_train_timesteps": 1000, "prediction_type": "flow_prediction", "use_flow_sigmas": True,
@@ -222,7 +222,7 @@ NATIVE_FILES: Mapping[str, str] = MappingProxyType({
 USUAL_TEXT_DIM = 4096  # the official files leave it out
 
 
-def _native_part(part: Part, located: Located, folder: Path | None, made: Plan) -> None:
+def _native_part(part: Part, located: ModelParts, folder: Path | None, made: Plan) -> None:
     if part.kind == "tokenizer":
         made.copies[NATIVE_TOKENIZER if folder is None else folder] = tokenizer_files(part.path)
     elif part.kind == "wan":
@@ -264,6 +264,6 @@ def native_config(part: Part) -> dict[str, Any]:
     }
 
 
-PARTS: Mapping[Layout, Callable[[Part, Located, Path | None, Plan], None]] = MappingProxyType({
+PARTS: Mapping[Layout, Callable[[Part, ModelParts, Path | None, Plan], None]] = MappingProxyType({
     "native": _native_part, "diffusers": _diffusers_part,
 })  # fmt: skip

@@ -25,7 +25,7 @@ from typing import IO, TYPE_CHECKING, Any
 import torch
 
 from ditkit.checkpoints.files.opening import DTYPES, StoredTensors, TensorInfo, read
-from ditkit.checkpoints.views.source import Look, unseen
+from ditkit.checkpoints.views.source import Inspect, no_inspection
 from ditkit.errors import LoadError, MissingDependency, nearest
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class GGUFFile(StoredTensors):
             tensors[name] = _info(path, header, tensor, asked)
         super().__init__(path, dict(sorted(tensors.items(), key=lambda item: item[1].start)), header.fields)
 
-    def _read(self, stream: IO[bytes], name: str, info: TensorInfo, look: Look = unseen) -> Tensor:
+    def _read(self, stream: IO[bytes], name: str, info: TensorInfo, look: Inspect = no_inspection) -> Tensor:
         if info.dtype in DTYPES:
             return read(stream, name, info, look)
         return read(stream, name, TensorInfo(info.file, "U8", (info.size,), info.start, info.size), look)

@@ -24,7 +24,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import IO, TYPE_CHECKING, Any
 
-from ditkit.checkpoints.views.source import Look, unseen
+from ditkit.checkpoints.views.source import Inspect, no_inspection
 from ditkit.errors import LoadError
 from ditkit.store.hashes import HASHES
 
@@ -338,10 +338,10 @@ class StoredTensors:
         with info.file.open("rb", buffering=0) as stream:
             return self._read(stream, name, info)
 
-    def _read(self, stream: IO[bytes], name: str, info: TensorInfo, look: Look = unseen) -> torch.Tensor:
+    def _read(self, stream: IO[bytes], name: str, info: TensorInfo, look: Inspect = no_inspection) -> torch.Tensor:
         return read(stream, name, info, look)
 
-    def cast(self, name: str, dtype: torch.dtype | None = None, look: Look = unseen) -> torch.Tensor:
+    def cast(self, name: str, dtype: torch.dtype | None = None, look: Inspect = no_inspection) -> torch.Tensor:
         """The tensor as ``dtype``; where that is not the stored one, it is never whole in memory as it is stored."""
         import torch
 
@@ -391,7 +391,7 @@ class TensorFiles(StoredTensors):
         super().__init__(path, *(_sharded(path) if path.suffix == ".json" else _header(path)))
 
 
-def read(stream: IO[bytes], name: str, info: TensorInfo, look: Look = unseen) -> torch.Tensor:
+def read(stream: IO[bytes], name: str, info: TensorInfo, look: Inspect = no_inspection) -> torch.Tensor:
     """The bytes of one tensor, contiguous, in memory of its own. Raises LoadError when the file ends before."""
     import torch
 
@@ -425,7 +425,7 @@ def converted(
     shape: tuple[int, ...],
     dtype: torch.dtype,
     numbers: Callable[[torch.Tensor, int], torch.Tensor],
-    look: Look = unseen,
+    look: Inspect = no_inspection,
 ) -> torch.Tensor:
     """A new tensor made of stored bytes, piece by piece. ``numbers``: (bytes, how many numbers came before) -> the
     numbers in them, of any type; they are rounded to ``dtype`` here, once."""

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ditkit.checkpoints.files.opening import DTYPES, HEADER_LIMIT, StoredTensors, TensorInfo, kind_of, read, some
-from ditkit.checkpoints.views.source import Look, unseen
+from ditkit.checkpoints.views.source import Inspect, no_inspection
 from ditkit.errors import LoadError, nearest
 
 NAMES: Mapping[torch.dtype, str] = MappingProxyType({getattr(torch, name): key for key, name in DTYPES.items()})
@@ -65,7 +65,7 @@ class PickleFile(StoredTensors):
         super().__init__(path, dict(sorted(tensors.items(), key=lambda item: item[1].start)), {})
         self.notes = note
 
-    def _read(self, stream: IO[bytes], name: str, info: TensorInfo, look: Look = unseen) -> Tensor:
+    def _read(self, stream: IO[bytes], name: str, info: TensorInfo, look: Inspect = no_inspection) -> Tensor:
         if not isinstance(info, StridedInfo):
             return read(stream, name, info, look)
         items = info.size // getattr(torch, DTYPES[info.dtype]).itemsize

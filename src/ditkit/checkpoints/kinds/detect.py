@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from ditkit.checkpoints.kinds.table import SIZES, task_of
 from ditkit.checkpoints.kinds.sizes import SIZE_NAMES, Tensors
+from ditkit.checkpoints.kinds.table import SIZES, task_of
 from ditkit.checkpoints.views.source import TensorSource
 from ditkit.errors import LoadError
 
@@ -108,7 +108,7 @@ class Detected:
 
 
 @dataclass(frozen=True)
-class Plain:
+class PlainView:
     """A source without prefix and scales: what signatures and key tables are about."""
 
     source: TensorSource
@@ -116,14 +116,14 @@ class Plain:
     quantization: str | None
 
 
-def plain(source: TensorSource) -> Plain:
+def plain(source: TensorSource) -> PlainView:
     """``source`` seen without the prefix that all of its names share, and dequantised if it is quantised."""
     from ditkit.checkpoints.views.prefixes import Unprefixed
     from ditkit.checkpoints.views.quantized import Dequantized
 
     unprefixed = Unprefixed(source)
     dequantized = Dequantized(unprefixed)
-    return Plain(dequantized, unprefixed.prefix, dequantized.quantization)
+    return PlainView(dequantized, unprefixed.prefix, dequantized.quantization)
 
 
 def detect(source: TensorSource) -> Detected:
@@ -142,7 +142,7 @@ def recognise(source: TensorSource) -> tuple[Detected, TensorSource]:
     return _recognise(view, f"recognising {source.path}"), view.source
 
 
-def _recognise(view: Plain, asked: str) -> Detected:
+def _recognise(view: PlainView, asked: str) -> Detected:
     tensors = view.source.tensors
     fitting = dict.fromkeys(
         (one.kind, one.layout)

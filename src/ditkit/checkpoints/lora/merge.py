@@ -14,9 +14,9 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from ditkit.checkpoints.files.opening import some
-from ditkit.checkpoints.lora.read import Adapter
 from ditkit.checkpoints.lora.deltas import wide
-from ditkit.checkpoints.views.source import Facts, Look, TensorFacts, TensorSource, cast, unseen
+from ditkit.checkpoints.lora.read import Adapter
+from ditkit.checkpoints.views.source import Facts, Inspect, TensorFacts, TensorSource, cast, no_inspection
 from ditkit.errors import LoadError
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class Merged:
     def __getitem__(self, name: str) -> Tensor:
         return self._merge(name, self.source[name])
 
-    def cast(self, name: str, dtype: torch.dtype | None = None, look: Look = unseen) -> Tensor:
+    def cast(self, name: str, dtype: torch.dtype | None = None, look: Inspect = no_inspection) -> Tensor:
         if not any(name in adapter.deltas for adapter, _ in self.adapters):
             return cast(self.source, name, dtype, look)
         tensor = self[name].to(dtype)

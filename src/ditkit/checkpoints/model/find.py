@@ -20,21 +20,21 @@ from ditkit.setup import Setup
 
 if TYPE_CHECKING:
     from ditkit.checkpoints.model.hub import Hub
-    from ditkit.checkpoints.model.manifest import Manifest, Place
-    from ditkit.checkpoints.model.locate import Located, Scope
+    from ditkit.checkpoints.model.locate import ModelParts, Scope
+    from ditkit.checkpoints.model.manifest import Location, Manifest
 
-ASSETS = Path(__file__).parents[1] / "assets"
+ASSETS = Path(__file__).parents[2] / "assets"
 MODELS = {"shapes": ASSETS / "shapes", "shapes-i2v": ASSETS / "shapes-i2v"}
 """Models that come with the package, by name."""
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundModel:
     """``tables``: those of ``ditkit.toml`` that speak of requests, and ``file``, where they stand. ``processor``: the
     folder's own words on how pictures are prepared. ``verify``: for each part of a locked manifest, what raises
     LoadError unless its files are those that were locked."""
 
-    located: Located
+    located: ModelParts
     flow_shift: float | None
     tables: Mapping[str, Mapping[str, Any]]
     file: Path
@@ -42,7 +42,7 @@ class Found:
     verify: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
 
 
-def find(name: str, setup: Setup | None = None, scope: Scope | None = None) -> Found:
+def find(name: str, setup: Setup | None = None, scope: Scope | None = None) -> FoundModel:
     """The parts of the model ``name``, opened (headers only). ``setup`` says what stands in for single parts, which
     variant of a Diffusers folder, and whether the network may be used. ``scope``: which parts matter here; one that
     lies at a host is not fetched. Raises LoadError."""
@@ -53,20 +53,22 @@ def find(name: str, setup: Setup | None = None, scope: Scope | None = None) -> F
         return _find(name, setup or Setup(model=name), scope or WHOLE)
 
 
-def at_host(address: str, about: Mapping[str, Any], setup: Setup, scope: Scope) -> Found:
+def at_host(address: str, about: Mapping[str, Any], setup: Setup, scope: Scope) -> FoundModel:
     """The model that a host speaks of; ``about`` as ``Model.describe`` gives it. Parts that ``setup`` names are opened
     here, the others are in ``scope``. Raises LoadError."""
     from ditkit.checkpoints.model.hub import Hub
     from ditkit.checkpoints.model.locate import announced, open_part
 
     hub = Hub(offline=setup.offline)
-    parts = {n: open_part(_place(w, hub, n), n, allow=setup.allow) for n, w in setup.parts.items() if scope.opens(n)}
+    parts = {
+        n: open_part(_place(w, hub, n), n, allow=setup.allow) for n, w in setup.components.items() if scope.opens(n)
+    }
     located = announced(address, parts, {"boundary_ratio": about.get("boundary")}, scope)
     tables = {name: about[name] for name in ("defaults", "preview") if about.get(name)}
-    return Found(located, about.get("flow_shift"), tables, Path(address), about.get("processor"))
+    return FoundModel(located, about.get("flow_shift"), tables, Path(address), about.get("processor"))
 
 
-def _find(name: str, setup: Setup, scope: Scope) -> Found:
+def _find(name: str, setup: Setup, scope: Scope) -> FoundModel:
     from ditkit.checkpoints.kinds.diffusers_folder import IMAGE_CLAIM
     from ditkit.checkpoints.model.hub import Hub, HubName
     from ditkit.checkpoints.model.locate import locate
@@ -76,21 +78,21 @@ def _find(name: str, setup: Setup, scope: Scope) -> Found:
         if rule != IMAGE_CLAIM:
             found = f"there is no such rule{nearest(rule, [IMAGE_CLAIM])}"
             raise SetupError(f"allow={rule!r}", found, f"There is {IMAGE_CLAIM}")
-    instead = {part: _place(where, hub, part) for part, where in setup.parts.items() if scope.opens(part)}
+    instead = {part: _place(where, hub, part) for part, where in setup.components.items() if scope.opens(part)}
     if HubName.parse(name) is not None:
         return _from_manifest(_fetched(name, hub), setup, instead, hub, scope)
     path = _path(name)
     manifest = _manifest(path)
     if manifest is not None:
         return _from_manifest(manifest, setup, instead, hub, scope)
-    return Found(locate(path, setup.variant, allow=setup.allow, instead=instead, scope=scope), None, {}, path)
+    return FoundModel(locate(path, setup.variant, allow=setup.allow, instead=instead, scope=scope), None, {}, path)
 
 
-def parts_of(path: Path, variant: str | None = None, *, verify: bool = False) -> Located:
+def parts_of(path: Path, variant: str | None = None, *, verify: bool = False) -> ModelParts:
     """The parts in ``path``, for whoever looks at them without running them: also of one component, and of a model that
     is not whole. ``verify``: parts of a locked manifest are held against their hashes. Raises LoadError."""
-    from ditkit.checkpoints.model.manifest import INDEX, NAMES
     from ditkit.checkpoints.model.locate import locate, open_part
+    from ditkit.checkpoints.model.manifest import INDEX, NAMES
 
     if path.suffix == ".toml" or any((path / name).is_file() for name in NAMES if name != INDEX):
         found = find(str(path), Setup(model=str(path), variant=variant))
@@ -142,10 +144,10 @@ def _manifest(path: Path) -> Manifest | None:
     return Manifest.open(path) if path.suffix == ".toml" or path.name in NAMES else None
 
 
-def _from_manifest(manifest: Manifest, setup: Setup, instead: Mapping[str, Path], hub: Hub, scope: Scope) -> Found:
+def _from_manifest(manifest: Manifest, setup: Setup, instead: Mapping[str, Path], hub: Hub, scope: Scope) -> FoundModel:
     from ditkit.checkpoints.model import lock
-    from ditkit.checkpoints.model.manifest import INDEX, MODULAR
     from ditkit.checkpoints.model.locate import WITHOUT_WEIGHTS, assemble, locate
+    from ditkit.checkpoints.model.manifest import INDEX, MODULAR
 
     folder = manifest.folder
     indexed = any((folder / one).is_file() for one in (INDEX, MODULAR))
@@ -173,10 +175,10 @@ def _from_manifest(manifest: Manifest, setup: Setup, instead: Mapping[str, Path]
             lock.verify(named[name], place)
     verify = {name: partial(lock.verify, named[name], place) for name, place in places.items() if named[name].sha256}
     file, tables = manifest.file or folder, manifest.tables
-    return Found(located, _flow_shift(notes.get("scheduler")), tables, file, _processor(notes), verify)
+    return FoundModel(located, _flow_shift(notes.get("scheduler")), tables, file, _processor(notes), verify)
 
 
-def _missing(place: Place) -> bool:
+def _missing(place: Location) -> bool:
     """A component that an index names in its usual place, and whose folder is not there. Of a locked one the files are
     named, so their place has to be right."""
     beside = place.path is not None and place.names is None and place.written == f"./{place.component}"

@@ -2,8 +2,8 @@
 
 ``open_part`` opens one component, a file or a folder in any layout. ``locate`` finds all parts of a model: in a folder
 of diffusers by the names in its index, in a native folder by what its files hold, for a single file that file alone.
-What is missing or does not fit is in ``Located.problems``, each one a sentence of what was looked for, where, and how
-to get it. Only headers are read. Leaves out: manifests (manifest.py), building modules, and LoRAs (lora.py).
+What is missing or does not fit is in ``ModelParts.problems``, each one a sentence of what was looked for, where, and
+how to get it. Only headers are read. Leaves out: manifests (manifest.py), building modules, and LoRAs (lora.py).
 """
 
 from __future__ import annotations
@@ -15,13 +15,22 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from ditkit.checkpoints.files.opening import (
+    INDEX,
+    OTHERS,
+    open_source,
+    read_json,
+    read_shards,
+    readable,
+    some,
+    split_entry,
+)
 from ditkit.checkpoints.kinds.detect import Detected, bare, recognise
 from ditkit.checkpoints.kinds.diffusers_folder import read_index
-from ditkit.checkpoints.files.opening import INDEX, OTHERS, open_source, read_json, read_shards, readable, some, split_entry
 from ditkit.checkpoints.kinds.keys import table_of
+from ditkit.checkpoints.kinds.sizes import Tensors
 from ditkit.checkpoints.kinds.table import SIZES, config_of, kind_of_config, task_of
 from ditkit.checkpoints.views.mapped import Mapped
-from ditkit.checkpoints.kinds.sizes import Tensors
 from ditkit.checkpoints.views.source import TensorSource, notes_of
 from ditkit.errors import LoadError, nearest
 
@@ -98,7 +107,7 @@ WHOLE = Scope()
 
 
 @dataclass(frozen=True)
-class Located:
+class ModelParts:
     """A model's parts: ``parts`` are here, ``elsewhere`` at hosts. ``boundary``: the sigma below which
     ``transformer_2`` runs. ``expand_timesteps``: each token has its own timestep. ``unused``: files beside the parts,
     and why they are none. ``problems``: what keeps the model from running; ``check`` raises the first."""
@@ -113,7 +122,7 @@ class Located:
     problems: tuple[LoadError, ...] = ()
     elsewhere: Mapping[str, Part] = field(default_factory=dict)
 
-    def check(self) -> Located:
+    def check(self) -> ModelParts:
         if self.problems:
             raise self.problems[0]
         return self
@@ -242,7 +251,7 @@ def locate(
     values: Mapping[str, Any] = MappingProxyType({}),
     allow: Collection[str] = (),
     scope: Scope = WHOLE,
-) -> Located:
+) -> ModelParts:
     """All parts of the model in ``path``: a folder of diffusers, a native one, or one file of weights.
 
     ``variant`` selects among the weights of each folder of diffusers. ``instead``: component -> a file or folder that
@@ -263,7 +272,7 @@ def _locate(
     allow: Collection[str],
     scope: Scope,
     asked: str,
-) -> Located:
+) -> ModelParts:
     path, entry = split_entry(path)
     if not path.exists():
         raise LoadError(asked, "there is no such file or folder", "Check the path")
@@ -297,7 +306,7 @@ def assemble(
     allow: Collection[str] = (),
     promised: Collection[str] = (),
     scope: Scope = WHOLE,
-) -> Located:
+) -> ModelParts:
     """The model whose components are in ``places``, with the ``values`` of its index or manifest (``boundary_ratio``,
     ``expand_timesteps``). ``path`` is what messages call it. ``promised``: the components that its index names; one
     that is not in ``places`` is a problem. Raises LoadError."""
@@ -309,7 +318,7 @@ def assemble(
     return _located(path, layout, parts, values, promised=promised, scope=scope)
 
 
-def announced(where: str, parts: Mapping[str, Part], values: Mapping[str, Any], scope: Scope) -> Located:
+def announced(where: str, parts: Mapping[str, Part], values: Mapping[str, Any], scope: Scope) -> ModelParts:
     """The model that a host has, at the address ``where``, with ``parts`` of this machine in their places."""
     return _located(where, "host", parts, values, scope=scope)
 
@@ -321,7 +330,7 @@ def _diffusers(
     values: Mapping[str, Any],
     allow: Collection[str],
     scope: Scope,
-) -> Located:
+) -> ModelParts:
     index = read_index(folder, require_folders=False)
     asked = f"opening the model in {folder}"
     known = (*KINDS, "tokenizer", *WITHOUT_WEIGHTS)
@@ -426,7 +435,7 @@ def _located(
     unused: Mapping[str, str] = MappingProxyType({}),
     promised: Collection[str] = (),
     scope: Scope = WHOLE,
-) -> Located:
+) -> ModelParts:
     parts = {name: part for name, part in parts.items() if scope.opens(name)}
     halves = layout == "native" and any((Path(path) / folder).is_dir() for folder in EXPERTS)
     two = halves or "transformer_2" in parts
@@ -447,7 +456,7 @@ def _located(
     if expand and main and task != "ti2v":
         problems.append(look.problem(f"expand_timesteps is true and its transformer is {task}", "Correct the index"))
     ordered = [{n: some[n] for n in (*KINDS, "tokenizer") if n in some} for some in (parts, far)]
-    return Located(
+    return ModelParts(
         path, layout, MappingProxyType(ordered[0]), task, boundary, task == "ti2v" if expand is None else bool(expand),
         MappingProxyType(dict(unused)), tuple(problems), MappingProxyType(ordered[1]),
     )  # fmt: skip

@@ -18,7 +18,7 @@ from typing import Any
 
 from ditkit.checkpoints.files.opening import read_json
 from ditkit.checkpoints.model.hub import Hub
-from ditkit.checkpoints.model.manifest import Manifest, Place
+from ditkit.checkpoints.model.manifest import Location, Manifest
 from ditkit.checkpoints.model.used import used
 from ditkit.errors import LoadError
 
@@ -100,7 +100,7 @@ def with_lock(manifest: Manifest) -> Manifest:
     return replace(manifest, components=MappingProxyType(places), locked=True)
 
 
-def _pinned(place: Place, entry: Entry, asked: str) -> Place:
+def _pinned(place: Location, entry: Entry, asked: str) -> Location:
     if place.written != entry.written:
         raise LoadError(asked, f"the {place.component} is {place.written} now and was {entry.written}", AGAIN)
     digests = {name: digest for name, (_, digest) in entry.files.items()}
@@ -116,7 +116,7 @@ def _pinned(place: Place, entry: Entry, asked: str) -> Place:
     )
 
 
-def files_at(place: Place, at: Path) -> dict[str, Path]:
+def files_at(place: Location, at: Path) -> dict[str, Path]:
     """The files that make the component that lies ``at`` a folder or file, under the names that a lock uses."""
     if at.is_file():
         names: Iterable[str] = [at.name, *_beside(at)]
@@ -135,7 +135,7 @@ def _beside(file: Path) -> list[str]:
     return [*config, *sorted({str(name) for name in read_json(file).get("weight_map", {}).values()})]
 
 
-def check_names(place: Place, at: Path) -> None:
+def check_names(place: Location, at: Path) -> None:
     """Whether all pinned files are there with their sizes and, when locked, no others. Raises LoadError."""
     if not place.sha256:
         return
@@ -149,7 +149,7 @@ def check_names(place: Place, at: Path) -> None:
             raise LoadError(asked, f"{name} has {found} bytes and had {size} when it was locked", AGAIN)
 
 
-def verify(place: Place, at: Path) -> int:
+def verify(place: Location, at: Path) -> int:
     """Hash every pinned file of the component that lies ``at`` a folder or file. Returns how many bytes were
     read, 0 when nothing is pinned.
 
@@ -202,7 +202,7 @@ def _index_entry(manifest: Manifest) -> Entry | None:
     return Entry(f"./{name}", None, {name: (manifest.index.stat().st_size, _digest(manifest.index))})
 
 
-def _entry(place: Place, hub: Hub) -> Entry:
+def _entry(place: Location, hub: Hub) -> Entry:
     place = place.pin(hub)
     at = place.resolve(hub)
     verify(place, at)  # what the manifest itself pins

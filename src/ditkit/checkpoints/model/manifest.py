@@ -43,7 +43,7 @@ _SPEC = ("pretrained_model_name_or_path", "repo", "subfolder", "revision", "vari
 
 
 @dataclass(frozen=True)
-class Place:
+class Location:
     """Where one component lies: ``path`` (absolute) or ``repo`` with its ``revision``, then ``subfolder``, ``file``.
 
     ``written`` is how the manifest says it. ``sha256`` maps names of files to hex digests, as far as they are pinned:
@@ -109,7 +109,7 @@ class Place:
             names = tuple(self.inner + name.removeprefix(self.prefix) for name in self.names)
         return hub.fetch(self.repo, self.revision, names) / self.subfolder / (self.file or "")
 
-    def pin(self, hub: Hub) -> Place:
+    def pin(self, hub: Hub) -> Location:
         """The same place at the commit that its branch or tag means now."""
         if self.pinned or self.repo is None:
             return self
@@ -154,7 +154,7 @@ class Manifest:
     folder: Path
     file: Path | None
     index: Path | None
-    components: Mapping[str, Place]
+    components: Mapping[str, Location]
     model: Mapping[str, Any]
     tables: Mapping[str, Mapping[str, Any]]
     locked: bool = False
@@ -298,7 +298,7 @@ def _check_note(name: str, value: Any, asked: str) -> None:
         raise LoadError(asked, f"{name} is {value!r}, not {wanted}", "Correct it")
 
 
-def _places(table: Mapping[str, Any], file: Path, base: _Local | _Remote) -> dict[str, Place]:
+def _places(table: Mapping[str, Any], file: Path, base: _Local | _Remote) -> dict[str, Location]:
     asked = f"reading [components] of {file}"
     places = {}
     for name, value in table.items():
@@ -310,7 +310,7 @@ def _places(table: Mapping[str, Any], file: Path, base: _Local | _Remote) -> dic
     return places
 
 
-def place_of(component: str, text: str, folder: Path | None = None) -> Place:
+def place_of(component: str, text: str, folder: Path | None = None) -> Location:
     """A place outside of any manifest: a path, relative to ``folder`` (the current one when None), or
     ``hf:OWNER/NAME[/FOLDER or /FOLDER/FILE]@REVISION``. Raises LoadError."""
     return _place(component, _short(text), f"{component}={text}", _Local(folder or Path.cwd()))
@@ -326,7 +326,7 @@ def _short(text: str) -> dict[str, Any]:
     return {"repo": hub.repo} | {key: value for key, value in keys.items() if value}
 
 
-def _place(name: str, keys: Mapping[str, Any], asked: str, base: _Local | _Remote) -> Place:
+def _place(name: str, keys: Mapping[str, Any], asked: str, base: _Local | _Remote) -> Location:
     keys = dict(keys)
     pins = keys.pop("sha256", {})
     for key, value in keys.items():
@@ -357,7 +357,7 @@ def _place(name: str, keys: Mapping[str, Any], asked: str, base: _Local | _Remot
             found = base.place(name, where)
             inner = PurePosixPath(found.get("subfolder", ""), keys.pop("subfolder", "")).as_posix()
             keys = found | keys | {"subfolder": "" if inner == "." else inner}
-    return Place(name, written, **keys, sha256=MappingProxyType(dict(pins)))
+    return Location(name, written, **keys, sha256=MappingProxyType(dict(pins)))
 
 
 def _joined(base: _Remote, subfolder: str) -> str:
@@ -373,10 +373,10 @@ def _written(keys: Mapping[str, str], path: str | None) -> str:
     return text + (f" (variant {keys['variant']})" if "variant" in keys else "")
 
 
-def _read_index(file: Path, base: _Local | _Remote) -> tuple[dict[str, Place], dict[str, Any]]:
+def _read_index(file: Path, base: _Local | _Remote) -> tuple[dict[str, Location], dict[str, Any]]:
     """An index of diffusers, of either kind: a pair for a component beside it, a triple for one from anywhere."""
     asked = f"reading {file}"
-    components: dict[str, Place] = {}
+    components: dict[str, Location] = {}
     notes: dict[str, Any] = {}
     for name, value in read_json(file).items():
         if name == "auto_map":
@@ -401,7 +401,7 @@ def _index_note(name: str, value: Any, asked: str) -> dict[str, Any]:
     return {note: value}
 
 
-def _indexed(name: str, value: list[Any], asked: str, base: _Local | _Remote) -> Place:
+def _indexed(name: str, value: list[Any], asked: str, base: _Local | _Remote) -> Location:
     if len(value) not in (2, 3) or not all(x is None or isinstance(x, str) for x in value[:2]):
         raise LoadError(asked, f"it gives {name} as {value}", "Write a library, a class and, if elsewhere, its place")
     spec = value[2] if len(value) == 3 else {"pretrained_model_name_or_path": ".", "subfolder": name}

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ditkit.checkpoints.files.opening import some
 from ditkit.checkpoints.kinds.keys import KeyTable, Rule, Side
-from ditkit.checkpoints.views.source import Facts, Look, TensorFacts, TensorSource, cast, unseen
+from ditkit.checkpoints.views.source import Facts, Inspect, TensorFacts, TensorSource, cast, no_inspection
 from ditkit.errors import LoadError, nearest
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class Mapped:
     def __getitem__(self, name: str) -> Tensor:
         return self.cast(name)
 
-    def cast(self, name: str, dtype: torch.dtype | None = None, look: Look = unseen) -> Tensor:
+    def cast(self, name: str, dtype: torch.dtype | None = None, look: Inspect = no_inspection) -> Tensor:
         """Each member is cast while it is read; what is done to them afterwards moves numbers and changes none."""
         piece = self._pieces[name]
         for member in piece.members:
@@ -100,7 +100,7 @@ class Mapped:
             return member.T.contiguous()
         return member.reshape(self.tensors[name].shape)
 
-    def _joined(self, name: str, piece: _Piece, dtype: torch.dtype | None, look: Look) -> Tensor:
+    def _joined(self, name: str, piece: _Piece, dtype: torch.dtype | None, look: Inspect) -> Tensor:
         import torch
 
         first = cast(self.source, piece.members[0], dtype, look)

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from ditkit.checkpoints.files.opening import some
-from ditkit.checkpoints.views.source import Facts, Look, TensorSource, View, cast, pieces, unseen
+from ditkit.checkpoints.views.source import Facts, Inspect, TensorSource, View, cast, no_inspection, pieces
 from ditkit.errors import LoadError
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class Unprefixed(View):
     def __getitem__(self, name: str) -> Tensor:
         return self.source[self._names[name]]
 
-    def cast(self, name: str, dtype: torch.dtype | None = None, look: Look = unseen) -> Tensor:
+    def cast(self, name: str, dtype: torch.dtype | None = None, look: Inspect = no_inspection) -> Tensor:
         return cast(self.source, self._names[name], dtype, look)
 
     def pieces(self, name: str, unit: int, size: int) -> Iterator[Tensor]:

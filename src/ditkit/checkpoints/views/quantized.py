@@ -16,10 +16,10 @@ from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from ditkit.checkpoints.files.opening import DTYPES, converted, some
 from ditkit.checkpoints.files.gguf import BLOCKS
+from ditkit.checkpoints.files.opening import DTYPES, converted, some
 from ditkit.checkpoints.views.prefixes import shared_prefix, unwrapped
-from ditkit.checkpoints.views.source import Facts, Look, TensorFacts, TensorSource, View, cast, pieces, unseen
+from ditkit.checkpoints.views.source import Facts, Inspect, TensorFacts, TensorSource, View, cast, no_inspection, pieces
 from ditkit.errors import LoadError
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class Dequantized(View):
     def __getitem__(self, name: str) -> Tensor:
         return self.cast(name)
 
-    def cast(self, name: str, dtype: torch.dtype | None = None, look: Look = unseen) -> Tensor:
+    def cast(self, name: str, dtype: torch.dtype | None = None, look: Inspect = no_inspection) -> Tensor:
         """As ``dtype``, rounded once on the way from float32; neither codes nor float32 are ever whole in memory."""
         import torch
 
@@ -112,7 +112,7 @@ class Dequantized(View):
         factors = torch.ones(()) if scale is None else self._scale(scale)
         return self._from_codes(name, facts, factors, dtype or own, look)
 
-    def _from_blocks(self, name: str, facts: Facts, dtype: torch.dtype, look: Look) -> Tensor:
+    def _from_blocks(self, name: str, facts: Facts, dtype: torch.dtype, look: Inspect) -> Tensor:
         from ditkit.checkpoints.files import gguf
 
         gguf.keep_heap()
@@ -120,7 +120,7 @@ class Dequantized(View):
         parts = pieces(self.source, name, width, gguf.CHUNK // count * width)
         return converted(parts, facts.shape, dtype, lambda part, begin: gguf.numbers_of(part, facts.dtype), look)
 
-    def _from_codes(self, name: str, facts: Facts, factors: Tensor, dtype: torch.dtype, look: Look) -> Tensor:
+    def _from_codes(self, name: str, facts: Facts, factors: Tensor, dtype: torch.dtype, look: Inspect) -> Tensor:
         decode = Codes(facts, factors, dtype)
         return converted(pieces(self.source, name, decode.unit, CODES), facts.shape, dtype, decode, look)
 

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-Look = Callable[["Tensor"], None]
+Inspect = Callable[["Tensor"], None]
 """Called with each part of a new tensor, flat, just after it was made: it is in the processor's cache then."""
 
 
-def unseen(part: Tensor) -> None:
+def no_inspection(part: Tensor) -> None:
     """The look of somebody who does not want to see anything."""
 
 
@@ -77,7 +77,7 @@ class TensorSource(Protocol):
 class Casting(Protocol):
     """A source that makes a tensor in the type that is wanted, with no copy of it in another one."""
 
-    def cast(self, name: str, dtype: torch.dtype | None = None, look: Look = unseen) -> Tensor: ...
+    def cast(self, name: str, dtype: torch.dtype | None = None, look: Inspect = no_inspection) -> Tensor: ...
 
 
 @runtime_checkable
@@ -88,7 +88,7 @@ class InPieces(Protocol):
     def pieces(self, name: str, unit: int, size: int) -> Iterator[Tensor]: ...
 
 
-def cast(source: TensorSource, name: str, dtype: torch.dtype | None = None, look: Look = unseen) -> Tensor:
+def cast(source: TensorSource, name: str, dtype: torch.dtype | None = None, look: Inspect = no_inspection) -> Tensor:
     """``source[name]`` as ``dtype`` (None: as it is stored), bit-equal to ``source[name].to(dtype)``."""
     if isinstance(source, Casting):
         return source.cast(name, dtype, look)

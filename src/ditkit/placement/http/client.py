@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 from ditkit.errors import DitkitError, Lost, PlaceError
 from ditkit.placement.http.framing import MEDIA_TYPE, checksum, fresh, pieces, unpack
-from ditkit.placement.job import Frame, Job, frame_to_error
+from ditkit.placement.job import Job, Message, frame_to_error
 from ditkit.state import State
 
 JOB, CRC = "X-Ditkit-Job", "X-Ditkit-Crc32"
@@ -33,11 +33,11 @@ LAST = ("outcome", "error")
 
 
 class HTTPChannel:
-    """``patience``: seconds without a byte after which the host is Lost. ``token``: shown to the host. ``uds``: a Unix
+    """``timeout``: seconds without a byte after which the host is Lost. ``token``: shown to the host. ``uds``: a Unix
     socket that takes the place of the address's host and port."""
 
-    def __init__(self, address: str, patience: float = 60.0, token: str | None = None, uds: str | None = None):
-        self.address, self.patience, self.uds = address.rstrip("/"), patience, uds
+    def __init__(self, address: str, timeout: float = 60.0, token: str | None = None, uds: str | None = None):
+        self.address, self.timeout, self.uds = address.rstrip("/"), timeout, uds
         self._token, self._parts = token, urlsplit(address)
 
     def __repr__(self) -> str:
@@ -53,7 +53,7 @@ class HTTPChannel:
     def probe(self, stage: str) -> dict[str, Any]:
         return self._json("GET", f"/stages/{stage}/probe")
 
-    def submit(self, job: Job, inputs: State) -> Iterator[Frame]:
+    def submit(self, job: Job, inputs: State) -> Iterator[Message]:
         """Closed early, it closes the connection: the host sees that nobody waits any more, and stops."""
         with contextlib.closing(self.connect()) as connection, self.faults():
             response = self.send(connection, job, inputs)
@@ -104,7 +104,7 @@ class HTTPChannel:
         with self.faults():
             connection = self._connection()
             connection.connect()
-            connection.sock.settimeout(self.patience)
+            connection.sock.settimeout(self.timeout)
             return connection
 
     def _connection(self) -> http.client.HTTPConnection:
@@ -149,7 +149,7 @@ class HTTPChannel:
                 raise Lost(self.asked, f"TLS failed ({e.reason or e})".lower(), "Look at its log") from None
             raise PlaceError(self.asked, "it does not speak TLS", "Write http://, or give it a certificate") from None
         except TimeoutError:
-            raise Lost(self.asked, f"it gave no sign of life in {self.patience:g} s", "Look at its log") from None
+            raise Lost(self.asked, f"it gave no sign of life in {self.timeout:g} s", "Look at its log") from None
         except (http.client.IncompleteRead, http.client.RemoteDisconnected, EOFError):
             raise Lost(self.asked, "it stopped in the middle of its answer", "Look at its log") from None
         except http.client.HTTPException as e:

@@ -16,7 +16,7 @@ except ModuleNotFoundError:
     from zlib import crc32
 
 from ditkit.errors import PlaceError
-from ditkit.placement.job import KINDS, Frame
+from ditkit.placement.job import KINDS, Message
 
 MEDIA_TYPE = "application/x-ditkit-frames"
 
@@ -69,7 +69,7 @@ def pieces(buffers: Iterable[Buffer]) -> Iterator[memoryview]:
             yield view[at : at + PIECE]
 
 
-def pack(frame: Frame) -> Iterator[bytes | memoryview]:
+def pack(frame: Message) -> Iterator[bytes | memoryview]:
     """The frame's bytes; a large one comes in pieces, without a copy."""
     head, buffers = HEAD.pack(KINDS.index(frame.kind), frame.nbytes), frame.buffers()
     if frame.nbytes < PIECE:
@@ -83,7 +83,7 @@ def pack(frame: Frame) -> Iterator[bytes | memoryview]:
     yield TAIL.pack(crc.value)
 
 
-def unpack(read: Callable[[int], bytearray | memoryview], source: str) -> Frame:
+def unpack(read: Callable[[int], bytearray | memoryview], source: str) -> Message:
     """The next frame; ``read`` gives exactly so many bytes. Raises PlaceError for bytes that are none,
     and where there is no room for them."""
     kind, length = HEAD.unpack(read(HEAD.size))
@@ -96,4 +96,4 @@ def unpack(read: Callable[[int], bytearray | memoryview], source: str) -> Frame:
         raise PlaceError(f"reading what {source} sent", found, "Look at its log, or free some memory") from None
     if TAIL.pack(checksum([payload])) != read(TAIL.size):
         raise PlaceError(f"reading what {source} sent", "its content has changed on the way", "Look at the network")
-    return Frame(KINDS[kind], payload)
+    return Message(KINDS[kind], payload)

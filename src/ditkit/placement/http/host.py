@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from ditkit.errors import DitkitError, MissingDependency, PlaceError, StateError
-from ditkit.placement.http.framing import Checksum, fresh
 from ditkit.placement.http.client import CRC, JOB
-from ditkit.placement.job import Job, options_to_send
+from ditkit.placement.http.framing import Checksum, fresh
 from ditkit.placement.http.tokens import same
+from ditkit.placement.job import Job, options_to_send
 from ditkit.placement.worker import Worker
 
 try:
@@ -32,7 +32,17 @@ except ModuleNotFoundError as e:
         "offering stages over HTTP", f"{e.name} is not installed", 'Install it: pip install "ditkit[remote]"'
     ) from None
 
-from ditkit.placement.http.responses import Absent, Begun, FramesAnswer, Full, TooLarge, Unknown, Wrong, plain_answer, refuse
+from ditkit.placement.http.responses import (
+    Absent,
+    Begun,
+    FramesAnswer,
+    Full,
+    TooLarge,
+    Unknown,
+    Wrong,
+    plain_answer,
+    refuse,
+)
 from ditkit.placement.http.zero_copy import connection_of
 
 BEARER = HTTPBearer(auto_error=False, description="the host's token")

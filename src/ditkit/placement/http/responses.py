@@ -16,8 +16,8 @@ from fastapi import Request, Response
 
 from ditkit.errors import DitkitError, PlaceError, StateError, UserError
 from ditkit.placement.http.framing import FRAMING, MEDIA_TYPE, PIECE, pack
-from ditkit.placement.job import Frame, Job, error_to_frame, frame_to_error
 from ditkit.placement.http.zero_copy import connection_of
+from ditkit.placement.job import Job, Message, error_to_frame, frame_to_error
 from ditkit.placement.worker import TICK, Worker
 from ditkit.state import State
 
@@ -56,7 +56,7 @@ def refuse(request: Request, error: Exception) -> Response:
     return _error(error, error_to_frame(error))
 
 
-def _error(error: DitkitError, frame: Frame) -> Response:
+def _error(error: DitkitError, frame: Message) -> Response:
     status = next((code for kind, code in STATUS.items() if isinstance(error, kind)), 500)
     more = {503: {"Retry-After": str(RETRY_AFTER)}, 401: {"WWW-Authenticate": "Bearer"}}.get(status)
     return Response(bytes(frame.payload), status, more, "application/json")
@@ -77,7 +77,7 @@ class Begun:
         self.worker, self.job, self.data = worker, job, data
         self.cancelled, self.alive, self.admission = cancelled, alive, admission
         self._left, self._loop = threading.Event(), asyncio.get_running_loop()
-        self._frames: asyncio.Queue[Frame | None] = asyncio.Queue(4)
+        self._frames: asyncio.Queue[Message | None] = asyncio.Queue(4)
         threading.Thread(target=self._work, name=f"job {job.id}", daemon=True).start()
 
     def _work(self) -> None:
@@ -91,7 +91,7 @@ class Begun:
             finally:
                 self._send(None)
 
-    def _send(self, frame: Frame | None) -> None:
+    def _send(self, frame: Message | None) -> None:
         """Waits for room. Raises _Left when nobody takes frames any more."""
         if self._left.is_set():
             raise _Left
@@ -108,15 +108,15 @@ class Begun:
                 future.cancel()
                 raise _Left
 
-    async def frames(self) -> AsyncIterator[Frame]:
+    async def frames(self) -> AsyncIterator[Message]:
         """As they come, with ``alive`` between them. Whoever stops before the end stops the job."""
-        getter: asyncio.Future[Frame | None] | None = None
+        getter: asyncio.Future[Message | None] | None = None
         try:
             while True:
                 getter = getter or asyncio.ensure_future(self._frames.get())
                 done, _ = await asyncio.wait({getter}, timeout=self.alive)
                 if not done:
-                    yield Frame("alive")
+                    yield Message("alive")
                     continue
                 frame, getter = getter.result(), None
                 if frame is None:
@@ -129,7 +129,7 @@ class Begun:
                 getter.cancel()
 
     @contextlib.asynccontextmanager
-    async def watched(self, receive: Any) -> AsyncIterator[AsyncIterator[Frame]]:
+    async def watched(self, receive: Any) -> AsyncIterator[AsyncIterator[Message]]:
         """``frames``; the job is cancelled when the client goes away."""
 
         async def watch() -> None:
@@ -170,7 +170,7 @@ class FramesAnswer(Response):
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-def _chunk(frame: Frame) -> Iterator[bytes | memoryview]:
+def _chunk(frame: Message) -> Iterator[bytes | memoryview]:
     """A frame as one chunk of an answer whose length is not known before."""
     yield b"%x\r\n" % (FRAMING + frame.nbytes)
     yield from pack(frame)
@@ -179,7 +179,7 @@ def _chunk(frame: Frame) -> Iterator[bytes | memoryview]:
 
 async def plain_answer(begun: Begun, request: Request) -> Response:
     """The outcome as a safetensors file, or the error."""
-    last = Frame("error")
+    last = Message("error")
     async with begun.watched(request.receive) as frames:
         async for frame in frames:
             last = frame

@@ -1,8 +1,9 @@
 """A child process: a Worker with memory of its own, which may crash and takes nobody with it.
 
-One child for each place of a Pipe, started when it is first needed, reached through a Unix socket in a folder that only
-this user can open. It ends with ``close``, with the Pipe, and with this process, however that ends. A crash is ``Lost``
-and tells how the child ended; whoever asks next gets a new child. Leaves out: what runs in the child (``child.py``).
+One child for each place of a Pipeline, started when it is first needed, reached through a Unix socket in a folder that
+only this user can open. It ends with ``close``, with the Pipeline, and with this process, however that ends. A crash is
+``Lost`` and tells how the child ended; whoever asks next gets a new child. Leaves out: what runs in the child
+(``child.py``).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from typing import Any, TypeVar
 
 from ditkit.errors import Lost, PlaceError
 from ditkit.placement.http.client import HTTPChannel
-from ditkit.placement.job import Frame, Job, frame_to_error
+from ditkit.placement.job import Job, Message, frame_to_error
 from ditkit.setup import Setup
 from ditkit.state import State
 
@@ -96,7 +97,7 @@ class ProcessChannel:
                 "Start `ditkit host` and give its address, http://127.0.0.1:PORT",
             )  # fmt: skip
         moved = {} if device is None else {"device": device, "devices": {}}
-        self.setup = setup.model_copy(update={"placement": {}, "expect": {}, **moved})
+        self.setup = setup.model_copy(update={"placement": {}, "expected_probes": {}, **moved})
         self.stages = list(stages)
         self._child: Child | None = None
         self._lock = threading.RLock()
@@ -107,7 +108,7 @@ class ProcessChannel:
     def probe(self, stage: str) -> dict[str, Any]:
         return self._ask(f"probing {stage} at {self.name}", lambda channel: channel.probe(stage))
 
-    def submit(self, job: Job, inputs: State) -> Iterator[Frame]:
+    def submit(self, job: Job, inputs: State) -> Iterator[Message]:
         child = self._started()
         try:
             yield from child.channel.submit(job, inputs)
@@ -167,19 +168,19 @@ def _born(setup: Setup, stages: Sequence[str], name: str) -> Child:
     folder, token = Path(tempfile.mkdtemp(prefix="ditkit-")), secrets.token_urlsafe(32)
     address, asked = folder / "child", f"starting a child process for {name}"
     process, words = _spawned()
-    child = Child(process, HTTPChannel("http://process", setup.patience, token=token, uds=str(address)), words,
+    child = Child(process, HTTPChannel("http://process", setup.timeout, token=token, uds=str(address)), words,
                   _Once(process, folder))  # fmt: skip
     try:
         if len(str(address).encode()) > PATH:
             raise PlaceError(asked, f"the name {address} is too long for a socket", "Set TMPDIR to a shorter one")
         told = {"setup": setup.model_dump(mode="json"), "stages": list(stages), "threads": torch.get_num_threads()}
-        told |= {"socket": str(address), "token": token, "alive": min(2.0, setup.patience / 4)}
+        told |= {"socket": str(address), "token": token, "alive": min(2.0, setup.timeout / 4)}
         assert process.stdin is not None
         assert process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
             process.stdin.write(json.dumps(told).encode() + b"\n")
             process.stdin.flush()
-        said = _line(process.stdout.fileno(), asked, max(START, setup.patience))
+        said = _line(process.stdout.fileno(), asked, max(START, setup.timeout))
         if not said:
             raise Lost(asked, child.fate() or "it said nothing", "Look at what it said")
         if said != b"\n":
@@ -190,14 +191,14 @@ def _born(setup: Setup, stages: Sequence[str], name: str) -> Child:
     return child
 
 
-def _line(file: int, asked: str, patience: float) -> bytes:
+def _line(file: int, asked: str, timeout: float) -> bytes:
     """What a child says after its signs of life; nothing where it has ended. Raises Lost where there is no sign."""
     data = b""
     with selectors.DefaultSelector() as selector:
         selector.register(file, selectors.EVENT_READ)
         while not data.endswith(b"\n"):
-            if not selector.select(patience):
-                raise Lost(asked, f"it gave no sign of life in {patience:g} s", "Look at what this machine waits for")
+            if not selector.select(timeout):
+                raise Lost(asked, f"it gave no sign of life in {timeout:g} s", "Look at what this machine waits for")
             if not (piece := os.read(file, 1 << 16)):
                 return b""
             data = (data + piece).lstrip(b".")

@@ -11,20 +11,20 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Outcome:
+class StageResult:
     """``written``: the fields that the stage wrote. ``settings``: those that it read, with their values. ``plugs``:
     what was in the seams, None if it never asked for them; that is not the same as nothing. ``stopped``: it was
-    interrupted; ``written`` is as far as it came. Not ``lasting``: a makeshift, which must not serve other runs."""
+    interrupted; ``written`` is as far as it came. Not ``cacheable``: a makeshift, which must not serve other runs."""
 
     written: Mapping[str, Any]
     settings: Mapping[str, Any]
     plugs: Mapping[str, list[str]] | None
     stopped: bool = False
-    lasting: bool = True
+    cacheable: bool = True
 
 
 @dataclass(frozen=True)
-class Question:
+class CacheKey:
     """What is known of a result before it is computed: all of its record but the settings that the stage will read.
     ``request``, with the settings that follow from others, and ``plugs`` tell what it would find if it looked.
     ``code`` stands for the classes of the stage and their source text; empty if nothing tells them from others.
