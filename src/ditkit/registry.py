@@ -127,7 +127,8 @@ def _from_file(name: str, path: Path, asked: str) -> Brought:
     if module is not None and getattr(module, "__sha256__", None) == sha256:
         return Brought(name, module, sha256)
     spec = importlib.util.spec_from_file_location(module_name, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     module.__sha256__ = sha256  # type: ignore[attr-defined]
     sys.modules[module_name] = module
