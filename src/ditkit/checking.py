@@ -15,7 +15,7 @@ from ditkit.state import FIELDS, Field, State, kind_of
 
 _PLAIN: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (float, int), "dict": (dict,)}
 _RECORDED = ("settings", "inputs", "weights", "options", "plugs")  # dicts in a record, see records.py
-_LENGTHS = {"prompt_embeds": "prompt_lengths", "negative_prompt_embeds": "negative_prompt_lengths"}
+_LENGTHS = {f.name: f.clips.removeprefix("rows:") for f in FIELDS.values() if f.clips.startswith("rows:")}
 
 
 def fault_of(spec: Field, value: Any, sizes: dict[str, int]) -> str | None:

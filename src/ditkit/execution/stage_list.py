@@ -382,6 +382,7 @@ class StageList:
             "stages": [*(n for n in finished if n != stage.name), stage.name],
             "records": {**records, stage.name: record},
         }
+        state = state.without(*(name for name in stage.loop if name not in outcome.written))
         return state.with_fields(fields, prints)
 
     def _check_weights(self, stage: Stage, state: State, weights: Mapping[str, str]) -> None:
