@@ -33,15 +33,9 @@ def request(task: str) -> dict:
     given = dict.fromkeys(pictures.get(task, ()), PICTURE)
     if task == "vace":
         given["reference_images"] = [PICTURE]
-    return {
-        "prompt": "a red circle",
-        "steps": 3,
-        "width": 48,
-        "height": 48,
-        "frames": 13,
-        "size_from": "request",
-        **given,
-    }
+    side = 64 if task == "ti2v" else 48
+    size = {"width": side, "height": side, "frames": 13, "size_from": "request"}
+    return {"prompt": "a red circle", "steps": 3, **size, **given}
 
 
 def latents(pipe, task: str) -> torch.Tensor:
