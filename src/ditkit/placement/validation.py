@@ -28,6 +28,7 @@ EVENTS: Mapping[str, Mapping[str, Any]] = {
     "frames": {"frames": 4, "clip": int},
     "load.start": {"component": str},
     "load.end": {"component": str, "elapsed": NUMBER},
+    "load.note": {"component": str, "note": str},
     "prompt.truncated": {"field": str, "prompt": str, "tokens": int},
     "prompt.fallback": {"clip": int, "prompt": str, "reason": str},
 }
