@@ -149,7 +149,7 @@ class Components(Mapping[str, Any]):
         """File name -> sha256 of what a part is made of, LoRAs included; they are read, the part is not loaded.
 
         Of files with one name in different folders the second is ``NAME (2)``."""
-        from ditkit.checkpoints.files.opening import file_hash
+        from ditkit.checkpoints.files.stored import file_hash
 
         part = self.model.parts[name]
         if part.source is None:

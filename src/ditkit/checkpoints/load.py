@@ -14,7 +14,8 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from ditkit.checkpoints.files.opening import DTYPES, some
+from ditkit.checkpoints.files.stored import DTYPES
+from ditkit.checkpoints.files.text import some
 from ditkit.checkpoints.views.source import TensorSource, cast, no_inspection
 from ditkit.errors import LoadError
 

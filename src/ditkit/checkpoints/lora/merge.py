@@ -13,7 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from ditkit.checkpoints.files.opening import some
+from ditkit.checkpoints.files.text import some
 from ditkit.checkpoints.lora.deltas import wide
 from ditkit.checkpoints.lora.read import Adapter
 from ditkit.checkpoints.views.source import Facts, Inspect, TensorFacts, TensorSource, cast, no_inspection

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from ditkit.checkpoints.files.opening import some
+from ditkit.checkpoints.files.text import some
 from ditkit.checkpoints.kinds.keys import KeyTable, Rule, Side
 from ditkit.checkpoints.views.source import Facts, Inspect, TensorFacts, TensorSource, cast, no_inspection
 from ditkit.errors import LoadError, nearest

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from ditkit.checkpoints.files.opening import some
+from ditkit.checkpoints.files.text import some
 from ditkit.checkpoints.views.source import Facts, Inspect, TensorSource, View, cast, no_inspection, pieces
 from ditkit.errors import LoadError
 

@@ -17,7 +17,8 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from ditkit.checkpoints.files.gguf import BLOCKS
-from ditkit.checkpoints.files.opening import DTYPES, converted, some
+from ditkit.checkpoints.files.stored import DTYPES, converted
+from ditkit.checkpoints.files.text import some
 from ditkit.checkpoints.views.prefixes import shared_prefix, unwrapped
 from ditkit.checkpoints.views.source import Facts, Inspect, TensorFacts, TensorSource, View, cast, no_inspection, pieces
 from ditkit.errors import LoadError
