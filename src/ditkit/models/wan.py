@@ -11,7 +11,7 @@ Source: Wan2.1 and Wan2.2 ``wan/modules/model.py``; numerics of both conventions
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from ditkit.models.wan_block import Block, BlockContext, Modulation, Text, WanCo
 from ditkit.nn.attention import sdpa
 from ditkit.nn.dtype_policy import DtypePolicy, dtype_policy
 from ditkit.nn.layers import LayerNorm, Linear, modulation, timestep_embedding
+from ditkit.nn.loaded import Loaded
 from ditkit.nn.rope import rope_table
 
 TIMESTEP_SCALE = 1000.0  # timestep = 1000 sigma; the only place of this factor
@@ -73,7 +74,7 @@ def run_in_order(blocks: Iterable[nn.Module], x: Tensor, ctx: BlockContext) -> T
     return x
 
 
-class WanTransformer(nn.Module):
+class WanTransformer(Loaded):
     """``transformer(latents, timestep, text)``. Latents are [B, C, F, h, w] with h and w even; the velocity
     (noise minus data) that comes back has their shape and is float32 (bfloat16 under the diffusers policy)."""
 
@@ -84,7 +85,6 @@ class WanTransformer(nn.Module):
         super().__init__()
         self.config = config = config or WanConfig()
         self.policy = policy or dtype_policy("wan", torch.float32)
-        self.identify: Callable[[], str] = lambda: "not loaded from files"
         self.patch_embedding = nn.Conv3d(config.in_dim, config.dim, config.patch_size, config.patch_size)
         self.text_embedding = nn.Sequential(
             Linear(config.text_dim, config.dim), nn.GELU(approximate="tanh"), Linear(config.dim, config.dim)
@@ -100,15 +100,6 @@ class WanTransformer(nn.Module):
         if config.vace_layers:
             self.vace_patch_embedding = nn.Conv3d(config.vace_in_dim, config.dim, config.patch_size, config.patch_size)
             self.vace_blocks = nn.ModuleList(ControlBlock(config, n) for n in range(len(config.vace_layers)))
-
-    @property
-    def fingerprint(self) -> str:
-        """Stands for the weights and how they compute; whoever loads the module sets ``identify``."""
-        return self.identify()
-
-    @property
-    def device(self) -> torch.device:
-        return self.patch_embedding.weight.device
 
     @property
     def latent_channels(self) -> int:
@@ -134,10 +125,8 @@ class WanTransformer(nn.Module):
         if longest > self.config.text_len:
             raise ValueError(f"{longest} rows of text were given; the transformer takes {self.config.text_len}")
         padded = torch.stack([F.pad(r, (0, 0, 0, self.config.text_len - len(r))) for r in rows])
-        device, compute = self.patch_embedding.weight.device, self.policy.compute
-        return Text(
-            self.text_embedding(padded.to(device, compute)), {} if remember else None, self._image(image, len(rows))
-        )
+        padded = padded.to(self.device, self.policy.compute)
+        return Text(self.text_embedding(padded), {} if remember else None, self._image(image, len(rows)))
 
     def _image(self, image: Tensor | None, count: int) -> Tensor | None:
         if image is None:
