@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from ditkit.assembly import CALLS, Components, Model, pipeline_of, placed, stage_of
-from ditkit.checkpoints.model.locate import Scope
+from ditkit.checkpoints.model.part import Scope
 from ditkit.errors import SetupError, nearest
 from ditkit.events import SILENT, Events
 from ditkit.placement.spec import Target
