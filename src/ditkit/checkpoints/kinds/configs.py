@@ -11,8 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
-from types import MappingProxyType
+from dataclasses import dataclass, field
 from typing import Any
 
 from ditkit.errors import LoadError, nearest
@@ -157,13 +156,13 @@ class ConfigFormat:
     model type of a larger network -> the key under which ours is."""
 
     keys: Mapping[str, Key]
-    fixed: Mapping[str, tuple[Any, ...]] = MappingProxyType({})
+    fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     read: Callable[[ConfigKeys, dict[str, Any]], None] = lambda keys, fields: None
     write: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda fields: {}
-    written: Mapping[str, Any] = MappingProxyType({})
+    written: Mapping[str, Any] = field(default_factory=dict)
     ignored: Collection[str] = ()
-    silent: Mapping[str, Any] = MappingProxyType({})
-    nested: Mapping[str, str] = MappingProxyType({})
+    silent: Mapping[str, Any] = field(default_factory=dict)
+    nested: Mapping[str, str] = field(default_factory=dict)
 
     def inner(self, config: Mapping[str, Any], asked: str) -> Mapping[str, Any]:
         """The part of ``config`` that is about our network. Raises LoadError."""

@@ -14,8 +14,6 @@ from typing import Any
 
 from ditkit.checkpoints.kinds.kind import KINDS
 from ditkit.checkpoints.kinds.sizes import Tensors
-from ditkit.checkpoints.views.prefixes import Unprefixed
-from ditkit.checkpoints.views.quantized import Dequantized
 from ditkit.checkpoints.views.source import TensorSource
 from ditkit.errors import LoadError
 
@@ -60,6 +58,9 @@ def recognise(source: TensorSource) -> tuple[Detected, TensorSource]:
         return Detected("state", "", family="ditkit", problems=(problem,)), source
     if any(LORA.fullmatch(name) for name in source.tensors):
         return Detected("lora", ""), source
+    from ditkit.checkpoints.views.prefixes import Unprefixed
+    from ditkit.checkpoints.views.quantized import Dequantized
+
     unprefixed = Unprefixed(source)
     view, asked = Dequantized(unprefixed), f"recognising {source.path}"
     tensors = view.tensors

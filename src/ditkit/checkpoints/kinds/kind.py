@@ -8,8 +8,7 @@ Leaves out: loading itself (``ditkit.assembly.loaders``), and what is known of a
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
-from types import MappingProxyType
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 from ditkit.checkpoints.kinds.configs import ConfigFormat, ConfigKeys
@@ -21,7 +20,6 @@ from ditkit.errors import LoadError
 from ditkit.registry import Registry, Row, resolve
 
 Fields = Mapping[str, Any]
-EMPTY: Mapping[str, Any] = MappingProxyType({})
 BUILT_IN = {
     "wan": "wan:WAN", "vace_module": "wan:VACE_MODULE", "wan_vae": "wan_vae:WAN_VAE", "wan_vae22": "wan_vae:WAN_VAE22",
     "umt5": "umt5:UMT5", "clip": "clip:CLIP", "taehv": "taehv:TAEHV", "tokenizer": "umt5:TOKENIZER",
@@ -122,10 +120,10 @@ class Kind(Row):
     family: str
     noun: str
     components: tuple[str, ...]
-    layouts: Mapping[str, Layout] = EMPTY
+    layouts: Mapping[str, Layout] = field(default_factory=dict)
     keys: Callable[[Fields], KeyTable] | None = None
     own: Side = "native"
-    aliases: Mapping[str, str] = EMPTY
+    aliases: Mapping[str, str] = field(default_factory=dict)
     optional_keys: bool = False
     file_keys: Callable[[Fields, str], KeyTable] | None = None
     config_class: str = ""
@@ -134,10 +132,10 @@ class Kind(Row):
     get: str = ""
     tell: Callable[[str, Tensors, Sizes], Mapping[str, Any]] = lambda layout, tensors, sizes: {}
     check: Callable[[ConfigKeys, Fields], None] = lambda keys, fields: None
-    unsaid: Fields = EMPTY
-    claims: Mapping[str, Claim] = EMPTY
+    unsaid: Fields = field(default_factory=dict)
+    claims: Mapping[str, Claim] = field(default_factory=dict)
     task: Callable[[Fields], str | None] = lambda fields: None
-    tasks: Mapping[str, Published] = EMPTY
+    tasks: Mapping[str, Published] = field(default_factory=dict)
     needs: Callable[[Fields], Mapping[str, str]] = lambda fields: {}
     ports: Callable[[Any], Mapping[str, Port]] = lambda config: {}
     strides: Callable[[Any], tuple[int, int, int]] | None = None
