@@ -15,8 +15,8 @@ PACKAGES = ("ditkit", "torch", "numpy", "safetensors", "tokenizers", "transforme
 
 
 class Recorder:
-    """A listener that keeps times, skipped stages, loads, truncations and the steps as they were taken; of one run, or
-    of its parts one after the other."""
+    """A listener that keeps times, skipped stages, loads, truncations, what plugs decided and the steps as they were
+    taken; of one run, or of its parts one after the other."""
 
     ignores = frozenset({"prediction", "frames"})
 
@@ -29,6 +29,8 @@ class Recorder:
         self.skipped: dict[str, str] = {}
         self.loads: dict[str, float] = {}
         self.truncated: list[dict[str, Any]] = []
+        self.noted: list[dict[str, Any]] = []
+        self.plugs: dict[str, dict[str, int]] = {}
         self.steps: list[dict[str, Any]] = []
 
     @property
@@ -58,6 +60,12 @@ class Recorder:
                 self.truncated.append(
                     {"field": event["field"], "tokens_cut": event["tokens"], "prompt": event["prompt"]}
                 )
+            case "load.note":
+                self.noted.append(dict(event.values))
+            case "plug" | "memory.dropped":
+                counts = self.plugs.setdefault(event["plug"], {})
+                what = event["what"] if event.name == "plug" else "memory dropped"
+                counts[what] = counts.get(what, 0) + 1
             case "step.end":
                 s = event["step"]
                 self.steps.append(
@@ -82,6 +90,8 @@ class Recorder:
             "retries": self.retries,
             "loads": self.loads,
             "truncated": self.truncated,
+            "noted": self.noted,
+            "plugs": self.plugs,
             "steps": self.steps,
             "machine": machine(),
         }

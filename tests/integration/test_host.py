@@ -196,7 +196,7 @@ def test_content_that_changed_on_its_way_is_refused(pipe, host):
 
 
 def test_the_probe_can_be_demanded(tiny_model, host, whole):
-    found = HTTPChannel(host, 60, TOKEN).probe("encode_text")["hash"]
+    found = HTTPChannel(host, 60, TOKEN).ask("probe", "encode_text")["hash"]
     placement = {"encode_text": host}
     pipe = ditkit.load(tiny_model, placement=placement, expected_probes={"encode_text": found[:8]})
     assert pipe.run(begin(pipe), until="encode_text").state["prompt_embeds"].equal(whole["prompt_embeds"])

@@ -299,8 +299,8 @@ class StageList:
                     outcome = segment.place.run(task)
                 except KeyboardInterrupt:  # the steps of the segments before it are not lost
                     raise Interrupted(stage.name, state) from None
-            if outcome.stopped:
-                raise Interrupted(stage.name, self._after(stage, state, weights, outcome))
+                if outcome.stopped:
+                    raise Interrupted(stage.name, self._after(stage, state, weights, outcome))
             checked(stage, outcome)
             if how.debug:
                 self._check_fields(stage, outcome.written, state)

@@ -11,9 +11,9 @@ from ditkit.errors import SetupError, nearest
 from ditkit.execution.place import Here, Place, Segment
 from ditkit.execution.stage_list import StageList
 from ditkit.placement import contradictions
-from ditkit.placement.handshake import check_expected
-from ditkit.placement.remote import Channel, Remote
-from ditkit.placement.spec import Spec, Target
+from ditkit.placement.channel import Channel
+from ditkit.placement.remote import Remote
+from ditkit.placement.spec import Spec, Target, expected_of, specs_of
 from ditkit.setup import Setup
 
 
@@ -22,12 +22,8 @@ class Places:
 
     def __init__(self, setup: Setup):
         self.setup = setup
-        self.specs = {Target.parse(key): Spec.parse(value, key) for key, value in setup.placement.items()}
-        if len(self.specs) < len(setup.placement):
-            raise SetupError(
-                f"placement of {', '.join(setup.placement)}", "it names the same steps twice", "Leave one out"
-            )
-        check_expected(setup.expected_probes, setup.placement)
+        self.specs = specs_of(setup.placement)
+        self.expected = expected_of(setup.expected_probes, self.specs)
         self._remotes: dict[str, Remote] = {}
         self._lock = threading.RLock()
 
@@ -120,12 +116,9 @@ class Places:
         with self._lock:
             if spec.text not in self._remotes:
                 stages = list(dict.fromkeys(t.stage for t, s in self.specs.items() if s.text == spec.text))
-                placed = self.setup.placement
-                expect = {
-                    Target.parse(k).stage: v for k, v in self.setup.expected_probes.items() if placed[k] == spec.text
-                }
+                expected = {t.stage: probe for t, probe in self.expected.items() if self.specs[t] == spec}
                 channel = self._channel(spec, stages)
-                self._remotes[spec.text] = Remote(spec.text, channel, self.setup.retries, expect)
+                self._remotes[spec.text] = Remote(spec.text, channel, self.setup.retries, expected)
             return self._remotes[spec.text]
 
     def _channel(self, spec: Spec, stages: Sequence[str]) -> Channel:

@@ -14,7 +14,7 @@ from typing import Any
 
 from ditkit.errors import PlaceError
 from ditkit.execution.stage import Stage
-from ditkit.placement.job import Job, Message, frame_to_error, options_to_send, state_to_outcome
+from ditkit.placement.job import Job, Message, message_to_error, options_to_send, state_to_outcome
 from ditkit.placement.spec import EXPERTS
 from ditkit.placement.worker import Worker
 from ditkit.request import Request
@@ -38,7 +38,7 @@ def probe_of(worker: Worker, name: str) -> dict[str, Any]:
         job = Job("probe", name, options_to_send(stage), ignore=("prediction", "frames"))
         worker.run(job, inputs, frames.append, threading.Event())
         if frames[-1].kind != "outcome":
-            raise frame_to_error(frames[-1].payload, "the probe")
+            raise message_to_error(frames[-1].payload, "the probe")
         outcome, _ = state_to_outcome(frames[-1].state("the probe"))
         written.append(dict(outcome.written))
     return {"stage": name, "hash": digest(written_of(written)), "numbers": [numbers(fields) for fields in written]}

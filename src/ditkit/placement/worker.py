@@ -1,7 +1,7 @@
 """Worker: the end of a channel where stages are carried out. It knows its stages and its components, and no caller.
 
-One stage at a time, because they share a device. Leaves out: how jobs come and frames go (``host.py``, ``process.py``,
-``ray_actor.py``).
+One stage at a time, because they share a device. Leaves out: how jobs come and messages go (``http``, ``process``,
+``ray.py``).
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from ditkit.placement.job import (
     WIRE,
     Job,
     Message,
-    error_to_frame,
-    event_to_frame,
+    error_to_message,
+    event_to_message,
     outcome_to_state,
     with_options,
 )
@@ -89,11 +89,11 @@ class Worker:
             self._check(stage, job, inputs)
             outcome, seconds = self._carry_out(stage, job, inputs, send, cancelled)
         except KeyboardInterrupt:  # cancelled where nothing can be kept
-            send(error_to_frame(Lost(f"running stage {job.stage!r}", "it was ended there", "Look at its log")))
+            send(error_to_message(Lost(f"running stage {job.stage!r}", "it was ended there", "Look at its log")))
         except DitkitError as e:
-            send(error_to_frame(e))
+            send(error_to_message(e))
         except Exception as e:
-            send(error_to_frame(e))
+            send(error_to_message(e))
             raise
         else:
             send(Message("outcome", outcome_to_state(outcome, seconds)))
@@ -144,10 +144,10 @@ class Worker:
         self, stage: Stage, job: Job, inputs: State, send: Send, cancelled: threading.Event
     ) -> tuple[StageResult, float]:
         def listen(event: Event) -> None:
-            if cancelled.is_set():
-                raise KeyboardInterrupt
             if event.name not in job.ignore:
-                send(event_to_frame(event))
+                send(event_to_message(event))
+            if cancelled.is_set() and not event.name.endswith(".fail"):
+                raise KeyboardInterrupt
 
         def keep(outcome: StageResult) -> None:
             send(Message("kept", outcome_to_state(outcome).to_bytes()))

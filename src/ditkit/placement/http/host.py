@@ -1,8 +1,8 @@
 """The host: a Worker behind HTTP. What another machine runs, and on a Unix socket a child process.
 
-A job is a POST with a State as its body; the answer is a stream of frames, or, to whoever asks for none (curl), the
+A job is a POST with a State as its body; the answer is a stream of messages, or, to whoever asks for none (curl), the
 outcome as a State. A client that goes away is noticed, and its job stops at its next event, within a step of a loop.
-Leaves out: what a job does (``worker.py``), how its frames go back (``answers.py``), listening (``listen.py``).
+Leaves out: what a job does (``worker.py``), how its messages go back (``responses.py``), listening (``listen.py``).
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ except ModuleNotFoundError as e:
 
 from ditkit.placement.http.responses import (
     Absent,
-    Begun,
-    FramesAnswer,
     Full,
+    MessageStream,
+    RunningJob,
     TooLarge,
     Unknown,
     Wrong,
-    plain_answer,
+    plain_response,
     refuse,
 )
 from ditkit.placement.http.zero_copy import connection_of
@@ -156,17 +156,17 @@ def _jobs(app: FastAPI, worker: Worker, jobs: Jobs, known: Any) -> None:
     @app.post("/stages/{name}", dependencies=[known], openapi_extra=_BODY)
     async def run(name: str, request: Request, job: Annotated[str, Header(alias=JOB)]) -> Response:
         """Run a stage. The header is a job as JSON; of ``{}`` everything is filled in. The body is a State with what
-        the stage reads; the answer is its outcome, or frames to whoever accepts them."""
+        the stage reads; the answer is its outcome, or messages to whoever accepts them."""
         parsed = job_of(job, worker, name)
         admission = contextlib.ExitStack()
         cancelled = admission.enter_context(jobs.admitted(parsed.id))
         with contextlib.ExitStack() as leave:
             leave.push(admission)
             data = await read_body(request, jobs.limits.max_bytes)
-            begun = Begun(worker, parsed, data, cancelled, jobs.limits.alive, leave.pop_all())
-        if FramesAnswer.media_type in request.headers.get("accept", ""):
-            return FramesAnswer(begun)
-        return await plain_answer(begun, request)
+            begun = RunningJob(worker, parsed, data, cancelled, jobs.limits.alive, leave.pop_all())
+        if MessageStream.media_type in request.headers.get("accept", ""):
+            return MessageStream(begun)
+        return await plain_response(begun, request)
 
     @app.post("/jobs/{job_id}/cancel", dependencies=[known])
     def cancel(job_id: str, asked: Annotated[str, Header(alias=JOB)]) -> dict[str, Any]:

@@ -83,12 +83,12 @@ def main() -> None:
     answer = Answer(file, told["alive"])
 
     from ditkit.errors import DitkitError
-    from ditkit.placement.job import error_to_frame
+    from ditkit.placement.job import error_to_message
 
     try:
         app = opened(told)
     except DitkitError as e:
-        answer.say(bytes(error_to_frame(e).payload))
+        answer.say(bytes(error_to_message(e).payload))
         return
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(told["socket"])

@@ -26,11 +26,12 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from ditkit.errors import Lost, PlaceError
+from ditkit.placement.channel import Question
 from ditkit.placement.http.client import HTTPChannel
-from ditkit.placement.job import Job, Message, frame_to_error
+from ditkit.placement.job import Job, Message, message_to_error
 from ditkit.setup import Setup
 from ditkit.state import State
 
@@ -42,8 +43,6 @@ PATH = 100
 
 START = 30.0
 """Seconds without a sign of life at least until a child that starts counts as hanging: imports stop all else in it."""
-
-Told = TypeVar("Told")
 
 
 class Words:
@@ -102,11 +101,14 @@ class ProcessChannel:
         self._child: Child | None = None
         self._lock = threading.RLock()
 
-    def describe(self) -> dict[str, Any]:
-        return self._ask(f"asking {self.name} who it is", lambda channel: channel.describe())
-
-    def probe(self, stage: str) -> dict[str, Any]:
-        return self._ask(f"probing {stage} at {self.name}", lambda channel: channel.probe(stage))
+    def ask(self, question: Question, name: str = "") -> dict[str, Any]:
+        if question == "cancel" and self._child is None:
+            return {}
+        child = self._started()
+        try:
+            return child.channel.ask(question, name)
+        except Lost as e:
+            raise self._lost(f"asking {self.name} for {question} {name}".rstrip(), child, e) from None
 
     def submit(self, job: Job, inputs: State) -> Iterator[Message]:
         child = self._started()
@@ -114,12 +116,6 @@ class ProcessChannel:
             yield from child.channel.submit(job, inputs)
         except Lost as e:
             raise self._lost(f"running stage {job.stage!r} at {self.name}", child, e) from None
-
-    def cancel(self, job_id: str) -> None:
-        child = self._child
-        if child is not None:
-            with contextlib.suppress(PlaceError):  # it has ended, or whoever waits for it hears why not
-                child.channel.cancel(job_id)
 
     def close(self) -> None:
         with self._lock:
@@ -132,13 +128,6 @@ class ProcessChannel:
         """Of the child that is there now."""
         child = self._child
         return None if child is None else child.process.pid
-
-    def _ask(self, asked: str, call: Callable[[HTTPChannel], Told]) -> Told:
-        child = self._started()
-        try:
-            return call(child.channel)
-        except Lost as e:
-            raise self._lost(asked, child, e) from None
 
     def _lost(self, asked: str, child: Child, why: Lost) -> Lost:
         """The child is ended, also one that lives and does not answer."""
@@ -184,7 +173,7 @@ def _born(setup: Setup, stages: Sequence[str], name: str) -> Child:
         if not said:
             raise Lost(asked, child.fate() or "it said nothing", "Look at what it said")
         if said != b"\n":
-            raise frame_to_error(said, name)
+            raise message_to_error(said, name)
     except BaseException:
         child.end()
         raise
