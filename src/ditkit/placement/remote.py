@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
+from ditkit.cancel import Cancel
 from ditkit.errors import Lost, PipelineError, PlaceError, StateError
 from ditkit.events import Events
-from ditkit.execution.place import StageCall, StageResult
+from ditkit.execution.place import Call, StageCall, StageResult
 from ditkit.execution.stage import Stage
 from ditkit.placement.handshake import Handshake, pause, times
 from ditkit.placement.job import (
@@ -33,7 +34,8 @@ from ditkit.receipt import versions
 from ditkit.state import State
 
 LOG = "Look at its log"
-
+TICK = 0.1
+"""Seconds after which whoever waits for a frame looks whether it is still wanted."""
 
 COMPUTES = ("ditkit", "torch", "transformers")
 """Packages whose version may change the last bits of a result."""
@@ -89,12 +91,16 @@ class Reader:
         except BaseException as e:
             self._frames.put(e)
 
-    def get(self) -> Message | None:
-        """The next frame, None after the last one. Raises what reading raised."""
-        found = self._frames.get()
-        if isinstance(found, BaseException):
-            raise found
-        return found
+    def get(self, cancel: Cancel | None) -> Message | None:
+        """The next frame, None after the last one. Raises what reading raised, and KeyboardInterrupt on ``cancel``."""
+        while True:
+            if cancel is not None:
+                cancel.check()
+            with contextlib.suppress(queue.Empty):
+                found = self._frames.get(timeout=None if cancel is None else TICK)
+                if isinstance(found, BaseException):
+                    raise found
+                return found
 
 
 class Remote:
@@ -120,6 +126,9 @@ class Remote:
         mine, theirs = versions(), self.handshake.said.get("versions", {})
         return {name: str(theirs.get(name)) for name in COMPUTES if theirs.get(name) != mine.get(name)}
 
+    def call(self, task: StageCall) -> Call:
+        return Call(self.run, [task], lambda result, _: result)
+
     def run(self, task: StageCall) -> StageResult:
         self.handshake.check(task.stage, task.events)
         if task.seams.describe() and task.stage.loop:
@@ -139,7 +148,7 @@ class Remote:
                         raise PlaceError(e.asked, f"{e.found}{times(attempt)}", e.do) from None
                     told = {"place": self.name, "stage": task.stage.name, "attempt": attempt + 1, "why": str(e)}
                     task.events.emit("place.retry", **told)
-                    pause(e, attempt)
+                    pause(e, attempt, task.cancel)
                     state = state if reached is None else state.with_fields(reached.written)
         except KeyboardInterrupt:
             if reached is None:
@@ -164,7 +173,7 @@ class Remote:
         with Reader(lambda: self.channel.submit(job, inputs)) as frames:
             while True:
                 try:
-                    frame = frames.get()
+                    frame = frames.get(None if cancelled else task.cancel)
                     if frame is None:
                         if cancelled:
                             raise KeyboardInterrupt
