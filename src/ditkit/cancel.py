@@ -6,7 +6,7 @@ import threading
 
 
 class Cancel:
-    """``pipe(..., cancel=cancel)``; ``cancel.set()`` then ends the run with Interrupted, which carries the State so far.
+    """``pipe(..., cancel=cancel)``: ``cancel.set()`` ends the run with Interrupted, which carries the State so far.
 
     A run looks at it between steps, stages and clips, and between the components that it loads. It stays set: a run
     that is given it later ends before it begins. ``event``: one that somebody else sets."""

@@ -85,7 +85,7 @@ class Recorder:
         pipeline: list[str],
     ) -> dict[str, Any]:
         """``components``: facts of those that worked; ``weights``: their fingerprints. ``hosts``: what each place said
-        of itself; of its parts only those count that worked. ``seams``: what was plugged in. ``pipeline``: all stages."""
+        of itself. ``seams``: what was plugged in. ``pipeline``: all stages."""
         parts = ("model", "parts", "stages")
         return {
             "components": dict(components),

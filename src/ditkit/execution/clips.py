@@ -59,8 +59,7 @@ class Clips:
         keep, clips = self.whole.keep, samples.split(self.state, table)
         for i, state in enumerate(clips):
             self.clip = i
-            own = {"due": due, "keep": keep and keep.of_clip(i)}
-            self.part = replace(self.whole, state=self.begun.get(i, state), **own)
+            self.part = replace(self.whole, state=self.begun.get(i, state), due=due, keep=keep and keep.of_clip(i))
             self.part.events.emit("clip", index=i, count=len(clips))
             yield self.part
             self.finished.append(self.state)
@@ -70,16 +69,15 @@ class Clips:
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        if not isinstance(error, Interrupted | KeyboardInterrupt):
-            return
-        between = isinstance(error, KeyboardInterrupt)
-        stopped = Interrupted(self.part.due[0].name, self.state) if between else error
-        stopped.clip, stopped.finished = self.clip, self.finished[: self.clip]
-        raise stopped from None
+        if isinstance(error, KeyboardInterrupt):  # between two of them
+            error = Interrupted(self.part.due[0].name, self.state)
+        if isinstance(error, Interrupted):
+            error.clip, error.finished = self.clip, self.finished[: self.clip]
+            raise error from None
 
 
 def shared_by_all(stages: Sequence[Stage]) -> set[str]:
-    """Names of the stages that make something for all clips at once: those that say so (``Stage.together``), unless they look at
+    """Names of the stages that run for all clips at once: those that say so (``Stage.together``), unless they look at
     what an earlier one makes for each clip."""
     found, apart = set[str](), set[str]()
     for stage in stages:

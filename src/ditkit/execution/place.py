@@ -50,7 +50,7 @@ class StageCall:
 
 
 class Call:
-    """A StageCall that a place is ready for: ``with call: call.returned = call.run(*call.given)``, then ``call.result``.
+    """A place that is ready for a StageCall: ``with call: call.returned = call.run(*call.given)``, then ``result``.
 
     Whoever has it runs it, so that nothing stands between the run and its stage. ``run`` raises what the stage raises,
     and KeyboardInterrupt where nothing can be kept. ``conclude``: what ``run`` returned, and whether it was stopped, as
@@ -186,6 +186,7 @@ def checked(stage: Stage, outcome: StageResult) -> StageResult:
     written, allowed = outcome.written, {*stage.writes, *stage.may_write}
     undeclared, unwritten = sorted(set(written) - allowed), [n for n in stage.writes if n not in written]
     if undeclared or unwritten:
-        faults = f"wrote {', '.join(undeclared)} undeclared" if undeclared else f"did not write {', '.join(unwritten)}"
-        raise PipelineError(f"running stage {stage.name!r}", f"it {faults}", "Make its declaration and its result agree")
+        wrote, left_out = ", ".join(undeclared), ", ".join(unwritten)
+        found = f"it wrote {wrote} undeclared" if undeclared else f"it did not write {left_out}"
+        raise PipelineError(f"running stage {stage.name!r}", found, "Make its declaration and its result agree")
     return outcome
