@@ -64,8 +64,9 @@ class Places:
         expert is placed. Raises SetupError."""
         found: dict[str, list[Segment]] = {}
         here = Here(components)
-        for target in self.specs:
+        for target, spec in self.specs.items():
             self._check(target, pipeline)
+            self._check_swaps(target, spec, pipeline, seams)
         for name in dict.fromkeys(target.stage for target in self.specs):
             own = {target: self._place(spec, here) for target, spec in self.specs.items() if target.stage == name}
             found[name] = self._segments(name, own, here, steps)
@@ -114,6 +115,17 @@ class Places:
                 f"placement of {target.stage}.{target.expert}", f"its model has {', '.join(stage.components)}",
                 "Place the whole stage",
             )  # fmt: skip
+
+    def _check_swaps(self, target: Target, spec: Spec, pipeline: StageList, seams: Seams) -> None:
+        """A loop elsewhere refuses all that is plugged in; other stages have no seams but the swaps of their parts."""
+        stage = pipeline[target.stage]
+        for swap in seams.swaps:
+            if spec.kind != "here" and not stage.loop and {*stage.components} & {*swap.components}:
+                raise SetupError(
+                    f"swap {swap.name!r} for {', '.join(swap.components)}",
+                    f"{stage.name} runs at {spec.text}, and Python objects do not travel",
+                    "Run the stage here, or take the swap out",
+                )
 
     def _place(self, spec: Spec, here: Here) -> Place:
         return here if spec.kind == "here" else self.remote(spec)
