@@ -16,7 +16,7 @@ SOURCE = Path(ditkit.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 
 PUBLIC = {
-    "BaseStage", "Context", "DitkitError", "Event", "Events", "Field", "Interrupted", "Pipeline", "Request",
+    "BaseStage", "Cancel", "Context", "DitkitError", "Event", "Events", "Field", "Interrupted", "Pipeline", "Request",
     "StageList", "Result", "Seams", "Setup", "Site", "Stage", "State", "Step", "Swap", "load", "switch",
 }  # fmt: skip
 # Rooms where 1000 is the number of milliseconds in a second, or (mlx) a distance from the largest float16.

@@ -222,10 +222,10 @@ def test_the_receipt_counts_what_plugs_decide():
         events.emit("plug", **PLUG, what=what)
     events.emit("plug", **{**PLUG, "plug": "swap"}, what="moved", bytes=3)
     events.emit("memory.dropped", plug="old", names=["residual"])
-    events.emit("config.noted", component="vae", file="config.json", key="tomorrow", value=[1])
+    events.emit("load.note", component="vae", note="its config has a key that nobody knows")
     receipt = recorder.receipt({})
     assert receipt["plugs"] == {"cache": {"hit": 2, "miss": 1}, "swap": {"moved": 1}, "old": {"memory dropped": 1}}
-    assert receipt["noted"] == [{"component": "vae", "file": "config.json", "key": "tomorrow", "value": [1]}]
+    assert receipt["noted"] == [{"component": "vae", "note": "its config has a key that nobody knows"}]
 
 
 # --- events of another place

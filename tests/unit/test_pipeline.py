@@ -638,6 +638,6 @@ def test_the_real_stages_declare_what_they_use():
     assert encode.components == ("tokenizer", "text_encoder")
     assert denoise.components == ("transformer",)
     assert decode.components == ("vae",)
-    assert set(denoise.loop) <= set(denoise.writes)
+    assert set(denoise.loop) <= {*denoise.writes, *denoise.may_write}
     assert replace(denoise, cache_text_kv=False) == denoise  # promises equal results
     assert replace(denoise, attention="dense") != denoise

@@ -133,7 +133,7 @@ def test_ctrl_c_at_the_second_place_keeps_the_steps_of_the_first(pipe):
     class Second(Here):
         """Stopped before its first step, while a part is loaded or a host is asked."""
 
-        def run(self, task):
+        def call(self, task):
             raise KeyboardInterrupt
 
     places = {"denoise": [Segment(Here(pipe.components)), Segment(Second(pipe.components), 2)]}

@@ -63,7 +63,10 @@ class Components(Mapping[str, Any]):
             if name in self.holder.loaded:
                 return self.holder[name]
             with events.span("load", component=name):
-                return self.holder[name]
+                component = self.holder[name]
+            for note in self.model.parts[name].notes:
+                events.emit("load.note", component=name, note=note)
+            return component
 
     def fingerprint_of(self, name: str) -> str:
         """That of the component, also of one that is not loaded: its files are read once, and hashed."""
@@ -169,12 +172,12 @@ class Components(Mapping[str, Any]):
         """What ``describe`` tells of one part, loaded or not; its class only once it is loaded."""
         part, component = self.model.parts[name], self.holder.loaded.get(name)
         facts: dict[str, Any] = {} if component is None else {"class": type(component).__name__}
-        facts |= {"dtype": "none", "device": "cpu", "files": self.files(name)}
+        facts |= {"dtype": "none", "device": "cpu", "files": self.files(name), "notes": list(part.notes)}
         if part.source is None:
             return facts
         dtype, device = self.place(name)
         facts |= {"dtype": str(dtype).removeprefix("torch."), "device": device, "layout": part.layout}
-        facts |= {"quantization": part.quantization, "notes": list(part.notes)}
+        facts |= {"quantization": part.quantization}
         if (backend := self.setup.backend_of(name)) != "torch":
             facts |= {"backend": exact_name(backend), **getattr(component, "facts", {})}
         if part.kind != "wan":

@@ -115,7 +115,12 @@ def _detected(found: Any) -> dict[str, Any]:
 def _part(part: Part) -> dict[str, Any]:
     """Facts about one part, and what keeps it from loading (``problems``)."""
     if part.source is None or part.detected is None:
-        return {"kind": part.kind, "path": str(part.path), "problems": _tokenizer_problems(part)}
+        return {
+            "kind": part.kind,
+            "path": str(part.path),
+            "notes": list(part.notes),
+            "problems": _tokenizer_problems(part),
+        }
     stored = part.source
     while hasattr(stored, "source"):
         stored = stored.source

@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+from ditkit.cancel import Cancel
 from ditkit.errors import Lost, PipelineError, PlaceError, StateError
 from ditkit.events import Relay
 from ditkit.execution.place import StageCall, StageResult
@@ -21,6 +22,8 @@ from ditkit.placement.job import Job, Message, message_to_error, message_to_even
 from ditkit.placement.validation import check_outcome, made_by
 
 LOG = "Look at its log"
+TICK = 0.1
+"""Seconds after which whoever waits for a message looks whether it is still wanted."""
 
 
 class Reader:
@@ -51,12 +54,17 @@ class Reader:
         except BaseException as e:
             self._messages.put(e)
 
-    def get(self) -> Message:
-        """The next message. Raises what reading raised, and Lost after the last one."""
-        found = self._messages.get()
-        if isinstance(found, BaseException):
-            raise found
-        return found
+    def get(self, cancel: Cancel | None) -> Message:
+        """The next message. Raises what reading raised, Lost after the last one, and KeyboardInterrupt on
+        ``cancel``."""
+        while True:
+            if cancel is not None:
+                cancel.check()
+            with contextlib.suppress(queue.Empty):
+                found = self._messages.get(timeout=None if cancel is None else TICK)
+                if isinstance(found, BaseException):
+                    raise found
+                return found
 
 
 class Attempt:
@@ -88,7 +96,7 @@ class Attempt:
         with self.relay, Reader(lambda: self.channel.submit(self.job, self.inputs), self.asked) as messages:
             while self.outcome is None:
                 try:
-                    message = messages.get()
+                    message = messages.get(None if self.cancelled else self.call.cancel)
                     self.received += message.nbytes
                     if message.kind in act:
                         act[message.kind](message)

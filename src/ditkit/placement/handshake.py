@@ -6,10 +6,10 @@ Leaves out: the fixed inputs of the probe (``probe.py``).
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Mapping
 from typing import Any
 
+from ditkit.cancel import Cancel
 from ditkit.errors import Lost, PlaceError, nearest
 from ditkit.events import SILENT, Events
 from ditkit.execution.stage import Stage
@@ -24,9 +24,10 @@ def times(attempt: int) -> str:
     return f" ({attempt + 1} times)" if attempt else ""
 
 
-def pause(lost: Lost, attempt: int) -> None:
-    """Before the next attempt: as long as the other end asks for, or a little longer each time."""
-    time.sleep(max(lost.after, min(0.1 * 2**attempt, 5.0)))
+def pause(lost: Lost, attempt: int, cancel: Cancel | None = None) -> None:
+    """Wait before the next attempt: as long as the other end asks for, or a little longer each time. Raises
+    KeyboardInterrupt on ``cancel``."""
+    (cancel or Cancel()).wait(max(lost.after, min(0.1 * 2**attempt, 5.0)))
 
 
 class Handshake:

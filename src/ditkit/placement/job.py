@@ -170,8 +170,10 @@ _ABOUT = {"name": "str", "seconds": "float", "span": "int", "parent": "int"}
 
 
 def _step(values: Mapping[str, Any]) -> Step:
-    step = Step(**values)
-    if not all(is_a(getattr(step, each.name), str(each.type)) for each in fields(Step)):
+    window = values.get("frames")
+    step = Step(**{**values, "frames": None if window is None else tuple(window)})
+    plain = all(is_a(getattr(step, each.name), str(each.type)) for each in fields(Step) if each.name != "frames")
+    if not plain or [type(n) for n in step.frames or (0, 0)] != [int, int]:
         raise TypeError("its step is another one")
     return step
 

@@ -27,6 +27,12 @@ class Places:
         self._remotes: dict[str, Remote] = {}
         self._lock = threading.RLock()
 
+    def also(self, setup: Setup) -> Places:
+        """Those of ``setup``, which places more stages; who was asked already is not asked again."""
+        places = Places(setup)
+        places._remotes, places._lock = self._remotes, self._lock
+        return places
+
     def devices(self, pipeline: StageList) -> dict[str, str]:
         """Devices of the components of stages that are placed on a device of this process. Raises SetupError where two
         settings contradict each other, or where nothing would heed one."""

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from ditkit.errors import Lost, PlaceError
 from ditkit.events import Events
-from ditkit.execution.place import StageCall, StageResult
+from ditkit.execution.place import Call, StageCall, StageResult
 from ditkit.execution.stage import Stage
 from ditkit.placement.attempt import Attempt, plugged
 from ditkit.placement.channel import Channel
@@ -45,6 +45,9 @@ class Remote:
         mine, theirs = versions(), self.handshake.said.get("versions", {})
         return {name: str(theirs.get(name)) for name in COMPUTES if theirs.get(name) != mine.get(name)}
 
+    def call(self, task: StageCall) -> Call:
+        return Call(self.run, [task], lambda result, _: result)
+
     def run(self, task: StageCall) -> StageResult:
         self.handshake.check(task.stage, task.events)
         attempt = Attempt(self.name, self.channel, task)
@@ -59,7 +62,7 @@ class Remote:
                         raise PlaceError(e.asked, f"{e.found}{times(count)}", e.do) from None
                     about = {"place": self.name, "stage": task.stage.name, "attempt": count + 1, "why": str(e)}
                     task.events.emit("place.retry", **about)
-                    pause(e, count)
+                    pause(e, count, task.cancel)
                 attempt = Attempt(self.name, self.channel, task, attempt.reached)
         except KeyboardInterrupt:
             if attempt.reached is None:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from ditkit.cancel import Cancel
 from ditkit.checking import fault_of
 from ditkit.errors import DitkitError, Lost, PlaceError, StateError, nearest
 from ditkit.events import Event, Events
@@ -135,6 +136,8 @@ class Worker:
     def _carry_out(
         self, stage: Stage, job: Job, inputs: State, send: Send, cancelled: threading.Event
     ) -> tuple[StageResult, float]:
+        cancel = Cancel(cancelled)
+
         def listen(event: Event) -> None:
             if event.name not in job.ignore:
                 send(event_to_message(event))
@@ -147,21 +150,20 @@ class Worker:
         events = Events(listen)
         listening = getattr(self.components, "listening", None)
         components = self.components if listening is None else listening(events)
-        with self._my_turn(cancelled):
+        with self._my_turn(cancel):
             begun = time.perf_counter()
             task = StageCall(stage, inputs, job.weights, events, stop_at_step=job.stop_at_step,
-                        keep=keep if job.keep_every else None, keep_every=job.keep_every or 1)  # fmt: skip
+                        keep=keep if job.keep_every else None, keep_every=job.keep_every or 1,
+                        cancel=cancel)  # fmt: skip
             outcome = Here(components).run(task)
             return (outcome if outcome.stopped else checked(stage, outcome)), time.perf_counter() - begun
 
     @contextlib.contextmanager
-    def _my_turn(self, cancelled: threading.Event) -> Iterator[None]:
+    def _my_turn(self, cancel: Cancel) -> Iterator[None]:
         while not self._turn.acquire(timeout=TICK):
-            if cancelled.is_set():
-                raise KeyboardInterrupt
+            cancel.check()
         try:
-            if cancelled.is_set():
-                raise KeyboardInterrupt
+            cancel.check()
             yield
         finally:
             self._turn.release()
