@@ -187,8 +187,8 @@ def test_silence_is_lost_when_patience_ends():
             Lost,
             "stopped in the middle",
         ),
-        (answer(200, b"\x63" * 64, MEDIA_TYPE), PlaceError, "it is no frame"),
-        (answer(200, HEAD.pack(2, 1 << 60), MEDIA_TYPE), PlaceError, "it is no frame"),
+        (answer(200, b"\x63" * 64, MEDIA_TYPE), PlaceError, "it is no message"),
+        (answer(200, HEAD.pack(2, 1 << 60), MEDIA_TYPE), PlaceError, "it is no message"),
         (answer(200, HEAD.pack(2, 3) + b"abc" + bytes(4), MEDIA_TYPE), PlaceError, "changed on the way"),
     ],
 )

@@ -223,7 +223,7 @@ def test_the_receipt_counts_what_plugs_decide():
     events.emit("plug", **{**PLUG, "plug": "swap"}, what="moved", bytes=3)
     events.emit("memory.dropped", plug="old", names=["residual"])
     events.emit("load.note", component="vae", note="its config has a key that nobody knows")
-    receipt = recorder.receipt({})
+    receipt = recorder.receipt({}, {}, {}, {}, [])
     assert receipt["plugs"] == {"cache": {"hit": 2, "miss": 1}, "swap": {"moved": 1}, "old": {"memory dropped": 1}}
     assert receipt["noted"] == [{"component": "vae", "note": "its config has a key that nobody knows"}]
 
@@ -329,6 +329,6 @@ def test_a_run_that_is_interrupted_ends_its_spans(pipe):
     fails = [e for e in heard if e.name.endswith(".fail")]
     assert [(e.name, e["error"], e["outcome"]) for e in fails] == [
         ("step.fail", "KeyboardInterrupt", "interrupted"),
-        ("stage.fail", "Interrupted", "interrupted"),
+        ("stage.fail", "Stopped", "interrupted"),
     ]
     assert fails[1]["stage"] == "denoise"

@@ -73,7 +73,7 @@ class Execution:
                     self.events.emit("stage.skipped", stage=stage.name, reason=reason)
                     continue
                 for place, call in self._calls(stage):
-                    with self.events.span("stage", stage=stage.name, place=place.name), call:
+                    with call, self.events.span("stage", stage=stage.name, place=place.name):
                         call.returned = call.run(*call.given)
                 self._keep()
             if stage.loop and not stage.done(self.state):

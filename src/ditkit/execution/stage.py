@@ -205,8 +205,11 @@ class Context:
 
 
 class Stopped(Exception):
-    """Raised inside a looping stage when it is interrupted: carries the fields as they stood after the last step."""
+    """Raised inside a looping stage when it is interrupted: carries the fields as they stood after the last step, and
+    raised by a place elsewhere, its whole result."""
 
-    def __init__(self, fields: Mapping[str, Any]):
+    exit_code = 130
+
+    def __init__(self, fields: Any):
         super().__init__("interrupted")
         self.fields = fields
