@@ -32,6 +32,12 @@ MOST_WORDS = 1 << 26
 
 LAST = ("outcome", "error")
 
+ANSWERS = {
+    401: ("it does not take our token", "Put the host's token into DITKIT_HOST_TOKEN"),
+    404: ("there is no ditkit host at that address (404)", "Check the address"),
+    413: ("so large a State is too much for it", "Raise its limit"),
+}
+
 ROUTES: Mapping[Question, tuple[str, str]] = {
     "health": ("GET", "/health"),
     "describe": ("GET", "/stages"),
@@ -181,13 +187,8 @@ class HTTPChannel:
             raise lost
         if _ours(data):
             raise message_to_error(data, self.address)
-        if status == 401:
-            raise PlaceError(self.asked, "it does not take our token", "Put the host's token into DITKIT_HOST_TOKEN")
-        if status == 413:
-            raise PlaceError(self.asked, "so large a State is too much for it", "Raise its limit")
-        if status == 404:
-            raise PlaceError(self.asked, "there is no ditkit host at that address (404)", "Check the address")
-        raise PlaceError(self.asked, f"it answers {status} {response.reason}", "Look at its log")
+        found, do = ANSWERS.get(status, (f"it answers {status} {response.reason}", "Look at its log"))
+        raise PlaceError(self.asked, found, do)
 
     def stranger(self, response: http.client.HTTPResponse) -> PlaceError:
         kind = response.headers.get("Content-Type", "no type")

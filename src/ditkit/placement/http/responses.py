@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 from fastapi import Request, Response
@@ -25,29 +25,13 @@ RETRY_AFTER = 5
 """Seconds after which whoever found the queue full may ask again."""
 
 
-class Full(PlaceError):
-    """Too many jobs wait."""
+class Refused(PlaceError):
+    """A request that is not taken: 400 it means nothing, 401 who asks is not known, 404 there is no such thing, 413 a
+    State is too large, 503 too many jobs wait."""
 
-
-class TooLarge(PlaceError):
-    """A State is more than the host takes."""
-
-
-class Unknown(PlaceError):
-    """Who asks did not show the token."""
-
-
-class Absent(PlaceError):
-    """There is no such thing here."""
-
-
-class Wrong(PlaceError):
-    """A request that means nothing."""
-
-
-STATUS: Mapping[type[DitkitError], int] = {
-    Full: 503, TooLarge: 413, Unknown: 401, Absent: 404, Wrong: 400, UserError: 400,
-}  # fmt: skip
+    def __init__(self, status: int, asked: str, found: str, do: str):
+        super().__init__(asked, found, do)
+        self.status = status
 
 
 def refuse(request: Request, error: Exception) -> Response:
@@ -57,7 +41,7 @@ def refuse(request: Request, error: Exception) -> Response:
 
 
 def _error(error: DitkitError, message: Message) -> Response:
-    status = next((code for kind, code in STATUS.items() if isinstance(error, kind)), 500)
+    status = getattr(error, "status", 400 if isinstance(error, UserError) else 500)
     more = {503: {"Retry-After": str(RETRY_AFTER)}, 401: {"WWW-Authenticate": "Bearer"}}.get(status)
     return Response(bytes(message.payload), status, more, "application/json")
 
