@@ -22,11 +22,11 @@ import torch
 
 from benchmarks.measure import Row, compared
 from benchmarks.process import run
-from ditkit.checkpoints import diffusers_folder as folders
-from ditkit.checkpoints.keys import transformer_keys
-from ditkit.checkpoints.mapped import Mapped
-from ditkit.checkpoints.source import TensorFacts, View
-from ditkit.checkpoints.writing import write_file, write_pickle, write_set
+from ditkit.checkpoints.files.writing import write_file, write_pickle, write_set
+from ditkit.checkpoints.kinds import diffusers_folder as folders
+from ditkit.checkpoints.kinds.keys import transformer_keys
+from ditkit.checkpoints.views.mapped import Mapped
+from ditkit.checkpoints.views.source import TensorFacts, View
 from ditkit.models.wan import WanConfig, WanTransformer
 
 SIZES: Mapping[str, WanConfig] = {
@@ -68,10 +68,13 @@ def end(tensors):
 OURS = (
     START
     + """
-from ditkit.build.components import Components
-from ditkit.build.model import Model
-from ditkit.checkpoints import detect, gguf, load, pickles
-from ditkit.checkpoints.parts import open_part
+from ditkit.assembly.components import Components
+from ditkit.assembly.model import Model
+from ditkit.checkpoints import load
+from ditkit.checkpoints.kinds import detect
+from ditkit.checkpoints.files import gguf
+from ditkit.checkpoints.files import pickles
+from ditkit.checkpoints.model.locate import open_part
 from ditkit.models import wan
 from ditkit.setup import Setup
 if {library!r}:
@@ -79,7 +82,7 @@ if {library!r}:
 begin()
 parts = {{"transformer": open_part(path)}}
 model = Model("x", path, parts, "t2v", None, {{}}, None, (4, 8, 8), (1, 2, 2))
-module = Components(model, Setup(dtype="bfloat16", device="cpu", precision="diffusers"))["transformer"]
+module = Components(model, Setup(dtype="bfloat16", device="cpu", dtype_policy="diffusers"))["transformer"]
 end(list(module.parameters()))
 """
 )

@@ -1,4 +1,4 @@
-"""Everything but the models: solver, guidance, events and the loop around them, for each step.
+"""Everything but the models: scheduler, guidance, events and the loop around them, for each step.
 
 The transformer's place is taken by one multiplication whose time is subtracted, on both sides, so that latents of the
 full 480p size can be used. Then a real run at 1.3B width: what share of it is spent outside the model.
@@ -27,16 +27,16 @@ class Timed:
     """A transformer that knows how long its calls took. ``inner`` None: a multiplication instead of a network."""
 
     timestep_scale, latent_channels, device = 1000.0, 16, torch.device("cpu")
-    condition_channels = control_channels = 0
+    reads = ()
 
     def __init__(self, inner: Any = None):
         self.inner, self.seconds = inner, 0.0
         self.fingerprint = "benchmark" if inner is None else inner.fingerprint
         self.run_blocks = None if inner is None else inner.run_blocks
 
-    def prepare_text(self, rows: Any, remember: bool = True) -> Any:
+    def prepare(self, *given: Any) -> Any:
         begun = time.perf_counter()
-        text = rows if self.inner is None else self.inner.prepare_text(rows, remember)
+        text = None if self.inner is None else self.inner.prepare(*given)
         self.seconds += time.perf_counter() - begun
         return text
 
@@ -47,12 +47,12 @@ class Timed:
         return out
 
 
-def pipe_with(folder: Path, timed: Timed, **request: Any) -> tuple[ditkit.Pipe, ditkit.State]:
+def pipe_with(folder: Path, timed: Timed, **request: Any) -> tuple[ditkit.Pipeline, ditkit.State]:
     """A pipe around ``timed``, and the State that is ready for its first step."""
     pipe = ditkit.load(folder, device="cpu")
     state = pipe.begin(pipe.model.request({"prompt": PROMPT, **request}))
     state = pipe.run(state, until="encode_text").state
-    return ditkit.Pipe(pipe.model, pipe.setup, {"transformer": timed}, pipe.pipeline), state
+    return ditkit.Pipeline(pipe.model, pipe.setup, {"transformer": timed}, pipe.stages), state
 
 
 def beside_the_model(folder: Path, frames: int, height: int, width: int, steps: int, repeats: int) -> Iterator[Row]:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from ditkit.checkpoints import diffusers_folder as folders
-from ditkit.checkpoints.keys import rename, transformer_keys, vae_keys
+from ditkit.checkpoints.kinds import diffusers_folder as folders
+from ditkit.checkpoints.kinds.keys import rename, transformer_keys, vae_keys
 from ditkit.models import umt5
 from ditkit.models.wan import WanConfig, WanTransformer
 from ditkit.models.wan_vae import WanVAE, WanVAEConfig

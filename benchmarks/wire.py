@@ -55,7 +55,7 @@ while True:
 HOST = """
 import sys
 import torch
-from ditkit.placement.listen import Host, bind
+from ditkit.placement.http.listen import Host, bind
 from ditkit.placement.worker import Worker
 from benchmarks.wire import stages
 
@@ -91,7 +91,7 @@ WAYS = ("there", "back", "there and back")
 
 def stages(largest: int) -> dict[str, Any]:
     """A stage for each load and way. ``largest``: bytes of the largest load."""
-    from ditkit.stage import BaseStage
+    from ditkit.execution.stage import BaseStage
 
     memory = torch.randint(0, 255, (largest,), dtype=torch.uint8)
 
@@ -178,7 +178,7 @@ def bare(connection: socket.socket, load: Load, way: str) -> Callable[[], None]:
 
 
 def ours(url: str, load: Load, way: str, tensor: torch.Tensor | None = None) -> Callable[[], None]:
-    from ditkit.placement.http import HTTPChannel
+    from ditkit.placement.http.client import HTTPChannel
     from ditkit.placement.job import Job, state_to_outcome
     from ditkit.state import State
 

@@ -22,9 +22,9 @@ class MeasureMotion(ditkit.BaseStage):
 
 
 pipe = ditkit.load(args.model, debug=True)  # debug: dtype and shape of every field are checked on the way
-pipe.pipeline = pipe.pipeline.insert(MeasureMotion(), after="decode_latents")
+pipe.stages = pipe.stages.insert(MeasureMotion(), after="decode_latents")
 result = pipe("a white circle moving down on a black background", seed=1)
 
-print(" -> ".join(pipe.pipeline.names))
+print(" -> ".join(pipe.stages.names))
 for frame, change in enumerate(result.state["motion"][0].tolist()):
     print(f"frame {frame:2}  {change:6.2f}  {'#' * round(change)}")

@@ -17,7 +17,7 @@ scene = sample_scene(np.random.default_rng(4), motion="left", background="gray")
 red, blue = (draw(replace(scene, color=color))[0] for color in ("red", "blue"))  # uint8 [64, 64, 3]; or a file's path
 
 pipe = ditkit.load(args.model)
-print(" -> ".join(pipe.pipeline.names))
+print(" -> ".join(pipe.stages.names))
 clips = {}
 for name, picture in (("red", red), ("blue", blue)):
     result = clips[name] = pipe("moving left", image=picture, seed=1)

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 
 import ditkit
-from ditkit.build import MODELS
-from ditkit.checkpoints.convert import convert
+from ditkit.assembly import MODELS
+from ditkit.checkpoints.convert.convert import convert
 from ditkit.cli.main import main
 
 parser = argparse.ArgumentParser(description=__doc__)

@@ -14,7 +14,7 @@ args = parser.parse_args()
 pipe = ditkit.load(args.model)
 jobs = [
     {"prompt": "a red circle moving left on a black background", "seed": 1},
-    {"prompt": "a blue square moving up on a gray background", "seed": 2, "solver": "dpm++"},
+    {"prompt": "a blue square moving up on a gray background", "seed": 2, "scheduler": "dpm++"},
 ]
 alone = [pipe(**job).video for job in jobs]
 with ThreadPoolExecutor(2) as pool:

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from ditkit.checkpoints.files import DTYPES
-from ditkit.checkpoints.source import TensorFacts
+from ditkit.checkpoints.files.opening import DTYPES
+from ditkit.checkpoints.views.source import TensorFacts
 
 SPELLED = {getattr(torch, ours): theirs for theirs, ours in DTYPES.items()}
 

@@ -15,12 +15,12 @@ import tiny_names as names
 import torch
 from safetensors.torch import load_file, save_file
 
-from ditkit.checkpoints import diffusers_folder as folders
-from ditkit.checkpoints.keys import rename, vae_keys
+from ditkit.checkpoints.kinds import diffusers_folder as folders
+from ditkit.checkpoints.kinds.keys import rename, vae_keys
 from ditkit.models import umt5
 from ditkit.models.wan import WanConfig, WanTransformer
 from ditkit.models.wan_vae import WanVAE, WanVAEConfig
-from ditkit.nn.precision import precision
+from ditkit.nn.dtype_policy import dtype_policy
 
 TRANSFORMER = WanConfig(dim=64, ffn_dim=112, num_heads=2, num_layers=2, text_dim=32, freq_dim=32)
 VAE = WanVAEConfig(dim=4)
@@ -80,7 +80,7 @@ def vae(seed: int = 2, config: WanVAEConfig = VAE) -> WanVAE:
 
 def built(sizes: WanConfig, tensors: dict[str, torch.Tensor], policy: str, dtype: torch.dtype) -> WanTransformer:
     """A transformer with these weights, each held in the dtype that the policy wants."""
-    chosen = precision(policy, dtype)
+    chosen = dtype_policy(policy, dtype)
     model = WanTransformer(sizes, chosen).eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
         parameter.data = tensors[name].to(chosen.weight_dtype(name))

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ditkit.checkpoints import diffusers_folder as folders
-from ditkit.checkpoints.keys import rename, transformer_keys, vae_keys
+from ditkit.checkpoints.kinds import diffusers_folder as folders
+from ditkit.checkpoints.kinds.keys import rename, transformer_keys, vae_keys
 from ditkit.shapes.draw import FRAMES, HEIGHT, WIDTH, draw
 from vae import to_pixels
 

@@ -9,8 +9,8 @@ import tomllib
 from dataclasses import asdict
 from pathlib import Path
 
-from ditkit.checkpoints import diffusers_folder as folders
-from ditkit.checkpoints.keys import rename, transformer_keys
+from ditkit.checkpoints.kinds import diffusers_folder as folders
+from ditkit.checkpoints.kinds.keys import rename, transformer_keys
 from ditkit.models.wan import WanTransformer
 from export import DEFAULTS
 from image import CLIP, CLIP_MEAN, CLIP_STD

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 import image
 import transformer
-from ditkit.build import ASSETS, Components, Model
+from ditkit.assembly import ASSETS, Components, Model
 from ditkit.setup import Setup
 from ditkit.shapes.draw import draw
 

@@ -11,11 +11,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ditkit.cancel import Cancel
     from ditkit.contracts import Seams, Site, Step, Swap
     from ditkit.errors import DitkitError
     from ditkit.events import Event, Events
-    from ditkit.pipe import Pipe, Result, load, switch
-    from ditkit.pipeline import BaseStage, Context, Interrupted, Pipeline, Stage
+    from ditkit.execution.stage_list import BaseStage, Context, Interrupted, Stage, StageList
+    from ditkit.pipeline import Pipeline, Result, load, switch
     from ditkit.request import Request
     from ditkit.setup import Setup
     from ditkit.state import Field, State
@@ -23,17 +24,37 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "load": "pipe", "switch": "pipe", "Pipe": "pipe", "Result": "pipe",
+    "load": "pipeline", "switch": "pipeline", "Pipeline": "pipeline", "Result": "pipeline",
     "Request": "request", "Setup": "setup", "State": "state", "Field": "state",
-    "Pipeline": "pipeline", "Stage": "pipeline", "BaseStage": "pipeline", "Context": "pipeline",
-    "Interrupted": "pipeline",
+    "StageList": "execution.stage_list", "Stage": "execution.stage",
+    "BaseStage": "execution.stage", "Context": "execution.stage",
+    "Interrupted": "execution.place",
     "Seams": "contracts", "Swap": "contracts", "Step": "contracts", "Site": "contracts",
-    "Event": "events", "Events": "events", "DitkitError": "errors",
+    "Event": "events", "Events": "events", "DitkitError": "errors", "Cancel": "cancel",
 }  # fmt: skip
 
 __all__ = [
-    "BaseStage", "Context", "DitkitError", "Event", "Events", "Field", "Interrupted", "Pipe", "Pipeline", "Request",
-    "Result", "Seams", "Setup", "Site", "Stage", "State", "Step", "Swap", "load", "switch",
+    "BaseStage",
+    "Cancel",
+    "Context",
+    "DitkitError",
+    "Event",
+    "Events",
+    "Field",
+    "Interrupted",
+    "Pipeline",
+    "Request",
+    "Result",
+    "Seams",
+    "Setup",
+    "Site",
+    "Stage",
+    "StageList",
+    "State",
+    "Step",
+    "Swap",
+    "load",
+    "switch",
 ]  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Is a State what it says it is? Fields against the field table, counts against each other, before anything runs.
 
 A State may come from a file that was edited, cut together or written by another version. Leaves out: damage of the
-file itself (``state.py``) and whether the model is the right one (``pipe.py``).
+file itself (``state.py``) and whether the model is the right one (``pipeline.py``).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ditkit.state import FIELDS, Field, State, kind_of
 
 _PLAIN: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (float, int), "dict": (dict,)}
 _RECORDED = ("settings", "inputs", "weights", "options", "plugs")  # dicts in a record, see records.py
-_LENGTHS = {"prompt_embeds": "prompt_lengths", "negative_prompt_embeds": "negative_prompt_lengths"}
+_LENGTHS = {f.name: f.clips.removeprefix("rows:") for f in FIELDS.values() if f.clips.startswith("rows:")}
 
 
 def fault_of(spec: Field, value: Any, sizes: dict[str, int]) -> str | None:
@@ -62,7 +62,7 @@ def check_state(state: State, table: Mapping[str, Field] = FIELDS) -> Request:
     asked = "running a State"
     absent = [name for name in ("request", "prompt", "negative_prompt", "seed") if name not in state]
     if absent:
-        raise StateError(asked, f"it has no {', '.join(absent)}", "Start it with Pipe.begin")
+        raise StateError(asked, f"it has no {', '.join(absent)}", "Start it with Pipeline.begin")
     sizes: dict[str, int] = {}
     for name, value in state.items():
         fault = fault_of(table[name], value, sizes) if name in table else None
@@ -99,8 +99,10 @@ def _check_progress(asked: str, state: State) -> None:
     if sigmas is not None and "step" not in state:
         raise StateError(asked, "it has noise levels and no count of steps", "Take an untouched State")
     if not step and state.get("history"):
-        raise StateError(asked, "its solver remembers steps, and none was taken", "Take an untouched State")
+        raise StateError(asked, "its scheduler remembers steps, and none was taken", "Take an untouched State")
     if step < 0 or (sigmas is not None and step > len(sigmas) - 1):
         raise StateError(asked, f"its step {step} is not one of its run", "Take an untouched State")
     if sigmas is not None and 0 < step < len(sigmas) - 1 and "history" not in state:
-        raise StateError(asked, "it stands between two steps without the solver's history", "Take an untouched State")
+        raise StateError(
+            asked, "it stands between two steps without the scheduler's history", "Take an untouched State"
+        )

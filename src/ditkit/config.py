@@ -20,7 +20,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from ditkit.errors import RequestError, SetupError, UserError, nearest
-from ditkit.request import Request, Settings, describe
+from ditkit.request import OLD_NAMES, Request, Settings, describe, renamed
 from ditkit.setup import Setup
 
 FIELDS: dict[str, FieldInfo] = {**Request.model_fields, **Setup.model_fields}
@@ -29,7 +29,7 @@ FIELDS: dict[str, FieldInfo] = {**Request.model_fields, **Setup.model_fields}
 PREFIX = "DITKIT_"
 
 TOKEN = "DITKIT_HOST_TOKEN"
-"""No setting: settings are shown and written into manifests (``placement/tokens.py``)."""
+"""No setting: settings are shown and written into manifests (``placement/http/tokens.py``)."""
 
 
 class Entries(dict[str, Any]):
@@ -46,8 +46,12 @@ class Layer:
     @classmethod
     def of(cls, values: Mapping[str, Any], origin: str) -> Layer:
         for key in values:
-            check_key(key, f"{origin}: {key}")
-        return cls(dict(values), dict.fromkeys(values, origin))
+            check_key(OLD_NAMES.get(key, key), f"{origin}: {key}")
+        try:
+            values = renamed(values)
+        except ValueError as e:
+            raise SetupError(origin, str(e), "Give it once, by today's name") from None
+        return cls(values, dict.fromkeys(values, origin))
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,7 @@ class Settled:
 
     def explain(self, key: str) -> list[tuple[str, Any]]:
         """(origin, value) of one setting in every layer that has it, ditkit's default first; the last one counts."""
+        key = OLD_NAMES.get(key, key)
         check_key(key, f"explaining {key}")
         field = FIELDS[key]
         extra = typing.cast("dict[str, Any]", field.json_schema_extra)
@@ -129,6 +134,7 @@ def text_layer(given: Iterable[tuple[str, str, str, bool]]) -> Layer:
     origins: dict[str, str] = {}
     for key, text, origin, literal in given:
         name, _, entry = key.partition(".")
+        name = OLD_NAMES.get(name, name)
         check_key(name, origin)
         annotation = FIELDS[name].annotation
         table = typing.get_origin(annotation) is dict

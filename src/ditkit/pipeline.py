@@ -1,437 +1,271 @@
-"""Stage and Pipeline: compose, check, run, slice, stop, resume.
+"""Pipeline: a model that is ready to make clips. ``ditkit.load(...)`` gives one; calling it gives a Result.
 
-A Stage is any object with the attributes of ``Stage`` below. A Pipeline is an immutable, ordered list of stages that is
-checked when it is built. Running it threads one State through; a stage sees only the fields and components that it
-declared. Leaves out: what the stages compute (``stages/``), where one stage is carried out (``running.py``), what makes
-a result out of date (``records.py``), and where components come from (``build``).
+A Pipeline holds no state of any run; threads may share it. Leaves out: going
+through the stages (``execution``), finding and filling components (``assembly``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+import functools
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from ditkit.checking import fault_of
-from ditkit.contracts import Seams
-from ditkit.errors import PipelineError, StateError, nearest
-from ditkit.events import SILENT, Events
-from ditkit.outcome import Question
-from ditkit.records import code_of, fingerprint_of, fingerprints, outdated, record_of
-from ditkit.running import (
-    Here,
-    Interrupted,
-    Keeper,
-    Outcome,
-    Place,
-    Results,
-    Segment,
-    Task,
-    checked,
-    readable,
-)
-from ditkit.stage import DERIVED, BaseStage, Context, Only, RecordedSettings, Stage, Stopped, setting_of
-from ditkit.state import FIELDS, Field, State
+from ditkit import media, pictures
+from ditkit.assembly import Components, Model, pipeline_of, placed
+from ditkit.assembly.resume_checks import check_begun, model_field
+from ditkit.cancel import Cancel
+from ditkit.checking import check_state
+from ditkit.contracts import Seams, Step
+from ditkit.errors import DitkitError, RequestError, SetupError
+from ditkit.events import Events, Listener
+from ditkit.execution.clips import Clips
+from ditkit.execution.execution import Execution
+from ditkit.execution.place import Checkpointer, ResultCache
+from ditkit.execution.stage_list import StageList
+from ditkit.placement import Places
+from ditkit.placement.remote_parts import address, check_agree, check_here, facts_of, model_at, scope_at, scope_of
+from ditkit.prompting import templates
+from ditkit.receipt import Recorder, manifests
+from ditkit.request import Request
+from ditkit.setup import Setup
+from ditkit.shared import Switch
+from ditkit.shared import switch as exchange
+from ditkit.stages.expand_prompt import ExpandPrompt, check_asked
+from ditkit.state import State
+from ditkit.store.cache import open_cache
 
-__all__ = [
-    "SOURCES", "BaseStage", "Context", "Interrupted", "Only", "Options", "Pipeline", "RecordedSettings", "Stage",
-    "Stopped", "fingerprint_of",
-]  # fmt: skip
-
-SOURCES = ("prompt", "negative_prompt", "seed", "request")
-"""Fields that the caller brings."""
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Result:
+    """What a run gave. ``receipt`` tells what really ran; ``manifests`` has one entry for each clip."""
+
+    state: State
+    receipt: Mapping[str, Any]
+    manifests: tuple[Mapping[str, Any], ...]
+
+    @functools.cached_property
+    def videos(self) -> np.ndarray:
+        """uint8 [clips, frames, height, width, 3], RGB; a copy, to draw on as you like."""
+        return self._frames().copy()
+
+    def _frames(self) -> np.ndarray:
+        if "video" not in self.state:
+            raise DitkitError("the video of a run", "it stopped before decode_latents", "Go on from its State")
+        return self.state["video"].numpy()
+
+    @property
+    def video(self) -> np.ndarray:
+        """uint8 [frames, height, width, 3] of a run that made one clip."""
+        if len(self.videos) != 1:
+            raise DitkitError("the video of a run", f"it made {len(self.videos)}", "Use .videos")
+        return self.videos[0]
+
+    def save(self, path: str | os.PathLike[str], crf: int = 16) -> list[Path]:
+        """Write mp4, gif, png frames or npz by suffix, with the manifest inside and beside it.
+
+        Several clips become NAME-0, NAME-1, ... Raises OutputError."""
+        path, frames = Path(path), self._frames()
+        targets = [path] if len(frames) == 1 else [path.with_stem(f"{path.stem}-{i}") for i in range(len(frames))]
+        fps = self.state["request"]["fps"]
+        return [media.write_video(t, v, fps, m, crf) for t, v, m in zip(targets, frames, self.manifests, strict=True)]
+
+
 class Pipeline:
-    """An ordered list of stages that fit together; every change gives a new, checked one."""
+    """``pipe(prompt, seed=7, ...)``: all fields of Request as keywords. ``stages`` and ``components`` are open:
+    change the first with insert, replace and remove; the second is any mapping of parts that fit the contracts."""
 
-    stages: tuple[Stage, ...]
-    given: tuple[str, ...] = SOURCES
+    def __init__(
+        self,
+        model: Model,
+        setup: Setup,
+        components: Mapping[str, Any],
+        stages: StageList,
+        seams: Seams | None = None,
+        listeners: Iterable[Listener] = (),
+        results: ResultCache | None = None,
+        places: Places | None = None,
+    ):
+        self.model, self.setup, self.components, self.stages = model, setup, components, stages
+        self.seams, self.listeners, self.results = seams or Seams(), tuple(listeners), results
+        self.places = places or Places(setup)
 
-    def __init__(self, stages: Iterable[Stage], given: Iterable[str] = SOURCES):
-        object.__setattr__(self, "stages", tuple(stages))
-        object.__setattr__(self, "given", tuple(given))
-        self._check()
+    def __call__(
+        self,
+        prompt: str | list[str] = "",
+        *,
+        listeners: Iterable[Listener] = (),
+        cancel: Cancel | None = None,
+        **request: Any,
+    ) -> Result:
+        """Pictures (``image``, ``last_image``, ...) may be paths, PIL images, arrays or tensors. Raises Interrupted."""
+        values, pixels = pictures.take({"prompt": prompt, **request})
+        return self.run(self.begin(self.model.request(values), pixels), listeners=listeners, cancel=cancel)
 
-    # --- composing
+    @staticmethod
+    def check(request: Request) -> list[tuple[str, str, int]]:
+        """Prompt, negative prompt and seed of every clip. Raises RequestError for a prompt that says nothing."""
+        samples = request.samples()
+        if not all(prompt.strip() for prompt, _, _ in samples):
+            found = "there is nothing to make"
+            raise RequestError("a run with an empty prompt", found, "Say what the clip should show")
+        return samples
 
-    @property
-    def names(self) -> list[str]:
-        return [s.name for s in self.stages]
+    def begin(self, request: Request, pixels: Mapping[str, Any] | None = None) -> State:
+        """The State that a run starts from. Its request has everything filled in, the size that follows from an image
+        too. ``pixels``: pictures that the request names by their hash (``pictures.take``); files are read here."""
+        self.model.check(request)
+        request = templates.placed(pictures.placed(request))
+        found = pictures.read(request, pixels or {})
+        request = self.model.fit(request, found)
+        prompts, negatives, seeds = zip(*self.check(request), strict=True)
+        fields = {"prompt": list(prompts), "negative_prompt": list(negatives), "seed": list(seeds)}
+        model = model_field(self.setup.model, self.model)
+        seen = pictures.tensors(found, len(prompts), request)
+        return State({**fields, **seen, "request": request.model_dump(), "model": model})
 
-    def index(self, name: str) -> int:
-        if name not in self.names:
-            raise PipelineError(
-                f"stage {name!r}",
-                f"there is none of that name{nearest(name, self.names)}",
-                f"The stages are {', '.join(self.names)}",
-            )
-        return self.names.index(name)
+    def steps(self, request: Request) -> list[Step]:
+        """The step table of a run, before it runs; no weights are loaded."""
+        from ditkit.models.wan import TIMESTEP_SCALE
+        from ditkit.schedulers import make
+        from ditkit.schedulers.table import request_steps
 
-    def __getitem__(self, name: str) -> Stage:
-        return self.stages[self.index(name)]
+        scheduler = self.seams.scheduler or make(request.scheduler, **request.scheduler_options)
+        return request_steps(scheduler, request, TIMESTEP_SCALE, len(self.model.experts))
 
-    def insert(self, stage: Stage, *, before: str | None = None, after: str | None = None) -> Pipeline:
-        if (before is None) == (after is None):
-            raise PipelineError(
-                f"inserting stage {stage.name!r}", "it needs exactly one of before= and after=", "Name one stage"
-            )
-        at = self.index(before) if before is not None else self.index(str(after)) + 1
-        return Pipeline([*self.stages[:at], stage, *self.stages[at:]], self.given)
+    def look(self) -> Callable[[Tensor], np.ndarray] | None:
+        """What turns clean normalised latents [1, C, 1, h, w] into a picture uint8 [y, x, 3]: the tiny decoder, where
+        the model has one (``components={"preview_decoder": ...}``), else a matrix of colours; None if neither is
+        known."""
+        from ditkit.models.latent_rgb import preview_frames, rgb_frames
 
-    def replace(self, name: str, stage: Stage) -> Pipeline:
-        at = self.index(name)
-        return Pipeline([*self.stages[:at], stage, *self.stages[at + 1 :]], self.given)
-
-    def remove(self, name: str) -> Pipeline:
-        at = self.index(name)
-        return Pipeline([*self.stages[:at], *self.stages[at + 1 :]], self.given)
-
-    @property
-    def table(self) -> dict[str, Field]:
-        """All fields that can occur: ditkit's own and those that the stages describe."""
-        return FIELDS | {f.name: f for s in self.stages for f in s.fields}
-
-    def planned(self, state: State, start: str | None = None, until: str | None = None) -> list[Stage]:
-        """The stages from ``start`` to ``until`` that a run from ``state`` would not find done already."""
-        state = self._wanted(state)
-        return [s for s in self._slice(start, until) if not self._idle(s, state, asked=start is not None)]
-
-    def components(self, start: str | None = None, until: str | None = None) -> list[str]:
-        """The components that the stages from ``start`` to ``until`` call, in order of first use."""
-        return list(dict.fromkeys(c for s in self._slice(start, until) for c in s.components))
-
-    def _slice(self, start: str | None, until: str | None) -> Sequence[Stage]:
-        a = 0 if start is None else self.index(start)
-        b = len(self.stages) if until is None else self.index(until) + 1
-        if a >= b:
-            raise PipelineError(
-                f"running from {start!r} until {until!r}", "the first comes after the last", "Swap them"
-            )
-        return self.stages[a:b]
-
-    # --- checking
-
-    def _check(self) -> None:
-        if not self.stages:
-            raise PipelineError("building a pipeline", "it has no stages", "Give at least one")
-        table, available, possible, seen = dict(FIELDS), set(self.given), set(self.given), set()
-        for stage in self.stages:
-            where = f"building a pipeline with stage {stage.name!r}"
-            if stage.name in seen:
-                raise PipelineError(where, "another stage has that name", "Give each stage a name of its own")
-            seen.add(stage.name)
-            for new in stage.fields:
-                old = table.setdefault(new.name, new)
-                if (old.kind, old.dtype, old.shape) != (new.kind, new.dtype, new.shape):
-                    raise PipelineError(
-                        where,
-                        f"it declares {new.name!r} as {new.kind} {new.dtype} [{new.shape}], but it is "
-                        f"{old.kind} {old.dtype} [{old.shape}]",
-                        "Use another name or the same kind, dtype and shape",
-                    )
-            for name in (*stage.reads, *stage.optional, *stage.writes, *stage.may_write, *stage.triggers):
-                if name not in table:
-                    raise PipelineError(
-                        where,
-                        f"nobody describes its field {name!r}{nearest(name, table)}",
-                        "Describe it in the stage's `fields`",
-                    )
-            for name in stage.triggers:
-                if name not in possible:
-                    raise PipelineError(
-                        where,
-                        f"it can never run: nothing before it writes its trigger {name!r}",
-                        "Move it, or add a stage that writes that field",
-                    )
-            for name in stage.reads:
-                if name not in available and not (stage.triggers and name in possible):
-                    raise PipelineError(
-                        where,
-                        f"it reads {name!r}, which no stage before it writes",
-                        "Move it, or add a stage that writes that field",
-                    )
-            possible |= {*stage.writes, *stage.may_write}
-            if not stage.triggers:
-                available |= set(stage.writes)
-
-    # --- running
+        rgb, parts = self.model.latents_rgb, self.components
+        if "preview_decoder" in parts:
+            return lambda latents: next(preview_frames(parts["preview_decoder"], latents))[0, -1]
+        return None if rgb is None else lambda latents: rgb_frames(latents, rgb)[0, 0]
 
     def run(
         self,
         state: State,
-        components: Mapping[str, Any],
         *,
         start: str | None = None,
         until: str | None = None,
         stop_at_step: int | None = None,
-        events: Events = SILENT,
-        seams: Seams | None = None,
-        debug: bool = False,
-        places: Mapping[str, Sequence[Segment]] | None = None,
-        keep: Keeper | None = None,
-        results: Results | None = None,
-    ) -> State:
-        """Thread ``state`` through the stages from ``start`` (default: the first that is not done) to ``until``.
+        listeners: Iterable[Listener] = (),
+        keep: Checkpointer | None = None,
+        begun: Mapping[int, State] | None = None,
+        recorder: Recorder | None = None,
+        cancel: Cancel | None = None,
+    ) -> Result:
+        """Run ``state`` through the pipeline or a slice of it. ``keep`` is given the State as it grows. ``begun``: of
+        clips that are made one after the other, the States of those that an earlier run began or finished, by number.
+        ``recorder``: that of the part of this run that came before; the receipt tells of both.
+        Raises Interrupted, with the State so far, on Ctrl-C and Cancel."""
+        asked = check_state(state, self.stages.table)
+        asked.check_size(self.model.strides[1] * self.model.patch[1], self.model.strides[0])
+        if {*state["request"]} != {*Request.model_fields}:  # an older State knows fewer settings
+            state = state.with_fields({"request": asked.model_dump()})
+        planned = self.stages.planned(state, start, until)
+        check_begun(state, self.setup.model, self.model, self.stages, planned)
+        check_asked(self.stages, state, start, until)
+        recorder = recorder or Recorder()
+        events, parts = Events(*self.listeners, *listeners, recorder), self.components
+        components = parts.listening(events) if isinstance(parts, Components) else parts
+        places = self.places.of_run(self.stages, components, self.seams, lambda: self.steps(asked))
+        check_agree(self.model, self.places, planned, places)
+        run = Execution(
+            self.stages.stages, state, components, self.stages.slice(start, until), start is not None, stop_at_step,
+            events=events, seams=self.seams, debug=self.setup.debug, places=places, keep=keep, results=self.results,
+            cancel=cancel or Cancel(), identities=self.model.identities,
+        )  # fmt: skip
+        clips = Clips(run, begun or {})
+        if stop_at_step is None:
+            clips.prepare()
+        with clips:
+            for part in clips:
+                part.run()
+        return self._result(clips.state, recorder)
 
-        With ``stop_at_step`` a looping stage stops after that many steps, and the run with it. ``places``: stages that
-        run elsewhere, a loop maybe in several places one after the other. ``keep`` is given the State as it grows;
-        ``results`` are asked before a stage runs. Raises Interrupted, which carries the State so far, on Ctrl-C."""
-        if stop_at_step is not None and stop_at_step < 0:
-            raise PipelineError(f"stop_at_step={stop_at_step}", "no step comes before the first", "Give 0 or more")
-        how = Options(components, events, seams or Seams(), stop_at_step, debug, places or {}, keep, results)
-        state = self._wanted(state)
-        for stage in self._slice(start, until):
-            try:
-                reason = self._idle(stage, state, asked=start is not None, events=events)
-                if reason:
-                    events.emit("stage.skipped", stage=stage.name, reason=reason)
-                    continue
-                if stage.loop and stage.done(state):  # all of it once more, not another look at its end
-                    state = state.without(*stage.loop)
-                state = self._run_stage(stage, state, how)
-                if keep is not None:
-                    keep(state)
-            except KeyboardInterrupt:  # while a component was loaded or a State was written, too
-                raise Interrupted(stage.name, state) from None
-            if stage.loop and not stage.done(state):
-                break
-        return state
+    def _result(self, final: State, recorder: Recorder) -> Result:
+        weights = final.get("weights", {})
+        facts = facts_of(self.places, recorder.places, weights)
+        facts |= self.components.describe() if isinstance(self.components, Components) else {}
+        receipt = recorder.receipt(facts, weights, self.places.describe(), self.seams.describe(), self.stages.names)
+        return Result(final, receipt, tuple(manifests(self.setup, final, receipt)) if "video" in final else ())
 
-    def prepare(
-        self,
-        state: State,
-        components: Mapping[str, Any],
-        *,
-        start: str | None = None,
-        until: str | None = None,
-        places: Mapping[str, Sequence[Segment]] | None = None,
-        results: Results | None = None,
-        events: Events = SILENT,
-        seams: Seams | None = None,
-    ) -> None:
-        """All parts first, of all stages that a run from ``state`` would not find done: a damaged one, or a host that
-        is not there, is found now, and not after the denoising that it would throw away. Not those that the rest of a
-        begun run has no use for, such as the first of two experts after the switch, nor those of stages whose results
-        are at hand. Raises Interrupted on Ctrl-C."""
-        how = Options(components, events, seams or Seams(), None, False, places or {}, None, results)
-        state = self._wanted(state)
-        stages = self.planned(state, start, until)
-        try:
-            for stage in stages:
-                if all(name in state for name in (*stage.triggers, *stage.reads)):
-                    question = self._question(stage, state, how) if results is not None else None
-                    found = results.find(question)[0] if results is not None and question is not None else None
-                    if found is not None and question is not None:
-                        state = self._after(stage, state, question.weights, found)
-                        continue
-                for place, names in how.calls(stage, state):
-                    place.prepare(stage, names, events)
-        except KeyboardInterrupt:
-            raise Interrupted(stages[0].name, state) from None
 
-    def outdated(self, stage: Stage, state: State) -> list[str]:
-        """Why the result of ``stage`` does not belong to what the State asks for (``records.py``)."""
-        return outdated(stage, state, {n for s in self.stages[self.index(stage.name) :] for n in _writes(s)})
+def load(
+    model: str | os.PathLike[str] = "shapes",
+    *,
+    seams: Seams | None = None,
+    listeners: Iterable[Listener] = (),
+    share_with: Pipeline | None = None,
+    **setup: Any,
+) -> Pipeline:
+    """A model by name, folder, file, manifest or repository, ready to run: ``ditkit.load("shapes", dtype="float32")``.
 
-    def _wanted(self, state: State) -> State:
-        """``state`` without what stages wrote that its request does without now."""
-        for stage in self.stages:
-            if stage.name in state.get("records", {}) and stage.unwanted(state):
-                records = {n: r for n, r in state["records"].items() if n != stage.name}
-                finished = [n for n in state["stages"] if n != stage.name]
-                state = state.without(*_writes(stage)).with_fields({"records": records, "stages": finished})
-        return state
-
-    def _idle(self, stage: Stage, state: State, asked: bool, events: Events = SILENT) -> str:
-        """Why ``stage`` does not run now, or nothing."""
-        if why := stage.unwanted(state):
-            return why
-        missing = [name for name in stage.triggers if name not in state]
-        if missing:
-            return f"no {', '.join(missing)}"
-        if asked or not stage.done(state):
-            return ""
-        if reasons := self.outdated(stage, state):
-            events.emit("stage.outdated", stage=stage.name, reasons=reasons)
-            return ""
-        return "already in the State"
-
-    def _run_stage(self, stage: Stage, state: State, how: Options) -> State:
-        absent = [name for name in stage.reads if name not in state]
-        if absent:
-            raise PipelineError(
-                f"running stage {stage.name!r}",
-                f"the State has no {', '.join(absent)}",
-                "Run the stages before it first",
-            )
-        inputs = _inputs(stage, state)
-        if how.debug:
-            self._check_fields(stage, inputs, state)
-        question = self._question(stage, state, how) if how.results is not None else None
-        if question is not None and how.results is not None:
-            found, why = how.results.find(question)
-            how.events.emit(f"cache.{'miss' if found is None else 'hit'}", stage=stage.name, why=why)
-            if found is not None:
-                return self._after(stage, state, question.weights, checked(stage, found))
-        weights = self._weights(stage, state, how)
-        self._check_weights(stage, state, weights)
-        segments = how.segments(stage)
-        first = max(i for i, segment in enumerate(segments) if segment.from_step <= state.get("step", 0))
-        read: dict[str, Any] = {}  # by all segments: what the whole result depends on
-        for at, segment in enumerate(segments[first:], first):
-            end = segments[at + 1].from_step if at + 1 < len(segments) else None
-            stop = min((x for x in (end, how.stop_at_step) if x is not None), default=None)
-            with how.events.span("stage", stage=stage.name, place=segment.place.name):
-                kept = self._keep(stage, state, weights, how)
-                task = Task(stage, inputs, weights, how.events, how.seams, stop, *kept, self.table)
-                try:
-                    outcome = segment.place.run(task)
-                except KeyboardInterrupt:  # the steps of the segments before it are not lost
-                    raise Interrupted(stage.name, state) from None
-            if outcome.stopped:
-                raise Interrupted(stage.name, self._after(stage, state, weights, outcome))
-            checked(stage, outcome)
-            if how.debug:
-                self._check_fields(stage, outcome.written, state)
-            state = self._after(stage, state, weights, outcome)
-            read |= outcome.settings
-            if end is None or end != stop or stage.done(state):
-                break
-            if how.keep is not None:  # a hand-over is an end: the next place may not be there
-                try:
-                    how.keep(state)
-                except KeyboardInterrupt:
-                    raise Interrupted(stage.name, state) from None
-            inputs = _inputs(stage, state)
-        if question is not None and stage.done(state):
-            self._store(question, replace(outcome, settings=read), how, state)
-        return state
-
-    def _store(self, question: Question, outcome: Outcome, how: Options, state: State) -> None:
-        """A Ctrl-C meanwhile does not lose what was computed."""
-        assert how.results is not None
-        try:
-            why = how.results.store(question, outcome) if outcome.lasting else "it is a makeshift of the stage"
-        except KeyboardInterrupt:
-            raise Interrupted(question.stage, state) from None
-        if why:
-            how.events.emit("cache.refused", stage=question.stage, why=why)
-
-    def _keep(self, stage: Stage, state: State, weights: Mapping[str, str], how: Options) -> tuple[Any, int]:
-        if how.keep is None or not stage.loop:
-            return None, 1
-        save = how.keep
-        return lambda outcome: save(self._after(stage, state, weights, outcome)), save.every
-
-    def _question(self, stage: Stage, state: State, how: Options) -> Question | None:
-        """What to ask for a whole result of ``stage``; None for a part of a loop."""
-        if stage.loop and (how.stop_at_step is not None or any(n in state for n in stage.loop)):
-            return None
-        weights = self._weights(stage, state, how)
-        record = record_of(stage, state, weights, {}, {})
-        request = state.get("request", {})
-        known = {**request, **{name: setting_of(request, name) for name in DERIVED}}
-        software = {k: v for segment in how.segments(stage) for k, v in segment.place.software().items()}
-        parts = record["options"], weights, record["inputs"], known, how.seams.describe(), software
-        return Question(stage.name, stage.version, code_of(stage), *parts)
-
-    @staticmethod
-    def _weights(stage: Stage, state: State, how: Options) -> dict[str, str]:
-        """Fingerprints of the stage's components: of those that it still calls, from where they are called; of the
-        others, as the State remembers them. Of those that a later part of the loop will call there are none yet."""
-        found: dict[str, str] = {}
-        for place, names in how.calls(stage, state):
-            asked = [name for name in names if name not in found]
-            found |= place.fingerprints(stage, asked) if asked else {}
-            lacking = [name for name in asked if name not in found]
-            if lacking:
-                what = f"there is no component {', '.join(lacking)}"
-                raise PipelineError(f"running stage {stage.name!r} at {place.name}", what, "Load it")
-        known = state.get("weights", {}) | found
-        return {name: known[name] for name in stage.components if name in known}
-
-    def _after(self, stage: Stage, state: State, weights: Mapping[str, str], outcome: Outcome) -> State:
-        """The State with what a stage wrote, where that came from, which weights were at work and what is finished.
-
-        A stage that runs once more takes back what the stages after it made of its earlier result."""
-        record = record_of(stage, state, weights, outcome.settings, outcome.plugs)
-        prints = fingerprints(stage, state, record, outcome.written, outcome.lasting)
-        finished, records = state.get("stages", []), state.get("records", {})
-        if stage.name in finished:
-            at = self.index(stage.name)
-            kept = {name for s in self.stages[: at + 1] for name in _writes(s)}
-            later = self.stages[at + 1 :]
-            stale = {name for s in later if s.name in finished for name in _writes(s)} - kept
-            finished = [n for n in finished if n not in {s.name for s in later}]
-            records = {n: r for n, r in records.items() if n in finished}
-            state = state.without(*stale)
-        fields = {
-            **outcome.written,
-            "weights": {**state.get("weights", {}), **weights},
-            "stages": [*(n for n in finished if n != stage.name), stage.name],
-            "records": {**records, stage.name: record},
-        }
-        return state.with_fields(fields, prints)
-
-    def _check_weights(self, stage: Stage, state: State, weights: Mapping[str, str]) -> None:
-        """A half-finished loop goes on with the weights that began it, or not at all."""
-        before = state.get("weights", {})
-        others = [n for n in weights if before.get(n, weights[n]) != weights[n]]
-        if others and any(n in state for n in stage.loop):
-            raise StateError(
-                f"going on with stage {stage.name!r} from a State",
-                f"it was begun with another {others[0]}",
-                "Use the same weights, dtype and precision as before",
-            )
-
-    def _check_fields(self, stage: Stage, values: Mapping[str, Any], state: State) -> None:
-        """Debug runs: kind, dtype and shape legend of each field; a letter means one size throughout the values."""
-        sizes: dict[str, int] = {}
-        for name, value in values.items():
-            fault = fault_of(self.table[name], value, sizes)
-            if fault:
-                raise PipelineError(f"stage {stage.name!r} with field {name!r}", fault, "Make them agree")
+    Keywords are the fields of Setup. Weights are loaded when they are first needed. Parts that are the same as those of
+    the pipe ``share_with`` (files, sizes, dtype, device, swaps) are the same objects. Raises LoadError, SetupError."""
+    return assembled(open_model(Setup.of({**setup, "model": os.fspath(model)})), seams, listeners, share_with)
 
 
 @dataclass(frozen=True)
-class Options:
-    """How a run is carried out; none of it is in the State."""
+class Opened:
+    """A model that was found and understood, the settings to run it with, and its places. No weights are read."""
 
-    components: Mapping[str, Any]
-    events: Events
-    seams: Seams
-    stop_at_step: int | None
-    debug: bool
-    places: Mapping[str, Sequence[Segment]]
-    keep: Keeper | None
-    results: Results | None
-
-    def segments(self, stage: Stage) -> Sequence[Segment]:
-        return self.places.get(stage.name) or (Segment(Here(self.components)),)
-
-    def calls(self, stage: Stage, state: State) -> list[tuple[Place, Sequence[str]]]:
-        """Where ``stage`` still runs from ``state``, and which of its components are called there. What a scheduler of
-        the user's makes of the noise levels is not known before; then it is all of them."""
-        found: list[tuple[Place, Sequence[str]]] = []
-        segments, done = self.segments(stage), state.get("step", 0) if stage.loop else 0
-        for at, segment in enumerate(segments):
-            end = segments[at + 1].from_step if at + 1 < len(segments) else None
-            last = min((step for step in (end, self.stop_at_step) if step is not None), default=None)
-            begin = max(done, segment.from_step)
-            if (end is not None and end <= done) or (last is not None and begin >= last and begin > done):
-                continue
-            there = state if begin == done else state.with_fields({"step": begin})
-            names = stage.components if self.seams.scheduler is not None else stage.needs(there, last)
-            found.append((segment.place, names))
-        return found
+    setup: Setup
+    model: Model
+    places: Places
 
 
-def _inputs(stage: Stage, state: State) -> State:
-    """What goes to where the stage runs: what it may look at, and the request, of which it is given the settings."""
-    return State({name: state[name] for name in state if name in readable(stage) or name == "request"})
+def open_model(setup: Setup) -> Opened:
+    """The model that ``setup`` names, and its places; hosts are asked for the parts that are not here.
+
+    ``setup`` with whole paths; and where the model is a host's, every stage is placed there for which nothing else
+    is said. Raises LoadError, SetupError, and PlaceError or Lost where a host is asked."""
+    setup = placed(setup)
+    places, host = Places(setup), address(setup.model)
+    if host is None:
+        return Opened(setup, Model.open(setup.model, setup, scope=scope_of(places, setup.components)), places)
+    model = Model.at(setup.model, model_at(places, host), setup, scope_at(places, host, setup.components))
+    own = [name for name in setup.components if name in model.parts]
+    stages = pipeline_of(model, setup).stages
+    there = {s.name: host.text for s in stages if s.name != ExpandPrompt.name and not {*s.components} & {*own}}
+    setup = setup.model_copy(update={"placement": {**there, **setup.placement}})
+    return Opened(setup, model, places.also(setup))
 
 
-def _writes(stage: Stage) -> tuple[str, ...]:
-    return *stage.writes, *stage.may_write
+def assembled(
+    opened: Opened,
+    seams: Seams | None = None,
+    listeners: Iterable[Listener] = (),
+    share_with: Pipeline | None = None,
+) -> Pipeline:
+    """The Pipeline of a model that was opened; for the rest see ``load``. Raises SetupError."""
+    setup, model, places = opened.setup, opened.model, opened.places
+    if setup.threads is not None:
+        import torch
+
+        torch.set_num_threads(setup.threads)
+    seams, stages = seams or Seams(), pipeline_of(model, setup)
+    setup = setup.model_copy(update={"devices": places.devices(stages)})
+    check_here(model, places, stages)
+    theirs = share_with.components if share_with else None
+    shared = theirs.holder.shared if isinstance(theirs, Components) else None
+    components = Components(model, setup, seams.swaps, shared)
+    return Pipeline(model, setup, components, stages, seams, listeners, open_cache(setup), places)
+
+
+def switch(old: Pipeline, new: Pipeline) -> Switch:
+    """Let go of the parts that only ``old`` needs and load what ``new`` lacks; what it did, in bytes. ``new`` was made
+    with ``share_with=old``. ``old`` can be used again: it loads what it lost. Raises SetupError."""
+    one, other = old.components, new.components
+    if not (isinstance(one, Components) and isinstance(other, Components) and one.holder.shared is other.holder.shared):
+        raise SetupError("switching models", "the two share nothing", "Load the second with share_with=the first")
+    return exchange(one.holder, other.holder)

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from ditkit import pictures
-from ditkit.build import MODELS, Components
+from ditkit.assembly import MODELS, Components
 from ditkit.errors import DitkitError, LoadError, StateError
 from ditkit.events import Listener
-from ditkit.pipe import Pipe, Result, load
-from ditkit.placement.elsewhere import address, files_at
+from ditkit.pipeline import Pipeline, Result, load
+from ditkit.placement.remote_parts import address, files_at
 from ditkit.receipt import versions
 from ditkit.request import Request
 from ditkit.setup import COMPONENTS, Setup
@@ -55,7 +55,7 @@ class Replayed:
 
 def replay(
     script: Script,
-    pipe: Pipe | None = None,
+    pipe: Pipeline | None = None,
     listeners: Iterable[Listener] = (),
     images: Mapping[str, Any] | None = None,
 ) -> Replayed:
@@ -64,7 +64,7 @@ def replay(
     from ditkit.media import frames_sha256
 
     pipe = pipe or prepare(script)
-    if pipe.pipeline.names != script.manifest["pipeline"]:
+    if pipe.stages.names != script.manifest["pipeline"]:
         raise StateError(
             f"replaying {script.file}",
             f"it went through the stages {', '.join(map(str, script.manifest['pipeline']))}",
@@ -85,7 +85,7 @@ def replay(
     return Replayed(result, (*differences, *file_differences(script)))
 
 
-def begin(script: Script, pipe: Pipe, images: Mapping[str, Any]) -> State:
+def begin(script: Script, pipe: Pipeline, images: Mapping[str, Any]) -> State:
     """The State of the run's beginning, with the same pixels in it."""
     _, pixels = pictures.take({name: pictures.pixels_of(name, value) for name, value in images.items()})
     state = pipe.begin(script.request, pixels)
@@ -147,7 +147,7 @@ def _usable(components: Mapping[str, Any], machine: Mapping[str, Any]) -> bool:
     return isinstance(machine.get("versions", {}), dict) and (type(threads) is int and threads > 0)
 
 
-def prepare(script: Script, model: str | None = None, here: bool = False) -> Pipe:
+def prepare(script: Script, model: str | None = None, here: bool = False) -> Pipeline:
     """Check the weights' hashes and open the model where and how it ran: a device or dtype that was chosen then is
     named now. ``model`` is where it is now, if not in its old place. ``here``: all stages run in this process, wherever
     they ran then. Raises LoadError, SetupError, and PlaceError or Lost when a host of that time is gone."""
@@ -167,15 +167,15 @@ def prepare(script: Script, model: str | None = None, here: bool = False) -> Pip
             places["dtypes"][name] = facts["dtype"]
             places["devices"] |= {} if "place" in facts else {name: facts["device"]}
     if here:
-        parts = {name: where for name, where in kept["parts"].items() if address(where) is None}
-        kept |= {"placement": {}, "expect": {}, "parts": parts}
+        parts = {name: where for name, where in kept["components"].items() if address(where) is None}
+        kept |= {"placement": {}, "expected_probes": {}, "components": parts}
     # A cache would give back the clip that is to be made again.
     pipe = load(**{**kept, **places, "threads": None, "model": folder, "cache": None})
     check_weights(script, pipe)
     return pipe
 
 
-def check_weights(script: Script, pipe: Pipe) -> None:
+def check_weights(script: Script, pipe: Pipeline) -> None:
     """The files of each part against what the clip was made with, wherever they lie; nothing is loaded. Raises
     LoadError, PlaceError."""
     assert isinstance(pipe.components, Components)

@@ -4,14 +4,36 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ditkit.errors import RequestError, UserError, nearest
 
 MAX_SEED = 2**63 - 1
 MAX_STEPS = 10_000  # ten for each timestep that a Wan model was trained with; a host must not be asked for more
+
+
+OLD_NAMES: Mapping[str, str] = MappingProxyType({
+    "solver": "scheduler", "solver_options": "scheduler_options", "schedule": "convention", "precision": "dtype_policy",
+    "remember_text": "cache_text_kv", "parts": "components", "patience": "timeout", "expect": "expected_probes",
+})  # fmt: skip
+"""Earlier names of settings -> today's. States, manifests, configs and flags with them are still read."""
+
+CONVENTIONAL = ("convention", "dtype_policy", "image_processing", "rounding")
+"""Settings that choose between the code of Wan and of diffusers; ``wan`` was called ``official`` earlier."""
+
+
+def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Translate earlier names and values of settings to today's. Raises ValueError where both names are given."""
+    found: dict[str, Any] = {}
+    for given, value in values.items():
+        name = OLD_NAMES.get(given, given)
+        if name in found or (name != given and name in values):
+            raise ValueError(f"{name} was given twice, also by its earlier name")
+        found[name] = "wan" if name in CONVENTIONAL and value == "official" else value
+    return found
 
 
 def default(value: Any, source: str, text: str) -> Any:
@@ -23,6 +45,11 @@ class Settings(BaseModel):
     """Base of Request and Setup: immutable, typed, and without room for unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _today(cls, values: Any) -> Any:
+        return renamed(values) if isinstance(values, Mapping) else values
 
     @classmethod
     def parse(cls, values: Mapping[str, Any], origin: str, error: type[UserError]) -> Self:
@@ -37,17 +64,20 @@ def describe(
     cls: type[BaseModel], e: ValidationError, values: Mapping[str, Any], origin: str, error: type[UserError]
 ) -> UserError:
     fault = e.errors()[0]
-    key = str(fault["loc"][0]) if fault["loc"] else "?"
+    key = str(fault["loc"][0]) if fault["loc"] else ""
+    said = next((f"{name}={value!r}" for name, value in values.items() if OLD_NAMES.get(name, name) == key), key)
     if fault["type"] == "extra_forbidden":
         known = ", ".join(cls.model_fields)
         return error(
-            f"{key}={values[key]!r} ({origin})",
+            f"{said} ({origin})",
             f"there is no setting {key!r}{nearest(key, cls.model_fields)}",
             f"The known ones are: {known}",
         )
     message = str(fault["ctx"]["error"]) if fault["type"] == "value_error" else fault["msg"]
     message = message[:1].lower() + message[1:]
-    return error(f"{key}={values.get(key)!r} ({origin})", message, f"Give {cls.model_fields[key].description}")
+    if not key:
+        return error(f"the settings ({origin})", message, "Give it once, by today's name")
+    return error(f"{said} ({origin})", message, f"Give {cls.model_fields[key].description}")
 
 
 def _number(value: Any) -> Any:
@@ -101,23 +131,23 @@ class Request(Settings):
         "ditkit; the official image-to-video code takes it from the image",
         "image for the image's proportions on the area of width x height, or request",
     )
-    image_processing: Literal["official", "diffusers"] = default(
-        "official", "the official code", "official or diffusers: how pictures are resized and cropped"
+    image_processing: Literal["wan", "diffusers"] = default(
+        "wan", "the official code", "wan or diffusers: how pictures are resized and cropped"
     )
-    solver: str = default(
-        "unipc", "Wan2.1 generate.py --sample_solver", "the name of a solver, such as unipc, dpm++ or euler"
+    scheduler: str = default(
+        "unipc", "Wan2.1 generate.py --sample_solver", "the name of a scheduler, such as unipc, dpm++ or euler"
     )
-    solver_options: dict[str, int | float | str | bool] = default(
-        {}, "none", "options of that solver, such as {order = 3}"
+    scheduler_options: dict[str, int | float | str | bool] = default(
+        {}, "none", "options of that scheduler, such as {order = 3}"
     )
     shift: Float = default(5.0, "Wan2.1 generate.py --sample_shift", "a finite number above 0")
-    schedule: Literal["official", "diffusers"] = default("official", "the official code", "official or diffusers")
+    convention: Literal["wan", "diffusers"] = default("wan", "the official code", "wan or diffusers")
     sigmas: list[Float] | None = default(
         None, "none", "a falling list of noise levels in [0, 1], which replaces steps and shift"
     )
     max_sequence_length: int = default(512, "Wan2.1 text_len", "a number of text tokens from 1 to 512")
-    rounding: Literal["official", "diffusers"] = default(
-        "official", "Wan2.1 cache_video truncates to 8 bits; diffusers rounds", "official or diffusers"
+    rounding: Literal["wan", "diffusers"] = default(
+        "wan", "Wan2.1 cache_video truncates to 8 bits; diffusers rounds", "official or diffusers"
     )
     expand: Literal["no", "yes", "ask"] = default(
         "no", "ditkit", "no, yes, or ask to see what became of the prompt and to change it: a language model expands it"

@@ -23,12 +23,15 @@ class Setup(Settings):
     """Model, devices, dtypes, kernels. ``devices`` and ``dtypes`` override single components by name."""
 
     model: str = default("shapes", "ditkit", "a model's name, folder, file or manifest, or hf:OWNER/NAME@REVISION")
-    parts: dict[str, str] = default(
+    components: dict[str, str] = default(
         {}, "none", "files or folders that take the place of the model's, such as {vae = 'taew2_1.safetensors'}"
     )
     variant: str | None = default(None, "none", "which set of weights of a Diffusers folder, such as fp16")
     allow: list[str] = default(
         [], "none", "a list of named exceptions from strict loading, such as image_claim (see the guide on models)"
+    )
+    strict_config: bool = default(
+        False, "ditkit", "true to refuse configs with keys that are not known, instead of noting them"
     )
     offline: bool = default(False, "ditkit", "true to use no network: what is not here is an error")
     loras: list[str] = default([], "none", "a list of LoRA files, each FILE, FILE:STRENGTH or EXPERT=FILE:STRENGTH")
@@ -42,24 +45,24 @@ class Setup(Settings):
         "auto", "ditkit: bfloat16 on a GPU, float32 on a CPU", "auto, float32, bfloat16, float16 or float64"
     )
     dtypes: dict[str, str] = default({}, "none", "dtypes of single components, such as {vae = 'float32'}")
-    precision: Literal["official", "diffusers", "float32"] = default(
-        "official", "Wan2.1 model.py", "official, diffusers or float32: which tensors of the transformer stay wide"
+    dtype_policy: Literal["wan", "diffusers", "float32"] = default(
+        "wan", "Wan2.1 model.py", "wan, diffusers or float32: which tensors of the transformer stay wide"
     )
     attention: Literal["sdpa", "dense"] = default("sdpa", "PyTorch", "sdpa or dense")
     threads: int | None = default(None, "PyTorch's own choice", "a number of CPU threads, 1 or more")
     vae_frames_per_chunk: int = default(1, "Wan2.1 vae.py", "latent frames that are decoded at once, 1 or more")
-    remember_text: bool = default(True, "ditkit", "true to keep each block's text keys and values during a run")
+    cache_text_kv: bool = default(True, "ditkit", "true to keep each block's text keys and values during a run")
     backends: dict[str, str] = default(
         {}, "none", "what computes single components, such as {text_encoder = 'mlx'}: torch, mlx, mlx-8bit or mlx-4bit"
     )
     placement: dict[str, str] = default(
         {}, "none", "where stages run, such as {encode_text = 'http://mac.local:8700', denoise = 'process:cuda:1'}"
     )
-    expect: dict[str, str] = default(
+    expected_probes: dict[str, str] = default(
         {}, "none", "probe hashes that hosts have to show, by stage, as `ditkit doctor --placement` prints them"
     )
     retries: int = default(2, "ditkit", "how often a stage is sent again to a host that was lost, 0 or more")
-    patience: float = default(60.0, "ditkit", "seconds without a sign of life after which a host counts as lost")
+    timeout: float = default(60.0, "ditkit", "seconds without a sign of life after which a host counts as lost")
     cache: str | None = default(None, "none", "a folder for results of stages, or `default` for that of the user")
     cache_gigabytes: float = default(20.0, "ditkit", "how large the cache may grow, in 10^9 bytes")
     expander: str | None = default(
@@ -68,12 +71,12 @@ class Setup(Settings):
     expander_model: str | None = default(None, "the server's first one", "the name of the server's model")
     debug: bool = default(False, "ditkit", "true to check every field's dtype and shape on the way")
 
-    @field_validator("patience", "cache_gigabytes", mode="before")
+    @field_validator("timeout", "cache_gigabytes", mode="before")
     @classmethod
     def _floats(cls, value: Any) -> Any:
         return _number(value)
 
-    @field_validator("patience", "cache_gigabytes")
+    @field_validator("timeout", "cache_gigabytes")
     @classmethod
     def _above_zero(cls, value: float) -> float:
         if not 0 < value < math.inf:
@@ -110,7 +113,7 @@ class Setup(Settings):
     def _lists(cls, value: Any) -> Any:
         return [*value] if isinstance(value, tuple) else value
 
-    @field_validator("parts")
+    @field_validator("components")
     @classmethod
     def _parts(cls, value: dict[str, str]) -> dict[str, str]:
         for name in value:

@@ -113,7 +113,7 @@ def test_what_was_made_elsewhere_is_found_here_and_nothing_travels_on_a_hit(tiny
     ("changes", "stages"),
     [
         ({"steps": 3}, ["denoise", "decode_latents"]),
-        ({"solver": "euler"}, ["denoise", "decode_latents"]),
+        ({"scheduler": "euler"}, ["denoise", "decode_latents"]),
         ({"guidance_scale": 3.0}, ["denoise", "decode_latents"]),
         ({"rounding": "diffusers"}, ["decode_latents"]),
         ({"fps": 30}, []),
@@ -279,11 +279,11 @@ def test_show_trim_and_clear(call, tmp_path, folder, monkeypatch):
 
 def fill(folder):
     """Three results of 0.8 MB."""
-    from ditkit.outcome import Outcome, Question
+    from ditkit.stage_result import CacheKey, StageResult
     from ditkit.store.cache import Cache
 
     cache = Cache(folder, 10**9)
     for version in range(3):
-        question = Question("encode_text", version, "c", {}, {}, {}, {}, {})
-        assert cache.store(question, Outcome({"prompt_embeds": torch.zeros(200_000)}, {}, None)) == ""
+        question = CacheKey("encode_text", version, "c", {}, {}, {}, {}, {})
+        assert cache.store(question, StageResult({"prompt_embeds": torch.zeros(200_000)}, {}, None)) == ""
     return cache

@@ -15,8 +15,8 @@ import pytest
 from shell import alone
 
 import ditkit
-from ditkit import build, media
-from ditkit.cli import job, show
+from ditkit import assembly, media
+from ditkit.cli import run_options, show
 from ditkit.cli.main import main
 from ditkit.events import Event
 from ditkit.state import State
@@ -64,7 +64,7 @@ def test_quiet_prints_paths_and_json_an_object(call, model, tmp_path):
 
 def test_every_source_of_settings_reaches_the_run(call, model, tmp_path, monkeypatch):
     (tmp_path / "c.toml").write_text(
-        f"model = {json.dumps(str(model))}\nsteps = 2\nseed = 4\n[solver_options]\norder = 1\n"
+        f"model = {json.dumps(str(model))}\nsteps = 2\nseed = 4\n[scheduler_options]\norder = 1\n"
     )
     monkeypatch.setenv("DITKIT_SEED", "5")
     words = [
@@ -72,18 +72,25 @@ def test_every_source_of_settings_reaches_the_run(call, model, tmp_path, monkeyp
         "c.toml",
         "--set",
         "guidance_scale=3",
-        "--solver",
+        "--scheduler",
         "unipc",
-        "--no-remember-text",
+        "--no-cache-text-kv",
         "--shift",
         "3",
     ]
     said = call("generate", PROMPT, *words, "--out", "a.npz", "--quiet")
     assert said.code == 0, said.err
     found = media.read_manifest(tmp_path / "a.npz")
-    wanted = {"steps": 2, "seed": 5, "guidance_scale": 3.0, "shift": 3.0, "solver_options": {"order": 1}, "width": 32}
+    wanted = {
+        "steps": 2,
+        "seed": 5,
+        "guidance_scale": 3.0,
+        "shift": 3.0,
+        "scheduler_options": {"order": 1},
+        "width": 32,
+    }
     assert {key: found["request"][key] for key in wanted} == wanted
-    assert found["setup"]["remember_text"] is False
+    assert found["setup"]["cache_text_kv"] is False
     explained = call("config", "explain", "seed", *words)
     assert [line.split()[:2] for line in explained.out.splitlines()[1:]] == [
         ["seed", "0"],
@@ -108,16 +115,18 @@ def test_several_clips(call, model, tmp_path):
     assert told["output_sha256"][1] == alone
 
 
-@pytest.mark.parametrize("solver", ["unipc", "dpm++", "dpm++_sde", "euler"])
-def test_a_run_in_pieces_gives_the_same_bits(call, model, tmp_path, solver):
-    whole = call("generate", PROMPT, "--model", model, "--solver", solver, "--json", "--no-sheet", "--out", "a.npz")
+@pytest.mark.parametrize("scheduler", ["unipc", "dpm++", "dpm++_sde", "euler"])
+def test_a_run_in_pieces_gives_the_same_bits(call, model, tmp_path, scheduler):
+    whole = call(
+        "generate", PROMPT, "--model", model, "--scheduler", scheduler, "--json", "--no-sheet", "--out", "a.npz"
+    )
     first = call(
         "run",
         PROMPT,
         "--model",
         model,
-        "--solver",
-        solver,
+        "--scheduler",
+        scheduler,
         "--until",
         "encode_text",
         "--save-state",
@@ -149,7 +158,7 @@ def test_another_process_goes_on_to_the_same_bits(call, model, tmp_path):
 
 
 def test_plan_and_stages_load_no_weights(call, model, tmp_path, monkeypatch):
-    monkeypatch.setattr("ditkit.build.components.LOADERS", {})
+    monkeypatch.setattr("ditkit.assembly.components.LOADERS", {})
     bare = tmp_path / "bare"
     shutil.copytree(model, bare)
     plan = call("plan", PROMPT, "--model", bare, "--steps", 30, "--set", "dtypes.vae=float64")
@@ -167,7 +176,7 @@ def test_plan_and_stages_load_no_weights(call, model, tmp_path, monkeypatch):
 
 
 def test_demo(call, model, tmp_path, monkeypatch):
-    monkeypatch.setitem(build.MODELS, "shapes", model)
+    monkeypatch.setitem(assembly.MODELS, "shapes", model)
     said = call("demo")
     assert said.code == 0, said.err
     assert "a red circle moving left on a black background" in said.out
@@ -176,7 +185,7 @@ def test_demo(call, model, tmp_path, monkeypatch):
 
 
 def test_doctor(call, model, tmp_path, monkeypatch):
-    monkeypatch.setitem(build.MODELS, "shapes", model)
+    monkeypatch.setitem(assembly.MODELS, "shapes", model)
     said = call("doctor")
     assert said.code == 0, said.out
     for word in (
@@ -189,7 +198,7 @@ def test_doctor(call, model, tmp_path, monkeypatch):
         "sha256",
     ):
         assert word in said.out
-    monkeypatch.setitem(build.MODELS, "shapes", tmp_path / "nowhere")
+    monkeypatch.setitem(assembly.MODELS, "shapes", tmp_path / "nowhere")
     said = call("doctor")
     assert said.code == 1
     assert "!!  model shapes" in said.out
@@ -212,7 +221,8 @@ def test_version_and_help_start_without_torch():
     code = (
         "import sys\nfrom ditkit.cli.main import main\n"
         "assert main(['--version']) == 0 and main(['--help']) == 0 and main(['generate', '--help']) == 0\n"
-        "heavy = {'torch', 'numpy', 'av', 'PIL', 'transformers', 'ditkit.pipe', 'ditkit.stages'} & set(sys.modules)\n"
+        "heavy = {'torch', 'numpy', 'av', 'PIL', 'transformers', "
+        "'ditkit.pipeline', 'ditkit.stages'} & set(sys.modules)\n"
         "sys.exit(str(sorted(heavy)) if heavy else 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -304,13 +314,16 @@ def test_a_long_step_table_is_shortened_but_not_in_a_plan():
 
 
 def test_default_names():
-    assert str(job.default_out("A red/blue  Circle!", 7)) == "outputs/a-red-blue-circle-7.mp4"
-    assert str(job.default_out("红色的圆", 0)) == "outputs/红色的圆-0.mp4"
-    assert str(job.default_out("赤い丸。左へ", 0)) == "outputs/赤い丸-左へ-0.mp4"
-    assert str(job.default_out("\u1112\u1161\u11ab \U0001f600", 0)) == "outputs/한-0.mp4"
-    assert str(job.default_out("!?", 0)) == "outputs/clip-0.mp4"
-    assert len(job.default_out("\U00020000" * 500, 2**63 - 1).with_suffix(".state.safetensors").name.encode()) < 256
-    assert len(job.default_out("x" * 500, 0).name) < 80
+    assert str(run_options.default_out("A red/blue  Circle!", 7)) == "outputs/a-red-blue-circle-7.mp4"
+    assert str(run_options.default_out("红色的圆", 0)) == "outputs/红色的圆-0.mp4"
+    assert str(run_options.default_out("赤い丸。左へ", 0)) == "outputs/赤い丸-左へ-0.mp4"
+    assert str(run_options.default_out("\u1112\u1161\u11ab \U0001f600", 0)) == "outputs/한-0.mp4"
+    assert str(run_options.default_out("!?", 0)) == "outputs/clip-0.mp4"
+    assert (
+        len(run_options.default_out("\U00020000" * 500, 2**63 - 1).with_suffix(".state.safetensors").name.encode())
+        < 256
+    )
+    assert len(run_options.default_out("x" * 500, 0).name) < 80
 
 
 def test_debug_shows_the_traceback(call, monkeypatch):

@@ -55,9 +55,9 @@ def check(said, *words: str, code: int = 2) -> None:
         (["x", "--guidance-scale", "nan"], ["guidance_scale=nan", "finite"]),
         (["x", "--guidance-scale", "inf"], ["guidance_scale=inf", "finite"]),
         (["x", "--seed", "-1"], ["seed=-1", "outside 0"]),
-        (["x", "--solver", "unicp"], ["solver 'unicp'", "did you mean 'unipc'"]),
-        (["x", "--solver-options", "ordre=2"], ["option 'ordre'", "did you mean 'order'"]),
-        (["x", "--solver-options", "ordre"], ["--solver-options ordre", "NAME=VALUE"]),
+        (["x", "--scheduler", "unicp"], ["scheduler 'unicp'", "did you mean 'unipc'"]),
+        (["x", "--scheduler-options", "ordre=2"], ["option 'ordre'", "did you mean 'order'"]),
+        (["x", "--scheduler-options", "ordre"], ["--scheduler-options ordre", "NAME=VALUE"]),
         (["x", "--set", "stpes=4"], ["--set stpes", "did you mean 'steps'"]),
         (["x", "--set", "steps"], ["--set steps", "KEY=VALUE"]),
         (["x", "--set", "steps=4", "--steps", "5"], ["--set steps", "given before, by flag --steps"]),
@@ -211,8 +211,8 @@ def test_a_state_with_another_model_or_other_weights(call, state, model, tmp_pat
     change(file, lambda t: t[sorted(t)[0]].add_(1))
     check(call("run", "--from", "s.st", "--model", mine, "--quiet"), "begun with another model")
     config = json.loads((mine / "vae" / "config.json").read_text())
-    (mine / "vae" / "config.json").write_text(json.dumps({**config, "note": 1}))
-    check(call("run", "--from", "s.st", "--model", mine, "--quiet"), "note")
+    (mine / "vae" / "config.json").write_text(json.dumps({**config, "z_dim": 8}))
+    check(call("run", "--from", "s.st", "--model", mine, "--quiet"), "latents_mean has 16 values where z_dim is 8")
     check(call("run", "--from", "s.st", "--dtype", "float64", "--quiet"), "begun with another transformer")
 
 

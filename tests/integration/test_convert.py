@@ -9,9 +9,9 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from ditkit.build import MODELS
-from ditkit.checkpoints.convert import convert
-from ditkit.checkpoints.parts import locate, open_part
+from ditkit.assembly import MODELS
+from ditkit.checkpoints.convert.convert import convert
+from ditkit.checkpoints.model.locate import locate, open_part
 from ditkit.cli.main import main
 from ditkit.errors import LoadError, OutputError, SetupError
 

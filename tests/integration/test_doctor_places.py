@@ -6,9 +6,9 @@ import socket
 
 import pytest
 
-from ditkit.placement.listen import in_thread
-from ditkit.placement.offer import worker_of
+from ditkit.placement.http.listen import in_thread
 from ditkit.placement.probe import probe_of
+from ditkit.placement.worker_factory import worker_of
 from ditkit.setup import Setup
 
 
@@ -63,7 +63,7 @@ def test_places_that_are_not_in_order(call, url):
     assert "connection refused" in down
 
 
-@pytest.mark.parametrize("words", [["--steps", "4"], ["--patience", "3"], ["--placement", "a=b", "--steps", "4"]])
+@pytest.mark.parametrize("words", [["--steps", "4"], ["--timeout", "3"], ["--placement", "a=b", "--steps", "4"]])
 def test_settings_that_doctor_has_no_use_for(call, words):
     said = call("doctor", *words)
     assert said.code == 2

@@ -15,11 +15,11 @@ import torch
 from test_family_runs import asked, begin
 
 import ditkit
-from ditkit.placement.http import HTTPChannel
-from ditkit.placement.offer import worker_of
+from ditkit.execution.place import Here, Segment
+from ditkit.placement.http.client import HTTPChannel
 from ditkit.placement.remote import Remote
 from ditkit.placement.spec import Spec
-from ditkit.running import Here, Segment
+from ditkit.placement.worker_factory import worker_of
 from ditkit.setup import Setup
 
 STAGES = {
@@ -47,8 +47,8 @@ def states(pipe):
     def make(task):
         plain, state = pipe(task), begin(pipe(task), **asked(task))
         found = {None: state}
-        for name in plain.pipeline.names:
-            found[name] = plain.pipeline.run(found[list(found)[-1]], plain.components, until=name)
+        for name in plain.stages.names:
+            found[name] = plain.stages.run(found[list(found)[-1]], plain.components, until=name)
         return found
 
     return make
@@ -75,20 +75,20 @@ def at(pipe, served):
 
 def test_the_matrix_misses_no_stage(pipe):
     for task in tiny.TASKS:
-        stages = {name for name in pipe(task).pipeline.names if name != "expand_prompt"}
+        stages = {name for name in pipe(task).stages.names if name != "expand_prompt"}
         assert stages <= set(STAGES.get(task, stages)), task
     assert set(tiny.TASKS) - set(STAGES) == {"i2v_a14b"}, "its stages are those of i2v and t2v_a14b"
 
 
 @pytest.mark.parametrize(("task", "stage", "kind"), MATRIX)
 def test_a_stage_elsewhere_gives_the_identical_state(pipe, states, at, task, stage, kind):
-    plain, names = pipe(task), [None, *pipe(task).pipeline.names]
+    plain, names = pipe(task), [None, *pipe(task).stages.names]
     before, after = states(task)[names[names.index(stage) - 1]], states(task)[stage]
     if kind == "cpu":
         there = ditkit.load(plain.setup.model, placement={stage: kind}).run(before, until=stage).state
     else:
         places = {stage: [Segment(at(task, kind))]}
-        there = plain.pipeline.run(before, plain.components, until=stage, places=places)
+        there = plain.stages.run(before, plain.components, until=stage, places=places)
     assert there.equal(after)
     assert there.fingerprints == after.fingerprints
     assert there["records"][stage] == after["records"][stage]
@@ -102,7 +102,7 @@ def test_it_did_run_there(pipe, states, at, kind):
     plain = pipe("t2v")
     events = ditkit.Events(lambda e: heard.append((e.name, dict(e.values))))
     places = {"denoise": [Segment(at("t2v", kind))]}
-    plain.pipeline.run(states("t2v")["encode_text"], plain.components, until="denoise", places=places, events=events)
+    plain.stages.run(states("t2v")["encode_text"], plain.components, until="denoise", places=places, events=events)
     (trip,) = [values for name, values in heard if name == "travel"]
     assert trip["place"] == kind
     assert trip["received"] > states("t2v")["denoise"]["latents"].nbytes
@@ -116,7 +116,7 @@ def test_a_loop_that_moves_at_any_step(pipe, states, at, task, first):
     here = Here(plain.components)
     for step in range(1, asked(task)["steps"]):
         places = {"denoise": [Segment(at(task, first)), Segment(here, step)]}
-        there = plain.pipeline.run(states(task)["encode_text"], plain.components, until="denoise", places=places)
+        there = plain.stages.run(states(task)["encode_text"], plain.components, until="denoise", places=places)
         assert there.equal(after), step
         assert there.fingerprints == after.fingerprints
 
@@ -128,7 +128,7 @@ def test_two_experts_at_two_places(pipe, states, at):
                 if s.expert == "transformer_2")  # fmt: skip
     assert 0 < step < asked("t2v_a14b")["steps"]
     places = {"denoise": [Segment(at("t2v_a14b", "process")), Segment(at("t2v_a14b", "http"), step)]}
-    there = plain.pipeline.run(states("t2v_a14b")["encode_text"], plain.components, until="denoise", places=places)
+    there = plain.stages.run(states("t2v_a14b")["encode_text"], plain.components, until="denoise", places=places)
     assert there.equal(after)
     assert there.fingerprints == after.fingerprints
 
@@ -137,7 +137,7 @@ def test_each_stage_at_another_place(pipe, states, at):
     plain = pipe("i2v")
     kinds = ("process", "http", "ray", "process", "http")
     places = {stage: [Segment(at("i2v", kind))] for stage, kind in zip(STAGES["i2v"], kinds, strict=True)}
-    there = plain.pipeline.run(states("i2v")[None], {}, places=places)
+    there = plain.stages.run(states("i2v")[None], {}, places=places)
     assert there.equal(states("i2v")["decode_latents"])
     assert there.fingerprints == states("i2v")["decode_latents"].fingerprints
 
@@ -165,7 +165,7 @@ def served():
     """The address of a Worker behind a real server in a thread."""
     import uvicorn
 
-    from ditkit.placement.host import app_of
+    from ditkit.placement.http.host import app_of
 
     servers = []
 

@@ -25,7 +25,7 @@ import pytest
 import tiny
 from shell import alone
 
-from ditkit import build
+from ditkit import assembly
 from ditkit.cli.main import main
 
 ROOT = Path(__file__).parents[2]
@@ -60,7 +60,7 @@ def stage(models, tmp_path, monkeypatch, request):
     file = request.node.callspec.params.get("file") if hasattr(request.node, "callspec") else None
     if file is None or file.name not in EMBEDDED:
         for name, folder in models.items():
-            monkeypatch.setitem(build.MODELS, name, folder)
+            monkeypatch.setitem(assembly.MODELS, name, folder)
 
 
 def test_there_is_something_to_run():

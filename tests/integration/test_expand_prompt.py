@@ -43,7 +43,7 @@ def quiet(server, monkeypatch):
 
 @pytest.fixture(scope="module")
 def pipe(tiny_model, server):
-    return ditkit.load(tiny_model, threads=1, expander=server.url, retries=0, patience=5)
+    return ditkit.load(tiny_model, threads=1, expander=server.url, retries=0, timeout=5)
 
 
 def run(pipe, until: str | None = "encode_text", listeners=(), **request):
@@ -143,7 +143,7 @@ def _size(url: str) -> tuple[int, int]:
 
 def test_without_an_expander_the_pipeline_is_as_ever(tiny_model):
     pipe = ditkit.load(tiny_model, threads=1)
-    assert pipe.pipeline.names == ["encode_text", "denoise", "decode_latents"]
+    assert pipe.stages.names == ["encode_text", "denoise", "decode_latents"]
     with pytest.raises(SetupError, match="Name a server or a folder with expander"):
         run(pipe)
 
@@ -229,7 +229,7 @@ BAD = {
 def test_a_failure_is_an_error_or_the_raw_prompt_and_then_it_is_told(case, pipe, tiny_model, server):
     replies, said = BAD[case]
     if case == "slow":
-        pipe = ditkit.load(tiny_model, threads=1, expander=server.url, retries=0, patience=0.3)
+        pipe = ditkit.load(tiny_model, threads=1, expander=server.url, retries=0, timeout=0.3)
     server.replies[:] = replies
     with pytest.raises(PlaceError, match=said) as e:
         run(pipe, until="expand_prompt")
@@ -281,7 +281,7 @@ def test_a_fallback_is_not_kept_for_other_runs(tiny_model, server, tmp_path):
 
 def test_another_process_gives_the_same_state(tiny_model, pipe, server):
     elsewhere = ditkit.load(
-        tiny_model, threads=1, expander=server.url, retries=0, patience=30, placement={"expand_prompt": "process"}
+        tiny_model, threads=1, expander=server.url, retries=0, timeout=30, placement={"expand_prompt": "process"}
     )
     try:
         one, other = run(pipe), run(elsewhere)

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import ditkit
 from ditkit.errors import RequestError, StateError
-from ditkit.pipeline import fingerprint_of
+from ditkit.execution.stage_list import fingerprint_of
 from ditkit.state import State
 
 PROMPT = "a red circle moving left"
@@ -121,7 +121,7 @@ def test_one_file_with_parts_from_elsewhere(folder, whole, task, tmp_path):
         parts["image_encoder"] = other / "image_encoder"
     if len(files) == 2:
         parts["transformer_2"] = files[1]
-    one = ditkit.load(files[0], parts={name: str(path) for name, path in parts.items()})
+    one = ditkit.load(files[0], components={name: str(path) for name, path in parts.items()})
     assert np.array_equal(one(**asked(task)).video, whole(task).video)
 
 
@@ -145,7 +145,7 @@ def test_stopped_after_any_step_and_resumed_from_disk(pipe, whole, task, tmp_pat
 @pytest.mark.parametrize("task", tiny.TASKS)
 def test_stage_after_stage_from_disk(pipe, whole, task, tmp_path):
     state = begin(pipe(task), **asked(task))
-    for name in pipe(task).pipeline.names:
+    for name in pipe(task).stages.names:
         state = pipe(task).run(state, until=name).state
         state = State.load(state.save(tmp_path / f"{name}.safetensors"))
     assert state.equal(whole(task).state)
@@ -166,7 +166,7 @@ def test_after_the_switch_the_first_expert_is_not_loaded(folder, pipe, whole, ta
         assert final.fingerprints == whole(task).state.fingerprints
         assert sorted(later.components.holder.loaded) == ["transformer_2", "vae"]
         parts = {name: pipe(task).components[name] for name in ("transformer_2", "vae", "tokenizer", "text_encoder")}
-        assert later.pipeline.run(State.load(file), parts).equal(whole(task).state)
+        assert later.stages.run(State.load(file), parts).equal(whole(task).state)
 
 
 @pytest.mark.parametrize("task", EXPERTS)

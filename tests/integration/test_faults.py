@@ -10,19 +10,20 @@ import socket
 import subprocess
 import sys
 import threading
+from functools import partial
 
 import pytest
 import torch
 
 import ditkit
 from ditkit.errors import Lost, PlaceError, StateError
-from ditkit.placement.framing import HEAD, LARGEST, MEDIA_TYPE, pack
-from ditkit.placement.http import HTTPChannel
-from ditkit.placement.job import Frame, Job, options_to_send, outcome_to_state
-from ditkit.placement.listen import in_thread
-from ditkit.placement.offer import worker_of
+from ditkit.execution.place import Segment, StageResult
+from ditkit.placement.http.client import HTTPChannel
+from ditkit.placement.http.framing import HEAD, LARGEST, MEDIA_TYPE, pack
+from ditkit.placement.http.listen import in_thread
+from ditkit.placement.job import Job, Message, options_to_send, outcome_to_state
 from ditkit.placement.remote import Remote
-from ditkit.running import Outcome, Segment
+from ditkit.placement.worker_factory import worker_of
 from ditkit.setup import Setup
 from ditkit.state import State
 
@@ -115,7 +116,7 @@ def last(channel, state=None):
 def test_answers_that_are_none(reply, kind, found):
     """Both to a question and to a job."""
     with server(reply) as (url, _):
-        for ask in (HTTPChannel(url, 10).describe, lambda: last(HTTPChannel(url, 10))):
+        for ask in (partial(HTTPChannel(url, 10).ask, "describe"), lambda: last(HTTPChannel(url, 10))):
             with pytest.raises(PlaceError, match=found) as e:
                 ask()
             assert type(e.value) is kind
@@ -124,15 +125,15 @@ def test_answers_that_are_none(reply, kind, found):
 
 def test_half_a_description():
     with server(answer(200, b'{"a": 1', length=50)) as (url, _), pytest.raises(Lost, match="stopped in the middle"):
-        HTTPChannel(url, 10).describe()
+        HTTPChannel(url, 10).ask("describe")
 
 
 @pytest.mark.parametrize("status", [200, 500])
 def test_an_answer_without_an_end(monkeypatch, status):
-    monkeypatch.setattr("ditkit.placement.http.MOST_WORDS", 1000)
+    monkeypatch.setattr("ditkit.placement.http.client.MOST_WORDS", 1000)
     for more in ({"length": 1 << 40}, {}):
         with server(answer(status, b" " * 2000, **more)) as (url, _):
-            for ask in (HTTPChannel(url, 10).describe, lambda: last(HTTPChannel(url, 10))):
+            for ask in (partial(HTTPChannel(url, 10).ask, "describe"), lambda: last(HTTPChannel(url, 10))):
                 with pytest.raises(PlaceError, match=r"larger than 1000 bytes|not as a ditkit host does"):
                     ask()
 
@@ -141,7 +142,7 @@ def test_an_answer_without_an_end(monkeypatch, status):
 def test_an_answer_that_is_too_deep(status):
     deep = b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
     with server(answer(status, deep)) as (url, _), pytest.raises(PlaceError, match=r"not as a ditkit host|answers 400"):
-        HTTPChannel(url, 10).describe()
+        HTTPChannel(url, 10).ask("describe")
 
 
 def test_a_frame_that_announces_more_than_there_is_room_for():
@@ -155,21 +156,21 @@ def test_a_frame_that_announces_more_than_there_is_room_for():
 def test_the_body_of_an_error_of_ours_is_the_error():
     body = json.dumps({"kind": "StateError", "asked": "a", "found": "b", "do": "c"}).encode()
     with server(answer(400, body)) as (url, _), pytest.raises(StateError, match=f"a .at {url}.: b. c"):
-        HTTPChannel(url, 10).describe()
+        HTTPChannel(url, 10).ask("describe")
 
 
 def test_nobody_listens():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     with pytest.raises(Lost, match=f"127.0.0.1:{port}: connection refused"):
-        HTTPChannel(f"http://127.0.0.1:{port}", 10).describe()
+        HTTPChannel(f"http://127.0.0.1:{port}", 10).ask("describe")
     with pytest.raises(Lost, match=r"nowhere\.invalid"):
-        HTTPChannel("http://nowhere.invalid", 10).describe()
+        HTTPChannel("http://nowhere.invalid", 10).ask("describe")
 
 
 def test_silence_is_lost_when_patience_ends():
     with server(None) as (url, _):
-        for ask in (HTTPChannel(url, 0.3).describe, lambda: last(HTTPChannel(url, 0.3))):
+        for ask in (partial(HTTPChannel(url, 0.3).ask, "describe"), lambda: last(HTTPChannel(url, 0.3))):
             with pytest.raises(Lost, match=r"no sign of life in 0.3 s"):
                 ask()
     with server(None, read=False) as (url, _), pytest.raises(Lost, match="no sign of life"):
@@ -180,8 +181,12 @@ def test_silence_is_lost_when_patience_ends():
     ("reply", "kind", "found"),
     [
         (frames(), Lost, "stopped in the middle"),
-        (frames(Frame("alive"), Frame("event", b"{}"), cut=-1), Lost, "stopped in the middle"),
-        (frames(Frame("outcome", State({"a": torch.zeros(999)})), cut=2000, more=3000), Lost, "stopped in the middle"),
+        (frames(Message("alive"), Message("event", b"{}"), cut=-1), Lost, "stopped in the middle"),
+        (
+            frames(Message("outcome", State({"a": torch.zeros(999)})), cut=2000, more=3000),
+            Lost,
+            "stopped in the middle",
+        ),
         (answer(200, b"\x63" * 64, MEDIA_TYPE), PlaceError, "it is no frame"),
         (answer(200, HEAD.pack(2, 1 << 60), MEDIA_TYPE), PlaceError, "it is no frame"),
         (answer(200, HEAD.pack(2, 3) + b"abc" + bytes(4), MEDIA_TYPE), PlaceError, "changed on the way"),
@@ -218,9 +223,9 @@ def begin(pipe, **more):
     return pipe.begin(pipe.model.request({"prompt": "a red circle", "seed": 3, **more}))
 
 
-def run_at(pipe, url, state=None, stage="encode_text", patience=10.0, retries=2, **more):
-    places = {stage: [Segment(Remote(url, HTTPChannel(url, patience), retries))]}
-    return pipe.pipeline.run(state or begin(pipe), pipe.components, places=places, until=stage, **more)
+def run_at(pipe, url, state=None, stage="encode_text", timeout=10.0, retries=2, **more):
+    places = {stage: [Segment(Remote(url, HTTPChannel(url, timeout), retries))]}
+    return pipe.stages.run(state or begin(pipe), pipe.components, places=places, until=stage, **more)
 
 
 PARTS = {"tokenizer": "0" * 64, "text_encoder": "0" * 64}
@@ -249,7 +254,7 @@ def test_hosts_of_another_kind(pipe, said, change, found):
 
 
 def outcome(**written):
-    return frames(Frame("outcome", outcome_to_state(Outcome(written, {}, {}))))
+    return frames(Message("outcome", outcome_to_state(StageResult(written, {}, {}))))
 
 
 @pytest.mark.parametrize(
@@ -260,10 +265,10 @@ def outcome(**written):
         (outcome(prompt_embeds=torch.zeros(3, 4), prompt_lengths=["3"]), r"it must be list\[int\]"),
         (outcome(latents=torch.zeros(1)), "nobody asked for it|latents"),
         (outcome(prompt_lengths=[3]), "did not write prompt_embeds"),
-        (frames(Frame("outcome", State({"a": 1}))), "does not say what it came from"),
-        (frames(Frame("outcome", b"abc")), "not a complete safetensors file"),
-        (frames(Frame("event", b"abc")), "it is damaged"),
-        (frames(Frame("error", b"abc")), "its error is damaged"),
+        (frames(Message("outcome", State({"a": 1}))), "does not say what it came from"),
+        (frames(Message("outcome", b"abc")), "not a complete safetensors file"),
+        (frames(Message("event", b"abc")), "it is damaged"),
+        (frames(Message("error", b"abc")), "its error is damaged"),
     ],
 )
 def test_outcomes_whose_label_and_bytes_disagree(pipe, said, reply, found):
@@ -274,7 +279,7 @@ def test_outcomes_whose_label_and_bytes_disagree(pipe, said, reply, found):
 
 
 def test_what_is_lost_is_tried_again_and_not_for_ever(pipe, said):
-    half = frames(Frame("alive"), Frame("alive"), cut=-1)
+    half = frames(Message("alive"), Message("alive"), cut=-1)
     heard = []
     with server(told(said), half) as (url, taken), pytest.raises(PlaceError, match=r"in the middle.* \(3 times\)") as e:
         run_at(pipe, url, events=ditkit.Events(heard.append))
@@ -294,11 +299,11 @@ def test_other_weights_between_two_stages_are_noticed(pipe, tiny_model, tmp_path
     with in_thread(worker_of(Setup(model=str(tiny_model)))) as host:
         channel = HTTPChannel(host.url, 10)
         remote = Remote(host.url, channel)
-        remote.prepare(pipe.pipeline["encode_text"], ["text_encoder"], ditkit.Events())
+        remote.prepare(pipe.stages["encode_text"], ["text_encoder"], ditkit.Events())
     with in_thread(worker_of(Setup(model=str(tiny_model), dtypes={"text_encoder": "bfloat16"}))) as host:
         channel.__init__(host.url, 10)
         with pytest.raises(StateError, match=r"its text_encoder is .* and the caller knows"):
-            pipe.pipeline.run(begin(pipe), pipe.components, places={"encode_text": [Segment(remote)]})
+            pipe.stages.run(begin(pipe), pipe.components, places={"encode_text": [Segment(remote)]})
 
 
 # --- a host that dies
@@ -346,7 +351,7 @@ def test_killed_in_the_middle_and_started_again(pipe, tiny_model):
 
     try:
         state = pipe.run(begin(pipe, steps=steps), until="encode_text").state
-        there = run_at(pipe, url, state, "denoise", events=ditkit.Events(listen), keep=Keep(), patience=60)
+        there = run_at(pipe, url, state, "denoise", events=ditkit.Events(listen), keep=Keep(), timeout=60)
     finally:
         for each in processes:
             each.kill()
@@ -365,16 +370,16 @@ def test_a_host_that_stays_dead_is_named_at_last(pipe, tiny_model):
     with in_thread(worker_of(Setup(model=str(tiny_model)))) as host:
         url = host.url
         remote = Remote(url, HTTPChannel(url, 10), retries=1)
-        remote.prepare(pipe.pipeline["encode_text"], ["text_encoder"], ditkit.Events())
+        remote.prepare(pipe.stages["encode_text"], ["text_encoder"], ditkit.Events())
     with pytest.raises(PlaceError, match=r"refused \(2 times\)") as e:
-        pipe.pipeline.run(begin(pipe), pipe.components, places={"encode_text": [Segment(remote)]})
+        pipe.stages.run(begin(pipe), pipe.components, places={"encode_text": [Segment(remote)]})
     assert url in str(e.value)
     assert e.value.exit_code == 1
 
 
 def test_a_job_of_another_version(pipe, tiny_model):
     with in_thread(worker_of(Setup(model=str(tiny_model)))) as host:
-        stage = pipe.pipeline["encode_text"]
+        stage = pipe.stages["encode_text"]
         job = Job("1", "encode_text", options_to_send(stage), wire=99)
         [*_, frame] = HTTPChannel(host.url, 10).submit(job, State({}))
     assert frame.kind == "error"

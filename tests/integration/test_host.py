@@ -18,14 +18,14 @@ import pytest
 
 import ditkit
 from ditkit.errors import PlaceError, SetupError
-from ditkit.placement.framing import checksum
-from ditkit.placement.host import Limits
-from ditkit.placement.http import CRC, JOB, HTTPChannel
+from ditkit.execution.place import Segment
+from ditkit.placement.http.client import CRC, JOB, HTTPChannel
+from ditkit.placement.http.framing import checksum
+from ditkit.placement.http.host import Limits
+from ditkit.placement.http.listen import bind, in_thread
 from ditkit.placement.job import Job, options_to_send
-from ditkit.placement.listen import bind, in_thread
-from ditkit.placement.offer import worker_of
 from ditkit.placement.remote import Remote
-from ditkit.running import Segment
+from ditkit.placement.worker_factory import worker_of
 from ditkit.setup import Setup
 from ditkit.state import State
 
@@ -89,7 +89,7 @@ def ask(url, data=None, **headers):
 
 
 def inputs_of(pipe, state, stage):
-    names = (*pipe.pipeline[stage].reads, *pipe.pipeline[stage].optional)
+    names = (*pipe.stages[stage].reads, *pipe.stages[stage].optional)
     return State({name: state[name] for name in names if name in state})
 
 
@@ -196,11 +196,11 @@ def test_content_that_changed_on_its_way_is_refused(pipe, host):
 
 
 def test_the_probe_can_be_demanded(tiny_model, host, whole):
-    found = HTTPChannel(host, 60, TOKEN).probe("encode_text")["hash"]
+    found = HTTPChannel(host, 60, TOKEN).ask("probe", "encode_text")["hash"]
     placement = {"encode_text": host}
-    pipe = ditkit.load(tiny_model, placement=placement, expect={"encode_text": found[:8]})
+    pipe = ditkit.load(tiny_model, placement=placement, expected_probes={"encode_text": found[:8]})
     assert pipe.run(begin(pipe), until="encode_text").state["prompt_embeds"].equal(whole["prompt_embeds"])
-    other = ditkit.load(tiny_model, placement=placement, expect={"encode_text": "0" * 8})
+    other = ditkit.load(tiny_model, placement=placement, expected_probes={"encode_text": "0" * 8})
     with pytest.raises(PlaceError, match=f"its probe is {found[:16]}, expected is 00000000"):
         other.run(begin(other))
 
@@ -215,7 +215,9 @@ def test_the_probe_can_be_demanded(tiny_model, host, whole):
 )
 def test_expectations_that_nobody_could_meet(tiny_model, expect, message):
     with pytest.raises(SetupError, match=message):
-        ditkit.load(tiny_model, placement={"encode_text": "http://127.0.0.1:9", "denoise": "cpu"}, expect=expect)
+        ditkit.load(
+            tiny_model, placement={"encode_text": "http://127.0.0.1:9", "denoise": "cpu"}, expected_probes=expect
+        )
 
 
 # --- in this process, where jobs can be looked at
@@ -259,7 +261,7 @@ def wait_until(true, seconds=60):
 
 
 def job_for(pipe, stage="denoise"):
-    return Job(os.urandom(8).hex(), stage, options_to_send(pipe.pipeline[stage]))
+    return Job(os.urandom(8).hex(), stage, options_to_send(pipe.stages[stage]))
 
 
 def test_a_client_that_goes_away_stops_its_job_within_a_step(pipe, whole, here, slow):
@@ -275,7 +277,7 @@ def test_a_client_that_goes_away_stops_its_job_within_a_step(pipe, whole, here, 
     slow.go.set()
     wait_until(lambda: host.jobs.count() == 0)
     assert slow.passes <= 2, "the step that was begun has two branches; no other one is"
-    again = pipe.pipeline.run(text, pipe.components, places={"denoise": [Segment(Remote("it", HTTPChannel(host.url)))]})
+    again = pipe.stages.run(text, pipe.components, places={"denoise": [Segment(Remote("it", HTTPChannel(host.url)))]})
     assert again.equal(whole), "and it serves the next one"
 
 
@@ -313,7 +315,7 @@ def test_cancelling_keeps_the_state(pipe, whole, here, slow):
 
     places = {"denoise": [Segment(Remote("it", HTTPChannel(host.url)))]}
     with pytest.raises(ditkit.Interrupted) as e:
-        pipe.pipeline.run(text, pipe.components, places=places, events=ditkit.Events(press))
+        pipe.stages.run(text, pipe.components, places=places, events=ditkit.Events(press))
     assert 1 <= e.value.state["step"] <= 2
     slow.go.set()
     assert pipe.run(e.value.state).state.equal(whole)

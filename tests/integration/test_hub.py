@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from hub_server import HubServer
 
-from ditkit.checkpoints.hub import Hub
-from ditkit.checkpoints.lock import changes, lock_text, make_lock, read_lock, verify
-from ditkit.checkpoints.manifest import Manifest, place_of
+from ditkit.checkpoints.model.hub import Hub
+from ditkit.checkpoints.model.lock import changes, lock_text, make_lock, read_lock, verify
+from ditkit.checkpoints.model.manifest import Manifest, place_of
 from ditkit.errors import LoadError
 
 TOKEN = "hf_of_the_test"

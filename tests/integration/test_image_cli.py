@@ -145,8 +145,8 @@ def test_parts_from_elsewhere(call, folder, red, tmp_path):
     save_file({name: t * 1.5 if t.ndim > 3 else t for name, t in tiny.vae().state_dict().items()}, other)
     words = ("blue", "--model", folder("i2v"), "--image", red, *SMALL, "--no-sheet", "--json")
     own = call("generate", *words, "--out", "a.npz")
-    same = call("generate", *words, "--out", "b.npz", "--parts", f"vae={folder('i2v') / 'Wan2.1_VAE.pth'}")
-    changed = call("generate", *words, "--out", "c.npz", "--parts", f"vae={other}")
+    same = call("generate", *words, "--out", "b.npz", "--components", f"vae={folder('i2v') / 'Wan2.1_VAE.pth'}")
+    changed = call("generate", *words, "--out", "c.npz", "--components", f"vae={other}")
     assert [said.code for said in (own, same, changed)] == [0, 0, 0], changed.err
     hashes = [json.loads(said.out)["output_sha256"] for said in (own, same, changed)]
     assert hashes[0] == hashes[1] != hashes[2]
@@ -163,7 +163,7 @@ def test_parts_from_elsewhere(call, folder, red, tmp_path):
     ],
 )
 def test_parts_that_are_none(call, folder, red, part, said):
-    found = call("generate", "blue", "--model", folder("i2v"), "--image", red, *SMALL, "--parts", part)
+    found = call("generate", "blue", "--model", folder("i2v"), "--image", red, *SMALL, "--components", part)
     assert found.code == 2
     assert said in found.err
     assert found.err.count("\n") == 1

@@ -150,7 +150,7 @@ def test_a_relative_is_named(models, report, tmp_path):
 
 
 def test_the_packaged_models_by_name_and_by_folder(report):
-    from ditkit.checkpoints.find import MODELS
+    from ditkit.checkpoints.model.find import MODELS
 
     for name, task in (("shapes", "t2v"), ("shapes-i2v", "i2v")):
         for path in (name, MODELS[name]):

@@ -20,7 +20,7 @@ from ditkit.cli.main import main
 from ditkit.state import State
 
 PROMPT = "a red circle"
-SOLVERS = {"unipc": ["--solver-options", "order=3"], "dpm++": [], "dpm++_sde": [], "euler": []}
+SOLVERS = {"unipc": ["--scheduler-options", "order=3"], "dpm++": [], "dpm++_sde": [], "euler": []}
 
 
 def commands(text: str) -> list[list[str]]:
@@ -45,12 +45,12 @@ def step(name: str, index: int):
     return lambda event: event.name == name and event["step"].index == index
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("scheduler", SOLVERS)
 @pytest.mark.parametrize(
     ("name", "index", "reached"), [("step.start", 0, 0), ("prediction", 2, 2), ("step.end", 1, 2), ("step.end", 3, 4)]
 )
-def test_the_run_goes_on_bit_for_bit(call, model, tmp_path, monkeypatch, solver, name, index, reached):
-    words = ["--model", model, "--solver", solver, *SOLVERS[solver], "--set", "precision=float32"]
+def test_the_run_goes_on_bit_for_bit(call, model, tmp_path, monkeypatch, scheduler, name, index, reached):
+    words = ["--model", model, "--scheduler", scheduler, *SOLVERS[scheduler], "--set", "dtype_policy=float32"]
     whole = call("generate", PROMPT, *words, "--json", "--no-sheet", "--out", "whole.npz")
     press(monkeypatch, step(name, index))
     said = call("generate", PROMPT, *words, "--out", "a.npz", "--no-sheet", "--quiet")
@@ -62,7 +62,7 @@ def test_the_run_goes_on_bit_for_bit(call, model, tmp_path, monkeypatch, solver,
     assert State.load(tmp_path / "a.state.safetensors")["step"] == reached
     (words,) = commands(said.err)
     assert words[0] == "ditkit"
-    assert "--precision" in words
+    assert "--dtype-policy" in words
     resumed = call(*words[1:], "--json")
     assert resumed.code == 0, resumed.err
     assert json.loads(resumed.out)["clips"] == ["a.npz"]
@@ -145,7 +145,7 @@ def test_settings_of_a_file_or_the_environment_are_spelled_out(call, model, tmp_
     (tmp_path / "c.toml").unlink()
     assert call(*words[1:]).code == 0
     setup = media.read_manifest(tmp_path / "a.npz")["setup"]
-    wanted = {"remember_text": False, "dtypes": {"vae": "float64"}, "vae_frames_per_chunk": 2, "model": str(model)}
+    wanted = {"cache_text_kv": False, "dtypes": {"vae": "float64"}, "vae_frames_per_chunk": 2, "model": str(model)}
     assert {key: setup[key] for key in wanted} == wanted
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 import ditkit
 from ditkit import Seams
-from ditkit.conditioning.images import on_white, proportioned
+from ditkit.conditioning.images import pad_on_white, resize_to_fit
 from ditkit.errors import RequestError
 from ditkit.media import as_image
 from ditkit.replay import read, replay
@@ -43,13 +43,13 @@ def noise(*shape: int) -> np.ndarray:
 
 @pytest.mark.parametrize(("first", "last"), [((1, 1000), (1000, 1)), ((1000, 1), (1, 1000))])
 def test_a_last_picture_that_is_all_length(first, last):
-    cut = proportioned(torch.zeros(1, *last, 3, dtype=torch.uint8), *first)
+    cut = resize_to_fit(torch.zeros(1, *last, 3, dtype=torch.uint8), *first)
     assert min(cut.shape[1:3]) == 1
 
 
 def test_a_reference_that_diffusers_has_no_size_for():
     with pytest.raises(RequestError, match="multiples of 8"):
-        on_white(torch.zeros(1, 5, 40, 3, dtype=torch.uint8), 32, 32, "diffusers")
+        pad_on_white(torch.zeros(1, 5, 40, 3, dtype=torch.uint8), 32, 32, "diffusers")
 
 
 def test_a_pil_image_whose_file_is_damaged_or_closed(tmp_path):
@@ -102,7 +102,7 @@ def test_one_guidance_scale_is_for_both_experts(pipe):
 
 def test_a_preview_decoder_makes_no_other_model(folder, pipe, request):
     decoder = str(request.config.rootpath / "tests" / TAEHV)
-    watched = ditkit.load(folder("t2v"), parts={"preview_decoder": decoder})
+    watched = ditkit.load(folder("t2v"), components={"preview_decoder": decoder})
     begun = pipe("t2v").begin(pipe("t2v").model.request({"prompt": "a", **SMALL}))
     half = pipe("t2v").run(begun, stop_at_step=1).state
     assert np.array_equal(watched.run(half).video, pipe("t2v").run(begun).video)
@@ -134,7 +134,7 @@ def test_a_clip_finds_its_parts_and_loras_from_every_folder(folder, request, tmp
     width, low_rank = tiny.TRANSFORMER.dim, "diffusion_model.blocks.0.self_attn.q.lora"
     save_file({f"{low_rank}_down.weight": torch.ones(2, width), f"{low_rank}_up.weight": torch.ones(width, 2)}, "l.st")
     for name, loras in {"plain": ["l.st"], "named": ["transformer=l.st:0.5"]}.items():
-        pipe = ditkit.load(folder("t2v"), parts={"vae": "taehv.safetensors"}, loras=loras)
+        pipe = ditkit.load(folder("t2v"), components={"vae": "taehv.safetensors"}, loras=loras)
         pipe("a", **SMALL).save(f"{name}.npz")
     monkeypatch.chdir(tmp_path / "there")
     assert all(replay(read(f"../here/{name}.npz")).identical for name in ("plain", "named"))

@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 import ditkit
 from ditkit import replay as replays
 from ditkit.errors import LoadError, PlaceError, SetupError, StateError
-from ditkit.placement.listen import in_thread
-from ditkit.placement.offer import load_all, worker_of
+from ditkit.placement.http.listen import in_thread
+from ditkit.placement.worker_factory import load_all, worker_of
 from ditkit.setup import Setup
 
 SMALL = {"width": 32, "height": 32, "frames": 5, "steps": 4, "seed": 3}
@@ -106,8 +106,9 @@ def test_a_host_of_native_files_or_of_named_ones(native, tmp_path):
     mac = only(native, tmp_path / "mac", weights, "google")
     box = without(native, tmp_path / "box", weights, "google")
     parts = {"text_encoder": str(mac / weights), "tokenizer": str(mac / "google" / "umt5-xxl")}
-    for given in ({"model": mac}, {"model": Path(parts["text_encoder"]), "parts": {"tokenizer": parts["tokenizer"]}},
-                  {"model": "shapes", "parts": parts}):  # fmt: skip
+    for given in ({"model": mac},
+                  {"model": Path(parts["text_encoder"]), "components": {"tokenizer": parts["tokenizer"]}},
+                  {"model": "shapes", "components": parts}):  # fmt: skip
         with host(given.pop("model"), "encode_text", **given) as there:
             same(ditkit.load(box, placement={"encode_text": there.url})("a red circle", **SMALL), whole)
 
@@ -162,11 +163,11 @@ def test_another_text_encoder_at_the_host_is_refused_unless_it_is_meant(tiny_mod
         pipe = ditkit.load(tiny_model, placement={"encode_text": there.url})
         with pytest.raises(PlaceError, match=r"its text_encoder is another one than the one here.*write parts = "):
             pipe("a red circle", **SMALL)
-        meant = ditkit.load(tiny_model, placement={"encode_text": there.url}, parts={"text_encoder": there.url})
+        meant = ditkit.load(tiny_model, placement={"encode_text": there.url}, components={"text_encoder": there.url})
         result = meant("a red circle", **SMALL)
         assert not torch.equal(result.state["prompt_embeds"], whole.state["prompt_embeds"])
         with pytest.raises(SetupError, match="no stage that calls it is placed there"):
-            ditkit.load(tiny_model, parts={"text_encoder": there.url})
+            ditkit.load(tiny_model, components={"text_encoder": there.url})
         with pytest.raises(StateError, match=r"another text_encoder.*run it once more from encode_text"):
             ditkit.load(tiny_model).run(result.state, start="denoise")
         again = ditkit.load(tiny_model).run(result.state, start="encode_text")
@@ -194,7 +195,7 @@ def test_a_model_at_a_host(tiny_model, whole, tmp_path):
         assert not pipe.components
         clip = result.save(tmp_path / "clip.npz")[0]
         assert replays.replay(replays.read(clip)).identical
-        mine = ditkit.load(there.url, placement={"decode_latents": "here"}, parts={"vae": str(tiny_model / "vae")})
+        mine = ditkit.load(there.url, placement={"decode_latents": "here"}, components={"vae": str(tiny_model / "vae")})
         same(mine("a red circle", seed=3), whole)
         assert set(mine.components.holder.loaded) == {"vae"}
         with pytest.raises(SetupError, match="its vae lies at"):

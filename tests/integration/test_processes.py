@@ -24,8 +24,8 @@ from shell import alone
 
 import ditkit
 from ditkit.errors import LoadError, Lost, PlaceError
-from ditkit.placement.http import HTTPChannel
-from ditkit.placement.process import ProcessChannel
+from ditkit.placement.http.client import HTTPChannel
+from ditkit.placement.process.parent import ProcessChannel
 from ditkit.placement.spec import Spec
 from ditkit.setup import Setup
 
@@ -108,7 +108,7 @@ def test_a_crash_tells_its_signal_and_its_last_words(tiny_model, monkeypatch):
 
 @linux
 def test_a_child_that_hangs_is_lost_after_patience(tiny_model, long):
-    pipe, channel = placed(tiny_model, patience=2)
+    pipe, channel = placed(tiny_model, timeout=2)
     hang = at_step(0, lambda: os.kill(channel.process_id, signal.SIGSTOP))
     pid = channel._started().process.pid
     result = pipe(PROMPT, seed=3, steps=LONG, listeners=[hang])
@@ -119,7 +119,7 @@ def test_a_child_that_hangs_is_lost_after_patience(tiny_model, long):
 
 
 def test_a_child_that_hangs_at_its_start_is_lost(tiny_model, monkeypatch):
-    from ditkit.placement import process
+    from ditkit.placement.process import parent as process
 
     born, spawn = [], process._spawned
 
@@ -131,9 +131,9 @@ def test_a_child_that_hangs_at_its_start_is_lost(tiny_model, monkeypatch):
 
     monkeypatch.setattr(process, "_spawned", stopped)
     monkeypatch.setattr(process, "START", 0.5)
-    channel = ProcessChannel(Setup(model=str(tiny_model), patience=0.5), None, ["encode_text"])
+    channel = ProcessChannel(Setup(model=str(tiny_model), timeout=0.5), None, ["encode_text"])
     with pytest.raises(Lost, match=r"starting a child process for process: it gave no sign of life in 0\.5 s"):
-        channel.describe()
+        channel.ask("describe")
     assert [child.poll() is not None for child in born] == [True], "and it is ended"
 
 
@@ -154,7 +154,7 @@ PARENT = """
 import sys, ditkit
 pipe = ditkit.load(sys.argv[1], placement={"denoise": "process"})
 channel = pipe.places.remote(next(iter(pipe.places.specs.values()))).channel
-channel.describe()
+channel.ask("describe")
 print(channel.process_id, channel._child.end.folder, flush=True)
 sys.stdin.readline()
 """
@@ -179,7 +179,7 @@ def test_a_child_ends_with_its_stdin_in_the_middle_of_what_it_does(tiny_model, t
     """What holds where there is no prctl."""
     told = {"setup": {"model": str(tiny_model)}, "stages": ["denoise"], "threads": 1, "alive": 1.0,
             "socket": str(tmp_path / "s"), "token": "t"}  # fmt: skip
-    words = [sys.executable, "-m", "ditkit.placement.child"]
+    words = [sys.executable, "-m", "ditkit.placement.process.child"]
     child = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=alone())
     child.stdin.write(json.dumps(told).encode() + b"\n")
     child.stdin.flush()
@@ -190,7 +190,7 @@ def test_a_child_ends_with_its_stdin_in_the_middle_of_what_it_does(tiny_model, t
 
 def test_a_child_outlives_the_thread_that_asked_for_it(tiny_model, whole):
     pipe, channel = placed(tiny_model)
-    thread = threading.Thread(target=channel.describe)
+    thread = threading.Thread(target=channel.ask, args=["describe"])
     thread.start()
     thread.join()
     pid = channel.process_id
@@ -213,9 +213,9 @@ def test_nobody_else_is_let_in(shared):
     child = shared[1]._started()
     assert stat.S_IMODE(child.end.folder.stat().st_mode) == 0o700
     stranger = HTTPChannel("http://process", uds=str(child.end.folder / "child"))
-    assert stranger.health()
+    assert stranger.ask("health")
     with pytest.raises(PlaceError, match="token"):
-        stranger.describe()
+        stranger.ask("describe")
 
 
 def test_threads_share_a_child(shared, tiny_model):
@@ -248,7 +248,7 @@ def test_loras_reach_it(tiny_model, tmp_path, whole):
 def test_python_objects_in_a_seam_are_refused(shared):
     pipe, _ = shared
     seams = ditkit.Seams(predict=(lambda inner: inner,))
-    other = ditkit.Pipe(pipe.model, pipe.setup, pipe.components, pipe.pipeline, seams)
+    other = ditkit.Pipeline(pipe.model, pipe.setup, pipe.components, pipe.stages, seams)
     other.places = pipe.places
     with pytest.raises(PlaceError, match="predict is changed here by Python objects"):
         other(PROMPT)

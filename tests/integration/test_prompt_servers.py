@@ -89,7 +89,7 @@ def wait_for(process: subprocess.Popen, url: str, log: Path) -> None:
 @pytest.fixture(params=["transformers", "mlx"])
 def expander(request, servers):
     address, model = servers[request.param]
-    return ServerExpander(address, model, patience=60, retries=0)
+    return ServerExpander(address, model, timeout=60, retries=0)
 
 
 def test_a_seed_repeats_an_answer_and_another_does_not(expander):

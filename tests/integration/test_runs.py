@@ -16,7 +16,7 @@ import ditkit
 from ditkit import media
 from ditkit.cli import show
 from ditkit.errors import PlaceError, RequestError, StateError
-from ditkit.running import Interrupted
+from ditkit.execution.place import Interrupted
 from ditkit.runs import Run, listed
 from ditkit.state import State
 
@@ -267,7 +267,7 @@ def test_a_fork_that_changes_nothing_is_its_parent(pipe, parent, whole, tmp_path
     ("changes", "stages"),
     [
         ({"guidance_scale": 3.0}, ["denoise", "decode_latents"]),
-        ({"solver": "euler"}, ["denoise", "decode_latents"]),
+        ({"scheduler": "euler"}, ["denoise", "decode_latents"]),
         ({"steps": 6, "shift": 3.0}, ["denoise", "decode_latents"]),
         ({"seed": 4}, ["denoise", "decode_latents"]),
         ({"prompt": "a blue square"}, ["encode_text", "denoise", "decode_latents"]),
@@ -408,7 +408,7 @@ def test_a_fork_of_one_of_several_clips(pipe, tmp_path, batched):
     [
         ({"steps": 6}, "other noise levels"),
         ({"shift": 2.0}, "other noise levels"),
-        ({"solver": "euler"}, "remembers steps of another one"),
+        ({"scheduler": "euler"}, "remembers steps of another one"),
         ({"width": 64}, "another size"),
         ({"seed": 9}, "draws no noise after the beginning"),
     ],
@@ -539,11 +539,11 @@ def test_what_the_request_alone_does_not_make_is_not_replayed(call, model):
 
 
 def test_setup_may_be_given_anew_and_is_remembered(call, model, tmp_path):
-    assert call("run", PROMPT, "--model", model, "--run", "a", "--stop-at-step", "2", "--no-remember-text",
+    assert call("run", PROMPT, "--model", model, "--run", "a", "--stop-at-step", "2", "--no-cache-text-kv",
                 "--quiet").code == 0  # fmt: skip
     assert call("run", "--resume", "a", "--vae-frames-per-chunk", "2", "--out", "x.npz", "--quiet").code == 0
     setup = media.read_manifest(Path("x.npz"))["setup"]
-    assert (setup["remember_text"], setup["vae_frames_per_chunk"], setup["model"]) == (False, 2, str(model))
+    assert (setup["cache_text_kv"], setup["vae_frames_per_chunk"], setup["model"]) == (False, 2, str(model))
 
 
 @pytest.mark.parametrize(

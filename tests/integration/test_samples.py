@@ -7,7 +7,7 @@ from reference import rel
 import ditkit
 from ditkit import samples
 from ditkit.errors import RequestError
-from ditkit.pipeline import Interrupted
+from ditkit.execution.stage_list import Interrupted
 from ditkit.schedulers.noise import initial_noise
 from ditkit.state import State
 
@@ -34,25 +34,25 @@ def all_of_them(pipe, **request) -> State:
     return pipe.run(begin(pipe, prompt=PROMPTS, negative_prompt=NEGATIVES, seed=SEEDS, **request)).state
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
-def test_one_after_the_other_is_bit_equal_to_alone(pipe, solver):
-    together = all_of_them(pipe, solver=solver)
+@pytest.mark.parametrize("scheduler", SOLVERS)
+def test_one_after_the_other_is_bit_equal_to_alone(pipe, scheduler):
+    together = all_of_them(pipe, scheduler=scheduler)
     assert together["prompt"] == PROMPTS
     assert together["seed"] == SEEDS
     for i, part in enumerate(samples.split(together)):
-        expected = alone(pipe, i, solver=solver)
+        expected = alone(pipe, i, scheduler=scheduler)
         for name in ("prompt_embeds", "negative_prompt_embeds", "latents", "video"):
             assert torch.equal(part[name], expected[name]), (i, name)
         for name in ("sigmas", "step", "prompt_lengths", "history"):
             assert part[name] == expected[name]
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
-def test_a_batch_is_equal_up_to_rounding(pipe, solver):
-    together = all_of_them(pipe, solver=solver, batched=True)
+@pytest.mark.parametrize("scheduler", SOLVERS)
+def test_a_batch_is_equal_up_to_rounding(pipe, scheduler):
+    together = all_of_them(pipe, scheduler=scheduler, batched=True)
     assert together["video"].shape == (3, 5, 32, 32, 3)
     for i in range(3):
-        expected = alone(pipe, i, solver=solver)
+        expected = alone(pipe, i, scheduler=scheduler)
         assert rel(together["latents"][i : i + 1], expected["latents"]) <= 1e-5
         off = (together["video"][i].int() - expected["video"][0].int()).abs()
         assert off.max() <= 1
@@ -61,11 +61,13 @@ def test_a_batch_is_equal_up_to_rounding(pipe, solver):
 
 @pytest.mark.parametrize("batched", [False, True])
 def test_each_draws_the_noise_that_it_draws_alone(pipe, batched):
-    """The initial noise, and what an SDE solver adds, at any place in the batch."""
-    for solver in ("unipc", "dpm++_sde"):
+    """The initial noise, and what an SDE scheduler adds, at any place in the batch."""
+    for scheduler in ("unipc", "dpm++_sde"):
         for order in ([0, 1, 2], [2, 0, 1]):
             entered: list[torch.Tensor] = []
-            state = begin(pipe, prompt="blue", seed=[SEEDS[i] for i in order], solver=solver, batched=batched, steps=2)
+            state = begin(
+                pipe, prompt="blue", seed=[SEEDS[i] for i in order], scheduler=scheduler, batched=batched, steps=2
+            )
             listener = lambda e, entered=entered: entered.append(e["x"].clone()) if e.name == "prediction" else None  # noqa: E731
             pipe.run(state, until="denoise", listeners=[listener])
             first = entered[0] if batched else torch.cat(entered[::2])
@@ -91,11 +93,11 @@ def all_latents(pipe, prompts, seeds) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("batched", [False, True])
-@pytest.mark.parametrize("solver", SOLVERS)
-def test_going_on_with_several_clips(pipe, solver, batched):
-    whole = all_of_them(pipe, solver=solver, batched=batched)
+@pytest.mark.parametrize("scheduler", SOLVERS)
+def test_going_on_with_several_clips(pipe, scheduler, batched):
+    whole = all_of_them(pipe, scheduler=scheduler, batched=batched)
     for k in (0, 1, 3):
-        state = begin(pipe, prompt=PROMPTS, negative_prompt=NEGATIVES, seed=SEEDS, solver=solver, batched=batched)
+        state = begin(pipe, prompt=PROMPTS, negative_prompt=NEGATIVES, seed=SEEDS, scheduler=scheduler, batched=batched)
         half = pipe.run(state, stop_at_step=k).state
         assert half["step"] == k
         assert half["latents"].shape[0] == 3
@@ -130,7 +132,7 @@ def test_split_and_join_are_inverse(pipe):
         back = samples.join(samples.split(state))
         # Fingerprints of pieces are other ones, and records speak of them.
         assert State(dict(back.without("records"))).to_bytes() == State(dict(state.without("records"))).to_bytes()
-        assert [s.name for s in pipe.pipeline.stages if pipe.pipeline.outdated(s, back)] == []
+        assert [s.name for s in pipe.stages.stages if pipe.stages.outdated(s, back)] == []
         assert set(back.fingerprints) == set(state.fingerprints), "what has a fingerprint keeps one"
         assert samples.count(state) == len(samples.split(state)) == 3
 

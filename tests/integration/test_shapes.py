@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import ditkit
-from ditkit.build import MODELS
+from ditkit.assembly import MODELS
 from ditkit.lab.quality import ROUND_TRIP_TARGET, held_out, round_trip
 from ditkit.shapes.draw import BACKGROUNDS, COLORS, FRAMES, HEIGHT, SHAPES, WIDTH, plain_caption
 from ditkit.shapes.measure import measure, score

@@ -8,8 +8,8 @@ import torch
 from reference import rel
 
 import ditkit
-from ditkit.build import MODELS
-from ditkit.checkpoints.convert import convert
+from ditkit.assembly import MODELS
+from ditkit.checkpoints.convert.convert import convert
 from ditkit.lab.image_quality import SUBJECT, image_quality
 from ditkit.lab.quality import held_out
 from ditkit.schedulers.noise import initial_noise
@@ -60,7 +60,7 @@ def test_the_prompt_decides_the_motion_and_not_the_colour(pipe):
 def test_without_clip_features_it_is_worse(pipe):
     """The card says how much; here on the first frames of the same pictures."""
     blind = ditkit.load("shapes-i2v", share_with=pipe)
-    blind.pipeline = blind.pipeline.remove("encode_image")
+    blind.stages = blind.stages.remove("encode_image")
     with_clip, without = (image_quality(p, 3, steps=8) for p in (pipe, blind))
     assert without.first_frame < with_clip.first_frame - 3
     assert blind.components["transformer"] is pipe.components["transformer"]
@@ -87,14 +87,14 @@ def test_diffusers_makes_the_same_of_it(tmp_path):
     convert(MODELS["shapes-i2v"], folder, "diffusers")
     theirs = WanImageToVideoPipeline.from_pretrained(folder, torch_dtype=torch.float32)
     theirs.set_progress_bar_config(disable=True)
-    pipe = ditkit.load("shapes-i2v", precision="diffusers")
+    pipe = ditkit.load("shapes-i2v", dtype_policy="diffusers")
     scene, seed = SCENES[0]
     picture = draw(scene)[0]
     words = motion_caption(scene)
-    result = pipe(words, image=picture, seed=seed, steps=6, schedule="diffusers", rounding="diffusers",
+    result = pipe(words, image=picture, seed=seed, steps=6, convention="diffusers", rounding="diffusers",
                   image_processing="diffusers")  # fmt: skip
     noise = initial_noise(seed, (16, 4, 8, 8))[None]
-    shift = pipe.model.request({"prompt": "x", "image": "x", "schedule": "diffusers"}).shift
+    shift = pipe.model.request({"prompt": "x", "image": "x", "convention": "diffusers"}).shift
     theirs.scheduler = type(theirs.scheduler).from_config(theirs.scheduler.config, flow_shift=shift)
     latents = []
     frames = theirs(

@@ -94,7 +94,7 @@ def configured(file: Path, model: Path) -> Path:
 @pytest.mark.parametrize("quantization", FORMATS)
 def test_a_quantised_transformer_in_the_place_of_the_models_own(model, plain, tmp_path, quantization):
     file = configured(FORMATS[quantization](tmp_path), model)
-    pipe = ditkit.load(model, parts={"transformer": str(file)})
+    pipe = ditkit.load(model, components={"transformer": str(file)})
     result, reference = pipe(**REQUEST), plain(**REQUEST)
     facts = result.receipt["components"]["transformer"]
     assert facts["quantization"] == quantization
@@ -109,7 +109,7 @@ def test_a_quantised_transformer_in_the_place_of_the_models_own(model, plain, tm
 def test_a_lora_on_quantised_weights(model, tmp_path, quantization, mode):
     """It stopped working elsewhere, silently (WanVideoWrapper 859)."""
     file, lora = configured(FORMATS[quantization](tmp_path), model), a_lora(tmp_path)
-    where = {"parts": {"transformer": str(file)}}
+    where = {"components": {"transformer": str(file)}}
     base = ditkit.load(model, **where)(**REQUEST)
     pipe = ditkit.load(model, loras=[f"{lora}:0.8"], lora_mode=mode, **where)
     adapted = pipe(**REQUEST)
@@ -173,12 +173,12 @@ def test_loras_that_cannot_be(model, tmp_path, text, said):
 
 def test_a_tiny_vae_as_draft_and_for_previews(model, plain):
     file = GOLDEN / "taehv/taew2_1_tiny.safetensors"
-    draft = ditkit.load(model, parts={"vae": str(file)}, share_with=plain)
+    draft = ditkit.load(model, components={"vae": str(file)}, share_with=plain)
     result = draft(**REQUEST)
     assert result.video.shape == (5, 32, 32, 3)
     assert result.state["latents"].equal(plain(**REQUEST).state["latents"]), "only the decoding is another"
     assert result.receipt["components"]["vae"]["class"] == "TAEHV"
-    seen = ditkit.load(model, parts={"preview_decoder": str(file)})
+    seen = ditkit.load(model, components={"preview_decoder": str(file)})
     look = seen.look()
     picture = look(result.state["latents"][:, :, :1])
     assert picture.shape == (32, 32, 3)
@@ -188,14 +188,14 @@ def test_a_tiny_vae_as_draft_and_for_previews(model, plain):
 
 def test_stand_ins_that_cannot_be(model, tmp_path):
     with pytest.raises(SetupError, match="did you mean 'vae'"):
-        ditkit.load(model, parts={"vea": "x"})
+        ditkit.load(model, components={"vea": "x"})
     with pytest.raises(LoadError, match="there is nothing of that name"):
-        ditkit.load(model, parts={"vae": str(tmp_path / "nothing.safetensors")})
+        ditkit.load(model, components={"vae": str(tmp_path / "nothing.safetensors")})
     with pytest.raises(LoadError, match="its tensors are those of wan"):
-        ditkit.load(model, parts={"vae": str(model / "transformer")})
+        ditkit.load(model, components={"vae": str(model / "transformer")})
     wrong = GOLDEN / "vae/wan22/Wan2.2_VAE.safetensors"
     with pytest.raises(LoadError, match="latent channels"):
-        ditkit.load(model, parts={"vae": str(wrong)})
+        ditkit.load(model, components={"vae": str(wrong)})
 
 
 def test_one_of_several_state_dicts_is_named(model, plain, tmp_path):
@@ -205,20 +205,20 @@ def test_one_of_several_state_dicts_is_named(model, plain, tmp_path):
     torch.save({"student": one, "teacher": other}, file)
     configured(file, model)
     with pytest.raises(LoadError, match=r"2 state dicts .*FILE#ENTRY"):
-        ditkit.load(model, parts={"transformer": str(file)})
-    student = ditkit.load(model, parts={"transformer": f"{file}#student"})
-    teacher = ditkit.load(model, parts={"transformer": f"{file}#teacher"})
+        ditkit.load(model, components={"transformer": str(file)})
+    student = ditkit.load(model, components={"transformer": f"{file}#student"})
+    teacher = ditkit.load(model, components={"transformer": f"{file}#teacher"})
     assert student(**REQUEST).state["latents"].equal(plain(**REQUEST).state["latents"])
     assert not teacher(**REQUEST).state["latents"].equal(plain(**REQUEST).state["latents"])
     assert student.model.identity != teacher.model.identity
     with pytest.raises(LoadError, match="did you mean 'teacher'"):
-        ditkit.load(model, parts={"transformer": f"{file}#teachr"})
+        ditkit.load(model, components={"transformer": f"{file}#teachr"})
 
 
 def test_what_a_bare_vae_does_not_say_is_told(model, tmp_path):
     """A VAE trained anew has other statistics; without its config the colours would be wrong and nobody would know."""
     lone = tmp_path / "vae.safetensors"
     save_file(tiny.vae().state_dict(), lone)
-    (note,) = ditkit.load(model, parts={"vae": str(lone)}).model.parts["vae"].notes
+    (note,) = ditkit.load(model, components={"vae": str(lone)}).model.parts["vae"].notes
     assert "the official ones are taken" in note
     assert ditkit.load(model).model.parts["vae"].notes == ()

@@ -11,14 +11,14 @@ import tiny
 import torch
 
 import ditkit
-from ditkit.build import Components
+from ditkit.assembly import Components
 
 ROUNDS = 3
 CLIPS = {
     "one": {"prompt": "a red circle", "seed": 1},
-    "two": {"prompt": "a green square moving left on gray", "seed": 2, "width": 48, "height": 16, "solver": "dpm++"},
-    "three": {"prompt": "blue", "seed": 3, "frames": 9, "guidance_scale": 1.0, "solver": "euler", "height": 16},
-    "four": {"prompt": "a red circle", "seed": 4, "steps": 3, "solver": "dpm++_sde", "width": 16, "shift": 3.0},
+    "two": {"prompt": "a green square moving left on gray", "seed": 2, "width": 48, "height": 16, "scheduler": "dpm++"},
+    "three": {"prompt": "blue", "seed": 3, "frames": 9, "guidance_scale": 1.0, "scheduler": "euler", "height": 16},
+    "four": {"prompt": "a red circle", "seed": 4, "steps": 3, "scheduler": "dpm++_sde", "width": 16, "shift": 3.0},
 }
 
 
@@ -68,7 +68,7 @@ def test_two_threads_with_one_pipe(tiny_model, pair):
 
 
 def test_two_threads_with_one_pipe_in_bfloat16(tiny_model):
-    pipe = ditkit.load(tiny_model, dtype="bfloat16", remember_text=False)
+    pipe = ditkit.load(tiny_model, dtype="bfloat16", cache_text_kv=False)
     alone = {name: fields(pipe(**CLIPS[name])) for name in ("one", "two")}
     for name, found in zip(alone, together([lambda n=name: fields(pipe(**CLIPS[n])) for name in alone]), strict=True):
         assert_same(found, alone[name], name)

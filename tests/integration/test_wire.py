@@ -14,18 +14,18 @@ import pytest
 import torch
 
 import ditkit
-from ditkit.placement import straight
-from ditkit.placement.framing import checksum, fresh
-from ditkit.placement.host import Limits
-from ditkit.placement.http import CRC, JOB, HTTPChannel
+from ditkit.execution.place import Segment
+from ditkit.execution.stage import BaseStage
+from ditkit.placement.http import zero_copy as straight
+from ditkit.placement.http.client import CRC, JOB, HTTPChannel
+from ditkit.placement.http.framing import checksum, fresh
+from ditkit.placement.http.host import Limits
+from ditkit.placement.http.listen import in_thread
 from ditkit.placement.job import Job, state_to_outcome
-from ditkit.placement.listen import in_thread
-from ditkit.placement.offer import worker_of
 from ditkit.placement.remote import Remote
 from ditkit.placement.worker import Worker
-from ditkit.running import Segment
+from ditkit.placement.worker_factory import worker_of
 from ditkit.setup import Setup
-from ditkit.stage import BaseStage
 from ditkit.state import State
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -81,10 +81,10 @@ def test_embeddings_travel_trimmed_and_in_their_own_dtype(tiny_model):
     state = pipe.begin(pipe.model.request({"prompt": "a red circle " * 200, "negative_prompt": "grey", "steps": 1}))
     with in_thread(worker_of(Setup(**setup))) as host, Relay(host.url) as relay:
         remote = Remote(relay.url, HTTPChannel(relay.url, 60))
-        remote.prepare(pipe.pipeline["encode_text"], [], ditkit.Events())
+        remote.prepare(pipe.stages["encode_text"], [], ditkit.Events())
         relay.up = relay.down = 0
         places = {"encode_text": [Segment(remote)]}
-        state = pipe.pipeline.run(state, pipe.components, places=places, until="encode_text")
+        state = pipe.stages.run(state, pipe.components, places=places, until="encode_text")
         up, down = relay.up, relay.down
     sizes = 0
     for name in ("prompt", "negative_prompt"):
@@ -152,7 +152,7 @@ def test_a_client_that_goes_away_in_a_large_body_leaves_no_job(host, filled):
         gone.wait(0.05)
     assert host.jobs.count() == 0
     assert len(filled) == 1
-    assert HTTPChannel(host.url, 60).health()["jobs"] == 0
+    assert HTTPChannel(host.url, 60).ask("health")["jobs"] == 0
 
 
 def test_a_body_that_is_too_large_is_refused_before_it_is_sent(host):

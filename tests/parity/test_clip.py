@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from reference import rel
 from safetensors.torch import load_file, save_file
 
-from ditkit.checkpoints.files import TensorFiles
-from ditkit.checkpoints.keys import clip_keys
-from ditkit.checkpoints.mapped import Mapped
+from ditkit.checkpoints.files.opening import TensorFiles
+from ditkit.checkpoints.kinds.keys import clip_keys
+from ditkit.checkpoints.views.mapped import Mapped
 from ditkit.contracts import ImageEncoder
 from ditkit.errors import LoadError, RequestError
 from ditkit.models.clip import MEAN, STD, CLIPConfig, CLIPImageEncoder, build, check_processor, preprocess
@@ -74,15 +74,15 @@ def official() -> CLIPImageEncoder:
 @pytest.mark.parametrize("i", range(3))
 def test_official_preprocessing(i):
     images = IO[f"image.{i}"].unsqueeze(0)
-    assert rel(preprocess(images, 56, "official"), IO[f"pixel_values.{i}"]) <= 1e-5
-    assert rel(preprocess(images, 224, "official")[:, :, ::4, ::4], IO[f"pixel_values_224_every4.{i}"]) <= 1e-5
+    assert rel(preprocess(images, 56, "wan"), IO[f"pixel_values.{i}"]) <= 1e-5
+    assert rel(preprocess(images, 224, "wan")[:, :, ::4, ::4], IO[f"pixel_values_224_every4.{i}"]) <= 1e-5
 
 
 def test_official_features(official):
     assert isinstance(official, ImageEncoder)
     for i in range(3):
         assert rel(official(IO[f"pixel_values.{i}"]), IO[f"output.{i}"]) <= 1e-5
-        assert rel(official.encode(IO[f"image.{i}"].unsqueeze(0), "official"), IO[f"output.{i}"]) <= 1e-5
+        assert rel(official.encode(IO[f"image.{i}"].unsqueeze(0), "wan"), IO[f"output.{i}"]) <= 1e-5
     found = official(IO["random.pixel_values"])
     assert rel(found, IO["random.output"]) <= 1e-5
     assert rel(found, IO["random.output_all_blocks"]) > 0.1  # which output it is can be told
@@ -148,7 +148,7 @@ def test_the_two_ways_differ():
     """A wide picture with one bright end: squeezed, the end is seen; with the ends cut off it is not."""
     images = torch.zeros(1, 60, 180, 3, dtype=torch.uint8)
     images[:, :, 150:] = 255
-    assert preprocess(images, 56, "official")[..., -1].min() > 1.5
+    assert preprocess(images, 56, "wan")[..., -1].min() > 1.5
     assert preprocess(images, 56, "diffusers").max() < -1
 
 
@@ -206,15 +206,15 @@ def test_dtype_and_identity(tmp_path):
 
 
 def test_another_picture_gives_other_features(official):
-    assert rel(official.encode(picture(50, 70), "official"), official.encode(picture(51, 70), "official")) > 0.05
+    assert rel(official.encode(picture(50, 70), "wan"), official.encode(picture(51, 70), "wan")) > 0.05
 
 
 def test_what_it_refuses(official):
-    with pytest.raises(RequestError, match="did you mean 'official'"):
-        official.encode(picture(8, 8), "offical")
+    with pytest.raises(RequestError, match="did you mean 'diffusers'"):
+        official.encode(picture(8, 8), "difusers")
     for images in (torch.zeros(1, 8, 8, 3), torch.zeros(8, 8, 3, dtype=torch.uint8), picture(8, 8)[:, :0]):
         with pytest.raises(RequestError, match="Give bytes of shape"):
-            official.encode(images, "official")
+            official.encode(images, "wan")
     with pytest.raises(RequestError, match=r"Give \[B, 3, 56, 56\]"):
         official(torch.zeros(1, 3, 224, 224))
 
@@ -223,7 +223,7 @@ def test_a_picture_that_must_not_be_written_to(official):
     """Frames from a file or a State are often read-only."""
     given = np.zeros((1, 20, 30, 3), np.uint8)
     before = torch.from_numpy(given.copy())
-    for processing in ("official", "diffusers"):
+    for processing in ("wan", "diffusers"):
         images = torch.from_numpy(given)
         preprocess(images, 56, processing)
         assert torch.equal(images, before)

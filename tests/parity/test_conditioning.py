@@ -12,17 +12,17 @@ from reference import rel
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from ditkit.checkpoints.files import TensorFiles
-from ditkit.checkpoints.keys import clip_keys, rename, vae_keys
-from ditkit.checkpoints.mapped import Mapped
+from ditkit.checkpoints.files.opening import TensorFiles
+from ditkit.checkpoints.kinds.keys import clip_keys, rename, vae_keys
+from ditkit.checkpoints.views.mapped import Mapped
 from ditkit.conditioning.condition import image_condition
 from ditkit.conditioning.control import control_context
-from ditkit.conditioning.images import on_white, signed, stretched, video_pixels
+from ditkit.conditioning.images import pad_on_white, resize_exact, signed, video_pixels
 from ditkit.conditioning.sizes import size_i2v, size_ti2v
+from ditkit.execution.stage_list import StageList
 from ditkit.models.clip import CLIPConfig, CLIPImageEncoder
 from ditkit.models.wan_vae import WanVAE, WanVAEConfig
 from ditkit.models.wan_vae22 import WanVAE22, WanVAE22Config
-from ditkit.pipeline import Pipeline
 from ditkit.request import Request
 from ditkit.stages.encode_condition import EncodeCondition
 from ditkit.stages.encode_control import EncodeControl
@@ -40,11 +40,11 @@ AREA = 1536  # of the FLF2V case
 TOLERANCE = 1e-5
 
 
-def run(stage, component, size, frames=5, processing="official", **fields) -> torch.Tensor:
+def run(stage, component, size, frames=5, processing="wan", **fields) -> torch.Tensor:
     """What ``stage`` makes of the caller's fields, through a pipeline."""
     request = Request(width=size[0], height=size[1], frames=frames, image_processing=processing)
     state = State({"prompt": fields.pop("prompt", [""]), "request": request.model_dump(), **fields})
-    out = Pipeline([stage], GIVEN).run(state, {stage.components[0]: component}, debug=True)
+    out = StageList([stage], GIVEN).run(state, {stage.components[0]: component}, debug=True)
     return out[stage.writes[0]]
 
 
@@ -146,7 +146,7 @@ def image_to_video(vae, expand_timesteps=False):
 def test_pixels_of_diffusers(pair, size, given):
     (image,) = pictures(given)
     expected = image_to_video(pair[1]).video_processor.preprocess(image, height=size[1], width=size[0])
-    assert torch.equal(stretched(bytes_of(image), size[1], size[0], "diffusers"), expected)
+    assert torch.equal(resize_exact(bytes_of(image), size[1], size[0], "diffusers"), expected)
 
 
 @pytest.mark.parametrize(("frames", "last"), [(1, False), (5, False), (13, False), (5, True), (13, True)])
@@ -163,7 +163,7 @@ def test_condition_of_diffusers(pair, frames, last):
     found = run(EncodeCondition(), ours, (48, 32), frames, "diffusers", **fields)
     assert torch.equal(found[:, :4], expected[:, :4])
     assert rel(found, expected) <= TOLERANCE
-    other = run(EncodeCondition(), ours, (48, 32), frames, "official", **fields)
+    other = run(EncodeCondition(), ours, (48, 32), frames, "wan", **fields)
     assert rel(other, expected) > 1e-3  # the two ways are not the same
 
 
@@ -220,9 +220,9 @@ def test_control_video_of_diffusers(pair):
 
 def test_reference_of_diffusers_and_official_differ_only_by_multiples_of_8():
     image = bytes_of(*pictures((40, 56)))
-    assert torch.allclose(on_white(image, 32, 48, "diffusers"), on_white(image, 32, 48), atol=1e-6)
+    assert torch.allclose(pad_on_white(image, 32, 48, "diffusers"), pad_on_white(image, 32, 48), atol=1e-6)
     image = bytes_of(*pictures((41, 53)))
-    assert not torch.allclose(on_white(image, 32, 48, "diffusers"), on_white(image, 32, 48), atol=1e-2)
+    assert not torch.allclose(pad_on_white(image, 32, 48, "diffusers"), pad_on_white(image, 32, 48), atol=1e-2)
 
 
 def test_a_long_video_is_encoded_piece_by_piece(pair):

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from ditkit.checkpoints.diffusers_folder import (
+from ditkit.checkpoints.files.opening import TensorFiles
+from ditkit.checkpoints.kinds.diffusers_folder import (
     read_config,
     read_index,
     text_encoder_config,
@@ -19,8 +20,7 @@ from ditkit.checkpoints.diffusers_folder import (
     write_component,
     write_index,
 )
-from ditkit.checkpoints.files import TensorFiles
-from ditkit.checkpoints.keys import UMT5_ALIASES, rename, transformer_keys, umt5_keys, vae_keys
+from ditkit.checkpoints.kinds.keys import UMT5_ALIASES, rename, transformer_keys, umt5_keys, vae_keys
 from ditkit.checkpoints.load import load_into
 from ditkit.errors import LoadError
 from ditkit.models.text import WanTokenizer

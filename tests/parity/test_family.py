@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import built
 
-from ditkit.checkpoints import diffusers_folder as folders
+from ditkit.checkpoints.kinds import diffusers_folder as folders
 from ditkit.models.wan import WanConfig, WanTransformer, run_in_order
 from ditkit.nn.attention import sdpa
 
@@ -60,8 +60,8 @@ class Given:
 @torch.inference_mode()
 def forward(model: WanTransformer, given: Given, text=None, **seams) -> torch.Tensor:
     text = text or model.prepare_text(given.text, image=given.image)
-    steered = {} if given.control is None else {"control": given.control, "control_scale": given.scale}
-    return model(given.latents, given.timestep, text, **steered, **seams)
+    conditioning = replace(text, control=given.control, control_scale=given.scale)
+    return model(given.latents, given.timestep, conditioning, **seams)
 
 
 def exact(config: WanConfig, tensors, given: Given) -> torch.Tensor:
@@ -102,7 +102,7 @@ def golden(folder: str, noise: str, case: int):
 @pytest.mark.parametrize(("folder", "noise", "case"), CASES, ids=IDS)
 def test_official_output(folder, noise, case):
     config, tensors, given, output, _ = golden(folder, noise, case)
-    model = built(config, tensors, "official", torch.float32)
+    model = built(config, tensors, "wan", torch.float32)
     assert {k: p.shape for k, p in model.named_parameters()} == {k: t.shape for k, t in tensors.items()}
     assert rel(forward(model, given), output) <= 2e-6
     assert rel(forward(built(config, tensors, "diffusers", torch.float32), given), output) <= 1e-5
@@ -112,7 +112,7 @@ def test_official_output(folder, noise, case):
 @pytest.mark.parametrize(("folder", "noise", "case"), CASES, ids=IDS)
 def test_official_output_in_bfloat16(folder, noise, case):
     config, tensors, given, output, narrow = golden(folder, noise, case)
-    ours = forward(built(config, tensors, "official", torch.bfloat16), given)
+    ours = forward(built(config, tensors, "wan", torch.bfloat16), given)
     assert ours.dtype == torch.float32
     assert l2(ours, output) <= 1.2 * l2(narrow, output)
 
@@ -161,7 +161,7 @@ def drawn(name: str):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("policy", ["official", "float32"])
+@pytest.mark.parametrize("policy", ["wan", "float32"])
 def test_float64(name, policy):
     config, tensors, given = drawn(name)
     given = given.to(torch.float64)
@@ -201,7 +201,7 @@ def test_diffusers_in_float32(name, tmp_path):
     config, tensors, given = drawn(name)
     expected = forward_theirs(theirs(config, tensors, tmp_path / "transformer", torch.float32), config, given)
     assert rel(forward(built(config, tensors, "diffusers", torch.float32), given), expected) <= 3e-6
-    assert rel(forward(built(config, tensors, "official", torch.float32), given), expected) <= 1e-5
+    assert rel(forward(built(config, tensors, "wan", torch.float32), given), expected) <= 1e-5
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -212,7 +212,7 @@ def test_bfloat16_errors_against_float64(name, tmp_path):
     model = theirs(config, tensors, tmp_path / "transformer", torch.bfloat16)
     diffusers = l2(forward_theirs(model, config, given), reference)
     same = l2(forward(built(config, tensors, "diffusers", torch.bfloat16), given), reference)
-    official = l2(forward(built(config, tensors, "official", torch.bfloat16), given), reference)
+    official = l2(forward(built(config, tensors, "wan", torch.bfloat16), given), reference)
     assert 0.9 * diffusers <= same <= 1.1 * diffusers
     assert official <= 0.75 * diffusers
     assert official <= 0.015
@@ -245,19 +245,19 @@ def test_the_weights_that_stay_wide_in_the_official_policy():
         ("ti2v", set()),
     ):
         config, tensors, _ = drawn(name)
-        model = built(config, tensors, "official", torch.bfloat16)
+        model = built(config, tensors, "wan", torch.bfloat16)
         wide = {re.sub(r"blocks\.\d+", "blocks", k) for k, p in model.named_parameters() if p.dtype == torch.float32}
         assert wide == WIDE | extra
 
 
 @pytest.mark.parametrize("name", ["flf2v", "vace", "ti2v of two"])
 def test_float32_arithmetic_on_narrow_weights(name):
-    """precision=float32 with bfloat16 storage is the float32 network with rounded weights, to the bit."""
+    """dtype_policy=float32 with bfloat16 storage is the float32 network with rounded weights, to the bit."""
     config, tensors, given = drawn(name)
     narrow = built(config, tensors, "float32", torch.bfloat16)
     rounded = {k: tensors[k].to(p.dtype).float() for k, p in narrow.named_parameters()}
-    assert torch.equal(forward(narrow, given), forward(built(config, rounded, "official", torch.float32), given))
-    assert not torch.equal(forward(narrow, given), forward(built(config, tensors, "official", torch.float32), given))
+    assert torch.equal(forward(narrow, given), forward(built(config, rounded, "wan", torch.float32), given))
+    assert not torch.equal(forward(narrow, given), forward(built(config, tensors, "wan", torch.float32), given))
 
 
 @pytest.mark.parametrize("task", tiny.TASKS)
@@ -288,13 +288,13 @@ def test_the_tiny_models_are_ones_that_diffusers_loads(task, tmp_path):
 @pytest.mark.parametrize("name", [n for n in NAMES if n.endswith("two")] + ["flf2v"])
 def test_samples_of_a_batch_are_independent(name):
     config, tensors, given = drawn(name)
-    model = built(config, tensors, "official", torch.float32)
+    model = built(config, tensors, "wan", torch.float32)
     together = forward(model, given)
     for i in range(2):
         assert rel(together[i : i + 1], forward(model, given.sample(i))) <= 1e-5
 
 
-@pytest.mark.parametrize("policy", ["official", "diffusers"])
+@pytest.mark.parametrize("policy", ["wan", "diffusers"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_equal_timesteps_of_all_tokens_are_one_timestep(policy, dtype):
     config, tensors, given = drawn("ti2v of two")
@@ -308,7 +308,7 @@ def test_equal_timesteps_of_all_tokens_are_one_timestep(policy, dtype):
 
 def test_a_timestep_for_each_frame_is_that_of_its_tokens():
     config, tensors, given = drawn("ti2v of two")
-    model = built(config, tensors, "official", torch.float32)
+    model = built(config, tensors, "wan", torch.float32)
     frames = torch.tensor([[0.0, 12.5], [937.0, 3.0]], dtype=torch.float64)
     tokens = replace(given, timestep=torch.tensor([[0.0] * 3 + [12.5] * 3, [937.0] * 3 + [3.0] * 3]).double())
     output = forward(model, replace(given, timestep=frames))
@@ -318,7 +318,7 @@ def test_a_timestep_for_each_frame_is_that_of_its_tokens():
 
 def test_each_token_has_its_own_timestep():
     config, tensors, given = drawn("ti2v")
-    model = built(config, tensors, "official", torch.float32)
+    model = built(config, tensors, "wan", torch.float32)
     g = torch.Generator().manual_seed(1)
     given = replace(given, timestep=torch.randint(0, 1000, (1, 12), generator=g).double())
     assert rel(forward(model, given), exact(config, tensors, given)) <= 3e-6
@@ -328,7 +328,7 @@ def test_each_token_has_its_own_timestep():
 
 def test_every_block_of_vace_is_seen_by_the_seam():
     config, tensors, given = drawn("vace of two")
-    model, seen = built(config, tensors, "official", torch.float32), []
+    model, seen = built(config, tensors, "wan", torch.float32), []
 
     def look(blocks, x, ctx):
         seen.extend(blocks := list(blocks))
@@ -354,7 +354,7 @@ def test_every_block_of_vace_is_seen_by_the_seam():
 )
 def test_every_attention_is_seen_by_its_seam(name, sites):
     config, tensors, given = drawn(name)
-    model, seen = built(config, tensors, "official", torch.float32), []
+    model, seen = built(config, tensors, "wan", torch.float32), []
 
     def look(q, k, v, site):
         seen.append((site, k.shape[1]))
@@ -374,21 +374,21 @@ def test_every_attention_is_seen_by_its_seam(name, sites):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_remembered_keys_and_values_change_no_bit(name, dtype):
     config, tensors, given = drawn(name)
-    model = built(config, tensors, "official", dtype)
+    model = built(config, tensors, "wan", dtype)
     kept, anew = (model.prepare_text(given.text, keep, given.image) for keep in (True, False))
     expected = forward(model, given, anew)
     for _ in range(3):
         assert torch.equal(forward(model, given, kept), expected)
     kinds = ["cross"] if given.image is None else ["cross", "image"]
-    attentions = [b.cross_attn for b in (*model.blocks, *getattr(model, "vace_blocks", ()))]
-    assert set(kept.keys_values) == {(a, kind) for a in attentions for kind in kinds}
+    numbers = [(i, False) for i in range(config.num_layers)] + [(i, True) for i in config.vace_layers]
+    assert set(kept.text.keys_values) == {(*number, kind) for number in numbers for kind in kinds}
 
 
 def test_hints_of_scale_zero_change_no_bit():
     """The trunk of VACE is a text-to-video model; another scale for each layer counts that layer alone."""
     config, tensors, given = drawn("vace of two")
-    model = built(config, tensors, "official", torch.float32)
-    plain = built(replace(config, vace_layers=()), tensors, "official", torch.float32)
+    model = built(config, tensors, "wan", torch.float32)
+    plain = built(replace(config, vace_layers=()), tensors, "wan", torch.float32)
     without = forward(plain, replace(given, control=None))
     for nothing in (0, 0.0, (0.0, 0.0, 0.0)):
         assert torch.equal(forward(model, replace(given, scale=nothing)), without)
@@ -401,8 +401,8 @@ def test_hints_of_scale_zero_change_no_bit():
 
 def test_without_image_rows_the_text_alone_is_attended():
     config, tensors, given = drawn("i2v")
-    model = built(config, tensors, "official", torch.float32)
-    plain = built(replace(config, image_dim=None), tensors, "official", torch.float32)
+    model = built(config, tensors, "wan", torch.float32)
+    plain = built(replace(config, image_dim=None), tensors, "wan", torch.float32)
     alone = replace(given, image=None)
     assert torch.equal(forward(model, alone), forward(plain, alone))
     assert rel(forward(model, alone), forward(model, given)) > 0.01
@@ -410,22 +410,22 @@ def test_without_image_rows_the_text_alone_is_attended():
 
 def test_what_the_family_refuses():
     config, tensors, given = drawn("vace of two")
-    vace = built(config, tensors, "official", torch.float32)
+    vace = built(config, tensors, "wan", torch.float32)
     for wrong in (None, given.control[:, :-1], given.control[:1], given.control[:, :, :1]):
         with pytest.raises(ValueError, match="a control input"):
-            vace(given.latents, given.timestep, vace.prepare_text(given.text), control=wrong)
+            vace(given.latents, given.timestep, replace(vace.prepare_text(given.text), control=wrong))
     with pytest.raises(ValueError, match="2 control scales were given for 3 layers"):
         forward(vace, replace(given, scale=(1.0, 1.0)))
     config, tensors, given = drawn("flf2v")
-    flf = built(config, tensors, "official", torch.float32)
+    flf = built(config, tensors, "wan", torch.float32)
     for wrong in (given.image[:, :-1], given.image[:1], given.image[..., :-1]):
         with pytest.raises(ValueError, match="image features of shape"):
             flf.prepare_text(given.text, image=wrong)
     with pytest.raises(ValueError, match=r"a control input: one of shape .* was given; this transformer takes none"):
-        flf(given.latents, given.timestep, flf.prepare_text(given.text), control=torch.zeros(2, 96, 2, 4, 4))
+        flf(given.latents, given.timestep, replace(flf.prepare_text(given.text), control=torch.zeros(2, 96, 2, 4, 4)))
     config, tensors, given = drawn("ti2v")
     with pytest.raises(ValueError, match="no image branch"):
-        built(config, tensors, "official", torch.float32).prepare_text(given.text, image=torch.zeros(1, 17, 64))
+        built(config, tensors, "wan", torch.float32).prepare_text(given.text, image=torch.zeros(1, 17, 64))
     for layers in ((1, 2), (0, 0), (0, 2, 1), (0, 3)):
         with pytest.raises(ValueError, match="vace_layers"):
             tiny.config("vace", vace_layers=layers)

@@ -12,9 +12,17 @@ from held import Held, shapes
 from reference import rel
 from safetensors.torch import load_file
 
-from ditkit.checkpoints.files import TensorFiles
-from ditkit.checkpoints.keys import UMT5_ALIASES, clip_keys, table_of, transformer_keys, umt5_keys, vae22_keys, vae_keys
-from ditkit.checkpoints.mapped import Mapped
+from ditkit.checkpoints.files.opening import TensorFiles
+from ditkit.checkpoints.kinds.keys import (
+    UMT5_ALIASES,
+    clip_keys,
+    table_of,
+    transformer_keys,
+    umt5_keys,
+    vae22_keys,
+    vae_keys,
+)
+from ditkit.checkpoints.views.mapped import Mapped
 from ditkit.models.wan import WanConfig, WanTransformer
 
 GOLDEN = Path(__file__).parents[1] / "data/golden"

@@ -11,9 +11,9 @@ import tiny_names
 import torch
 from safetensors.torch import save_file
 
-from ditkit.checkpoints.files import TensorFiles
-from ditkit.checkpoints.lora import read_lora
-from ditkit.checkpoints.lora_merge import Merged
+from ditkit.checkpoints.files.opening import TensorFiles
+from ditkit.checkpoints.lora.merge import Merged
+from ditkit.checkpoints.lora.read import read_lora
 from ditkit.nn.lora import lora_swaps, twin
 
 peft = pytest.importorskip("peft")
@@ -79,7 +79,7 @@ def check(model, source, wanted, tmp_path, strength=1.0, **options):
         setattr(side, swap.name.split()[1], swap.make(getattr(side, swap.name.split()[1])))
     save_file(dict(model.state_dict()), tmp_path / "base.safetensors")
     merged = dict(Merged(TensorFiles(tmp_path / "base.safetensors"), [(adapter, strength)]))
-    fused = tiny.built(CONFIG, merged, "official", torch.float32)
+    fused = tiny.built(CONFIG, merged, "wan", torch.float32)
     plain = run_ours(model)
     assert (plain - wanted).norm() / wanted.norm() > 1e-2
     for changed in (side, fused):

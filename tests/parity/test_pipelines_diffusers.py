@@ -18,7 +18,12 @@ import ditkit
 from ditkit.schedulers.noise import initial_noise
 
 SEED = 11
-CONVENTION = {"schedule": "diffusers", "rounding": "diffusers", "image_processing": "diffusers", "size_from": "request"}
+CONVENTION = {
+    "convention": "diffusers",
+    "rounding": "diffusers",
+    "image_processing": "diffusers",
+    "size_from": "request",
+}
 PROMPT = {"prompt": "a red circle moving left", "negative_prompt": "gray"}
 SMALL = {"width": 48, "height": 32, "frames": 5, "steps": 6}
 LARGE = {"width": 96, "height": 64, "frames": 5, "steps": 5}  # strides of 16
@@ -49,7 +54,7 @@ class Pair:
 
         tiny.write(folder, task)
         name = "WanPipeline" if task in ("t2v", "t2v_a14b", "ti2v") else tiny.PIPELINES[task]
-        self.ours = ditkit.load(folder, precision="diffusers")
+        self.ours = ditkit.load(folder, dtype_policy="diffusers")
         self.theirs = getattr(diffusers, name).from_pretrained(folder, torch_dtype=torch.float32)
         self.theirs.set_progress_bar_config(disable=True)
 

@@ -13,11 +13,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from ditkit.events import Events
+from ditkit.execution.stage_list import StageList
 from ditkit.models.wan import WanConfig, WanTransformer
-from ditkit.pipeline import Pipeline
 from ditkit.request import Request
+from ditkit.stages.denoise import CONDITIONS as CONDITIONING
 from ditkit.stages.denoise import Denoise
-from ditkit.stages.told import CONDITIONING
 from ditkit.state import State
 
 GOLDEN = Path(__file__).parents[1] / "data/golden"
@@ -63,7 +63,7 @@ def begin(run: str, kind: str) -> State:
     f, y, x = io["noise"].shape[1:]
     request = Request(
         width=x * w, height=y * h, frames=(f - 1) * t + 1, steps=asked["sampling_steps"], shift=asked["shift"],
-        guidance_scale=high, guidance_scale_2=low, boundary=BOUNDARY.get(kind), solver=asked["sample_solver"],
+        guidance_scale=high, guidance_scale_2=low, boundary=BOUNDARY.get(kind), scheduler=asked["sample_solver"],
     )  # fmt: skip
     given = {}
     if "y" in io:
@@ -95,7 +95,7 @@ def test_the_official_run_state_by_state(run):
             told.append(event["step"].timestep)
             who.append((event["step"].expert, event["step"].guidance_scale))
 
-    final = Pipeline([stage], given).run(begin(run, kind), components, events=Events(listen), debug=True)
+    final = StageList([stage], given).run(begin(run, kind), components, events=Events(listen), debug=True)
     assert told == IO[f"{run}.timesteps"].tolist()
     expected = IO[f"{run}.states"]
     states = [*entered, final["latents"]]

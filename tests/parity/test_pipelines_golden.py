@@ -62,7 +62,7 @@ def opened(tmp_path_factory):
     def make(run: str):
         place = tmp_path_factory.mktemp("golden")
         parts = {"image_encoder": str(image_encoder(place / "clip"))} if run == "wan21_i2v_unipc" else {}
-        return ditkit.load(official_folder(place / "model", run), parts=parts)
+        return ditkit.load(official_folder(place / "model", run), components=parts)
 
     return make
 
@@ -76,7 +76,7 @@ def begin(pipe, run: str):
     request = pipe.model.request({
         **values, "prompt": "a prompt", "width": area[0], "height": area[1], "frames": asked["frame_num"],
         "steps": asked["sampling_steps"], "shift": asked["shift"], "guidance_scale": high, "guidance_scale_2": low,
-        "solver": asked["sample_solver"],
+        "scheduler": asked["sample_solver"],
     })  # fmt: skip
     assert request.size_from == "image"
     rows = {name: IO[f"{run}.{name}"] for name in ("context", "context_null")}
@@ -109,7 +109,7 @@ def test_from_the_picture_to_the_clip(opened, run):
         assert rel(result.state["condition"][0], IO[f"{run}.y"]) <= TOLERANCE
     if f"{run}.clip_fea" in IO:
         assert rel(result.state["image_embeds"], IO[f"{run}.clip_fea"]) <= TOLERANCE
-    assert result.receipt["pipeline"] == pipe.pipeline.names
+    assert result.receipt["pipeline"] == pipe.stages.names
 
 
 def test_the_official_clip(opened):
@@ -120,6 +120,6 @@ def test_the_official_clip(opened):
     video = torch.cat(list(vae.decode(result.state["latents"])), 2)[0]
     assert rel(video.clamp(-1, 1), official) <= 1e-4
     assert result.video.shape == (official.shape[1], *official.shape[2:], 3)
-    levels = (result.video.astype(int) - to_uint8(official, "official").astype(int)).ravel()
+    levels = (result.video.astype(int) - to_uint8(official, "wan").astype(int)).ravel()
     assert abs(levels).max() <= 1
     assert (levels != 0).mean() < 1e-3

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 
 from ditkit.contracts import Seams
 from ditkit.events import Events
+from ditkit.execution.stage_list import StageList
 from ditkit.models.wan import WanConfig, WanTransformer
 from ditkit.models.wan_vae import WanVAE, WanVAEConfig
-from ditkit.pipeline import Pipeline
 from ditkit.request import Request
 from ditkit.stages.decode_latents import DecodeLatents
 from ditkit.stages.denoise import Denoise
@@ -43,7 +43,7 @@ def begin(run: str) -> State:
     width, height = asked["size"]
     request = Request(
         width=width, height=height, frames=asked["frame_num"], steps=asked["sampling_steps"], shift=asked["shift"],
-        guidance_scale=asked["guide_scale"], solver=asked["sample_solver"],
+        guidance_scale=asked["guide_scale"], scheduler=asked["sample_solver"],
     )  # fmt: skip
     return State({
         "prompt": [""], "negative_prompt": [""], "seed": [0], "request": request.model_dump(),
@@ -54,8 +54,8 @@ def begin(run: str) -> State:
 
 
 @pytest.fixture(scope="module")
-def pipeline() -> Pipeline:
-    return Pipeline([Denoise(), DecodeLatents()], given=("prompt", "negative_prompt", "seed", "request", *TEXT))
+def pipeline() -> StageList:
+    return StageList([Denoise(), DecodeLatents()], given=("prompt", "negative_prompt", "seed", "request", *TEXT))
 
 
 @pytest.mark.parametrize("run", RUNS)

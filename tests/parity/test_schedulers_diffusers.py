@@ -59,7 +59,7 @@ VARIANTS = [
 @pytest.mark.parametrize("shift", [1.0, 5.0, 12.0])
 @pytest.mark.parametrize(("name", "options"), VARIANTS)
 def test_every_step_is_that_of_diffusers(name, options, shift):
-    solver = make(name, **options)
+    scheduler = make(name, **options)
     generator = torch.Generator().manual_seed(3)
     for count in (4, 5, 9, 14, 15, 20, 50):
         theirs = diffusers_scheduler(name, shift, **options)
@@ -67,13 +67,15 @@ def test_every_step_is_that_of_diffusers(name, options, shift):
         theirs.set_begin_index(0)
         x = other = torch.randn(1, 4, 3, 4, 4, generator=generator)
         history = {}
-        for step, t in zip(step_table(solver, count, shift, "diffusers", 1.0, 1000.0), theirs.timesteps, strict=True):
+        for step, t in zip(
+            step_table(scheduler, count, shift, "diffusers", 1.0, 1000.0), theirs.timesteps, strict=True
+        ):
             assert step.timestep == t.item()
-            noise = torch.randn(x.shape, generator=generator) if solver.needs_noise else None
-            extra = {"variance_noise": noise} if solver.needs_noise else {}
+            noise = torch.randn(x.shape, generator=generator) if scheduler.needs_noise else None
+            extra = {"variance_noise": noise} if scheduler.needs_noise else {}
             before = other
             other = theirs.step(torch.sin(3 * other) + 0.1 * t / 1000, t, other, **extra).prev_sample
-            x, history = solver.solve(x, torch.sin(3 * x) + 0.1 * t / 1000, step, history, noise)
+            x, history = scheduler.solve(x, torch.sin(3 * x) + 0.1 * t / 1000, step, history, noise)
             assert x.isfinite().all()
             if options.get("solver_type") == "bh1" and step.index == count - 1:
                 # There diffusers computes inf * 0. The last step goes to the x0 prediction.
@@ -85,8 +87,8 @@ def test_every_step_is_that_of_diffusers(name, options, shift):
 @pytest.mark.parametrize(("count", "shift"), [(80, 16.0), (100, 12.0), (150, 8.0)])
 def test_steps_that_share_a_timestep_are_all_taken(count, shift):
     """The official solvers and diffusers look a step up by its timestep and take the second of two equal ones."""
-    solver = make("unipc")
-    plan = step_table(solver, count, shift, "official", 1.0, 1000.0)
+    scheduler = make("unipc")
+    plan = step_table(scheduler, count, shift, "wan", 1.0, 1000.0)
     assert plan[0].timestep == plan[1].timestep == 999
     assert [step.index for step in plan] == list(range(count))
 
@@ -98,7 +100,7 @@ def test_steps_that_share_a_timestep_are_all_taken(count, shift):
     history = {}
     for step, t in zip(plan, theirs.timesteps, strict=True):
         other = theirs.step(torch.sin(3 * other), t, other).prev_sample
-        x, history = solver.solve(x, torch.sin(3 * x), step, history)
+        x, history = scheduler.solve(x, torch.sin(3 * x), step, history)
         assert (x - other).abs().max() <= 1e-5 * other.abs().max(), step
 
 

@@ -42,8 +42,8 @@ def test_every_key_of_the_golden_files_is_used():
 @pytest.mark.parametrize(("file", "key"), CASES)
 def test_official_run(file, key):
     cases, golden = FILES[file]
-    case, solver = cases[key], solver_of(file, cases[key])
-    plan = step_table(solver, case["steps"], case["shift"], "official", 5.0, scale=1000.0)
+    case, scheduler = cases[key], solver_of(file, cases[key])
+    plan = step_table(scheduler, case["steps"], case["shift"], "wan", 5.0, scale=1000.0)
 
     assert [step.timestep for step in plan] == golden[f"{key}.timesteps"].tolist()
     sigmas = [step.sigma for step in plan] + [plan[-1].sigma_next]
@@ -55,7 +55,7 @@ def test_official_run(file, key):
     noise = golden.get(f"{key}.noise")
     for step in plan:
         velocity = torch.sin(3 * x) + 0.1 * step.timestep / 1000
-        x, history = solver.solve(x, velocity, step, history, None if noise is None else noise[step.index])
+        x, history = scheduler.solve(x, velocity, step, history, None if noise is None else noise[step.index])
         assert x.dtype == torch.float32
         assert x.isfinite().all()
         if step.index + 1 < len(trajectory):  # bh1 has no official last state

@@ -12,7 +12,7 @@ from reference import rel
 from safetensors.torch import load_file
 
 from ditkit.checkpoints.load import load_into
-from ditkit.checkpoints.parts import open_part
+from ditkit.checkpoints.model.locate import open_part
 from ditkit.models.wan import WanConfig, WanTransformer
 
 FOLDER = Path(__file__).parents[1] / "data/golden/causal"
@@ -76,7 +76,7 @@ def test_its_steps_are_explicit_sigmas_of_a_request():
     from ditkit.schedulers.table import request_steps
 
     table = load_file(FOLDER.parent / "schedulers/few_step.safetensors")["shift5.warped_sigma.1000-750-500-250"]
-    request = Request(sigmas=[*table.tolist(), 0.0], guidance_scale=1.0, solver="euler")
+    request = Request(sigmas=[*table.tolist(), 0.0], guidance_scale=1.0, scheduler="euler")
     steps = request_steps(make("euler"), request, TIMESTEP_SCALE)
     assert [round(s.timestep, 3) for s in steps] == [1000.0, 937.5, 833.333, 625.0]
     assert steps[-1].sigma_next == 0

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from transformers import UMT5EncoderModel
 
 import ditkit
-from ditkit.build import MODELS
+from ditkit.assembly import MODELS
 from ditkit.shapes.draw import draw, sample_scene
 
 FOLDER = MODELS["shapes"]

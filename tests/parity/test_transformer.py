@@ -12,8 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import built
 
-from ditkit.checkpoints import diffusers_folder as folders
-from ditkit.checkpoints.keys import rename, transformer_keys
+from ditkit.checkpoints.kinds import diffusers_folder as folders
+from ditkit.checkpoints.kinds.keys import rename, transformer_keys
 from ditkit.models.wan import WanConfig, WanTransformer
 
 GOLDEN = Path(__file__).parents[1] / "data/golden/transformer"
@@ -84,7 +84,7 @@ def golden(folder: str, case: int):
 def test_official_output(folder, case):
     config, tensors, given, io = golden(folder, case)
     assert sum(p.numel() for p in WanTransformer(config).parameters()) == sum(t.numel() for t in tensors.values())
-    assert rel(forward(built(config, tensors, "official", torch.float32), *given), io["output"]) <= 3e-6
+    assert rel(forward(built(config, tensors, "wan", torch.float32), *given), io["output"]) <= 3e-6
     assert rel(forward(built(config, tensors, "diffusers", torch.float32), *given), io["output"]) <= 1e-5
     assert rel(wan(tensors, config.num_heads, *given), io["output"]) <= 3e-6  # the yardstick itself
 
@@ -92,7 +92,7 @@ def test_official_output(folder, case):
 @pytest.mark.parametrize(("folder", "case"), CASES)
 def test_official_output_in_bfloat16(folder, case):
     config, tensors, given, io = golden(folder, case)
-    model = built(config, tensors, "official", torch.bfloat16)
+    model = built(config, tensors, "wan", torch.bfloat16)
     output = forward(model, *given)
     assert output.dtype == torch.float32
     assert l2(output, io["output"]) <= 1.2 * l2(io["output_bf16"], io["output"])
@@ -102,7 +102,7 @@ def test_official_output_in_bfloat16(folder, case):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("policy", ["official", "float32"])
+@pytest.mark.parametrize("policy", ["wan", "float32"])
 def test_float64(name, policy):
     config, tensors, given = configured(name), weights(name), inputs(name, torch.float64)
     output = forward(built(config, tensors, policy, torch.float64), *given)
@@ -113,7 +113,7 @@ def test_float64(name, policy):
 @pytest.mark.parametrize("name", NAMES)
 def test_float32(name):
     config, tensors, given = configured(name), weights(name), inputs(name)
-    output = forward(built(config, tensors, "official", torch.float32), *given)
+    output = forward(built(config, tensors, "wan", torch.float32), *given)
     assert output.dtype == torch.float32
     assert rel(output, wan(tensors, config.num_heads, *given)) <= 3e-6
 
@@ -126,7 +126,7 @@ def test_diffusers_in_float32(name, tmp_path):
     config, tensors, given = configured(name), weights(name), inputs(name)
     expected = forward_theirs(theirs(config, tensors, tmp_path / "transformer", torch.float32), *given)
     assert rel(forward(built(config, tensors, "diffusers", torch.float32), *given), expected) <= 3e-6
-    assert rel(forward(built(config, tensors, "official", torch.float32), *given), expected) <= 1e-5
+    assert rel(forward(built(config, tensors, "wan", torch.float32), *given), expected) <= 1e-5
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -137,7 +137,7 @@ def test_bfloat16_errors_against_float64(name, tmp_path):
     reference = theirs(config, tensors, tmp_path / "transformer", torch.bfloat16)
     diffusers = l2(forward_theirs(reference, *given), exact)
     same = forward(built(config, tensors, "diffusers", torch.bfloat16), *given)
-    official = l2(forward(built(config, tensors, "official", torch.bfloat16), *given), exact)
+    official = l2(forward(built(config, tensors, "wan", torch.bfloat16), *given), exact)
     assert same.dtype == torch.bfloat16
     assert 0.9 * diffusers <= l2(same, exact) <= 1.1 * diffusers  # measured: 0.93 to 1.03
     assert official <= 0.7 * diffusers  # 0.47 to 0.63
@@ -149,21 +149,21 @@ def test_bfloat16_errors_against_float64(name, tmp_path):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_float32_arithmetic_on_narrow_weights(name):
-    """precision=float32 with bfloat16 storage is the float32 network with rounded weights, to the bit."""
+    """dtype_policy=float32 with bfloat16 storage is the float32 network with rounded weights, to the bit."""
     config, tensors, given = configured(name), weights(name), inputs(name)
     narrow = built(config, tensors, "float32", torch.bfloat16)
     stored = {k: p.dtype for k, p in narrow.named_parameters()}
     assert set(stored.values()) == {torch.bfloat16, torch.float32}
     rounded = {k: t.to(stored[k]).float() for k, t in tensors.items()}
     output = forward(narrow, *given)
-    assert torch.equal(output, forward(built(config, rounded, "official", torch.float32), *given))
+    assert torch.equal(output, forward(built(config, rounded, "wan", torch.float32), *given))
     assert l2(output, wan(tensors, config.num_heads, *given)) <= 0.01
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_remembered_text_changes_no_bit(dtype):
     name = "head 20, batch of two"
-    model = built(configured(name), weights(name), "official", dtype)
+    model = built(configured(name), weights(name), "wan", dtype)
     latents, timestep, text = inputs(name)
     kept, other, anew = (
         model.prepare_text(rows, keep) for rows, keep in ((text, True), (text[::-1], True), (text, False))
@@ -173,15 +173,15 @@ def test_remembered_text_changes_no_bit(dtype):
             expected = model(latents, timestep, anew)
             assert torch.equal(model(latents, timestep, kept), expected)
             assert not torch.equal(model(latents, timestep, other), expected)
-    assert anew.keys_values is None
+    assert anew.text.keys_values is None
     for remembered in (kept, other):
-        assert set(remembered.keys_values) == {(block.cross_attn, "cross") for block in model.blocks}
+        assert set(remembered.text.keys_values) == {(i, False, "cross") for i in range(len(model.blocks))}
     assert not any(isinstance(v, torch.Tensor) for m in model.modules() for v in vars(m).values())  # nothing on modules
 
 
 def test_text_keys_and_values_are_computed_once_for_each_block():
     name = "head 32, three layers"
-    model = built(configured(name), weights(name), "official", torch.float32)
+    model = built(configured(name), weights(name), "wan", torch.float32)
     latents, timestep, text = inputs(name)
     calls = []
     for block in model.blocks:
@@ -197,7 +197,7 @@ def test_text_keys_and_values_are_computed_once_for_each_block():
 
 def test_samples_of_a_batch_are_independent():
     name = "head 20, batch of two"
-    model = built(configured(name), weights(name), "official", torch.float32)
+    model = built(configured(name), weights(name), "wan", torch.float32)
     latents, timestep, text = inputs(name)
     together = forward(model, latents, timestep, text)
     for i in range(2):

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ditkit.checkpoints.diffusers_folder import read_config, text_encoder_config
-from ditkit.checkpoints.files import TensorFiles
-from ditkit.checkpoints.keys import UMT5_ALIASES, umt5_keys
+from ditkit.checkpoints.files.opening import TensorFiles
+from ditkit.checkpoints.kinds.diffusers_folder import read_config, text_encoder_config
+from ditkit.checkpoints.kinds.keys import UMT5_ALIASES, umt5_keys
 from ditkit.contracts import TextEncoder
 from ditkit.errors import LoadError, RequestError
 from ditkit.models.umt5 import UMT5Config, UMT5TextEncoder, build

@@ -16,11 +16,11 @@ from safetensors.torch import save_file
 from test_umt5 import golden_cases, golden_encoder, l2, rel, saved  # noqa: F401
 
 import ditkit
-from ditkit.build import Components, Model
-from ditkit.checkpoints.diffusers_folder import read_config, text_encoder_config
-from ditkit.checkpoints.files import TensorFiles
-from ditkit.checkpoints.keys import umt5_keys
-from ditkit.checkpoints.parts import open_part
+from ditkit.assembly import Components, Model
+from ditkit.checkpoints.files.opening import TensorFiles
+from ditkit.checkpoints.kinds.diffusers_folder import read_config, text_encoder_config
+from ditkit.checkpoints.kinds.keys import umt5_keys
+from ditkit.checkpoints.model.locate import open_part
 from ditkit.contracts import TextEncoder
 from ditkit.errors import LoadError, MissingDependency, RequestError, SetupError
 from ditkit.mlx.arrays import Packed, to_mlx, to_torch

@@ -10,15 +10,15 @@ import torch
 from reference import l2, rel
 from safetensors.torch import load_file
 
-from ditkit.checkpoints import diffusers_folder as folders
-from ditkit.checkpoints.keys import rename, vae_keys
+from ditkit.checkpoints.kinds import diffusers_folder as folders
+from ditkit.checkpoints.kinds.keys import rename, vae_keys
 from ditkit.models.wan_vae import LATENTS_MEAN, LATENTS_STD, WanVAE, WanVAEConfig
 
 GOLDEN = Path(__file__).parents[1] / "data/golden/vae/wan21"
 IO = load_file(GOLDEN / "io.safetensors")
 
 VARIANTS = {
-    "as official": tiny.VAE,
+    "as wan": tiny.VAE,
     "one block a level": WanVAEConfig(dim=6, num_res_blocks=1),
     "other widths": WanVAEConfig(dim=4, dim_mult=(1, 3, 2, 5)),
     "other latents": WanVAEConfig(dim=4, z_dim=3, latents_mean=(0.3, -1.0, 0.0), latents_std=(2.0, 0.4, 1.0)),

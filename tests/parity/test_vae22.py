@@ -11,7 +11,7 @@ import torch
 from reference import l2, rel
 from safetensors.torch import load_file
 
-from ditkit.checkpoints.latents import WAN22_MEAN, WAN22_STD
+from ditkit.checkpoints.kinds.latents import WAN22_MEAN, WAN22_STD
 from ditkit.contracts import VAE
 from ditkit.models.wan_vae22 import (
     WanVAE22,
@@ -27,7 +27,7 @@ IO = load_file(GOLDEN / "io.safetensors")
 THREE = {"z_dim": 3, "latents_mean": (0.3, -1.0, 0.0), "latents_std": (2.0, 0.4, 1.0)}
 
 VARIANTS = {
-    "as official": WanVAE22Config(dim=4, dec_dim=4),
+    "as wan": WanVAE22Config(dim=4, dec_dim=4),
     "one block a level": WanVAE22Config(dim=4, dec_dim=6, num_res_blocks=1),
     "other widths": WanVAE22Config(dim=6, dec_dim=4, dim_mult=(1, 1, 2, 2)),
     "time is halved elsewhere": WanVAE22Config(dim=4, dec_dim=4, temporal_downsample=(True, False, True)),
@@ -69,7 +69,7 @@ def official() -> WanVAE22:
 
 @pytest.fixture(scope="module")
 def vae() -> WanVAE22:
-    return made(4, VARIANTS["as official"])
+    return made(4, VARIANTS["as wan"])
 
 
 # --- the official code's own outputs
@@ -283,7 +283,7 @@ def test_no_frame_looks_ahead(vae):
 
 def test_float64_and_bfloat16(vae):
     """In float64 pieces equal the whole to 1e-13, so what remains in float32 is rounding; bfloat16 works."""
-    wide, given = made(4, VARIANTS["as official"]).double(), latents(4, 2, 1)
+    wide, given = made(4, VARIANTS["as wan"]).double(), latents(4, 2, 1)
     exact = decode(wide, given.double(), 4)
     assert exact.dtype == torch.float64
     assert rel(decode(wide, given.double(), 1), exact) <= 1e-13
@@ -291,7 +291,7 @@ def test_float64_and_bfloat16(vae):
     assert rel(encode(wide, clip, 4), encode(wide, clip, 12)) <= 1e-13
     assert rel(decode(vae, given), exact) <= 5e-6
     assert rel(encode(vae, clip.float()), encode(wide, clip)) <= 5e-6
-    narrow = decode(made(4, VARIANTS["as official"]).bfloat16(), given.bfloat16())
+    narrow = decode(made(4, VARIANTS["as wan"]).bfloat16(), given.bfloat16())
     assert narrow.dtype == torch.bfloat16
     assert l2(narrow, exact) <= 0.05
 

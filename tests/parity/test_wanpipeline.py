@@ -1,6 +1,6 @@
 """End to end against diffusers' own WanPipeline, which loads the same folder: the same noise must give the same clip.
 
-With ``schedule="diffusers"`` both make their own sigmas; with the official schedule ours are handed to diffusers.
+With ``convention="diffusers"`` both make their own sigmas; with the official convention ours are handed to diffusers.
 """
 
 import math
@@ -11,7 +11,7 @@ import torch
 from reference import rel
 
 import ditkit
-from ditkit import build
+from ditkit import assembly
 from ditkit.schedulers.noise import initial_noise
 
 SEED = 11
@@ -35,7 +35,7 @@ def theirs(tiny_model):
 
 @pytest.fixture(scope="module")
 def ours(tiny_model):
-    return ditkit.load(tiny_model, precision="diffusers")
+    return ditkit.load(tiny_model, dtype_policy="diffusers")
 
 
 def wan_pipeline(folder):
@@ -100,15 +100,15 @@ def asked(pipe, case: str, **more):
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_same_clip(ours, theirs, case):
-    compare(ours, theirs, asked(ours, case, schedule="diffusers"), 1e-5, 60)
+    compare(ours, theirs, asked(ours, case, convention="diffusers"), 1e-5, 60)
 
 
-@pytest.mark.parametrize("solver", ["dpm++", "euler", "unipc"])
-def test_the_same_clip_with_other_solvers_and_shifts(ours, theirs, solver):
+@pytest.mark.parametrize("scheduler", ["dpm++", "euler", "unipc"])
+def test_the_same_clip_with_other_solvers_and_shifts(ours, theirs, scheduler):
     before = theirs.scheduler
-    theirs.scheduler = schedulers()[solver](3.0)
+    theirs.scheduler = schedulers()[scheduler](3.0)
     try:
-        request = asked(ours, "guidance, not square", schedule="diffusers", solver=solver, shift=3.0)
+        request = asked(ours, "guidance, not square", convention="diffusers", scheduler=scheduler, shift=3.0)
         compare(ours, theirs, request, 1e-5, 60)
     finally:
         theirs.scheduler = before
@@ -127,12 +127,12 @@ def handed(scheduler, steps):
     return Handed.from_config(scheduler.config)
 
 
-@pytest.mark.parametrize("solver", ["unipc", "dpm++", "euler"])
-def test_the_official_schedule_in_diffusers(ours, theirs, solver):
-    request = asked(ours, "guidance, not square", solver=solver, steps=8)
-    assert request.schedule == "official"
+@pytest.mark.parametrize("scheduler", ["unipc", "dpm++", "euler"])
+def test_the_official_schedule_in_diffusers(ours, theirs, scheduler):
+    request = asked(ours, "guidance, not square", scheduler=scheduler, steps=8)
+    assert request.convention == "wan"
     before = theirs.scheduler
-    theirs.scheduler = handed(schedulers()[solver](5.0), ours.steps(request))
+    theirs.scheduler = handed(schedulers()[scheduler](5.0), ours.steps(request))
     try:
         compare(ours, theirs, request, 1e-5, 60)
     finally:
@@ -141,8 +141,8 @@ def test_the_official_schedule_in_diffusers(ours, theirs, solver):
 
 def test_the_schedules_differ_so_that_the_tests_above_mean_something(ours):
     official, diffusers = (
-        ours.run(ours.begin(asked(ours, "longer", schedule=s)), until="denoise").state["latents"]
-        for s in ("official", "diffusers")
+        ours.run(ours.begin(asked(ours, "longer", convention=s)), until="denoise").state["latents"]
+        for s in ("wan", "diffusers")
     )
     assert rel(official, diffusers) > 1e-3
 
@@ -163,13 +163,13 @@ def test_prompt_embeddings(ours, theirs, case):
 @pytest.mark.parametrize("seed", [1, 2])
 def test_the_same_clip_on_the_embedded_model(seed, monkeypatch):
     monkeypatch.setattr(f"{__name__}.SEED", seed)
-    pipe = ditkit.load("shapes", precision="diffusers")
-    pipeline = wan_pipeline(build.MODELS["shapes"])
+    pipe = ditkit.load("shapes", dtype_policy="diffusers")
+    pipeline = wan_pipeline(assembly.MODELS["shapes"])
     prompt = ["a red circle moving left on a black background", "a blue square moving down on a gray background"][
         seed - 1
     ]
     request = pipe.model.request(
-        {"prompt": prompt, "seed": seed, "schedule": "diffusers", "rounding": "diffusers", "steps": 12}
+        {"prompt": prompt, "seed": seed, "convention": "diffusers", "rounding": "diffusers", "steps": 12}
     )
     before = pipeline.scheduler
     pipeline.scheduler = type(before).from_config(before.config, flow_shift=request.shift)

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ditkit
-from ditkit.pipeline import BaseStage, Pipeline
+from ditkit.execution.stage_list import BaseStage, StageList
 from ditkit.state import Field, State
 from ditkit.store.cache import Cache
 
@@ -154,12 +154,12 @@ class Loop(BaseStage):
 
 
 def looped(results, steps, thing="a" * 64, segments=(0,)):
-    from ditkit.running import Here, Segment
+    from ditkit.execution.place import Here, Segment
 
     components = {"thing": Named(thing)} if thing else {"thing": object()}
     places = {"loop": [Segment(Here(components), at) for at in segments]}
     state = State({"seed": [1], "request": {"steps": steps, "fps": 10, "guidance_scale": 1.0}})
-    return Pipeline([Loop()]).run(state, components, results=results, places=places)["total"]
+    return StageList([Loop()]).run(state, components, results=results, places=places)["total"]
 
 
 def test_what_the_first_of_two_places_read_counts_for_the_whole_loop(cache):
@@ -176,7 +176,7 @@ def test_a_component_that_nothing_tells_from_another_one_is_not_cached(cache):
 
 
 PLAIN = """
-from ditkit.pipeline import BaseStage
+from ditkit.execution.stage_list import BaseStage
 from ditkit.state import Field
 
 class Answer(BaseStage):
@@ -203,7 +203,7 @@ def test_a_stage_that_was_rewritten_is_another_one(cache, tmp_path, monkeypatch)
 
         stage = importlib.reload(own_stage).Answer()
         for results in (Cache(cache, 10**6), Cache(cache, 10**6)):
-            assert Pipeline([stage]).run(State({"seed": [1]}), {}, results=results)["answer"] == number
+            assert StageList([stage]).run(State({"seed": [1]}), {}, results=results)["answer"] == number
     assert Cache(cache, 10**6).contents().stages["answer"][0] == 2
 
 

@@ -17,14 +17,14 @@ import torch
 from safetensors.torch import save_file
 
 import ditkit
-from ditkit.build.defaults import OFFICIAL as DEFAULTS
-from ditkit.build.defaults import official
-from ditkit.checkpoints.diffusers_folder import VACE_LAYERS
-from ditkit.checkpoints.latents import STATISTICS
-from ditkit.checkpoints.parts import BOUNDARIES, locate
+from ditkit.assembly.defaults import OFFICIAL as DEFAULTS
+from ditkit.assembly.defaults import official
+from ditkit.checkpoints.kinds.diffusers_folder import VACE_LAYERS
+from ditkit.checkpoints.kinds.latents import STATISTICS
+from ditkit.checkpoints.model.locate import BOUNDARIES, locate
 from ditkit.errors import LoadError, RequestError
 from ditkit.models import clip, taehv, umt5
-from ditkit.models.official import OFFICIAL
+from ditkit.models.published import OFFICIAL
 from ditkit.models.wan_vae import WanVAEConfig
 from ditkit.models.wan_vae22 import WanVAE22Config
 from ditkit.request import Request
@@ -54,13 +54,13 @@ def picture(seed: int = 0, height: int = 32, width: int = 32) -> np.ndarray:
 
 
 @pytest.mark.parametrize("task", tiny.BOUNDARY)
-@pytest.mark.parametrize("solver", ["unipc", "dpm++", "euler"])
-def test_r12_experts_change_by_timestep_at_any_number_of_steps(pipe, task, solver):
+@pytest.mark.parametrize("scheduler", ["unipc", "dpm++", "euler"])
+def test_r12_experts_change_by_timestep_at_any_number_of_steps(pipe, task, scheduler):
     """A boundary taken as a fraction of the steps, with the guidance of the two experts swapped, and an IndexError from
     16 steps on."""
     model = pipe(task).model
     for count in (1, 2, 3, 4, 8, 15, 16, 17, 40, 50):
-        values = {"steps": count, "solver": solver, "guidance_scale": 4.0, "guidance_scale_2": 2.0}
+        values = {"steps": count, "scheduler": scheduler, "guidance_scale": 4.0, "guidance_scale_2": 2.0}
         values |= {"image": "first.png"} if task.startswith("i2v") else {}
         steps = pipe(task).steps(model.request(values))
         assert len(steps) == count
@@ -88,7 +88,7 @@ def test_r12_each_expert_is_called_at_its_own_steps(pipe):
     parts = dict(whole.components)
     low = parts["transformer_2"]
     kept = {name: value.clone() for name, value in low.named_parameters()}
-    watched = ditkit.Pipe(whole.model, whole.setup, whole.components, whole.pipeline, Seams(predict=(watch,)))
+    watched = ditkit.Pipeline(whole.model, whole.setup, whole.components, whole.stages, Seams(predict=(watch,)))
     try:
         for value in low.parameters():
             value.data.zero_()
@@ -193,8 +193,8 @@ def test_f24_an_input_that_would_be_ignored_is_refused(pipe, task, more):
 def test_l17_a_second_run_is_the_first_one_again(pipe):
     """A scheduler that is used again shifts its noise levels twice."""
     run = pipe("t2v")
-    for solver in ("unipc", "dpm++", "euler"):
-        asked = {"prompt": PROMPT, **SIZE, "steps": 4, "shift": 7.0, "solver": solver}
+    for scheduler in ("unipc", "dpm++", "euler"):
+        asked = {"prompt": PROMPT, **SIZE, "steps": 4, "shift": 7.0, "scheduler": scheduler}
         first, second = run(**asked), run(**asked)
         assert first.state["sigmas"] == second.state["sigmas"]
         assert torch.equal(first.state["latents"], second.state["latents"])
@@ -281,7 +281,7 @@ def test_sizes_that_are_defaults_are_those_of_the_libraries():
     from transformers import CLIPVisionConfig
     from transformers import UMT5Config as TheirUMT5
 
-    from ditkit.checkpoints import diffusers_folder as ours
+    from ditkit.checkpoints.kinds import diffusers_folder as ours
 
     with torch.device("meta"):
         for kind in (WanTransformer3DModel, WanVACETransformer3DModel):

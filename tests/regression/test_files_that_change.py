@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ditkit
-from ditkit.build import Components, Model
-from ditkit.checkpoints.convert import convert
-from ditkit.checkpoints.lock import lock_file, lock_text, make_lock
-from ditkit.checkpoints.manifest import Manifest
+from ditkit.assembly import Components, Model
+from ditkit.checkpoints.convert.convert import convert
+from ditkit.checkpoints.model.lock import lock_file, lock_text, make_lock
+from ditkit.checkpoints.model.manifest import Manifest
 from ditkit.cli.main import main
 from ditkit.errors import LoadError, OutputError, StateError
 from ditkit.setup import Setup
@@ -72,7 +72,7 @@ def test_a_lock_also_counts_for_parts_that_another_pipe_has_loaded(folder):
 
 def test_precision_is_the_transformers_alone(folder):
     first = ditkit.load(folder)
-    second = ditkit.load(folder, share_with=first, precision="float32")
+    second = ditkit.load(folder, share_with=first, dtype_policy="float32")
     assert second.components["vae"] is first.components["vae"]
     assert second.components["text_encoder"] is first.components["text_encoder"]
     assert second.components["transformer"] is not first.components["transformer"]
@@ -144,7 +144,7 @@ def test_a_state_of_the_same_model_with_another_part_is_told_so(whole, tmp_path)
     other = tmp_path / "other.safetensors"
     save_file({name: x + 0.01 for name, x in load_file(whole / WEIGHTS).items()}, other)
     (tmp_path / "config.json").write_text((whole / "transformer/config.json").read_text())
-    second = ditkit.load(whole, parts={"transformer": str(other)})
+    second = ditkit.load(whole, components={"transformer": str(other)})
     with pytest.raises(StateError, match="begun with other files of it or with other parts"):
         second.run(state)
 
@@ -155,7 +155,7 @@ def test_relative_paths_outlive_a_change_of_folder(whole, tmp_path, monkeypatch)
     (tmp_path / "vae").symlink_to(vae)
     (tmp_path / "m").symlink_to(whole)
     monkeypatch.chdir(tmp_path)
-    pipe = ditkit.load("m", parts={"vae": "vae"}, loras=["x.safetensors"])
+    pipe = ditkit.load("m", components={"vae": "vae"}, loras=["x.safetensors"])
     monkeypatch.chdir("/")
     assert pipe.components["transformer"] is not None
     assert pipe.components["vae"] is not None
@@ -164,7 +164,7 @@ def test_relative_paths_outlive_a_change_of_folder(whole, tmp_path, monkeypatch)
 def test_a_part_that_no_stage_would_use_is_refused(whole, tmp_path):
     i2v = tiny.write(tmp_path / "i2v", "i2v")
     with pytest.raises(LoadError, match="its transformer has no image branch"):
-        ditkit.load(whole, parts={"image_encoder": str(i2v / "image_encoder")})
+        ditkit.load(whole, components={"image_encoder": str(i2v / "image_encoder")})
 
 
 def test_one_good_part_beside_a_damaged_one_cannot_be_used(whole, tmp_path, capsys):

@@ -24,18 +24,18 @@ from safetensors.torch import load_file, save_file
 from shell import alone
 
 import ditkit
-from ditkit.build.components import Components
-from ditkit.build.model import Model
-from ditkit.checkpoints.convert import convert
-from ditkit.checkpoints.files import open_source
-from ditkit.checkpoints.keys import table_of
-from ditkit.checkpoints.mapped import Mapped
-from ditkit.checkpoints.parts import locate, open_part
-from ditkit.checkpoints.source import TensorFacts, View
+from ditkit.assembly.components import Components
+from ditkit.assembly.model import Model
+from ditkit.checkpoints.convert.convert import convert
+from ditkit.checkpoints.files.opening import open_source
+from ditkit.checkpoints.kinds.keys import table_of
+from ditkit.checkpoints.model.locate import locate, open_part
+from ditkit.checkpoints.views.mapped import Mapped
+from ditkit.checkpoints.views.source import TensorFacts, View
 from ditkit.cli.inspect import examine
 from ditkit.errors import DitkitError, LoadError
 from ditkit.models import clip, umt5
-from ditkit.models.official import OFFICIAL
+from ditkit.models.published import OFFICIAL
 from ditkit.models.wan import WanConfig, WanTransformer
 from ditkit.models.wan_vae import WanVAE, WanVAEConfig
 from ditkit.models.wan_vae22 import WanVAE22, WanVAE22Config
@@ -389,7 +389,7 @@ def test_f14_a_dtype_is_the_one_that_was_asked_for(models, tmp_path):
     part = open_part(tmp_path / "half" / "transformer", "transformer")
     assert {facts.dtype for facts in part.source.tensors.values()} == {"BF16"}
     for asked in ("bfloat16", "float16", "float32"):
-        parts = components(tmp_path / "half", dtype=asked, precision="float32")
+        parts = components(tmp_path / "half", dtype=asked, dtype_policy="float32")
         parts["transformer"], parts["text_encoder"]
         wide = {p.dtype for p in parts["transformer"].parameters()}
         assert getattr(torch, asked) in wide
@@ -407,7 +407,7 @@ def test_f17_dtype_precision_and_content_are_part_of_an_identity(models, copy):
     folder = models("t2v", "diffusers")
     seen = {
         components(folder, **how)["transformer"].identify()
-        for how in ({}, {"dtype": "bfloat16"}, {"dtype": "bfloat16", "precision": "diffusers"}, {"dtype": "float64"})
+        for how in ({}, {"dtype": "bfloat16"}, {"dtype": "bfloat16", "dtype_policy": "diffusers"}, {"dtype": "float64"})
     }
     other = copy()
     file = other / "transformer" / WEIGHTS
@@ -592,7 +592,7 @@ WRONG = {
         {"in_channels": 0}, {"out_channels": "16"}, {"patch_size": [10**9, 2, 2]}, {"patch_size": [1, 0, 0]},
         {"text_dim": True}, {"freq_dim": 32.0}, {"_class_name": ["a"]}, {"_class_name": 5}, {"num_layers": None},
         {"num_attention_heads": 64, "attention_head_dim": 1}, {"num_attention_heads": 16, "attention_head_dim": 4},
-        {"image_dim": 1280, "added_kv_proj_dim": 64}, {"vace_layers": [0]}, {"nonsense": 1},
+        {"image_dim": 1280, "added_kv_proj_dim": 64}, {"vace_layers": [0]}, {"quantization_config": {"a": 1}},
     ],
     "vae": [
         {"base_dim": 10**9}, {"dim_mult": [1, 2, 4, 10**9]}, {"dim_mult": []}, {"z_dim": -3}, {"num_res_blocks": 10**9},
@@ -650,10 +650,10 @@ def test_a_shift_that_is_no_number_is_not_passed_over(copy, shift):
 @pytest.mark.parametrize(
     "change",
     [
-        {"unknown": ["diffusers", "X"]}, {"transformr": ["diffusers", "X"]}, {"vae": ["x", "../../y"]},
+        {"auto_map": {"AutoModel": "x.Y"}}, {"vae": ["x", "../../y"]}, {"vae": "../../y"},
         {"transformer": ["a"]}, {"transformer": [1, 2]}, {"transformer": [None, None]}, {"boundary_ratio": 0.5},
-        {"boundary_ratio": "0.5"}, {"boundary_ratio": float("nan")}, {"expand_timesteps": True}, {"foo": 3},
-        {"expand_timesteps": "no"}, {"../../etc": ["a", "b"]}, {"tokenizer": ["ditkit", "evil"]},
+        {"boundary_ratio": "0.5"}, {"boundary_ratio": float("nan")}, {"expand_timesteps": True},
+        {"expand_timesteps": "no"}, {"tokenizer": ["ditkit", "evil"]},
         {"transformer_2": ["diffusers", "X"]}, {"image_encoder": ["transformers", "X"]},
         {"preview_decoder": ["diffusers", "X"]},
     ],
@@ -708,8 +708,8 @@ def test_what_may_not_be_read_is_one_sentence(models, copy):
     for above in Path(cases[0]).parents[:3]:
         above.chmod(0o755)
     code = (
-        "import os, sys\nfrom ditkit.errors import LoadError\nfrom ditkit.build.model import Model\n"
-        "from ditkit.build.components import Components\nfrom ditkit.setup import Setup\n"
+        "import os, sys\nfrom ditkit.errors import LoadError\nfrom ditkit.assembly.model import Model\n"
+        "from ditkit.assembly.components import Components\nfrom ditkit.setup import Setup\n"
         "def load(path): return Components(Model.open(path), Setup(model=path))['tokenizer']\n"
         "load(sys.argv[1])\n"  # imports everything, while it may
         "if os.getuid() == 0: os.setuid(65534)\n"

@@ -50,10 +50,10 @@ def test_r1_parts_can_be_made_any_number_of_times(tiny_model, pipe):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
-@pytest.mark.parametrize("precision", ["official", "diffusers", "float32"])
-def test_r2_the_transformer_runs_in_every_dtype(tiny_model, dtype, precision):
+@pytest.mark.parametrize("dtype_policy", ["wan", "diffusers", "float32"])
+def test_r2_the_transformer_runs_in_every_dtype(tiny_model, dtype, dtype_policy):
     """A forward pass that fails on a missing dtype attribute, or outside autocast."""
-    pipe = ditkit.load(tiny_model, dtypes={"transformer": dtype}, precision=precision)
+    pipe = ditkit.load(tiny_model, dtypes={"transformer": dtype}, dtype_policy=dtype_policy)
     run = pipe.run(pipe.begin(pipe.model.request({"prompt": PROMPT, "steps": 2})), until="denoise")
     assert run.state["latents"].isfinite().all()
     assert run.receipt["components"]["transformer"]["dtype"] == dtype
@@ -63,10 +63,10 @@ def test_r2_the_transformer_runs_in_every_dtype(tiny_model, dtype, precision):
 
 
 def test_r14_the_defaults_can_be_run_as_they_are(pipe):
-    """Defaults such as no steps, no seed, or a solver that does not exist."""
+    """Defaults such as no steps, no seed, or a scheduler that does not exist."""
     request = Request()
-    solver = make(request.solver, **request.solver_options)
-    steps = step_table(solver, request.steps, request.shift, request.schedule, request.guidance_scale, 1000.0)
+    scheduler = make(request.scheduler, **request.scheduler_options)
+    steps = step_table(scheduler, request.steps, request.shift, request.convention, request.guidance_scale, 1000.0)
     assert len(steps) == request.steps == 50
     assert isinstance(request.seed, int)
     request.check_size(16, 4)
@@ -118,8 +118,8 @@ def test_r22_sizes_stand_in_defaults_only():
                 and node.value in (480, 832, 1536, 8960, 5120)
             ):
                 found.add(str(file.relative_to(source)))
-    tables = {"models/official.py", "models/clip.py", "checkpoints/sizes.py"}  # of published sizes, data alone
-    assert found - tables == {"request.py", "build/defaults.py", "models/wan_block.py"}
+    tables = {"models/published.py", "models/clip.py", "checkpoints/kinds/sizes.py"}  # of published sizes, data alone
+    assert found - tables == {"request.py", "assembly/defaults.py", "models/wan_block.py"}
     assert WanConfig().dim == 1536
 
 
@@ -142,9 +142,9 @@ def told(pipe, **request) -> list[float]:
     return [t.item() for t in seen]
 
 
-@pytest.mark.parametrize("precision", ["official", "diffusers", "float32"])
-def test_f7_a_timestep_is_not_rounded_to_bfloat16(tiny_model, precision):
-    pipe = ditkit.load(tiny_model, dtype="bfloat16", precision=precision)
+@pytest.mark.parametrize("dtype_policy", ["wan", "diffusers", "float32"])
+def test_f7_a_timestep_is_not_rounded_to_bfloat16(tiny_model, dtype_policy):
+    pipe = ditkit.load(tiny_model, dtype="bfloat16", dtype_policy=dtype_policy)
     steps = pipe.steps(pipe.model.request({"steps": 50, "shift": 3.0}))
     exact = [s.timestep for s in steps]
     rounded = torch.tensor(exact).bfloat16().tolist()
@@ -159,8 +159,8 @@ def test_f7_a_timestep_is_not_rounded_to_bfloat16(tiny_model, precision):
 def test_f10_guidance_does_not_multiply_the_rounding_of_bfloat16(tiny_model):
     """The velocity that leaves guidance, at scale 5: under the official policy less than half of diffusers' error."""
     errors = {}
-    for precision in ("official", "diffusers"):
-        pipe = ditkit.load(tiny_model, dtypes={"transformer": "bfloat16"}, precision=precision)
+    for dtype_policy in ("wan", "diffusers"):
+        pipe = ditkit.load(tiny_model, dtypes={"transformer": "bfloat16"}, dtype_policy=dtype_policy)
         got = {}
 
         def watch(inner, got=got):
@@ -170,14 +170,14 @@ def test_f10_guidance_does_not_multiply_the_rounding_of_bfloat16(tiny_model):
 
             return call
 
-        watched = ditkit.Pipe(pipe.model, pipe.setup, pipe.components, pipe.pipeline, Seams(predict=(watch,)))
+        watched = ditkit.Pipeline(pipe.model, pipe.setup, pipe.components, pipe.stages, Seams(predict=(watch,)))
         state = watched.run(watched.begin(pipe.model.request({"prompt": PROMPT, "steps": 1})), until="denoise").state
         assert got["velocity"].dtype == torch.float32
         weights = tiny.transformer().state_dict()
         texts = [state["prompt_embeds"], state["negative_prompt_embeds"]]
         cond, uncond = (wan(weights, 2, got["x"], [got["step"].timestep], [text]) for text in texts)
-        errors[precision] = l2(got["velocity"], uncond + 5.0 * (cond - uncond))
-    assert errors["official"] <= 0.6 * errors["diffusers"]
+        errors[dtype_policy] = l2(got["velocity"], uncond + 5.0 * (cond - uncond))
+    assert errors["wan"] <= 0.6 * errors["diffusers"]
 
 
 def test_f11_what_shall_stay_float32_does(tiny_model):
@@ -202,7 +202,7 @@ def test_f11_what_shall_stay_float32_does(tiny_model):
 
         return call
 
-    plugged = ditkit.Pipe(pipe.model, pipe.setup, pipe.components, pipe.pipeline, Seams(run_blocks=(watch,)))
+    plugged = ditkit.Pipeline(pipe.model, pipe.setup, pipe.components, pipe.stages, Seams(run_blocks=(watch,)))
     plugged(PROMPT, steps=1)
     tokens, modulation, *rope = seen[:4]
     assert tokens == torch.bfloat16
@@ -220,8 +220,8 @@ def test_f15_an_unknown_input_is_refused(pipe, tiny_model):
         ditkit.load(tiny_model, dytpe="bfloat16")
     with pytest.raises(SetupError, match="there is no component 'vea'"):
         ditkit.load(tiny_model, dtypes={"vea": "float32"})
-    with pytest.raises(RequestError, match="option 'ordr' of solver 'unipc'"):
-        pipe(PROMPT, solver_options={"ordr": 3})
+    with pytest.raises(RequestError, match="option 'ordr' of scheduler 'unipc'"):
+        pipe(PROMPT, scheduler_options={"ordr": 3})
 
 
 def test_f16_a_part_that_cannot_be_loaded_is_an_error_each_time(tmp_path):

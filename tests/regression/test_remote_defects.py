@@ -25,14 +25,14 @@ from shell import alone
 
 import ditkit
 from ditkit.errors import Lost, MissingDependency, PlaceError, StateError
-from ditkit.placement.framing import checksum
-from ditkit.placement.http import CRC, JOB
-from ditkit.placement.job import Frame
-from ditkit.placement.listen import in_thread
-from ditkit.placement.offer import worker_of
+from ditkit.execution.place import Segment
+from ditkit.placement.http.client import CRC, JOB
+from ditkit.placement.http.framing import checksum
+from ditkit.placement.http.listen import in_thread
+from ditkit.placement.job import Message
 from ditkit.placement.remote import Remote
+from ditkit.placement.worker_factory import worker_of
 from ditkit.prompting.server import ServerExpander
-from ditkit.running import Segment
 from ditkit.setup import Setup
 from ditkit.state import State
 
@@ -79,7 +79,7 @@ def posted(url, body, **headers):
 
 def wanted(pipe):
     """What the stage reads, as it travels."""
-    state, stage = begin(pipe), pipe.pipeline["encode_text"]
+    state, stage = begin(pipe), pipe.stages["encode_text"]
     return State({name: state[name] for name in stage.reads}).to_bytes()
 
 
@@ -87,7 +87,7 @@ class Forger:
     """A host whose outcome went through ``forge``; everything else is true."""
 
     def __init__(self, url, forge):
-        from ditkit.placement.http import HTTPChannel
+        from ditkit.placement.http.client import HTTPChannel
 
         self.channel, self.forge = HTTPChannel(url), forge
 
@@ -101,12 +101,12 @@ class Forger:
                 continue
             forged = self.forge(bytes(frame.payload))
             if forged is not None:
-                yield Frame("outcome", forged)
+                yield Message("outcome", forged)
 
 
 def run_at(pipe, url, forge):
     remote = Remote("forger", Forger(url, forge), retries=0)
-    return pipe.pipeline.run(
+    return pipe.stages.run(
         begin(pipe), pipe.components, until="encode_text", places={"encode_text": [Segment(remote, 0)]}
     )
 

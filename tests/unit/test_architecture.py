@@ -17,15 +17,16 @@ SOURCE = Path(ditkit.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 
 PUBLIC = {
-    "BaseStage", "Context", "DitkitError", "Event", "Events", "Field", "Interrupted", "Pipe", "Pipeline", "Request",
-    "Result", "Seams", "Setup", "Site", "Stage", "State", "Step", "Swap", "load", "switch",
+    "BaseStage", "Cancel", "Context", "DitkitError", "Event", "Events", "Field", "Interrupted", "Pipeline", "Request",
+    "StageList", "Result", "Seams", "Setup", "Site", "Stage", "State", "Step", "Swap", "load", "switch",
 }  # fmt: skip
 # Rooms where 1000 is the number of milliseconds in a second, or (mlx) a distance from the largest float16.
 MILLISECONDS = {"media", "cli", "mlx"}
 LIGHT = [
     "ditkit", "errors", "events", "request", "setup", "state", "config", "contracts", "media", "shapes.draw",
-    "shapes.measure", "schedulers", "schedulers.sigmas", "schedulers.table", "checkpoints.keys", "pipeline", "samples",
-    "receipt", "build", "pipe", "replay",
+    "shapes.measure", "schedulers", "schedulers.sigmas", "schedulers.table", "checkpoints.kinds.keys", "pipeline",
+    "samples",
+    "receipt", "assembly", "replay",
 ]  # fmt: skip
 
 

@@ -8,8 +8,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import ditkit
-from ditkit.build import Model
-from ditkit.checkpoints.files import file_sample
+from ditkit.assembly import Model
+from ditkit.checkpoints.files.opening import file_sample
 from ditkit.errors import LoadError, StateError
 
 WEIGHTS = {

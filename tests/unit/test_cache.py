@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from ditkit.errors import OutputError, SetupError
-from ditkit.outcome import Outcome, Question
-from ditkit.records import code_of
-from ditkit.stage import BaseStage
+from ditkit.execution.records import code_of
+from ditkit.execution.stage import BaseStage
+from ditkit.stage_result import CacheKey, StageResult
 from ditkit.stages.decode_latents import DecodeLatents
 from ditkit.stages.encode_text import EncodeText
 from ditkit.state import State
@@ -26,22 +26,22 @@ from ditkit.store import cache as room
 from ditkit.store.cache import Cache, folder_of
 from ditkit.store.hashes import Hashes
 
-ASKED = Question(
+ASKED = CacheKey(
     "encode_text", 1, "c0de", {"wide": False}, {"text_encoder": "f" * 64}, {"prompt": "a" * 64},
     {"steps": 4, "guidance_scale": 5.0, "guided": True}, {},
 )  # fmt: skip
 
 
-def asked(**changes) -> Question:
+def asked(**changes) -> CacheKey:
     return dataclasses.replace(ASKED, **changes)
 
 
-def outcome(value=1.0, settings=None, plugs=None, size=100, **more) -> Outcome:
+def outcome(value=1.0, settings=None, plugs=None, size=100, **more) -> StageResult:
     written = {"prompt_embeds": torch.full((1, size), value), "prompt_lengths": [1]}
-    return Outcome(written, {"guided": True} if settings is None else settings, plugs, **more)
+    return StageResult(written, {"guided": True} if settings is None else settings, plugs, **more)
 
 
-def value(found: Outcome | None) -> float | None:
+def value(found: StageResult | None) -> float | None:
     return None if found is None else found.written["prompt_embeds"][0, 0].item()
 
 
@@ -68,7 +68,7 @@ def test_what_was_stored_comes_back_bit_for_bit(cache):
         "step": 4,
         "sigmas": [1.0, 0.1],
     }
-    assert cache.store(ASKED, Outcome(written, {"steps": 4}, {"predict": ["x"]})) == ""
+    assert cache.store(ASKED, StageResult(written, {"steps": 4}, {"predict": ["x"]})) == ""
     found, why = cache.find(asked(plugs={"predict": ["x"]}))
     assert State(found.written).equal(State(written))
     assert (found.settings, found.plugs, found.stopped) == ({"steps": 4}, {"predict": ["x"]}, False)

@@ -90,5 +90,5 @@ def test_an_older_state_that_knows_fewer_settings_goes_on(pipe, half):
 
 def test_a_setting_that_is_gone_makes_a_result_out_of_date(pipe, half):
     less = {name: value for name, value in half["request"].items() if name != "max_sequence_length"}
-    stage, state = pipe.pipeline["encode_text"], half.with_fields({"request": less})
-    assert pipe.pipeline.outdated(stage, state) == ["max_sequence_length was 512, is gone"]
+    stage, state = pipe.stages["encode_text"], half.with_fields({"request": less})
+    assert pipe.stages.outdated(stage, state) == ["max_sequence_length was 512, is gone"]

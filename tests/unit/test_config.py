@@ -68,7 +68,8 @@ def test_a_table_replaces_and_an_entry_joins():
         ("prompt", "7", "7"), ("prompt", '"7"', "7"), ("prompt", '["a", "b"]', ["a", "b"]), ("seed", "[1, 2]", [1, 2]),
         ("sigmas", "[1.0, 0.5]", [1.0, 0.5]), ("sigmas", "none", None), ("threads", "None", None), ("threads", "2", 2),
         ("batched", "true", True), ("batched", "1", True), ("batched", "0", False), ("dtype", "float32", "float32"),
-        ("solver_options", "{order = 2}", {"order": 2}), ("steps", "many", "many"), ("negative_prompt", "none", "none"),
+        ("scheduler_options", "{order = 2}", {"order": 2}), ("steps", "many", "many"),
+        ("negative_prompt", "none", "none"),
         ("prompt", "a\nsteps = 3", "a\nsteps = 3"), ("batched", "yes", "yes"), ("steps", "2.0", 2.0),
     ],
 )  # fmt: skip

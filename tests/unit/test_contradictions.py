@@ -20,7 +20,7 @@ ALL = dict.fromkeys(("encode_text", "denoise", "decode_latents"), HOST)
         ({"placement": {"encode_text": HOST}, "dtypes": {"text_encoder": "bfloat16"}}, "dtypes with text_encoder"),
         ({"placement": {"encode_text": HOST}, "backends": {"text_encoder": "torch"}}, "backends with text_encoder"),
         ({"placement": {"decode_latents": HOST}, "devices": {"vae": "cpu"}}, "devices with vae"),
-        ({"placement": {"denoise": HOST}, "precision": "float32"}, "precision = 'float32'"),
+        ({"placement": {"denoise": HOST}, "dtype_policy": "float32"}, "dtype_policy = 'float32'"),
         ({"placement": ALL, "dtype": "bfloat16"}, "dtype = 'bfloat16'"),
         ({"placement": ALL, "device": "cpu"}, "device = 'cpu'"),
         ({"placement": {"decode_latents": "process:cpu"}, "devices": {"vae": "cuda"}}, "devices with vae = 'cuda'"),
@@ -36,8 +36,8 @@ def test_what_nobody_would_heed_is_refused(tiny_model, setup, refused):
     "setup",
     [
         {"placement": {"encode_text": HOST}, "dtype": "bfloat16"},  # the other parts heed it
-        {"placement": {"denoise@2": HOST}, "precision": "float32"},  # the steps before
-        {"placement": {"denoise": HOST}, "attention": "dense", "remember_text": False},  # travel with the stage
+        {"placement": {"denoise@2": HOST}, "dtype_policy": "float32"},  # the steps before
+        {"placement": {"denoise": HOST}, "attention": "dense", "cache_text_kv": False},  # travel with the stage
         {"placement": {"decode_latents": HOST}, "vae_frames_per_chunk": 2},
         {"placement": {"decode_latents": "process:cpu"}, "devices": {"vae": "cpu"}},
         {"placement": {"decode_latents": "process"}, "dtypes": {"vae": "bfloat16"}},

@@ -10,8 +10,8 @@ import tiny_names as names
 import torch
 from safetensors.torch import load_file, save_file
 
-from ditkit.checkpoints.detect import detect
-from ditkit.checkpoints.files import open_source
+from ditkit.checkpoints.files.opening import open_source
+from ditkit.checkpoints.kinds.detect import detect
 from ditkit.errors import LoadError
 
 GOLDEN = Path(__file__).parents[1] / "data/golden"
@@ -137,20 +137,20 @@ CASES = {
     ),
     "comfy_quant": (lambda f, t: saved(t, comfy(native(f))), "wan", "native", {"quantization": "fp8_scaled"}),
     "GGUF": (lambda f, t: gguf_file(t, native(f)), "wan", "native", {"quantization": "gguf Q8_0", "variant": "t2v"}),
-    "VAE 2.1, official": (
+    "VAE 2.1, wan": (
         lambda f, t: shutil.copy(f["t2v"]["native"] / "Wan2.1_VAE.pth", t / "a.bin"), "wan_vae", "native", {},
     ),
     "VAE 2.1, diffusers": (
         lambda f, t: saved(t, load_file(weights(f["t2v"]["diffusers"] / "vae"))), "wan_vae", "diffusers", {},
     ),
-    "VAE 2.2, official": (
+    "VAE 2.2, wan": (
         lambda f, t: shutil.copy(f["ti2v"]["native"] / "Wan2.2_VAE.pth", t / "Wan2.1_VAE.pth"),
         "wan_vae22", "native", {},
     ),
     "VAE 2.2, diffusers": (
         lambda f, t: saved(t, load_file(weights(f["ti2v"]["diffusers"] / "vae"))), "wan_vae22", "diffusers", {},
     ),
-    "UMT5, official": (
+    "UMT5, wan": (
         lambda f, t: shutil.copy(f["t2v"]["native"] / "models_t5_umt5-xxl-enc-bf16.pth", t / "x.pt"),
         "umt5", "native", {},
     ),
@@ -158,7 +158,7 @@ CASES = {
         lambda f, t: saved(t, tiny._text_tensors() | {"spiece_model": torch.zeros(9, dtype=torch.uint8)}),
         "umt5", "transformers", {},
     ),
-    "CLIP, official": (
+    "CLIP, wan": (
         lambda f, t: shutil.copy(next(f["i2v"]["native"].glob("models_clip*")), t / "x.ckpt"), "clip", "native", {},
     ),
     "CLIP with prefix": (lambda f, t: saved(t, prefixed(clip_tensors(), "vision_model.")), "clip", "transformers", {}),
@@ -229,8 +229,8 @@ def test_a_new_name_changes_nothing(folders, tmp_path):
 
 def test_what_cannot_be_told_is_listed(tmp_path):
     """Of a 14B text-to-video transformer no shape tells the version or the expert."""
-    from ditkit.checkpoints.source import TensorFacts, View
-    from ditkit.models.official import OFFICIAL
+    from ditkit.checkpoints.views.source import TensorFacts, View
+    from ditkit.models.published import OFFICIAL
     from ditkit.models.wan import WanTransformer
 
     class Shapes(View):

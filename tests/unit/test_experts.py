@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from ditkit.guidance.experts import by_expert
 
 from ditkit.contracts import Step
 from ditkit.errors import RequestError
-from ditkit.guidance.experts import by_expert
 from ditkit.models.wan import TIMESTEP_SCALE
 from ditkit.request import Request
 from ditkit.schedulers import make
@@ -23,7 +23,7 @@ def test_the_official_switch(model, index):
     """By timestep, never by a fraction of the steps (the predecessors' fault, which also swapped the guidance)."""
     official, table = TABLES[model], TABLES[model]["tables"][index]
     request = Request(
-        steps=table["steps"], shift=float(table["shift"]), solver=table["solver"], boundary=official["boundary"],
+        steps=table["steps"], shift=float(table["shift"]), scheduler=table["solver"], boundary=official["boundary"],
         guidance_scale=official["guidance"]["high_noise"], guidance_scale_2=official["guidance"]["low_noise"],
     )  # fmt: skip
     steps = request_steps(make(table["solver"]), request, TIMESTEP_SCALE, experts=2)
@@ -34,14 +34,14 @@ def test_the_official_switch(model, index):
 
 
 def test_nothing_about_experts_is_ignored_or_guessed():
-    solver = make("unipc")
+    scheduler = make("unipc")
     with pytest.raises(RequestError, match="no boundary between them is known"):
-        request_steps(solver, Request(), TIMESTEP_SCALE, experts=2)
+        request_steps(scheduler, Request(), TIMESTEP_SCALE, experts=2)
     with pytest.raises(RequestError, match="this model has one transformer"):
-        request_steps(solver, Request(boundary=0.9), TIMESTEP_SCALE)
+        request_steps(scheduler, Request(boundary=0.9), TIMESTEP_SCALE)
     with pytest.raises(RequestError, match="no boundary between two experts"):
-        request_steps(solver, Request(guidance_scale_2=3.0), TIMESTEP_SCALE)
-    one = request_steps(solver, Request(boundary=0.9, guidance_scale=4.0), TIMESTEP_SCALE, experts=2)
+        request_steps(scheduler, Request(guidance_scale_2=3.0), TIMESTEP_SCALE)
+    one = request_steps(scheduler, Request(boundary=0.9, guidance_scale=4.0), TIMESTEP_SCALE, experts=2)
     assert {s.guidance_scale for s in one} == {4.0}  # without its own, the second expert has the first one's
 
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ditkit.checkpoints.files import DTYPES, TensorFiles, kind_of, open_source, read_header
-from ditkit.checkpoints.pickles import PickleFile
+from ditkit.checkpoints.files.opening import DTYPES, TensorFiles, kind_of, open_source, read_header
+from ditkit.checkpoints.files.pickles import PickleFile
 from ditkit.errors import LoadError
 
 

@@ -11,12 +11,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ditkit.checkpoints import gguf as ours
-from ditkit.checkpoints.files import open_source
-from ditkit.checkpoints.gguf import BLOCKS, GGUFFile
-from ditkit.checkpoints.keys import umt5_keys
+from ditkit.checkpoints.files import gguf as ours
+from ditkit.checkpoints.files.gguf import BLOCKS, GGUFFile
+from ditkit.checkpoints.files.opening import open_source
+from ditkit.checkpoints.kinds.keys import umt5_keys
 from ditkit.checkpoints.load import load_into
-from ditkit.checkpoints.quantized import Dequantized
+from ditkit.checkpoints.views.quantized import Dequantized
 from ditkit.errors import LoadError, MissingDependency
 
 gguf = pytest.importorskip("gguf")

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ditkit
-from ditkit.build.begun import check_begun
+from ditkit.assembly.resume_checks import check_begun
 from ditkit.errors import StateError
 from ditkit.events import Event
 from ditkit.placement import Places
@@ -35,7 +35,7 @@ def pipe(tiny_model):
 
 @pytest.fixture(scope="module")
 def draft(tiny_model):
-    return ditkit.load(tiny_model, parts={"vae": str(TAEHV)})
+    return ditkit.load(tiny_model, components={"vae": str(TAEHV)})
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_ctrl_c_keeps_whose_parts_were_at_work(pipe, draft):
 def test_ctrl_c_keeps_whose_parts_have_worked(pipe, whole, tiny_model, tmp_path):
     file = shutil.copytree(tiny_model / "text_encoder", tmp_path / "text_encoder") / "model.safetensors"
     save_file({name: x * 1.5 for name, x in load_file(file).items()}, file, {"format": "pt"})
-    other = ditkit.load(tiny_model, parts={"text_encoder": str(file.parent)})
+    other = ditkit.load(tiny_model, components={"text_encoder": str(file.parent)})
     first = other("a red circle", **SMALL).state
 
     def late(event: Event):
@@ -103,7 +103,7 @@ def test_another_transformer_is_refused_whatever_was_done(pipe, tmp_path):
     other = ditkit.load(tiny.write(tmp_path / "other", "vace"))
     state = pipe.begin(pipe.model.request({"prompt": "x", **SMALL}))
     with pytest.raises(StateError, match=r"another model, .* which has another transformer"):
-        check_begun(state, "other", other.model, other.pipeline, other.pipeline.stages)
+        check_begun(state, "other", other.model, other.stages, other.stages.stages)
 
 
 # --- experts
@@ -120,10 +120,10 @@ def request(**values):
         {"boundary": 0.9, "shift": 12.0},
         {"boundary": 0.0},
         {"boundary": 1.0},
-        {"solver": "euler"},
-        {"solver": "dpm++", "schedule": "diffusers"},
+        {"scheduler": "euler"},
+        {"scheduler": "dpm++", "convention": "diffusers"},
         {"steps": None, "shift": None, "sigmas": [1.0, 0.9, 0.875, 0.5, 0.2]},  # the boundary is a noise level
-        {"steps": None, "shift": None, "solver": "euler", "sigmas": [1.0, 0.875, 0.5]},
+        {"steps": None, "shift": None, "scheduler": "euler", "sigmas": [1.0, 0.875, 0.5]},
         {"steps": None, "shift": None, "sigmas": [1.0, 0.8759, 0.8749999999, 0.2]},  # one that is cut off, and rounded
         {"steps": None, "shift": None, "sigmas": [0.8, 0.2]},
         {"steps": None, "shift": None, "sigmas": [1.0, 0.8755, 0.2], "boundary": 0.8752},  # above, and told 875
@@ -132,7 +132,7 @@ def request(**values):
 )
 def test_a_part_of_the_loop_calls_the_experts_of_its_own_steps(values):
     asked = request(**{k: v for k, v in values.items() if v is not None})
-    table = request_steps(make(asked.solver), asked, 1000.0, 2)
+    table = request_steps(make(asked.scheduler), asked, 1000.0, 2)
     stage, count = Denoise(experts=TWO, timestep_scale=1000.0), len(table)
     fresh = {"request": asked.model_dump()}
     begun = {**fresh, "sigmas": [*(s.sigma for s in table), table[-1].sigma_next]}
@@ -167,7 +167,7 @@ def test_an_expert_is_placed_for_its_own_steps(two, placement, expected):
     """``cpu`` is a device of this process, which is called here."""
     pipe = ditkit.load(two)
     table = [SimpleNamespace(index=i, expert=TWO[i >= 3]) for i in range(5)]
-    where = Places(Setup(placement=placement)).of_run(pipe.pipeline, {}, pipe.seams, lambda: table)
+    where = Places(Setup(placement=placement)).of_run(pipe.stages, {}, pipe.seams, lambda: table)
     names = [(segment.from_step, segment.place.name) for segment in where["denoise"]]
     assert names == [(step, "here" if name == "cpu" else name) for step, name in expected]
 

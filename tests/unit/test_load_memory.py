@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from ditkit.checkpoints import files
-from ditkit.checkpoints.files import TensorFiles, open_source
-from ditkit.checkpoints.keys import KeyTable, Rule
+from ditkit.checkpoints.files import opening as files
+from ditkit.checkpoints.files.opening import TensorFiles, open_source
+from ditkit.checkpoints.kinds.keys import KeyTable, Rule
 from ditkit.checkpoints.load import load_into
-from ditkit.checkpoints.mapped import Mapped
-from ditkit.checkpoints.prefixes import Unprefixed
-from ditkit.checkpoints.source import cast, pieces
+from ditkit.checkpoints.views.mapped import Mapped
+from ditkit.checkpoints.views.prefixes import Unprefixed
+from ditkit.checkpoints.views.source import cast, pieces
 from ditkit.errors import LoadError
 
 linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the peak memory from /proc")
@@ -175,10 +175,11 @@ SCRIPT = """
     import json, sys, torch
     from pathlib import Path
     from torch import nn
-    from ditkit.checkpoints import gguf, pickles
-    from ditkit.checkpoints.files import open_source
+    from ditkit.checkpoints.files import gguf
+    from ditkit.checkpoints.files import pickles
+    from ditkit.checkpoints.files.opening import open_source
     from ditkit.checkpoints.load import load_into
-    from ditkit.checkpoints.quantized import Dequantized
+    from ditkit.checkpoints.views.quantized import Dequantized
     def memory(key):
         return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
     def load(path, rows, columns):

@@ -11,9 +11,9 @@ import tiny_names
 import torch
 from safetensors.torch import save_file
 
-from ditkit.checkpoints.files import TensorFiles
-from ditkit.checkpoints.lora import ALLOWANCES, experts_of, inspect_lora, is_lora, read_lora
-from ditkit.checkpoints.lora_merge import Merged
+from ditkit.checkpoints.files.opening import TensorFiles
+from ditkit.checkpoints.lora.merge import Merged
+from ditkit.checkpoints.lora.read import ALLOWANCES, experts_of, inspect_lora, is_lora, read_lora
 from ditkit.errors import LoadError, SetupError
 from ditkit.nn.lora import AdaptedLinear, lora_swaps, twin
 
@@ -84,7 +84,7 @@ def forward(model, dtype=torch.float32):
 
 def reference(model, tensors):
     """The forward pass with these parameters, in float64."""
-    return forward(tiny.built(CONFIG, tensors, "official", torch.float64), torch.float64)
+    return forward(tiny.built(CONFIG, tensors, "wan", torch.float64), torch.float64)
 
 
 def swapped(model, swaps):
@@ -114,7 +114,7 @@ def check(model, base, adapters, tensors, tolerance=1e-6):
     assert error(forward(model), wanted) > 1e-3  # it matters
     side = swapped(model, lora_swaps(adapters))
     assert error(forward(side), wanted) <= 1e-5
-    assert error(forward(tiny.built(CONFIG, merged, "official", torch.float32)), wanted) <= 1e-5
+    assert error(forward(tiny.built(CONFIG, merged, "wan", torch.float32)), wanted) <= 1e-5
     for name, p in model.state_dict().items():
         assert p.data_ptr() == before[name][0]
         assert torch.equal(p, before[name][1])
@@ -381,10 +381,10 @@ def test_bfloat16(model, lora, tmp_path):
     assert merged[f"{NAME}.weight"].dtype == torch.float32
     down, up = (x.bfloat16().double() for x in pairs[NAME])
     assert error(merged[f"{NAME}.weight"], base[f"{NAME}.weight"].double() + up @ down) < 1e-6
-    small = tiny.built(CONFIG, dict(base), "official", torch.bfloat16)
-    exact = forward(tiny.built(CONFIG, merged, "official", torch.float64), torch.float64)
+    small = tiny.built(CONFIG, dict(base), "wan", torch.bfloat16)
+    exact = forward(tiny.built(CONFIG, merged, "wan", torch.float64), torch.float64)
     side = forward(swapped(small, lora_swaps(adapters)), torch.bfloat16)
-    fused = forward(tiny.built(CONFIG, merged, "official", torch.bfloat16), torch.bfloat16)
+    fused = forward(tiny.built(CONFIG, merged, "wan", torch.bfloat16), torch.bfloat16)
     assert error(side, exact) < 0.02
     assert error(fused, exact) < 0.02
 

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ditkit.checkpoints.hub import HubName
-from ditkit.checkpoints.lock import Entry, changes, lock_file, lock_text, make_lock, read_lock, verify
-from ditkit.checkpoints.manifest import Manifest, place_of
-from ditkit.checkpoints.used import used
+from ditkit.checkpoints.model.hub import HubName
+from ditkit.checkpoints.model.lock import Entry, changes, lock_file, lock_text, make_lock, read_lock, verify
+from ditkit.checkpoints.model.manifest import Manifest, place_of
+from ditkit.checkpoints.model.used import used
 from ditkit.cli.main import main
 from ditkit.errors import LoadError
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from held import Held, shapes
 
-from ditkit.checkpoints.keys import KeyTable, Rule, clip_keys, transformer_keys, umt5_keys
+from ditkit.checkpoints.kinds.keys import KeyTable, Rule, clip_keys, transformer_keys, umt5_keys
 from ditkit.checkpoints.load import load_into
-from ditkit.checkpoints.mapped import Mapped
+from ditkit.checkpoints.views.mapped import Mapped
 from ditkit.errors import LoadError
 
 TABLE = KeyTable.of(

@@ -458,7 +458,7 @@ def test_to_uint8_refuses_other_shapes_types_and_roundings():
     ):
         with pytest.raises(OutputError, match=r"\[..., 3, T, H, W\]"):
             media.to_uint8(video)
-    with pytest.raises(OutputError, match="official, diffusers"):
+    with pytest.raises(OutputError, match="wan, diffusers"):
         media.to_uint8(np.zeros((3, 2, 4, 4), np.float32), rounding="nearest")
 
 

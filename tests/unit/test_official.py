@@ -5,7 +5,7 @@ import tiny
 import tiny_names as names
 import torch
 
-from ditkit.models.official import OFFICIAL
+from ditkit.models.published import OFFICIAL
 from ditkit.models.wan import WanTransformer
 
 PUBLISHED = {

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ditkit.events import Events
-from ditkit.pipeline import BaseStage, Pipeline
+from ditkit.execution.stage_list import BaseStage, StageList
 from ditkit.state import Field, State
 from ditkit.store.cache import Cache
 
@@ -52,7 +52,7 @@ class Called(Make):
 
 class Makeshift(Make):
     def number(self, ctx):
-        ctx.lasting = False
+        ctx.cacheable = False
         return next(ANSWERS)
 
 
@@ -81,7 +81,7 @@ def cache(tmp_path):
 
 def made(stage, cache=None, **components):
     start = State({"prompt": ["a"], "negative_prompt": [""], "seed": [1], "request": {}})
-    return float(Pipeline([stage, Double()]).run(start, components, results=cache)["y"])
+    return float(StageList([stage, Double()]).run(start, components, results=cache)["y"])
 
 
 def of_a_file(path, value):
@@ -143,5 +143,5 @@ def test_what_can_be_told_apart_is_found(cache):
     heard = []
     for _ in range(2):
         start = State({"prompt": ["a"], "negative_prompt": [""], "seed": [1], "request": {}})
-        Pipeline([Helped(), Double()]).run(start, {}, results=cache, events=Events(lambda e: heard.append(e.name)))
+        StageList([Helped(), Double()]).run(start, {}, results=cache, events=Events(lambda e: heard.append(e.name)))
     assert [name for name in heard if name.startswith("cache")] == ["cache.miss"] * 2 + ["cache.hit"] * 2

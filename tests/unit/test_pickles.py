@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from ditkit.checkpoints import pickles
-from ditkit.checkpoints.files import TensorFiles, open_source
+from ditkit.checkpoints.files import pickles
+from ditkit.checkpoints.files.opening import TensorFiles, open_source
+from ditkit.checkpoints.files.pickles import PickleFile, StridedInfo, entries
 from ditkit.checkpoints.load import load_into
-from ditkit.checkpoints.pickles import PickleFile, StridedInfo, entries
 from ditkit.errors import LoadError
 
 GOLDEN = Path(__file__).parents[1] / "data/golden"

@@ -11,7 +11,7 @@ import ditkit
 from ditkit.contracts import Seams
 from ditkit.errors import PipelineError, StateError
 from ditkit.events import Events
-from ditkit.pipeline import BaseStage, Interrupted, Pipeline
+from ditkit.execution.stage_list import BaseStage, Interrupted, StageList
 from ditkit.schedulers import make
 from ditkit.stages.decode_latents import DecodeLatents
 from ditkit.stages.denoise import Denoise
@@ -113,7 +113,7 @@ def listening() -> tuple[list[str], Events]:
 
 
 def test_insert_replace_remove():
-    base = Pipeline([Make(), Double("b", "c")], given=("prompt", "negative_prompt", "seed", "request", "b"))
+    base = StageList([Make(), Double("b", "c")], given=("prompt", "negative_prompt", "seed", "request", "b"))
     longer = base.insert(Double(), after="make")
     assert longer.names == base.insert(Double(), before="b_to_c").names == ["make", "a_to_b", "b_to_c"]
     assert base.names == ["make", "b_to_c"]
@@ -142,33 +142,33 @@ def test_insert_replace_remove():
         (lambda p: p.remove("make").remove("a_to_b"), "reads 'a'"),
         (lambda p: p["nothing"], "The stages are make, a_to_b"),
         (lambda p: p.run(begin(), {}, until="nothing"), "there is none of that name"),
-        (lambda p: Pipeline([]), "it has no stages"),
-        (lambda p: Pipeline([stage("s", reads=("latent",))]), r"nobody describes .* 'latent' \(did you mean 'latents'"),
-        (lambda p: Pipeline([stage("s", writes=("nwe",))]), "nobody describes its field 'nwe'"),
-        (lambda p: Pipeline([stage("s", optional=("nwe",))]), "nobody describes its field 'nwe'"),
-        (lambda p: Pipeline([stage("s", may_write=("nwe",))]), "nobody describes its field 'nwe'"),
-        (lambda p: Pipeline([stage("s", fields=(grid("latents"),))]), "declares 'latents' as tensor float32"),
+        (lambda p: StageList([]), "it has no stages"),
+        (lambda p: StageList([stage("s", reads=("latent",))]), r"describes .* 'latent' \(did you mean 'latents'"),
+        (lambda p: StageList([stage("s", writes=("nwe",))]), "nobody describes its field 'nwe'"),
+        (lambda p: StageList([stage("s", optional=("nwe",))]), "nobody describes its field 'nwe'"),
+        (lambda p: StageList([stage("s", may_write=("nwe",))]), "nobody describes its field 'nwe'"),
+        (lambda p: StageList([stage("s", fields=(grid("latents"),))]), "declares 'latents' as tensor float32"),
         (lambda p: p.insert(stage("s", fields=(grid("a"),)), after="make"), "but it is plain float"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused_before_anything_runs(change, message):
     with pytest.raises(PipelineError, match=message):
-        change(Pipeline([Make(), Double()]))
+        change(StageList([Make(), Double()]))
 
 
 def test_stages_that_can_never_run():
     with pytest.raises(PipelineError, match="it can never run: nothing before it writes its trigger 'extra'"):
-        Pipeline([WhenExtra()])
+        StageList([WhenExtra()])
     with pytest.raises(PipelineError, match="it can never run"):
-        Pipeline([WhenExtra(), Make()])
-    Pipeline([Make(), WhenExtra()])
-    Pipeline([WhenExtra()], given=("extra",))
+        StageList([WhenExtra(), Make()])
+    StageList([Make(), WhenExtra()])
+    StageList([WhenExtra()], given=("extra",))
     needs_late = stage("needs_late", reads=("late",), fields=(number("late"),))
     with pytest.raises(PipelineError, match="reads 'late'"):  # it is written sometimes only
-        Pipeline([Make(), WhenExtra(), needs_late])
+        StageList([Make(), WhenExtra(), needs_late])
     needs_extra = stage("needs_extra", reads=("extra",))
     with pytest.raises(PipelineError, match="reads 'extra'"):
-        Pipeline([Make(), needs_extra])
+        StageList([Make(), needs_extra])
 
 
 # --- declarations are kept
@@ -190,7 +190,7 @@ def test_stages_that_can_never_run():
 def test_declarations_are_enforced(declared, run, message):
     odd = stage("odd", run, writes=("x",), fields=(number("x"),), **declared)
     with pytest.raises(PipelineError, match=message):
-        Pipeline([Make(), odd]).run(begin(), {})
+        StageList([Make(), odd]).run(begin(), {})
 
 
 def test_a_stage_sees_what_it_declared_and_no_more():
@@ -209,13 +209,13 @@ def test_a_stage_sees_what_it_declared_and_no_more():
     looking = stage(
         "s", look, reads=("seed", "a"), optional=("latents",), writes=("x",), fields=(number("x"),), components=("two",)
     )
-    after = Pipeline([Make(), looking]).run(begin(), {"one": object(), "two": object()})
+    after = StageList([Make(), looking]).run(begin(), {"one": object(), "two": object()})
     assert after["seed"] == [0]
 
 
 def test_the_given_state_is_left_as_it_is():
     state = begin()
-    Pipeline([Make(), Double()]).run(state, {})
+    StageList([Make(), Double()]).run(state, {})
     assert set(state) == {"prompt", "negative_prompt", "seed", "request"}
 
 
@@ -223,7 +223,7 @@ def test_the_given_state_is_left_as_it_is():
 
 
 def test_slices_skips_and_triggers():
-    pipeline = Pipeline([Make(), WhenExtra(), Double()])
+    pipeline = StageList([Make(), WhenExtra(), Double()])
     told, events = listening()
     half = pipeline.run(begin(), {}, until="when_extra", events=events)
     assert told == ["make", "(when_extra: no extra)"]
@@ -249,7 +249,7 @@ def test_a_stage_that_writes_nothing_runs_once_all_the_same():
     ran = []
     show = stage("show", lambda i, c: ran.append(i["a"]) or {}, reads=("a",))
     sometimes = stage("sometimes", lambda i, c: ran.append("s") or {}, may_write=("extra",))
-    pipeline = Pipeline([Make(), show, sometimes])
+    pipeline = StageList([Make(), show, sometimes])
     after = pipeline.run(begin(), {})
     assert ran == [3.0, "s"]
     pipeline.run(State.from_bytes(after.to_bytes()), {})
@@ -260,7 +260,7 @@ def test_a_stage_that_writes_nothing_runs_once_all_the_same():
 
 def test_a_stage_that_rewrites_a_field_runs_once():
     more = stage("more", lambda i, c: {"a": i["a"] + 1}, reads=("a",), writes=("a",))
-    pipeline = Pipeline([Make(), more])
+    pipeline = StageList([Make(), more])
     assert pipeline.run(begin(), {})["a"] == 4
     stopped = pipeline.run(begin(), {}, until="make")
     finished = pipeline.run(State.from_bytes(stopped.to_bytes()), {})
@@ -269,7 +269,7 @@ def test_a_stage_that_rewrites_a_field_runs_once():
 
 
 def test_running_again_takes_back_what_came_after():
-    pipeline = Pipeline([Make(), Double(), Double("b", "c")])
+    pipeline = StageList([Make(), Double(), Double("b", "c")])
     whole = pipeline.run(begin(), {})
     other = pipeline.replace("make", Make(2.0)).run(whole, {}, start="make", until="make")
     assert set(whole) - set(other) == {"b", "c"}
@@ -279,14 +279,14 @@ def test_running_again_takes_back_what_came_after():
 def test_a_stage_by_itself(tiny_model):
     """The VAE's stage alone, on latents from anywhere; no other component is loaded."""
     pipe = ditkit.load(tiny_model)
-    alone = Pipeline([DecodeLatents()], given=("latents", "request"))
+    alone = StageList([DecodeLatents()], given=("latents", "request"))
     state = State({"latents": torch.zeros(1, 16, 2, 2, 3), "request": pipe.model.request({}).model_dump()})
     video = alone.run(state, pipe.components, debug=True)["video"]
     assert video.shape == (1, 5, 16, 24, 3)
     assert set(pipe.components.describe()) == {"vae"}
     assert alone.components() == ["vae"]
-    assert pipe.pipeline.components() == ["tokenizer", "text_encoder", "transformer", "vae"]
-    assert pipe.pipeline.components(start="denoise", until="denoise") == ["transformer"]
+    assert pipe.stages.components() == ["tokenizer", "text_encoder", "transformer", "vae"]
+    assert pipe.stages.components(start="denoise", until="denoise") == ["transformer"]
 
 
 def test_an_extra_stage_in_the_real_pipeline(tiny_model):
@@ -296,13 +296,11 @@ def test_an_extra_stage_in_the_real_pipeline(tiny_model):
     def gray(inputs, ctx):
         return {"video": inputs["video"].float().mean(-1, keepdim=True).expand(-1, -1, -1, -1, 3).to(torch.uint8)}
 
-    pipe.pipeline = pipe.pipeline.insert(
-        stage("gray", gray, reads=("video",), writes=("video",)), after="decode_latents"
-    )
+    pipe.stages = pipe.stages.insert(stage("gray", gray, reads=("video",), writes=("video",)), after="decode_latents")
     video = pipe(PROMPT).state["video"]
     assert torch.equal(video[..., 0], video[..., 1])
     assert torch.equal(video[..., 0], plain["video"].float().mean(-1).to(torch.uint8))
-    pipe.pipeline = pipe.pipeline.remove("gray")
+    pipe.stages = pipe.stages.remove("gray")
     assert torch.equal(pipe(PROMPT).state["video"], plain["video"])
 
 
@@ -325,8 +323,8 @@ def test_an_extra_stage_in_the_real_pipeline(tiny_model):
 def test_a_wrong_value_is_caught_in_a_debug_run(written, message):
     odd = stage("odd", lambda i, c: {"x": written}, writes=("x",), fields=(grid("x", shape="a 3"),))
     with pytest.raises(PipelineError, match=f"stage 'odd' with field 'x': .*{message}"):
-        Pipeline([odd]).run(begin(), {}, debug=True)
-    Pipeline([odd]).run(begin(), {})  # unchecked
+        StageList([odd]).run(begin(), {}, debug=True)
+    StageList([odd]).run(begin(), {})  # unchecked
 
 
 def test_debug_runs_compare_letters_and_look_at_inputs_too():
@@ -334,16 +332,16 @@ def test_debug_runs_compare_letters_and_look_at_inputs_too():
         return stage("two", lambda i, c: {"x": torch.ones(*a), "y": torch.ones(*b)}, writes=("x", "y"),
                      fields=(grid("x"), grid("y", shape="b a")))  # fmt: skip
 
-    assert Pipeline([two((2, 3), (3, 2))]).run(begin(), {}, debug=True)["y"].shape == (3, 2)
+    assert StageList([two((2, 3), (3, 2))]).run(begin(), {}, debug=True)["y"].shape == (3, 2)
     with pytest.raises(PipelineError, match="field 'y'"):
-        Pipeline([two((2, 3), (2, 3))]).run(begin(), {}, debug=True)
+        StageList([two((2, 3), (2, 3))]).run(begin(), {}, debug=True)
     reader = stage("reader", reads=("latents",))
     bad = State({"latents": torch.ones(1, 2, 3)})
     with pytest.raises(PipelineError, match="stage 'reader' with field 'latents'"):
-        Pipeline([reader], given=("latents",)).run(bad, {}, debug=True)
+        StageList([reader], given=("latents",)).run(bad, {}, debug=True)
     listed = stage("listed", lambda i, c: {"seed": torch.ones(1)}, writes=("seed",))
     with pytest.raises(PipelineError, match="stage 'listed' with field 'seed'"):
-        Pipeline([listed]).run(begin(), {}, start="listed", debug=True)
+        StageList([listed]).run(begin(), {}, start="listed", debug=True)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
@@ -355,15 +353,16 @@ def test_a_debug_run_of_the_real_pipeline_has_nothing_to_say(tiny_model, dtype):
 # --- stopping and going on
 
 SOLVERS = {
-    "unipc": {}, "unipc 3": {"solver_options": {"order": 3}}, "unipc bh1": {"solver_options": {"solver_type": "bh1"}},
-    "dpm++": {}, "dpm++ 3": {"solver_options": {"order": 3}}, "dpm++_sde": {}, "euler": {},
+    "unipc": {}, "unipc 3": {"scheduler_options": {"order": 3}},
+    "unipc bh1": {"scheduler_options": {"solver_type": "bh1"}},
+    "dpm++": {}, "dpm++ 3": {"scheduler_options": {"order": 3}}, "dpm++_sde": {}, "euler": {},
 }  # fmt: skip
 STEPS = 5
 
 
 def request_of(pipe, key: str, **more):
     return pipe.model.request(
-        {"prompt": PROMPT, "seed": 7, "steps": STEPS, "solver": key.split()[0], **SOLVERS[key], **more}
+        {"prompt": PROMPT, "seed": 7, "steps": STEPS, "scheduler": key.split()[0], **SOLVERS[key], **more}
     )
 
 
@@ -463,7 +462,7 @@ def test_a_ctrl_c_at_any_line_of_the_loop_loses_nothing(pipe):
 
 
 @pytest.mark.parametrize(
-    "changed", [{"steps": 3}, {"steps": 9}, {"shift": 3.0}, {"solver": "dpm++"}, {"schedule": "diffusers"}]
+    "changed", [{"steps": 3}, {"steps": 9}, {"shift": 3.0}, {"scheduler": "dpm++"}, {"convention": "diffusers"}]
 )
 def test_a_run_does_not_go_on_along_other_sigmas(pipe, changed):
     half = pipe.run(pipe.begin(request_of(pipe, "unipc")), stop_at_step=4).state
@@ -475,7 +474,7 @@ def test_a_run_does_not_go_on_along_other_sigmas(pipe, changed):
 def test_a_run_does_not_go_on_with_other_weights_or_sizes(pipe, tiny_model):
     half = pipe.run(pipe.begin(request_of(pipe, "unipc")), stop_at_step=2).state
     with pytest.raises(StateError, match="begun with another transformer"):
-        ditkit.load(tiny_model, precision="float32", dtype="bfloat16", dtypes={"text_encoder": "float32"}).run(half)
+        ditkit.load(tiny_model, dtype_policy="float32", dtype="bfloat16", dtypes={"text_encoder": "float32"}).run(half)
     with pytest.raises(StateError, match="its latents are"):
         pipe.run(half.with_fields({"request": {**half["request"], "width": 64}}))
     with pytest.raises(StateError, match="another model"):
@@ -516,7 +515,7 @@ def test_equal_computations_have_equal_fingerprints(pipe, tiny_model):
     assert prints(pipe) == first
     assert prints(ditkit.load(tiny_model)) == first
     assert (
-        prints(ditkit.load(tiny_model, threads=1, remember_text=False, debug=True)) == first
+        prints(ditkit.load(tiny_model, threads=1, cache_text_kv=False, debug=True)) == first
     )  # settings of equal results
 
 
@@ -530,9 +529,9 @@ def test_equal_computations_have_equal_fingerprints(pipe, tiny_model):
         ({"width": 48}, LOOP | {"video"}),
         ({"steps": 3}, LOOP | {"video"}),
         ({"shift": 3.0}, LOOP | {"video"}),
-        ({"solver": "euler"}, LOOP | {"video"}),
-        ({"solver_options": {"order": 1}}, LOOP | {"video"}),
-        ({"schedule": "diffusers"}, LOOP | {"video"}),
+        ({"scheduler": "euler"}, LOOP | {"video"}),
+        ({"scheduler_options": {"order": 1}}, LOOP | {"video"}),
+        ({"convention": "diffusers"}, LOOP | {"video"}),
         ({"guidance_scale": 4.0}, LOOP | {"video"}),
         ({"rounding": "diffusers"}, {"video"}),
         ({"fps": 30}, set()),
@@ -554,7 +553,7 @@ def test_options_and_weights_are_part_of_a_fingerprint(pipe, tiny_model):
     assert differing(first, prints(ditkit.load(tiny_model, vae_frames_per_chunk=2))) == {"video"}
     assert differing(first, prints(ditkit.load(tiny_model, dtypes={"vae": "float64"}))) == {"video"}
     assert differing(first, prints(ditkit.load(tiny_model, dtypes={"transformer": "float64"}))) == LOOP | {"video"}
-    assert differing(first, prints(ditkit.load(tiny_model, precision="diffusers"))) == LOOP | {"video"}
+    assert differing(first, prints(ditkit.load(tiny_model, dtype_policy="diffusers"))) == LOOP | {"video"}
     assert differing(first, prints(ditkit.load(tiny_model, dtypes={"text_encoder": "float64"}))) == TEXT | LOOP | {
         "video"
     }
@@ -585,7 +584,7 @@ def test_changed_weights_change_fingerprints(pipe, tmp_path):
 
 def test_what_is_plugged_in_is_part_of_a_fingerprint(pipe):
     def plugged(seams):
-        return prints(ditkit.Pipe(pipe.model, pipe.setup, pipe.components, pipe.pipeline, seams))
+        return prints(ditkit.Pipeline(pipe.model, pipe.setup, pipe.components, pipe.stages, seams))
 
     def louder(by):
         return lambda inner: lambda x, step: inner(x, step) * by
@@ -610,7 +609,7 @@ def test_a_stopped_run_has_fingerprints_of_its_own(pipe):
 
 def test_stage_names_versions_and_options_count():
     def result(*stages):
-        return Pipeline([*stages]).run(begin(), {}).fingerprints
+        return StageList([*stages]).run(begin(), {}).fingerprints
 
     class Newer(Make):
         version = 2
@@ -619,9 +618,9 @@ def test_stage_names_versions_and_options_count():
     assert result(Make(note="only a note"), Double()) == base  # compare=False promises equal results
     for other in (Make(2.0), Newer()):
         assert differing(base, result(other, Double())) == {"a", "b"}
-    again = Pipeline([Make(), Double()]).run(begin(steps=9), {}).fingerprints
+    again = StageList([Make(), Double()]).run(begin(steps=9), {}).fingerprints
     assert again == base  # a setting that nobody read
-    assert Pipeline([Make(), Double()]).run(begin(shift=4.0), {}).fingerprints != base
+    assert StageList([Make(), Double()]).run(begin(shift=4.0), {}).fingerprints != base
 
 
 def test_fields_from_outside_count_by_their_content(pipe):
@@ -643,6 +642,6 @@ def test_the_real_stages_declare_what_they_use():
     assert encode.components == ("tokenizer", "text_encoder")
     assert denoise.components == ("transformer",)
     assert decode.components == ("vae",)
-    assert set(denoise.loop) <= set(denoise.writes)
-    assert replace(denoise, remember_text=False) == denoise  # promises equal results
+    assert set(denoise.loop) <= {*denoise.writes, *denoise.may_write}
+    assert replace(denoise, cache_text_kv=False) == denoise  # promises equal results
     assert replace(denoise, attention="dense") != denoise

@@ -12,17 +12,17 @@ from ditkit.conditioning.clips import per_clip
 from ditkit.conditioning.condition import image_condition, known_frames
 from ditkit.conditioning.control import fold_mask
 from ditkit.conditioning.images import (
-    covered,
     mask_pixels,
-    on_white,
     one_size,
-    proportioned,
+    pad_on_white,
+    resize_and_crop,
+    resize_exact,
+    resize_to_fit,
     signed,
-    stretched,
     video_pixels,
 )
 from ditkit.errors import RequestError
-from ditkit.pipeline import Pipeline
+from ditkit.execution.stage_list import StageList
 from ditkit.request import Request
 from ditkit.stages.encode_condition import EncodeCondition
 from ditkit.stages.encode_control import EncodeControl
@@ -48,7 +48,7 @@ def state(**fields) -> State:
 
 
 def run(stage, vae, **fields) -> torch.Tensor:
-    out = Pipeline([stage], GIVEN).run(state(**fields), {"vae": vae}, debug=True)
+    out = StageList([stage], GIVEN).run(state(**fields), {"vae": vae}, debug=True)
     return out[stage.writes[0]]
 
 
@@ -63,7 +63,7 @@ def vae():
 def test_scaling_to_signed_values():
     every = torch.arange(256, dtype=torch.uint8).view(1, 1, 256, 1).expand(1, 1, 256, 3)
     exact = torch.arange(256, dtype=torch.float64) / 127.5 - 1
-    for processing in ("official", "diffusers"):
+    for processing in ("wan", "diffusers"):
         found = signed(every, processing)
         assert found.dtype == torch.float32
         assert found.shape == (1, 3, 1, 256)
@@ -95,7 +95,7 @@ def bicubic(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
 @pytest.mark.parametrize("size", [(32, 48), (20, 12), (70, 90)])
 def test_official_stretching_is_the_plain_cubic(size):
     image = pixels(2, 40, 50, 3)
-    found = stretched(image, *size)
+    found = resize_exact(image, *size)
     for one, expected in zip(found, image, strict=True):
         exact = bicubic(expected.movedim(-1, 0).double() / 127.5 - 1, *size)
         assert (one.double() - exact).abs().max() < 1e-5
@@ -104,7 +104,7 @@ def test_official_stretching_is_the_plain_cubic(size):
 def test_covering_keeps_proportions_and_the_centre():
     board = torch.zeros(1, 60, 100, 3, dtype=torch.uint8)
     board[:, :, 50:] = 200  # an edge in the middle stays in the middle
-    found = covered(board, 32, 32)
+    found = resize_and_crop(board, 32, 32)
     assert found.shape == (1, 3, 32, 32)
     assert (found[..., :14] == -1).all()
     assert (found[..., 18:] > 0.5).all()
@@ -114,10 +114,10 @@ def test_covering_keeps_proportions_and_the_centre():
 
 def test_an_equal_size_changes_no_pixel():
     image = pixels(1, 32, 48, 3)
-    assert torch.equal(covered(image, 32, 48), signed(image))
-    assert torch.equal(on_white(image, 32, 48), signed(image))
-    assert (stretched(image, 32, 48) - signed(image)).abs().max() < 1e-6
-    assert torch.equal(stretched(image, 32, 48, "diffusers"), signed(image, "diffusers"))
+    assert torch.equal(resize_and_crop(image, 32, 48), signed(image))
+    assert torch.equal(pad_on_white(image, 32, 48), signed(image))
+    assert (resize_exact(image, 32, 48) - signed(image)).abs().max() < 1e-6
+    assert torch.equal(resize_exact(image, 32, 48, "diffusers"), signed(image, "diffusers"))
     assert (video_pixels(image, 32, 48) - signed(image)[0][:, None]).abs().max() < 1e-6
 
 
@@ -127,18 +127,18 @@ def test_an_equal_size_changes_no_pixel():
 ])  # fmt: skip
 def test_proportions_of_another_picture(given, wanted, expected):
     image = pixels(1, *given, 3)
-    found = proportioned(image, *wanted)
+    found = resize_to_fit(image, *wanted)
     top, left = (given[0] - expected[0]) // 2, (given[1] - expected[1]) // 2
     assert torch.equal(found, image[:, top : top + expected[0], left : left + expected[1]])
 
 
 def test_a_reference_lies_whole_in_the_middle_of_white():
     image = torch.zeros(1, 20, 60, 3, dtype=torch.uint8)
-    found = on_white(image, 32, 48)  # scale 0.8: 16 x 48
+    found = pad_on_white(image, 32, 48)  # scale 0.8: 16 x 48
     assert (found[..., :8, :] == 1).all()
     assert (found[..., 24:, :] == 1).all()
     assert (found[..., 8:24, :] == -1).all()
-    narrow = on_white(torch.zeros(1, 4000, 2, 3, dtype=torch.uint8), 32, 48)
+    narrow = pad_on_white(torch.zeros(1, 4000, 2, 3, dtype=torch.uint8), 32, 48)
     assert (narrow == -1).any()
     assert (narrow == 1).any()
 
@@ -151,7 +151,7 @@ def test_references_of_different_sizes_become_one_tensor():
     assert found.dtype == torch.uint8
     assert found.shape == (3, 32, 48, 3)
     for one, image in zip(found, mixed, strict=True):
-        assert (signed(one) - on_white(image[None], 32, 48)[0]).abs().max() <= 1 / 255 + 1e-6
+        assert (signed(one) - pad_on_white(image[None], 32, 48)[0]).abs().max() <= 1 / 255 + 1e-6
 
 
 @pytest.mark.parametrize("size", [(32, 48), (48, 48), (24, 80)])
@@ -172,7 +172,7 @@ def test_a_mask_moves_with_its_video():
     video, mask = torch.zeros(2, 70, 90, 3, dtype=torch.uint8), torch.zeros(2, 70, 90)
     video[:, 10:40, 30:60] = 255
     mask[:, 10:40, 30:60] = 1
-    for processing in ("official", "diffusers"):
+    for processing in ("wan", "diffusers"):
         seen = video_pixels(video, 32, 48, processing)[:1] / 2 + 0.5
         assert (mask_pixels(mask, 32, 48, processing) - seen).abs().max() < 1e-6
     kept = torch.rand(2, 32, 48)
@@ -182,12 +182,12 @@ def test_a_mask_moves_with_its_video():
 def test_an_unknown_processing_is_refused():
     image = pixels(1, 32, 48, 3)
     for use in (
-        lambda: stretched(image, 32, 48, "oficial"),
-        lambda: on_white(image, 32, 48, "oficial"),
-        lambda: video_pixels(image, 32, 48, "oficial"),
-        lambda: mask_pixels(torch.zeros(1, 32, 48), 32, 48, "oficial"),
+        lambda: resize_exact(image, 32, 48, "difusers"),
+        lambda: pad_on_white(image, 32, 48, "difusers"),
+        lambda: video_pixels(image, 32, 48, "difusers"),
+        lambda: mask_pixels(torch.zeros(1, 32, 48), 32, 48, "difusers"),
     ):
-        with pytest.raises(RequestError, match="did you mean 'official'"):
+        with pytest.raises(RequestError, match="did you mean 'diffusers'"):
             use()
 
 
@@ -255,7 +255,7 @@ CONTROL = {
     (EncodeControl(), CONTROL),
     (EncodeControl(), {"reference_images": CONTROL["reference_images"]}),
 ])  # fmt: skip
-@pytest.mark.parametrize("processing", ["official", "diffusers"])
+@pytest.mark.parametrize("processing", ["wan", "diffusers"])
 def test_each_clip_equals_its_single_run(vae, stage, fields, processing):
     together = run(stage, vae, prompt=[""] * 3, image_processing=processing, **fields)
     assert together.dtype == torch.float32
@@ -332,5 +332,5 @@ def test_a_control_video_of_another_length(vae):
 
 def test_without_a_picture_nothing_runs(vae):
     for stage in (EncodeCondition(), EncodeFirstFrame()):
-        out = Pipeline([stage], GIVEN).run(state(), {"vae": vae})
+        out = StageList([stage], GIVEN).run(state(), {"vae": vae})
         assert stage.writes[0] not in out

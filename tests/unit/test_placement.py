@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 
 import pytest
+from acting import check_spans
 
 import ditkit
 from ditkit.errors import Lost, PlaceError, SetupError
 from ditkit.events import Event
+from ditkit.execution.place import Here, Segment
 from ditkit.placement.job import Job
 from ditkit.placement.remote import Remote
 from ditkit.placement.spec import Spec, Target
 from ditkit.placement.worker import Worker
-from ditkit.running import Here, Segment
 
 
 class Calls:
@@ -24,11 +26,10 @@ class Calls:
         self.worker, self.lose, self.jobs = worker, [], 0
         self.cancelled: dict[str, threading.Event] = {}
 
-    def describe(self):
-        return self.worker.describe()
-
-    def probe(self, stage):
-        return {"hash": "0" * 64}
+    def ask(self, question, name=""):
+        if question == "cancel":
+            self.cancelled[name].set()
+        return {"describe": self.worker.describe, "probe": lambda: {"hash": "0" * 64}}.get(question, dict)()
 
     def submit(self, job, inputs):
         self.jobs += 1
@@ -52,9 +53,6 @@ class Calls:
             yield frame
         thread.join()
 
-    def cancel(self, job_id):
-        self.cancelled[job_id].set()
-
     def close(self):
         pass
 
@@ -67,7 +65,7 @@ def pipe(tiny_model):
 @pytest.fixture
 def remote(pipe):
     other = ditkit.load(pipe.setup.model)
-    worker = Worker({s.name: s for s in other.pipeline.stages}, other.components, {})
+    worker = Worker({s.name: s for s in other.stages.stages}, other.components, {})
     return Remote("calls", Calls(worker))
 
 
@@ -78,7 +76,7 @@ def begin(pipe, **more):
 @pytest.mark.parametrize("stage", ["encode_text", "denoise", "decode_latents"])
 def test_a_stage_elsewhere_gives_the_same_state_and_fingerprints(pipe, remote, stage):
     whole = pipe.run(begin(pipe)).state
-    there = pipe.pipeline.run(begin(pipe), pipe.components, places={stage: [Segment(remote)]})
+    there = pipe.stages.run(begin(pipe), pipe.components, places={stage: [Segment(remote)]})
     assert there.equal(whole)
     assert there.fingerprints == whole.fingerprints
 
@@ -87,7 +85,7 @@ def test_a_loop_in_two_places_is_one_loop(pipe, remote):
     whole = pipe.run(begin(pipe)).state
     for k in range(1, 5):
         places = {"denoise": [Segment(remote), Segment(Here(pipe.components), k)]}
-        there = pipe.pipeline.run(begin(pipe), pipe.components, places=places)
+        there = pipe.stages.run(begin(pipe), pipe.components, places=places)
         assert there.equal(whole), k
         assert there.fingerprints == whole.fingerprints
 
@@ -103,7 +101,7 @@ def test_a_lost_host_is_asked_again_and_goes_on_from_what_was_kept(pipe, remote)
             kept.append(state)
 
     remote.channel.lose = [8]
-    there = pipe.pipeline.run(begin(pipe), pipe.components, places={"denoise": [Segment(remote)]}, keep=Keep())
+    there = pipe.stages.run(begin(pipe), pipe.components, places={"denoise": [Segment(remote)]}, keep=Keep())
     assert there.equal(whole)
     assert there.fingerprints == whole.fingerprints
     steps = [s["step"] for s in kept if "step" in s and "video" not in s]
@@ -119,7 +117,7 @@ def steps_kept(pipe, places, every=1):
             kept.append(state)
 
     Keep.every = every
-    pipe.pipeline.run(begin(pipe), pipe.components, places=places, keep=Keep(), until="denoise")
+    pipe.stages.run(begin(pipe), pipe.components, places=places, keep=Keep(), until="denoise")
     return [state for state in kept if "step" in state]
 
 
@@ -135,12 +133,12 @@ def test_ctrl_c_at_the_second_place_keeps_the_steps_of_the_first(pipe):
     class Second(Here):
         """Stopped before its first step, while a part is loaded or a host is asked."""
 
-        def run(self, task):
+        def call(self, task):
             raise KeyboardInterrupt
 
     places = {"denoise": [Segment(Here(pipe.components)), Segment(Second(pipe.components), 2)]}
     with pytest.raises(ditkit.Interrupted) as e:
-        pipe.pipeline.run(begin(pipe), pipe.components, places=places)
+        pipe.stages.run(begin(pipe), pipe.components, places=places)
     assert e.value.state["step"] == 2
     assert pipe.run(e.value.state).state.equal(pipe.run(begin(pipe)).state)
 
@@ -148,7 +146,7 @@ def test_ctrl_c_at_the_second_place_keeps_the_steps_of_the_first(pipe):
 def test_retries_end_and_the_last_error_names_the_place(pipe, remote):
     remote.channel.lose = [0, 0, 0]
     with pytest.raises(PlaceError, match=r"calls: it went away \(3 times\)"):
-        pipe.pipeline.run(begin(pipe), pipe.components, places={"encode_text": [Segment(remote)]})
+        pipe.stages.run(begin(pipe), pipe.components, places={"encode_text": [Segment(remote)]})
 
 
 def test_errors_keep_their_kind(pipe, remote):
@@ -158,7 +156,7 @@ def test_errors_keep_their_kind(pipe, remote):
     with pytest.raises(
         ditkit.DitkitError, match=r"at calls\): its tokenizer is .* and the caller knows 0000000000000000"
     ):
-        pipe.pipeline.run(state, pipe.components, places={"encode_text": [Segment(remote)]})
+        pipe.stages.run(state, pipe.components, places={"encode_text": [Segment(remote)]})
 
 
 def test_ctrl_c_keeps_what_was_done_elsewhere(pipe, remote):
@@ -169,7 +167,7 @@ def test_ctrl_c_keeps_what_was_done_elsewhere(pipe, remote):
             raise KeyboardInterrupt
 
     with pytest.raises(ditkit.Interrupted) as e:
-        pipe.pipeline.run(
+        pipe.stages.run(
             begin(pipe), pipe.components, places={"denoise": [Segment(remote)]}, events=ditkit.Events(listener)
         )
     half = e.value.state
@@ -182,9 +180,10 @@ def test_a_ctrl_c_that_comes_too_late_still_ends_the_run(pipe, remote):
         if event.name == "step.end" and event["step"].index == 3:
             raise KeyboardInterrupt
 
-    remote.channel.cancel = lambda job_id: None
+    ask = remote.channel.ask
+    remote.channel.ask = lambda question, name="": {} if question == "cancel" else ask(question, name)
     with pytest.raises(ditkit.Interrupted) as e:
-        pipe.pipeline.run(
+        pipe.stages.run(
             begin(pipe), pipe.components, places={"denoise": [Segment(remote)]}, events=ditkit.Events(listener)
         )
     assert e.value.state["step"] == 4
@@ -200,17 +199,55 @@ def test_a_real_ctrl_c_while_waiting(pipe, remote):
             threading.Timer(0.0, signal.raise_signal, [signal.SIGINT]).start()
 
     with pytest.raises(ditkit.Interrupted) as e:
-        pipe.pipeline.run(
+        pipe.stages.run(
             begin(pipe, steps=40), pipe.components, places={"denoise": [Segment(remote)]},
             events=ditkit.Events(listener),
         )  # fmt: skip
     assert pipe.run(e.value.state).state.equal(pipe.run(begin(pipe, steps=40)).state)
 
 
+def spans_of(pipe, remote, act=lambda event: None, **more):
+    """All events of a run with the loop at ``remote``, and of each span its parent and its name."""
+    heard, places = [], {"denoise": [Segment(remote)]}
+    with contextlib.suppress(ditkit.Interrupted):
+        pipe.stages.run(begin(pipe), pipe.components, places=places, events=ditkit.Events(heard.append, act), **more)
+    return heard, *check_spans(heard)
+
+
+def test_spans_of_another_place_lie_in_those_of_this_one(pipe, remote):
+    heard, parent, name = spans_of(pipe, remote)
+    steps = [e for e in heard if e.name.startswith("step.")]
+    assert len(steps) == 8
+    for event in steps:
+        assert (event.place, name[event.parent], parent[event.parent]) == ("calls", "stage", 0)
+        assert event.sent <= event.seconds, "the Worker of this test has the same clock"
+    assert {e.place for e in heard if e.name.startswith("stage.")} == {"here"}
+    assert [e.sent for e in steps] == sorted(e.sent for e in steps)
+
+
+def test_a_span_that_went_down_with_its_host_ends_once(pipe, remote):
+    remote.channel.lose = [3]  # load.start, load.end, step.start
+    heard, _, _ = spans_of(pipe, remote)
+    failed = [e for e in heard if e.name.endswith(".fail")]
+    assert [(e.name, e["error"], e["outcome"], e.place) for e in failed] == [("step.fail", "Lost", "failed", "calls")]
+    assert [e.name for e in heard[heard.index(failed[0]) :]][:3] == ["step.fail", "place.retry", "step.start"]
+
+
+def test_a_ctrl_c_elsewhere_ends_the_spans_there_and_here(pipe, remote):
+    def press(event):
+        if event.name == "step.start" and event["step"].index == 1:
+            raise KeyboardInterrupt
+
+    heard, _, _ = spans_of(pipe, remote, press)
+    fails = [(e.name, e.place, e["outcome"]) for e in heard if e.name.endswith(".fail")]
+    assert fails[-1] == ("stage.fail", "here", "interrupted")
+    assert fails[:-1] in ([("step.fail", "calls", "interrupted")], [])
+
+
 def test_events_are_heard_as_if_it_were_here(pipe, remote):
     def heard(places):
         names = []
-        pipe.pipeline.run(begin(pipe), pipe.components, places=places,
+        pipe.stages.run(begin(pipe), pipe.components, places=places,
                           events=ditkit.Events(lambda e: names.append(e.name)))  # fmt: skip
         return [n for n in names if not n.startswith(("load.", "place.", "travel"))]
 
@@ -300,9 +337,7 @@ def test_a_cache_tells_results_of_another_torch_from_those_of_this_one(pipe, rem
 
     def run(places):
         events = ditkit.Events(lambda e: heard.append(e.name) if e.name.startswith("cache.") else None)
-        pipe.pipeline.run(
-            begin(pipe), pipe.components, places=places, results=cache, until="encode_text", events=events
-        )
+        pipe.stages.run(begin(pipe), pipe.components, places=places, results=cache, until="encode_text", events=events)
 
     run({"encode_text": [Segment(remote)]})
     run({})  # the same software: one result for both
@@ -315,20 +350,20 @@ def test_a_cache_tells_results_of_another_torch_from_those_of_this_one(pipe, rem
 
 
 def test_a_host_that_is_not_there_at_first_is_asked_again(pipe, remote):
-    describe, asked, heard = remote.channel.describe, [], []
+    ask, asked, heard = remote.channel.ask, [], []
 
-    def late():
+    def late(question, name=""):
         asked.append(True)
         if len(asked) < 3:
             raise Lost("asking calls who it is", "it is not there", "Start it")
-        return describe()
+        return ask(question, name)
 
-    remote.channel.describe = late
+    remote.channel.ask = late
     events = ditkit.Events(lambda e: heard.append(e["attempt"]) if e.name == "place.retry" else None)
     places = {"encode_text": [Segment(remote)]}
-    pipe.pipeline.prepare(begin(pipe), pipe.components, places=places, events=events)
+    pipe.stages.prepare(begin(pipe), pipe.components, places=places, events=events)
     assert heard == [1, 2]
     asked.clear()
     remote.handshake._said, remote.handshake.retries = None, 1
     with pytest.raises(PlaceError, match=r"it is not there \(2 times\)"):
-        pipe.pipeline.run(begin(pipe), pipe.components, places=places)
+        pipe.stages.run(begin(pipe), pipe.components, places=places)

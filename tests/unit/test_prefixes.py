@@ -4,8 +4,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ditkit.checkpoints.files import TensorFiles, open_source
-from ditkit.checkpoints.prefixes import Unprefixed, shared_prefix
+from ditkit.checkpoints.files.opening import TensorFiles, open_source
+from ditkit.checkpoints.views.prefixes import Unprefixed, shared_prefix
 from ditkit.errors import LoadError
 
 BARE = ("blocks.0.self_attn.q.weight", "head.modulation", "patch_embedding.bias")

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ditkit.errors import PlaceError
-from ditkit.placement.offer import worker_of
 from ditkit.placement.probe import cases, has_probe, probe_of
+from ditkit.placement.worker_factory import worker_of
 from ditkit.setup import Setup
 
 TASKS = ("t2v", "i2v", "flf2v", "vace", "ti2v", "t2v_a14b", "i2v_a14b")
@@ -49,7 +49,7 @@ def test_it_sees_weights_dtypes_and_cleaning(models, monkeypatch):
     assert {n for n in once if other[n] != once[n]} == {"encode_text"}
     other = hashes(folder, dtypes={"vae": "float16", "transformer": "bfloat16"})
     assert {n for n in once if other[n] != once[n]} == {"denoise", "decode_latents"}
-    other = hashes(folder, precision="float32", dtypes={"transformer": "bfloat16"})
+    other = hashes(folder, dtype_policy="float32", dtypes={"transformer": "bfloat16"})
     assert other["denoise"] != hashes(folder, dtypes={"transformer": "bfloat16"})["denoise"]
 
     from ditkit.models import text
@@ -98,7 +98,7 @@ def test_the_numbers_tell_how_far_apart_two_hosts_are(models):
 
 
 def test_a_stage_of_somebody_else_has_none(models):
-    from ditkit.pipeline import BaseStage
+    from ditkit.execution.stage_list import BaseStage
 
     class Mine(BaseStage):
         name, reads, writes = "mine", ("weights",), ("video",)

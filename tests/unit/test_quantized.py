@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from ditkit.checkpoints.files import TensorFiles, open_source
+from ditkit.checkpoints.files.opening import TensorFiles, open_source
 from ditkit.checkpoints.load import load_into
-from ditkit.checkpoints.prefixes import Unprefixed
-from ditkit.checkpoints.quantized import Dequantized
+from ditkit.checkpoints.views.prefixes import Unprefixed
+from ditkit.checkpoints.views.quantized import Dequantized
 from ditkit.errors import LoadError
 
 E4, E5 = torch.float8_e4m3fn, torch.float8_e5m2

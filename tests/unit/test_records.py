@@ -57,7 +57,7 @@ def test_the_same_prompt_written_again_is_no_change(pipe, whole):
     ("changes", "stages", "reason"),
     [
         ({"steps": 3}, ["denoise", "decode_latents"], "steps was 4, is 3"),
-        ({"rounding": "diffusers"}, ["decode_latents"], "rounding was 'official', is 'diffusers'"),
+        ({"rounding": "diffusers"}, ["decode_latents"], "rounding was 'wan', is 'diffusers'"),
         ({"guidance_scale": 3.0}, ["denoise", "decode_latents"], "guidance_scale was 5.0, is 3.0"),
         ({"guidance_scale": 1.0}, ["encode_text", "denoise", "decode_latents"], "guided was True, is False"),
         ({"fps": 24}, [], None),
@@ -125,4 +125,4 @@ def test_undeclared_reading_is_still_refused(pipe, whole):
             return {"latents": inputs["prompt"]}
 
     with pytest.raises(PipelineError, match="did not declare"):
-        pipe.pipeline.insert(Peeks(), after="decode_latents").run(whole, pipe.components, start="peeks")
+        pipe.stages.insert(Peeks(), after="decode_latents").run(whole, pipe.components, start="peeks")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ditkit.pipeline import BaseStage, Pipeline
+from ditkit.execution.stage_list import BaseStage, StageList
 from ditkit.runs import located
 from ditkit.runs.kept import KeptStates
 from ditkit.runs.rewind import taken_back
@@ -86,7 +86,7 @@ class Says(BaseStage):
         self.fields = tuple(Field(n, "plain", "str", "", "", name, "") for n in writes if n[0] in "abcd")
 
 
-PIPELINE = Pipeline([
+PIPELINE = StageList([
     Says("one", ("prompt",), ("a",)), Says("two", ("seed",), ("b",)), Says("three", ("a",), ("c",)),
     Says("start", ("b",), ("latents",)), Says("loop", ("c", "latents"), ("latents", "step"), ("latents", "step")),
     Says("last", ("latents",), ("d",)),

@@ -60,8 +60,8 @@ class Delegate:
     def needs_noise(self):
         return self.inner.needs_noise
 
-    def sigmas(self, steps, shift, schedule):
-        return self.inner.sigmas(steps, shift, schedule)
+    def sigmas(self, steps, shift, convention):
+        return self.inner.sigmas(steps, shift, convention)
 
     def solve(self, x, velocity, step, history, noise=None):
         return self.inner.solve(x, velocity, step, history, noise)
@@ -109,7 +109,7 @@ def plugged(pipe, seams: Seams):
     """The same loaded model with other seams. Swaps are applied when a model is built, so they need their own."""
     if seams.swaps:
         return ditkit.load(pipe.setup.model, seams=seams)
-    return ditkit.Pipe(pipe.model, pipe.setup, pipe.components, pipe.pipeline, seams)
+    return ditkit.Pipeline(pipe.model, pipe.setup, pipe.components, pipe.stages, seams)
 
 
 def latents(pipe, **request) -> torch.Tensor:
@@ -239,8 +239,8 @@ def test_blocks_and_attention_are_told_where_they_are(pipe):
 
 def test_the_scheduler_decides_steps_and_noise(pipe):
     class Counting(Delegate):
-        def sigmas(self, steps, shift, schedule):
-            asked.append((steps, shift, schedule))
+        def sigmas(self, steps, shift, convention):
+            asked.append((steps, shift, convention))
             return [0.9, 0.5, 0.0]
 
         def solve(self, x, velocity, step, history, noise=None):
@@ -250,7 +250,7 @@ def test_the_scheduler_decides_steps_and_noise(pipe):
     asked, noises = [], []
     chosen = plugged(pipe, Seams(scheduler=Counting(make("dpm++_sde"))))
     state = chosen.run(chosen.begin(pipe.model.request({"prompt": PROMPT, "shift": 3.0})), until="denoise").state
-    assert asked == [(4, 3.0, "official")]
+    assert asked == [(4, 3.0, "wan")]
     torch.testing.assert_close(state["sigmas"], [0.9, 0.5, 0.0])
     assert state["step"] == 2
     assert [n.shape for n in noises] == [(1, 16, 2, 4, 4)] * 2

@@ -1,4 +1,4 @@
-"""What every solver must do: exactness, order of accuracy, no hidden state, no surprise at sigma 1 and 0."""
+"""What every scheduler must do: exactness, order of accuracy, no hidden state, no surprise at sigma 1 and 0."""
 
 import math
 from concurrent.futures import ThreadPoolExecutor
@@ -31,18 +31,18 @@ SOLVERS = [
 SHAPE = (1, 4, 2, 3, 3)
 
 
-def noise_for(solver, step, like):
-    return step_noise(5, step.index, like.shape) if solver.needs_noise else None
+def noise_for(scheduler, step, like):
+    return step_noise(5, step.index, like.shape) if scheduler.needs_noise else None
 
 
 def velocity_of(x, step):
     return torch.sin(3 * x) + 0.1 * step.sigma
 
 
-def run(solver, x, plan, velocity=velocity_of, history=None):
+def run(scheduler, x, plan, velocity=velocity_of, history=None):
     history = {} if history is None else history
     for step in plan:
-        x, history = solver.solve(x, velocity(x, step), step, history, noise_for(solver, step, x))
+        x, history = scheduler.solve(x, velocity(x, step), step, history, noise_for(scheduler, step, x))
         assert x.isfinite().all(), step
         assert all(value.isfinite().all() for value in history.values()), step
     return x, history
@@ -53,17 +53,17 @@ def start(dtype=torch.float32):
 
 
 @pytest.mark.parametrize(("name", "options"), SOLVERS)
-@pytest.mark.parametrize("schedule", ["official", "diffusers"])
+@pytest.mark.parametrize("convention", ["wan", "diffusers"])
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 20])
-def test_a_model_that_knows_the_answer_is_believed(name, options, schedule, steps):
+def test_a_model_that_knows_the_answer_is_believed(name, options, convention, steps):
     """With the same x0 prediction at every step the end is that x0, and on the way (without fresh noise) x stays on
     the straight line between it and the noise."""
-    solver, x0, noise = make(name, **options), start(torch.float64).flip(1), start(torch.float64)
-    plan = step_table(solver, steps, 5.0, schedule, 1.0, 1000.0)
+    scheduler, x0, noise = make(name, **options), start(torch.float64).flip(1), start(torch.float64)
+    plan = step_table(scheduler, steps, 5.0, convention, 1.0, 1000.0)
     x, history = (1 - plan[0].sigma) * x0 + plan[0].sigma * noise, {}
     for step in plan:
-        x, history = solver.solve(x, (x - x0) / step.sigma, step, history, noise_for(solver, step, x))
-        if not solver.needs_noise:
+        x, history = scheduler.solve(x, (x - x0) / step.sigma, step, history, noise_for(scheduler, step, x))
+        if not scheduler.needs_noise:
             line = (1 - step.sigma_next) * x0 + step.sigma_next * noise
             torch.testing.assert_close(x, line, rtol=0, atol=1e-13)
     assert x.dtype == torch.float64
@@ -72,12 +72,12 @@ def test_a_model_that_knows_the_answer_is_believed(name, options, schedule, step
 
 @pytest.mark.parametrize(("name", "options"), SOLVERS)
 @settings(max_examples=6, deadline=None)
-@given(st.integers(1, 18), st.integers(0, 17), st.sampled_from(["official", "diffusers"]), st.sampled_from([3.0, 12.0]))
-def test_a_run_goes_on_from_a_file_bit_for_bit(tmp_path_factory, name, options, steps, stop, schedule, shift):
-    solver, stop = make(name, **options), min(stop, steps)
-    plan = step_table(solver, steps, shift, schedule, 1.0, 1000.0)
-    whole, whole_history = run(solver, start(), plan)
-    x, history = run(solver, start(), plan[:stop])
+@given(st.integers(1, 18), st.integers(0, 17), st.sampled_from(["wan", "diffusers"]), st.sampled_from([3.0, 12.0]))
+def test_a_run_goes_on_from_a_file_bit_for_bit(tmp_path_factory, name, options, steps, stop, convention, shift):
+    scheduler, stop = make(name, **options), min(stop, steps)
+    plan = step_table(scheduler, steps, shift, convention, 1.0, 1000.0)
+    whole, whole_history = run(scheduler, start(), plan)
+    x, history = run(scheduler, start(), plan[:stop])
     path = tmp_path_factory.mktemp("run") / "state.safetensors"
     save_file({"x": x, "start": start(), **{f"history.{k}": v for k, v in history.items()}}, path)
     saved = load_file(path)
@@ -90,15 +90,15 @@ def test_a_run_goes_on_from_a_file_bit_for_bit(tmp_path_factory, name, options, 
 
 @pytest.mark.parametrize(("name", "options"), SOLVERS)
 def test_inputs_are_left_alone_and_shared_with_nobody(name, options):
-    solver = make(name, **options)
-    plan = step_table(solver, 6, 5.0, "official", 1.0, 1000.0)
+    scheduler = make(name, **options)
+    plan = step_table(scheduler, 6, 5.0, "wan", 1.0, 1000.0)
     x, history = start(), {}
     for step in plan:
-        velocity, noise = velocity_of(x, step), noise_for(solver, step, x)
+        velocity, noise = velocity_of(x, step), noise_for(scheduler, step, x)
         given = {"x": x, "velocity": velocity, **history, **({} if noise is None else {"noise": noise})}
         copies = {k: v.clone() for k, v in given.items()}
         keys = set(history)
-        x_next, history_next = solver.solve(x, velocity, step, history, noise)
+        x_next, history_next = scheduler.solve(x, velocity, step, history, noise)
         assert set(history) == keys
         assert all(torch.equal(given[k], copies[k]) for k in given)
         storages = [t.untyped_storage().data_ptr() for t in (x, velocity, x_next, *history_next.values())]
@@ -113,26 +113,26 @@ def test_inputs_are_left_alone_and_shared_with_nobody(name, options):
 
 @pytest.mark.parametrize(("name", "options"), SOLVERS)
 def test_two_threads_share_one_solver(name, options):
-    solver = make(name, **options)
-    plans = [step_table(solver, n, s, "official", 1.0, 1000.0) for n, s in ((12, 5.0), (17, 3.0))] * 2
-    alone = [run(solver, start(), plan)[0] for plan in plans]
+    scheduler = make(name, **options)
+    plans = [step_table(scheduler, n, s, "wan", 1.0, 1000.0) for n, s in ((12, 5.0), (17, 3.0))] * 2
+    alone = [run(scheduler, start(), plan)[0] for plan in plans]
     with ThreadPoolExecutor(4) as pool:
-        together = list(pool.map(lambda plan: run(solver, start(), plan)[0], plans))
+        together = list(pool.map(lambda plan: run(scheduler, start(), plan)[0], plans))
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
 
 
 @pytest.mark.parametrize(("name", "options"), SOLVERS)
 def test_precision_of_the_sample(name, options):
-    solver = make(name, **options)
-    plan = step_table(solver, 5, 5.0, "official", 1.0, 1000.0)
+    scheduler = make(name, **options)
+    plan = step_table(scheduler, 5, 5.0, "wan", 1.0, 1000.0)
     half = start().bfloat16()
-    narrow, history = run(solver, half, plan[:1], velocity=lambda x, step: velocity_of(x.float(), step).bfloat16())
-    wide, _ = run(solver, half.float(), plan[:1], velocity=lambda x, step: velocity_of(x, step).bfloat16())
+    narrow, history = run(scheduler, half, plan[:1], velocity=lambda x, step: velocity_of(x.float(), step).bfloat16())
+    wide, _ = run(scheduler, half.float(), plan[:1], velocity=lambda x, step: velocity_of(x, step).bfloat16())
     assert narrow.dtype == torch.float32
     assert torch.equal(narrow, wide)
-    double, history = run(solver, start(torch.float64), plan)
+    double, history = run(scheduler, start(torch.float64), plan)
     assert {double.dtype, *(v.dtype for v in history.values())} == {torch.float64}
-    torch.testing.assert_close(run(solver, start(), plan)[0].double(), double, rtol=0, atol=1e-5)
+    torch.testing.assert_close(run(scheduler, start(), plan)[0].double(), double, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "options"), SOLVERS)
@@ -140,12 +140,12 @@ def test_sigma_one_is_the_limit_of_sigmas_close_to_it(name, options):
     """lambda is -inf there. Solvers may start from pure noise, whichever grid they are given."""
     if options.get("solver_type") == "bh1" and options["corrector"]:
         pytest.skip("B = -h has no limit; the next test covers it")
-    solver, rest = make(name, **options), [0.9, 0.7, 0.5, 0.3, 0.1]
+    scheduler, rest = make(name, **options), [0.9, 0.7, 0.5, 0.3, 0.1]
 
     def end(first):
-        plan = step_table(solver, None, None, "official", 1.0, 1000.0, [0.99, *rest])
+        plan = step_table(scheduler, None, None, "wan", 1.0, 1000.0, [0.99, *rest])
         plan = [replace(plan[0], sigma=first), *plan[1:]]
-        return run(solver, start(torch.float64), plan)[0]
+        return run(scheduler, start(torch.float64), plan)[0]
 
     # Where 1 / r enters the distance to the limit shrinks like 1 / lambda, so slowly; elsewhere like 1 - sigma.
     far, near = ((end(1 - eps) - end(1.0)).abs().max().item() * -math.log(eps) for eps in (1e-4, 1e-15))
@@ -154,7 +154,7 @@ def test_sigma_one_is_the_limit_of_sigmas_close_to_it(name, options):
 
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_bh1_from_pure_noise_is_finite_and_close_to_bh2(order):
-    plan = step_table(make("unipc"), None, None, "official", 1.0, 1000.0, [1.0, 0.96, 0.9, 0.8, 0.6, 0.3])
+    plan = step_table(make("unipc"), None, None, "wan", 1.0, 1000.0, [1.0, 0.96, 0.9, 0.8, 0.6, 0.3])
     ends = [run(make("unipc", order=order, solver_type=t), start(torch.float64), plan)[0] for t in ("bh1", "bh2")]
     assert (ends[0] - ends[1]).abs().max() < 0.1
 
@@ -166,7 +166,7 @@ def gauss(sigma, mean=0.7, spread=0.4, z=1.3):
     return alpha * mean + width * z, lambda x: mean + alpha * spread**2 / width**2 * (x - alpha * mean)
 
 
-def error_after(solver, steps):
+def error_after(scheduler, steps):
     """Error at sigma 0.1 after ``steps`` steps from 0.9, evenly in lambda; the first three steps start from exact
     values, so that the warm-up does not hide the order."""
     top = math.log(9)
@@ -178,7 +178,7 @@ def error_after(solver, steps):
         exact, predict = gauss(sigmas[i])
         if i < 3:
             x = torch.tensor([exact], dtype=torch.float64)
-        x, history = solver.solve(x, (x - predict(x)) / sigmas[i], step, history)
+        x, history = scheduler.solve(x, (x - predict(x)) / sigmas[i], step, history)
     return abs(x.item() - gauss(sigmas[-1])[0])
 
 
@@ -209,10 +209,10 @@ def test_order_of_accuracy(name, options, order):
 def test_higher_orders_end_closer_on_an_ordinary_run():
     """The whole path with warm-up and low-order end, as a person runs it: 20 steps of the official grid."""
 
-    def end(solver):
-        plan = step_table(solver, 20, 3.0, "official", 1.0, 1000.0)
+    def end(scheduler):
+        plan = step_table(scheduler, 20, 3.0, "wan", 1.0, 1000.0)
         x = torch.tensor([gauss(plan[0].sigma)[0]], dtype=torch.float64)
-        return abs(run(solver, x, plan, lambda x, s: (x - gauss(s.sigma)[1](x)) / s.sigma)[0].item() - gauss(0.0)[0])
+        return abs(run(scheduler, x, plan, lambda x, s: (x - gauss(s.sigma)[1](x)) / s.sigma)[0].item() - gauss(0.0)[0])
 
     euler, dpm, unipc = end(make("euler")), end(make("dpm++")), end(make("unipc"))
     assert unipc < dpm < euler
@@ -220,10 +220,10 @@ def test_higher_orders_end_closer_on_an_ordinary_run():
 
 def test_sde_ends_with_the_spread_of_the_data():
     """Fresh noise keeps the distribution: normal data keeps its mean and width."""
-    solver = make("dpm++_sde")
-    plan = step_table(solver, 60, 3.0, "official", 1.0, 1000.0)
+    scheduler = make("dpm++_sde")
+    plan = step_table(scheduler, 60, 3.0, "wan", 1.0, 1000.0)
     x = torch.randn(4000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    x, _ = run(solver, x, plan, lambda x, s: (x - gauss(s.sigma)[1](x)) / s.sigma)
+    x, _ = run(scheduler, x, plan, lambda x, s: (x - gauss(s.sigma)[1](x)) / s.sigma)
     assert x.mean() == pytest.approx(0.7, abs=0.02)
     assert x.std() == pytest.approx(0.4, abs=0.02)
 

@@ -13,12 +13,12 @@ import torch
 import ditkit
 from ditkit.errors import PlaceError
 from ditkit.events import Events
-from ditkit.pipeline import BaseStage, Pipeline
-from ditkit.placement.job import Frame, frame_to_error
+from ditkit.execution.place import Segment
+from ditkit.execution.stage_list import BaseStage, StageList
+from ditkit.placement.job import Message, message_to_error
 from ditkit.placement.remote import Remote
 from ditkit.placement.worker import Worker
 from ditkit.receipt import Recorder
-from ditkit.running import Segment
 from ditkit.stages.decode_latents import DecodeLatents
 from ditkit.state import Field, State
 
@@ -29,8 +29,8 @@ class Liar:
     def __init__(self, worker, change=None, said=None):
         self.worker, self.change, self.said = worker, change or (lambda frame: [frame]), said or {}
 
-    def describe(self):
-        return {**self.worker.describe(), **self.said}
+    def ask(self, question, name=""):
+        return {**self.worker.describe(), **self.said} if question == "describe" else {}
 
     def submit(self, job, inputs):
         frames = []
@@ -59,8 +59,8 @@ def begin(pipe):
 
 
 def run_at(pipe, change=None, said=None, stage="denoise", keep=None, pipeline=None):
-    worker = Worker({s.name: s for s in pipe.pipeline.stages}, pipe.components, {})
-    place, pipeline = Remote("liar", Liar(worker, change, said)), pipeline or pipe.pipeline
+    worker = Worker({s.name: s for s in pipe.stages.stages}, pipe.components, {})
+    place, pipeline = Remote("liar", Liar(worker, change, said)), pipeline or pipe.stages
     return pipeline.run(begin(pipe), pipe.components, places={stage: [Segment(place)]}, keep=keep, until=stage,
                         events=Events(Recorder()), seams=pipe.seams)  # fmt: skip
 
@@ -71,7 +71,7 @@ def with_fields(kind, **fields):
             return [frame]
         state = frame.state("liar")
         about = {**state["outcome"], **fields.pop("outcome", {})}
-        return [Frame(kind, State({**state, **fields, "outcome": about}))]
+        return [Message(kind, State({**state, **fields, "outcome": about}))]
 
     return change
 
@@ -109,7 +109,7 @@ DEEP = "[" * 100_000 + "]" * 100_000
 
 
 def event(**about):
-    return json.dumps(about).encode()
+    return json.dumps({"seconds": 1.0, "span": 0, "parent": 0, **about}).encode()
 
 
 @pytest.mark.parametrize(
@@ -122,23 +122,30 @@ def event(**about):
         (event(name="travel", values={"sent": 0}), "no stage emits that"),
         (event(name="a", values=[1]), "it is damaged"),
         (b'{"name": "a", "values": ' + DEEP.encode() + b"}", "it is damaged"),
+        (event(name="load.start", values={"component": "vae"}), "it does not fit its span"),
+        (event(name="load.end", values={"component": "vae", "elapsed": 1.0}, span=999), "it does not fit its span"),
+        (event(name="a", values={}, parent=999), "it does not fit its span"),
+        (event(name="a", values={}, span=1.5), "it is damaged"),
+        (event(name="a", values={}, seconds="now"), "it is damaged"),
+        (event(name="step.middle", values={}), "there is no such event"),
+        (event(name="load.start", values={"component": "vae", "more": 1}, span=999), "its more is not in the table"),
     ],
 )
 def test_events_that_no_stage_emits(pipe, payload, found):
     with pytest.raises(PlaceError, match=f"{found}.*liar sent that"):
-        run_at(pipe, lambda frame: [Frame("event", payload), frame])
+        run_at(pipe, lambda frame: [Message("event", payload), frame])
 
 
 def test_an_event_may_carry_any_name_of_a_value(pipe):
-    run_at(pipe, lambda frame: [Frame("event", event(name="a", values={"name": 1, "self": 2})), frame])
+    run_at(pipe, lambda frame: [Message("event", event(name="a", values={"name": 1, "self": 2})), frame])
 
 
 def test_words_of_another_machine_do_not_steer_the_terminal():
     words = {"kind": "PlaceError", "asked": "a\x1b[2J", "found": "b\r" + "x" * 10_000, "do": "c"}
-    told = str(frame_to_error(json.dumps(words).encode(), "liar"))
+    told = str(message_to_error(json.dumps(words).encode(), "liar"))
     assert told.isprintable()
     assert len(told) < 3000
-    assert "damaged" in str(frame_to_error(DEEP.encode(), "liar"))
+    assert "damaged" in str(message_to_error(DEEP.encode(), "liar"))
 
 
 def test_a_state_whose_description_is_too_deep():
@@ -171,9 +178,9 @@ def test_a_host_that_is_told_to_end_was_lost_and_is_no_ctrl_c_of_ours(pipe):
             self.worker.run(job, inputs, send, ended)
             yield from frames
 
-    worker = Worker({s.name: s for s in pipe.pipeline.stages}, pipe.components, {})
+    worker = Worker({s.name: s for s in pipe.stages.stages}, pipe.components, {})
     places = {"denoise": [Segment(Remote("ending", Ending(worker)))]}
-    assert pipe.pipeline.run(begin(pipe), pipe.components, places=places, until="denoise").equal(run_at(pipe))
+    assert pipe.stages.run(begin(pipe), pipe.components, places=places, until="denoise").equal(run_at(pipe))
     assert jobs == [0, 1]
 
 
@@ -187,7 +194,7 @@ class Grey(DecodeLatents):
 
 
 def test_a_stage_of_the_user_does_not_run_as_the_standard_one(pipe):
-    own = pipe.pipeline.replace("decode_latents", Grey())
+    own = pipe.stages.replace("decode_latents", Grey())
     assert Grey().version == DecodeLatents().version
     with pytest.raises(PlaceError, match=r"the stage there is ditkit\.stages\.decode_latents\.DecodeLatents, the one"):
         run_at(pipe, stage="decode_latents", pipeline=own)
@@ -195,13 +202,13 @@ def test_a_stage_of_the_user_does_not_run_as_the_standard_one(pipe):
 
 def test_a_host_that_was_started_anew_with_another_stage(pipe):
     """The handshake is long over: the job says which stage is meant."""
-    worker = Worker({s.name: s for s in pipe.pipeline.stages}, pipe.components, {})
+    worker = Worker({s.name: s for s in pipe.stages.stages}, pipe.components, {})
     place = Remote("calls", Liar(worker))
     places = {"decode_latents": [Segment(place)]}
-    done = pipe.pipeline.run(begin(pipe), pipe.components, places=places)
+    done = pipe.stages.run(begin(pipe), pipe.components, places=places)
     worker.stages["decode_latents"] = Grey()
     with pytest.raises(PlaceError, match=r"it is made by .*Grey .* here, and asked for is ditkit"):
-        pipe.pipeline.run(done, pipe.components, places=places, start="decode_latents")
+        pipe.stages.run(done, pipe.components, places=places, start="decode_latents")
 
 
 @dataclass(frozen=True)
@@ -217,7 +224,7 @@ class Looks(BaseStage):
 def test_a_stage_that_asks_for_the_seams_is_not_given_none(pipe):
     from ditkit.contracts import Seams
 
-    pipeline = Pipeline((Looks(),))
+    pipeline = StageList((Looks(),))
     places = {"looks": [Segment(Remote("calls", Liar(Worker({"looks": Looks()}, {}, {}))))]}
     assert pipeline.run(begin(pipe), {}, places=places)["expansion"] == [{"plugs": 0}]
     with pytest.raises(PlaceError, match="attend is changed here by Python objects, which do not travel"):
@@ -244,7 +251,7 @@ class Doubles(BaseStage):
 
 @pytest.mark.parametrize("offered", [(Marks(), Doubles()), (Doubles(),)])
 def test_a_stage_may_use_a_field_that_another_stage_describes(pipe, offered):
-    pipeline, worker = Pipeline((Marks(), Doubles())), Worker({s.name: s for s in offered}, {}, {})
+    pipeline, worker = StageList((Marks(), Doubles())), Worker({s.name: s for s in offered}, {}, {})
     places = {s.name: [Segment(Remote("calls", Liar(worker)))] for s in offered}
     whole, there = (pipeline.run(begin(pipe), {}, places=where) for where in ({}, places))
     assert there.equal(whole)

@@ -5,8 +5,8 @@ import torch
 from held import Held
 from safetensors.torch import load_file
 
-from ditkit.checkpoints.files import read_header
-from ditkit.checkpoints.writing import write_file, write_pickle, write_set
+from ditkit.checkpoints.files.opening import read_header
+from ditkit.checkpoints.files.writing import write_file, write_pickle, write_set
 from ditkit.errors import LoadError
 
 MIXED = {

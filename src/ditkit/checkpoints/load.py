@@ -14,8 +14,8 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from ditkit.checkpoints.files import DTYPES, some
-from ditkit.checkpoints.source import TensorSource, cast, unseen
+from ditkit.checkpoints.files.opening import DTYPES, some
+from ditkit.checkpoints.views.source import TensorSource, cast, no_inspection
 from ditkit.errors import LoadError
 
 NOTHING: Mapping[str, str] = MappingProxyType({})
@@ -90,7 +90,7 @@ def fit(
 def read(asked: str, source: TensorSource, key: str, dtype: torch.dtype | None, *, check_finite: bool = True) -> Tensor:
     """One tensor as ``dtype`` (None: as it is stored), on the CPU. Raises LoadError where it is not finite."""
     seen = _Seen()
-    tensor = cast(source, key, dtype, seen if check_finite else unseen)
+    tensor = cast(source, key, dtype, seen if check_finite else no_inspection)
     if not seen.all_finite:
         raise LoadError(asked, f"{key} holds infinite or undefined numbers as {tensor.dtype}", "Use other weights")
     return tensor

@@ -14,7 +14,7 @@ import typer
 
 from ditkit import config
 from ditkit.cli import show
-from ditkit.cli.flags import Given, to_path
+from ditkit.cli.flags import RawSettings, to_path
 from ditkit.errors import SetupError
 from ditkit.setup import Setup
 
@@ -75,7 +75,7 @@ def clear(
 def settled(cache: str | None, gigabytes: str | None, file: Path | None) -> Setup:
     """The settings of all layers but the model's. Raises SetupError."""
     typed = {"cache": cache, "cache_gigabytes": gigabytes}
-    given = Given({key: (text,) for key, text in typed.items() if text is not None}, (), file)
+    given = RawSettings({key: (text,) for key, text in typed.items() if text is not None}, (), file)
     setup = config.settle(*given.layers()).setup()
     return setup if setup.cache is not None else setup.model_copy(update={"cache": "default"})
 

@@ -17,7 +17,7 @@ from ditkit.cli.located import located, packaged
 from ditkit.errors import SetupError
 
 if TYPE_CHECKING:
-    from ditkit.checkpoints.convert import Progress
+    from ditkit.checkpoints.convert.convert import Progress
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -44,7 +44,7 @@ def convert(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the path.")] = False,
 ) -> int:
     """Write a model, whole or not at all, in another layout or type; tensor by tensor, so memory stays small."""
-    from ditkit.checkpoints.convert import convert as run
+    from ditkit.checkpoints.convert.convert import convert as run
 
     src = packaged(src)
     with _progress(quiet) as progress:

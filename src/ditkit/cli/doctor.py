@@ -10,7 +10,8 @@ import typer
 
 from ditkit import config
 from ditkit.cli import show
-from ditkit.cli.flags import Given, kebab, model_name, with_settings
+from ditkit.cli.flags import RawSettings, kebab, with_settings
+from ditkit.cli.opening import model_name
 from ditkit.errors import SetupError
 from ditkit.setup import Setup
 
@@ -31,7 +32,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 @with_settings
-def doctor(given: Given) -> int:
+def doctor(given: RawSettings) -> int:
     """Show versions, devices, encoders and the embedded models; with --placement instead the places that stages run at:
     latency, versions, device and probe. Exit code 1 when something is missing or wrong."""
     setup = config.settle(*given.layers()).setup()
@@ -48,7 +49,7 @@ def doctor(given: Given) -> int:
     return 0 if all(ok for ok, _, _ in checks) else 1
 
 
-def check_places(given: Given, setup: Setup) -> int:
+def check_places(given: RawSettings, setup: Setup) -> int:
     from ditkit.cli import places
 
     for key in given.named():
@@ -97,8 +98,8 @@ def encoder() -> tuple[bool, str, str]:
 
 def embedded_model() -> list[tuple[bool, str, str]]:
     """Every model that comes with the package: its parts are all there and what their files hash to."""
-    from ditkit.build import MODELS, Model
-    from ditkit.checkpoints.files import file_hash
+    from ditkit.assembly import MODELS, Model
+    from ditkit.checkpoints.files.opening import file_hash
     from ditkit.errors import DitkitError
 
     rows = []

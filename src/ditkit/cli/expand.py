@@ -7,13 +7,14 @@ import json
 import typer
 
 from ditkit import config
-from ditkit.cli import expansion, job, show
-from ditkit.cli.flags import Given, Prompt, with_settings
+from ditkit.cli import expansion, show
+from ditkit.cli.flags import Prompt, RawSettings, with_settings
+from ditkit.cli.run_options import Json, Quiet
 from ditkit.errors import RequestError, SetupError
 
 KEYS = (
     "prompt", "image", "last_image", "seed", "expander", "expander_model", "expand_template", "expand_temperature",
-    "expand_max_tokens", "expand_attempt", "expand_fallback", "retries", "patience", "device", "dtype", "debug",
+    "expand_max_tokens", "expand_attempt", "expand_fallback", "retries", "timeout", "device", "dtype", "debug",
 )  # fmt: skip
 """The settings that an expansion reads."""
 
@@ -22,11 +23,11 @@ def add_to(app: typer.Typer) -> None:
     app.command("expand")(with_settings(expand, KEYS))
 
 
-def expand(given: Given, prompt: Prompt = None, quiet: job.Quiet = False, as_json: job.Json = False) -> None:
+def expand(given: RawSettings, prompt: Prompt = None, quiet: Quiet = False, as_json: Json = False) -> None:
     """Let a language model expand a prompt, and show what changed."""
     from ditkit import pictures
     from ditkit.events import Events
-    from ditkit.pipeline import SOURCES, Pipeline
+    from ditkit.execution.stage_list import SOURCES, StageList
     from ditkit.prompting import open_expander, templates
     from ditkit.stages.expand_prompt import ExpandPrompt
     from ditkit.state import State
@@ -42,7 +43,7 @@ def expand(given: Given, prompt: Prompt = None, quiet: job.Quiet = False, as_jso
     seen = pictures.tensors(pictures.read(shown, {}), len(prompts), request)
     asked = {**request.model_dump(), "expand": "yes"}
     state = State({"prompt": list(prompts), "seed": list(seeds), "request": asked, **seen})
-    pipeline = Pipeline([ExpandPrompt()], (*SOURCES, *templates.PICTURES))
+    pipeline = StageList([ExpandPrompt()], (*SOURCES, *templates.PICTURES))
     expander = open_expander(setup)
     expander.load()
     state = pipeline.run(state, {"prompt_expander": expander}, events=Events(expansion.warn_of_fallback))

@@ -22,14 +22,14 @@ import typer
 from ditkit.cli import asking
 from ditkit.errors import RequestError
 from ditkit.events import Event
-from ditkit.receipt import Recorder
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-    from ditkit.cli.job import Goal
-    from ditkit.pipe import Pipe
+    from ditkit.cli.run_options import RunOptions
+    from ditkit.pipeline import Pipeline
+    from ditkit.receipt import Recorder
     from ditkit.state import State
 
 STAGE = "expand_prompt"
@@ -37,12 +37,14 @@ CHOICES = {"u": "use", "e": "edit", "r": "raw", "a": "again", "q": "quit"}
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+|\s+|[^\w\s]|_+")
 
 
-def before_run(pipe: Pipe, state: State, goal: Goal, out: Console) -> tuple[State, Goal]:
+def before_run(pipe: Pipeline, state: State, goal: RunOptions, out: Console) -> tuple[State, RunOptions]:
     """``state`` with its prompts expanded and shown, and taken by the person if they want to be asked; and what is left
     to do. Without expansion, or where it is done already, both as they are. Raises RequestError where nobody is there
     to be asked."""
+    from ditkit.receipt import Recorder
+
     asks = state["request"].get("expand", "no") == "ask"
-    if not any(stage.name == STAGE for stage in pipe.pipeline.planned(state, goal.start, goal.until)):
+    if not any(stage.name == STAGE for stage in pipe.stages.planned(state, goal.start, goal.until)):
         return state, goal
     if asks and not (sys.stdin.isatty() and out.file.isatty()):
         raise RequestError("--expand ask", "there is no terminal to ask at", "Use --expand yes, or `ditkit expand`")
@@ -53,7 +55,7 @@ def before_run(pipe: Pipe, state: State, goal: Goal, out: Console) -> tuple[Stat
             show(out, state["prompt"][clip], state["expanded_prompt"][clip], state["expansion"][clip])
         if asks:
             state = taken(pipe, state, clip, out, recorder)
-    following = pipe.pipeline.names[pipe.pipeline.index(STAGE) + 1]
+    following = pipe.stages.names[pipe.stages.index(STAGE) + 1]
     start = following if goal.start == STAGE and goal.until != STAGE else None
     return state, replace(goal, start=start, recorder=recorder)
 
@@ -63,7 +65,7 @@ def warn_of_fallback(event: Event) -> None:
         print(f"note: {event['reason']} The raw prompt is used.", file=sys.stderr)
 
 
-def taken(pipe: Pipe, state: State, clip: int, out: Console, recorder: Recorder) -> State:
+def taken(pipe: Pipeline, state: State, clip: int, out: Console, recorder: Recorder) -> State:
     """Ask what shall become of one clip's prompt, until that is settled. Raises typer.Exit for quit."""
     attempt = state["request"]["expand_attempt"]
     while True:
@@ -85,11 +87,11 @@ def taken(pipe: Pipe, state: State, clip: int, out: Console, recorder: Recorder)
                 raise typer.Exit(1)
 
 
-def again(pipe: Pipe, state: State, clip: int, attempt: int, recorder: Recorder) -> State:
+def again(pipe: Pipeline, state: State, clip: int, attempt: int, recorder: Recorder) -> State:
     """Another expansion for one clip: another seed, the same all else."""
     from ditkit import samples
 
-    part = samples.split(state, pipe.pipeline.table)[clip]
+    part = samples.split(state, pipe.stages.table)[clip]
     part = part.with_fields({"request": {**state["request"], "expand_attempt": attempt}})
     new = pipe.run(part, start=STAGE, until=STAGE, listeners=[warn_of_fallback], recorder=recorder).state
     return _with(state, clip, new["expanded_prompt"][0], new["expansion"][0])

@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from ditkit.cli import show
-from ditkit.cli.flags import Given, settle, with_settings
+from ditkit.cli.flags import RawSettings, with_settings
+from ditkit.cli.opening import settle
 from ditkit.config import FIELDS, check_key
 
 Key = Annotated[str | None, typer.Argument(help="A setting, such as steps. Default: all.", show_default=False)]
@@ -23,7 +24,7 @@ def group() -> None:
 @app.command("explain")
 @with_settings
 def explain(
-    given: Given,
+    given: RawSettings,
     key: Key = None,
 ) -> None:
     """Show every layer that gives a value to a setting; the last one counts."""

@@ -1,6 +1,7 @@
-"""One flag for each field of Request and Setup, made from the fields themselves, and the layers that they end in.
+"""One flag for each field of Request and Setup, made from the fields themselves.
 
-Importing this does not import torch. Leaves out: what the settings are for (``request.py``, ``setup.py``).
+Importing this does not import torch. Leaves out: what the settings are for (``request.py``, ``setup.py``), and the
+layers that they end in (``opening.py``).
 """
 
 from __future__ import annotations
@@ -10,18 +11,15 @@ import json
 import os
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from ditkit import config
-from ditkit.config import FIELDS, Layer, Settled
+from ditkit.config import FIELDS, Layer
 from ditkit.errors import SetupError
-
-if TYPE_CHECKING:
-    from ditkit.build import Model
 
 Prompt = Annotated[str | None, typer.Argument(help="What the clip should show.", show_default=False)]
 
@@ -31,16 +29,8 @@ def to_path(text: str | Path) -> Path:
     return Path(os.path.expanduser(text))
 
 
-def model_name(text: str) -> str:
-    """A model's folder by its whole path, so that States and clips find it from every folder; any other name as is."""
-    from ditkit.build import MODELS
-
-    folder = to_path(text)
-    return str(folder.resolve()) if text and text not in MODELS and folder.exists() else text
-
-
 @dataclass(frozen=True)
-class Given:
+class RawSettings:
     """Settings as they were typed: texts by field (``on`` and ``off`` for a switch), ``--set`` and ``--config``."""
 
     flags: Mapping[str, tuple[str, ...]]
@@ -87,40 +77,6 @@ class Given:
         return Layer({**layer.values, **whole}, {**layer.origins, **origins})
 
 
-def settle(given: Given, below: Layer | None = None) -> tuple[Settled, Model]:
-    """All layers; the model that they name is opened (its weights are not read), for its defaults are one of them.
-
-    ``below`` is a layer between the model's defaults and the config file. Raises UserError for whatever is wrong."""
-    from ditkit.pipe import open_model
-
-    upper = [_located(layer) for layer in (*([] if below is None else [below]), *given.layers())]
-    asked = config.settle(*upper)
-    setup = asked.setup()
-    model = open_model(setup)[1]
-    family = Layer.of(model.family_defaults_for(asked.values), f"model family (official, {model.task})")
-    settled = config.settle(family, Layer.of(model.own_defaults, f"model {setup.model}"), *upper)
-    settled.request()  # a fault in a value is told with where the value comes from
-    check_contradiction(settled, upper)
-    return settled, model
-
-
-def _located(layer: Layer) -> Layer:
-    model = layer.values.get("model")
-    return replace(layer, values={**layer.values, "model": model_name(model)}) if isinstance(model, str) else layer
-
-
-def check_contradiction(settled: Settled, layers: Sequence[Layer]) -> None:
-    """A list of noise levels takes the place of steps and shift, so neither may stand beside or above it."""
-    if settled.values.get("sigmas") is None:
-        return
-    given = {key: max((i for i, layer in enumerate(layers) if key in layer.values), default=-1)
-             for key in ("sigmas", "steps", "shift")}  # fmt: skip
-    for key in ("steps", "shift"):
-        if given[key] >= max(given["sigmas"], 0):
-            raise SetupError(f"{settled.origins[key]} with {settled.origins['sigmas']}",
-                             f"a list of sigmas replaces {key}", f"Leave out {key}, or leave out sigmas")  # fmt: skip
-
-
 def with_settings(command: Callable[..., Any], keys: Sequence[str] = tuple(FIELDS)) -> Callable[..., Any]:
     """``command(given, ...)`` as a typer command: ``given`` is made of an option for each setting, --set and --config.
     ``keys``: the settings that it has a use for.
@@ -144,7 +100,7 @@ def with_settings(command: Callable[..., Any], keys: Sequence[str] = tuple(FIELD
         if values.get("prompt") is not None:
             texts["prompt"] = (values["prompt"],)
         sets, file = tuple(values.pop("sets") or ()), values.pop("file")
-        return command(given=Given(texts, sets, file), **values)
+        return command(given=RawSettings(texts, sets, file), **values)
 
     run.__name__, run.__doc__ = command.__name__, command.__doc__
     run.__signature__ = inspect.Signature([p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in kept] + added)  # type: ignore[attr-defined]

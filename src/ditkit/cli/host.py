@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 
 from ditkit import config
-from ditkit.cli.flags import Given, kebab, model_name, to_path, with_settings
+from ditkit.cli.flags import RawSettings, kebab, to_path, with_settings
+from ditkit.cli.opening import model_name
 from ditkit.cli.show import seconds
 from ditkit.errors import SetupError
 from ditkit.events import Event
@@ -37,12 +38,12 @@ def add_to(app: typer.Typer) -> None:
     app.command("host")(with_settings(host, KEYS))
 
 
-KEYS = tuple(name for name in Setup.model_fields if name not in ("placement", "expect"))
+KEYS = tuple(name for name in Setup.model_fields if name not in ("placement", "expected_probes"))
 """The settings that a host has a use for: requests come with the jobs, and what it offers runs there."""
 
 
 def host(
-    given: Given,
+    given: RawSettings,
     stages: Stages = None,
     port: Port = 8700,
     address: Address = "127.0.0.1",
@@ -56,10 +57,10 @@ def host(
 ) -> int:
     """Offer stages of a model over HTTP, until Ctrl-C. Prints its address when it listens."""
     from ditkit.events import Events
-    from ditkit.placement.host import Limits
-    from ditkit.placement.listen import Host, bind
-    from ditkit.placement.offer import load_all, worker_of
-    from ditkit.placement.tokens import token_in, token_of
+    from ditkit.placement.http.host import Limits
+    from ditkit.placement.http.listen import Host, bind
+    from ditkit.placement.http.tokens import token_in, token_of
+    from ditkit.placement.worker_factory import load_all, worker_of
 
     if (ssl_keyfile is None) != (ssl_certfile is None):
         raise SetupError(
@@ -82,7 +83,7 @@ def host(
     return 0
 
 
-def setup_of(given: Given, backend: str | None) -> Setup:
+def setup_of(given: RawSettings, backend: str | None) -> Setup:
     """Raises SetupError; also for a typed setting of a request, which comes with each job."""
     for key in given.named():
         if key in Request.model_fields:

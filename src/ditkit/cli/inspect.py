@@ -25,7 +25,7 @@ from ditkit.errors import DitkitError, LoadError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ditkit.checkpoints.parts import Part
+    from ditkit.checkpoints.model.locate import Part
 
 UNUSABLE = 2
 
@@ -59,15 +59,15 @@ def inspect(
 
 def examine(path: Path, variant: str | None = None, model: str | None = None) -> dict[str, Any]:
     """The report, as plain values. Raises LoadError for what cannot be opened or recognised."""
-    from ditkit.checkpoints.files import readable
+    from ditkit.checkpoints.files.opening import readable
 
     with readable(f"inspecting {path}"):
         return _examine(packaged(path), variant, model)
 
 
 def _examine(path: Path, variant: str | None, model: str | None) -> dict[str, Any]:
-    from ditkit.checkpoints.detect import recognise
-    from ditkit.checkpoints.files import open_source
+    from ditkit.checkpoints.files.opening import open_source
+    from ditkit.checkpoints.kinds.detect import recognise
 
     if path.is_file() and path.suffix != ".toml":
         source = open_source(path)
@@ -95,7 +95,7 @@ def _examine(path: Path, variant: str | None, model: str | None) -> dict[str, An
 
 def _whole_problems(path: Path, variant: str | None) -> list[str]:
     """What opening the whole model would refuse beyond its parts: its index, its settings, its defaults."""
-    from ditkit.build.model import Model
+    from ditkit.assembly.model import Model
     from ditkit.setup import Setup
 
     try:
@@ -115,7 +115,12 @@ def _detected(found: Any) -> dict[str, Any]:
 def _part(part: Part) -> dict[str, Any]:
     """Facts about one part, and what keeps it from loading (``problems``)."""
     if part.source is None or part.detected is None:
-        return {"kind": part.kind, "path": str(part.path), "problems": _tokenizer_problems(part)}
+        return {
+            "kind": part.kind,
+            "path": str(part.path),
+            "notes": list(part.notes),
+            "problems": _tokenizer_problems(part),
+        }
     stored = part.source
     while hasattr(stored, "source"):
         stored = stored.source
@@ -150,7 +155,7 @@ def _load_problems(part: Part) -> list[str]:
     """What strict loading would refuse, found on a module without memory."""
     import torch
 
-    from ditkit.checkpoints.keys import UMT5_ALIASES
+    from ditkit.checkpoints.kinds.keys import UMT5_ALIASES
     from ditkit.checkpoints.load import mismatches
 
     assert part.source is not None
@@ -205,11 +210,11 @@ SKELETONS: Mapping[str, Callable[[dict[str, Any]], Any]] = MappingProxyType({
 
 
 def _lora(path: Path, source: Any, model: str | None) -> dict[str, Any]:
-    from ditkit.checkpoints.lora import inspect_lora
+    from ditkit.checkpoints.lora.read import inspect_lora
 
     if model is None:
         return {"path": str(path), "kind": "lora", **inspect_lora(source)}
-    from ditkit.checkpoints.find import find
+    from ditkit.checkpoints.model.find import find
 
     part = find(model).located.parts.get("transformer")
     if part is None or part.source is None:

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING
 from ditkit.errors import LoadError
 
 if TYPE_CHECKING:
-    from ditkit.checkpoints.parts import Located
+    from ditkit.checkpoints.model.locate import ModelParts
 
 
 def packaged(path: Path) -> Path:
     """The folder of a packaged model, when ``path`` is its name and there is nothing else of that name.
 
     Raises LoadError for a repository, which none of these commands downloads."""
-    from ditkit.checkpoints.find import MODELS
-    from ditkit.checkpoints.hub import HubName
+    from ditkit.checkpoints.model.find import MODELS
+    from ditkit.checkpoints.model.hub import HubName
 
     if path.exists():
         return path
@@ -29,8 +29,8 @@ def packaged(path: Path) -> Path:
     return MODELS.get(str(path), path)
 
 
-def located(path: Path, variant: str | None = None, *, verify: bool = False) -> Located:
+def located(path: Path, variant: str | None = None, *, verify: bool = False) -> ModelParts:
     """The parts in ``path``. ``verify``: those of a locked manifest are held against their hashes. Raises LoadError."""
-    from ditkit.checkpoints.find import parts_of
+    from ditkit.checkpoints.model.find import parts_of
 
     return parts_of(path, variant, verify=verify)

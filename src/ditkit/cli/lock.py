@@ -20,9 +20,9 @@ def lock(
     offline: Annotated[bool, typer.Option("--offline", help="Use what was fetched before; no network.")] = False,
 ) -> int:
     """Write ditkit.lock beside a manifest: the commit of each repository, the size and sha256 of each file."""
-    from ditkit.checkpoints import lock as locks
-    from ditkit.checkpoints.hub import Hub
-    from ditkit.checkpoints.manifest import Manifest
+    from ditkit.checkpoints.model import lock as locks
+    from ditkit.checkpoints.model.hub import Hub
+    from ditkit.checkpoints.model.manifest import Manifest
     from ditkit.errors import LoadError
     from ditkit.media.files import write_together
 

@@ -31,8 +31,9 @@ from ditkit.cli import (
     show,
     stages,
 )
-from ditkit.cli.job import interruptible
+from ditkit.cli.signals import interruptible
 from ditkit.errors import DitkitError
+from ditkit.request import OLD_NAMES
 
 INTERRUPTED = 130
 
@@ -69,6 +70,15 @@ app.add_typer(bench.app, name="bench")
 app.add_typer(cache.app, name="cache")
 
 
+def _today(argument: str) -> str:
+    """A flag by its earlier name, under today's."""
+    flag, equals, value = argument.partition("=")
+    old = flag.removeprefix("--").removeprefix("no-")
+    if not flag.startswith("--") or (name := OLD_NAMES.get(old.replace("-", "_"))) is None:
+        return argument
+    return flag.removesuffix(old) + name.replace("_", "-") + equals + value
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 1 (it failed), 2 (a mistake of the user's), 130 (interrupted).
 
@@ -76,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a prompt's letters may be more than the terminal's
             stream.reconfigure(errors="replace")
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = [_today(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     try:
         with interruptible():
             code = app(args=arguments, prog_name="ditkit", standalone_mode=False)

@@ -9,16 +9,16 @@ import typer
 
 from ditkit import pictures
 from ditkit.cli import show, stages
-from ditkit.cli.flags import Given, Prompt, with_settings
-from ditkit.cli.generate import open_pipe
+from ditkit.cli.flags import Prompt, RawSettings, with_settings
+from ditkit.cli.opening import open_pipe
 from ditkit.config import FIELDS
 from ditkit.request import Settings
 from ditkit.setup import COMPONENTS
 
 if TYPE_CHECKING:
     from ditkit.config import Settled
-    from ditkit.pipe import Pipe
-    from ditkit.running import Segment
+    from ditkit.execution.place import Segment
+    from ditkit.pipeline import Pipeline
 
 
 def add_to(app: typer.Typer) -> None:
@@ -26,7 +26,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 @with_settings
-def plan(given: Given, prompt: Prompt = None) -> None:
+def plan(given: RawSettings, prompt: Prompt = None) -> None:
     """Show the resolved request, setup, stages and steps of a run; nothing is computed."""
     pipe, request, settled = open_pipe(given)
     pipe.check(request)
@@ -43,16 +43,16 @@ def plan(given: Given, prompt: Prompt = None) -> None:
     devices = [(name, *device_of(pipe, name)) for name in COMPONENTS if name in known]
     out.print(show.table(("component", "device", "dtype"), devices))
     out.print(show.heading("Places"))
-    where = pipe.places.of_run(pipe.pipeline, pipe.components, pipe.seams, lambda: pipe.steps(request))
-    places = [(name, *row) for name in pipe.pipeline.names for row in places_of(where.get(name))]
+    where = pipe.places.of_run(pipe.stages, pipe.components, pipe.seams, lambda: pipe.steps(request))
+    places = [(name, *row) for name in pipe.stages.names for row in places_of(where.get(name))]
     out.print(show.table(("stage", "from step", "place"), places))
     out.print(show.heading("Stages"))
-    out.print(stages.stage_table(pipe.pipeline))
+    out.print(stages.stage_table(pipe.stages))
     out.print(show.heading("Steps"))
     out.print(show.step_table(pipe.steps(request), whole=True))
 
 
-def device_of(pipe: Pipe, name: str) -> tuple[str, str]:
+def device_of(pipe: Pipeline, name: str) -> tuple[str, str]:
     """Device and dtype of a component; of one that lies at a host, what the host says."""
     part = pipe.model.known[name]
     if part.place is None:

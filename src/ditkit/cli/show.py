@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from ditkit.contracts import Step
 
-Look = Callable[[Any], "np.ndarray"]
+Inspect = Callable[[Any], "np.ndarray"]
 
 COLUMNS = 32  # width of the preview
 FRAME = 0.1  # seconds between two previews, at least
@@ -72,10 +72,10 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Text:
     return Text("\n").join([Text(lines[0], "bold"), *map(Text, lines[1:])])
 
 
-def estimate(x: Any, velocity: Any, sigma: float, look: Look) -> np.ndarray:
+def estimate(x: Any, velocity: Any, sigma: float, look: Inspect) -> np.ndarray:
     """What the clip looks like so far: latents [B, C, F, h, w] -> the first clip's middle frame, uint8 [h, w, 3].
 
-    The clean latents are x - sigma * velocity (flow matching); ``look`` makes frames of latents (``Pipe.look``)."""
+    The clean latents are x - sigma * velocity (flow matching); ``look`` makes frames of latents (``Pipeline.look``)."""
     import torch
 
     middle = slice(x.shape[2] // 2, x.shape[2] // 2 + 1)
@@ -172,7 +172,7 @@ class Plain:
 class Live:
     """A bar and, where the model says how its latents look, a picture; both vanish at the end."""
 
-    def __init__(self, out: Console, look: Look | None, frames: int):
+    def __init__(self, out: Console, look: Inspect | None, frames: int):
         from rich.live import Live as RichLive
         from rich.progress import (
             BarColumn,
@@ -244,7 +244,7 @@ class Live:
         self.picture.end = "\n"  # the bar comes below
 
 
-def view(out: Console, quiet: bool, look: Look | None, frames: int, ran: Iterable[str] = ()) -> Plain | Live | None:
+def view(out: Console, quiet: bool, look: Inspect | None, frames: int, ran: Iterable[str] = ()) -> Plain | Live | None:
     """``ran``: the stages that the part of the run before this one has done (``Recorder.done``)."""
     if quiet:
         return None

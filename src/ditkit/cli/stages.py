@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ditkit.cli import show
-from ditkit.cli.flags import model_name
+from ditkit.cli.opening import model_name
 
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from ditkit.pipeline import Pipeline
+    from ditkit.execution.stage_list import StageList
 
 
 def add_to(app: typer.Typer) -> None:
@@ -23,10 +23,10 @@ def stages(model: Annotated[str, typer.Option(help="A model's name or folder.")]
     """List the stages of a pipeline: what each reads and writes, and the components that it calls."""
     import ditkit
 
-    show.console().print(stage_table(ditkit.load(model_name(model)).pipeline))
+    show.console().print(stage_table(ditkit.load(model_name(model)).stages))
 
 
-def stage_table(pipeline: Pipeline) -> Text:
+def stage_table(pipeline: StageList) -> Text:
     """A field in brackets is read if it is there, or written sometimes."""
     from rich.text import Text
 

@@ -1,6 +1,6 @@
 """Pictures to pixels of the right size: uint8 in, float32 in [-1, 1] out, on the CPU.
 
-``official`` and ``diffusers`` differ in filter, in cropping and in the last bit of the scaling; both are here by name.
+``wan`` and ``diffusers`` differ in filter, in cropping and in the last bit of the scaling; both are here by name.
 Legend: B clips, T frames, I x J the picture's rows and columns, H x W the video's.
 Leaves out: which size (``sizes.py``), reading files (``media``), the resizing for CLIP (the encoder's own).
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ditkit.errors import RequestError, nearest
 
-PROCESSINGS = ("official", "diffusers")
+PROCESSINGS = ("wan", "diffusers")
 
 
 def check_processing(processing: str) -> None:
@@ -23,11 +23,11 @@ def check_processing(processing: str) -> None:
                            f"Use {' or '.join(PROCESSINGS)}")  # fmt: skip
 
 
-def signed(pixels: Tensor, processing: str = "official") -> Tensor:
+def signed(pixels: Tensor, processing: str = "wan") -> Tensor:
     """uint8 [..., H, W, 3] -> float32 [..., 3, H, W] in [-1, 1]. The two ways differ by a rounding at most."""
     check_processing(processing)
     x = pixels.movedim(-1, -3).float() / 255
-    return (x - 0.5) / 0.5 if processing == "official" else 2 * x - 1
+    return (x - 0.5) / 0.5 if processing == "wan" else 2 * x - 1
 
 
 def _pil(pixels: Tensor, width: int, height: int) -> Tensor:
@@ -45,18 +45,18 @@ def _cover(rows: int, columns: int, height: int, width: int) -> tuple[int, int, 
     return rows, columns, (rows - height) // 2, (columns - width) // 2
 
 
-def stretched(images: Tensor, height: int, width: int, processing: str = "official") -> Tensor:
+def resize_exact(images: Tensor, height: int, width: int, processing: str = "wan") -> Tensor:
     """uint8 [B, I, J, 3] -> float32 [B, 3, H, W], squeezed to the size whatever the proportions.
 
-    ``official``: bicubic without antialiasing (Wan2.1 ``wan/image2video.py``); values may leave [-1, 1] a little.
+    ``wan``: bicubic without antialiasing (Wan2.1 ``wan/image2video.py``); values may leave [-1, 1] a little.
     ``diffusers``: Lanczos of PIL (``VideoProcessor.preprocess``)."""
     check_processing(processing)
-    if processing == "official":
+    if processing == "wan":
         return F.interpolate(signed(images), size=(height, width), mode="bicubic", align_corners=False)
     return signed(torch.stack([_pil(image, width, height) for image in images]), processing)
 
 
-def covered(images: Tensor, height: int, width: int) -> Tensor:
+def resize_and_crop(images: Tensor, height: int, width: int) -> Tensor:
     """uint8 [B, I, J, 3] -> float32 [B, 3, H, W]: Lanczos of PIL to the size that covers H x W, then its centre.
 
     Source: Wan2.2 ``wan/textimage2video.py``, for the first frame of TI2V-5B."""
@@ -65,7 +65,7 @@ def covered(images: Tensor, height: int, width: int) -> Tensor:
     return signed(resized[:, top : top + height, left : left + width])
 
 
-def proportioned(images: Tensor, rows: int, columns: int) -> Tensor:
+def resize_to_fit(images: Tensor, rows: int, columns: int) -> Tensor:
     """The largest centre piece of uint8 [B, I, J, 3] that has the proportions of ``rows`` x ``columns``.
 
     For a last picture of another shape than the first: what Wan2.1 ``wan/first_last_frame2video.py`` documents. Its
@@ -76,7 +76,7 @@ def proportioned(images: Tensor, rows: int, columns: int) -> Tensor:
     return images[:, top : top + height, left : left + width]
 
 
-def on_white(images: Tensor, height: int, width: int, processing: str = "official") -> Tensor:
+def pad_on_white(images: Tensor, height: int, width: int, processing: str = "wan") -> Tensor:
     """uint8 [N, U, V, 3] -> float32 [N, 3, H, W]: as large as fits, its proportions kept, in the middle of white.
 
     Bilinear without antialiasing. Source: Wan2.1 ``wan/vace.py`` (prepare_source); diffusers' ``WanVACEPipeline``
@@ -101,26 +101,26 @@ def on_white(images: Tensor, height: int, width: int, processing: str = "officia
     return canvas
 
 
-def one_size(images: list[Tensor], height: int, width: int, processing: str = "official") -> Tensor:
-    """Pictures uint8 [U, V, 3] -> uint8 [N, U, V, 3]. If their sizes differ each is put ``on_white`` in the video's
+def one_size(images: list[Tensor], height: int, width: int, processing: str = "wan") -> Tensor:
+    """Pictures uint8 [U, V, 3] -> uint8 [N, U, V, 3]. If their sizes differ each is put ``pad_on_white`` in the video's
     size first, which rounds it to 8 bits once more."""
     if len({image.shape for image in images}) == 1:
         return torch.stack(images)
-    placed = torch.cat([on_white(image[None], height, width, processing) for image in images])
+    placed = torch.cat([pad_on_white(image[None], height, width, processing) for image in images])
     return ((placed.movedim(1, -1) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def video_pixels(video: Tensor, height: int, width: int, processing: str = "official") -> Tensor:
+def video_pixels(video: Tensor, height: int, width: int, processing: str = "wan") -> Tensor:
     """uint8 [T, I, J, 3] -> float32 [3, T, H, W] in [-1, 1].
 
-    ``official``: antialiased bicubic on bytes to the size that covers H x W, then its centre (Wan2.1
+    ``wan``: antialiased bicubic on bytes to the size that covers H x W, then its centre (Wan2.1
     ``wan/utils/vace_processor.py``); ``diffusers``: each frame squeezed by Lanczos (``preprocess_video``)."""
     check_processing(processing)
     frames = _resized(video.movedim(-1, 1), height, width, processing).transpose(0, 1).float()
-    return frames / 127.5 - 1 if processing == "official" else 2 * (frames / 255) - 1
+    return frames / 127.5 - 1 if processing == "wan" else 2 * (frames / 255) - 1
 
 
-def mask_pixels(mask: Tensor, height: int, width: int, processing: str = "official") -> Tensor:
+def mask_pixels(mask: Tensor, height: int, width: int, processing: str = "wan") -> Tensor:
     """float32 [T, I, J] in [0, 1] -> float32 [1, T, H, W], resized as ``video_pixels`` resizes the video.
 
     A mask of the right size stays as it is. Another goes through 8 bits, as a mask video of either code does."""

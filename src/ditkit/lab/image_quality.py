@@ -17,7 +17,7 @@ from ditkit.shapes.draw import MOTIONS, draw, motion_caption
 from ditkit.shapes.measure import measure, psnr, score
 
 if TYPE_CHECKING:
-    from ditkit.pipe import Pipe
+    from ditkit.pipeline import Pipeline
 
 SUBJECT_TARGET = 0.90
 SUBJECT = ("color", "shape", "background")
@@ -40,7 +40,7 @@ class ImageQuality:
 
 
 def image_quality(
-    pipe: Pipe,
+    pipe: Pipeline,
     count: int = 60,
     motions: tuple[str, ...] = MOTIONS,
     progress: Callable[[int, int], None] = lambda done, total: None,

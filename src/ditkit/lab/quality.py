@@ -27,7 +27,7 @@ from ditkit.shapes.draw import (
 from ditkit.shapes.measure import measure, psnr, score
 
 if TYPE_CHECKING:
-    from ditkit.pipe import Pipe
+    from ditkit.pipeline import Pipeline
 
 TARGETS = {"color": 0.95, "motion": 0.90, "shape": 0.80}
 ROUND_TRIP_TARGET = 28.0  # dB
@@ -62,7 +62,7 @@ def held_out(count: int, motions: tuple[str, ...] = tuple(DIRECTIONS)) -> Iterat
         yield sample_scene(rng, **fixed), FIRST_SEED + i
 
 
-def round_trip(pipe: Pipe, count: int = 16) -> float:
+def round_trip(pipe: Pipeline, count: int = 16) -> float:
     """Mean PSNR in dB over clips, after clamping and rounding to bytes, through encode and decode."""
     import torch
 
@@ -77,7 +77,7 @@ def round_trip(pipe: Pipe, count: int = 16) -> float:
     return float(np.mean(values))
 
 
-def quality(pipe: Pipe, count: int = 72, motions: tuple[str, ...] = tuple(DIRECTIONS),
+def quality(pipe: Pipeline, count: int = 72, motions: tuple[str, ...] = tuple(DIRECTIONS),
             progress: Callable[[int, int], None] = lambda done, total: None, **request: Any) -> Quality:  # fmt: skip
     """Make ``count`` clips from plain captions and held-out seeds and read them. ``request`` overrides defaults."""
     hits: dict[str, list[bool]] = {}

@@ -9,14 +9,14 @@ import numpy as np
 
 from ditkit.errors import DitkitError, OutputError
 
-ROUNDINGS = ("official", "diffusers")
+ROUNDINGS = ("wan", "diffusers")
 
 
-def to_uint8(video: Any, rounding: str = "official") -> np.ndarray:
+def to_uint8(video: Any, rounding: str = "wan") -> np.ndarray:
     """What the VAE decodes -> frames: float [..., 3, T, H, W] in [-1, 1] -> uint8 [..., T, H, W, 3].
 
     ``video`` is a torch tensor on any device or a numpy array; values are taken as float32 and clamped.
-    ``official`` cuts the fraction off, as ``cache_video`` of Wan2.1 (``wan/utils/utils.py``) does; ``diffusers``
+    ``wan`` cuts the fraction off, as ``cache_video`` of Wan2.1 (``wan/utils/utils.py``) does; ``diffusers``
     rounds to the nearest, as its ``VaeImageProcessor.numpy_to_pil`` does: brighter by half a level on average.
     A value that is not finite is an error, for as a byte it would pass for a colour."""
     if rounding not in ROUNDINGS:

@@ -21,9 +21,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ditkit.checkpoints.keys import UMT5_ALIASES
+from ditkit.checkpoints.kinds.keys import UMT5_ALIASES
 from ditkit.checkpoints.load import fit, read, two_names_differ
-from ditkit.checkpoints.source import TensorSource
+from ditkit.checkpoints.views.source import TensorSource
 from ditkit.errors import LoadError, RequestError, SetupError
 from ditkit.mlx import BITS, exact_name
 from ditkit.mlx.arrays import GROUP, Packed, mx, to_mlx, to_torch

@@ -21,11 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ditkit.checkpoints.load import load_into
-from ditkit.checkpoints.source import TensorSource
+from ditkit.checkpoints.views.source import TensorSource
 from ditkit.errors import LoadError, RequestError, nearest
 
 ACTIVATIONS = ("gelu", "quick_gelu")
-PROCESSINGS = ("official", "diffusers")
+PROCESSINGS = ("wan", "diffusers")
 
 # Of the pictures that CLIP was trained on, R G B in [0, 1] (openai/CLIP ``clip/clip.py``).
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -111,7 +111,7 @@ class CLIPImageEncoder:
     def encode(self, images: Tensor, processing: str) -> Tensor:
         """Pictures uint8 [B, H, W, 3] of any size -> features [B, tokens, width] in the encoder's dtype.
 
-        ``processing`` is ``official`` or ``diffusers``, see ``preprocess``. Raises RequestError."""
+        ``processing`` is ``wan`` or ``diffusers``, see ``preprocess``. Raises RequestError."""
         return self(preprocess(images, self.image_size, processing))
 
     @torch.no_grad()
@@ -131,7 +131,7 @@ class CLIPImageEncoder:
 def preprocess(images: Tensor, size: int, processing: str) -> Tensor:
     """Pictures uint8 [B, H, W, 3] -> float32 [B, 3, size, size], normalised for CLIP, on the CPU.
 
-    ``official``: squeezed to a square, bicubic without antialiasing (Wan2.1 ``wan/modules/clip.py``).
+    ``wan``: squeezed to a square, bicubic without antialiasing (Wan2.1 ``wan/modules/clip.py``).
     ``diffusers``: the shorter side becomes ``size`` by antialiased bicubic, then the middle square is cut out
     (transformers' ``CLIPImageProcessor`` with PIL, bit for bit). A wide picture loses its ends there.
     Raises RequestError for another name or another kind of picture."""

@@ -75,9 +75,7 @@ def rgb_frames(latents: Tensor, factors: Factors) -> np.ndarray:
     return to_uint8(rgb, "diffusers")
 
 
-def preview_frames(
-    vae: VAE, latents: Tensor, frames_per_chunk: int = 1, rounding: str = "official"
-) -> Iterator[np.ndarray]:
+def preview_frames(vae: VAE, latents: Tensor, frames_per_chunk: int = 1, rounding: str = "wan") -> Iterator[np.ndarray]:
     """``latents`` [B, C, F, h, w] -> frames uint8 [B, t, H, W, 3] as any VAE makes them, chunk by chunk, no gradients.
 
     With a TAEHV this takes milliseconds. Nothing is decoded before the first chunk is asked for."""

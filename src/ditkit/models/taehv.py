@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ditkit.checkpoints.load import load_into
-from ditkit.checkpoints.source import Facts, TensorFacts, TensorSource, View
+from ditkit.checkpoints.views.source import Facts, TensorFacts, TensorSource, View
 from ditkit.models.vae_layers import FeatureCache
 
 VARIANTS = ("base", "super")

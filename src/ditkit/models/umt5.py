@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ditkit.checkpoints.keys import UMT5_ALIASES
+from ditkit.checkpoints.kinds.keys import UMT5_ALIASES
 from ditkit.checkpoints.load import load_into
-from ditkit.checkpoints.source import TensorSource
+from ditkit.checkpoints.views.source import TensorSource
 from ditkit.errors import LoadError, RequestError
 
 

@@ -6,24 +6,36 @@ calls of ``wan_block.py``. The module holds weights only; whatever belongs to on
 tables) is in objects that the caller holds, so threads can share it.
 Leaves out: the blocks themselves (``wan_block.py``), the control branch (``vace.py``), guidance, schedules, files, and
 making the condition and control inputs (``conditioning/``).
-Source: Wan2.1 and Wan2.2 ``wan/modules/model.py``; numerics of both conventions in ``nn/precision.py``.
+Source: Wan2.1 and Wan2.2 ``wan/modules/model.py``; numerics of both conventions in ``nn/dtype_policy.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ditkit.contracts import Attend, RunBlocks, Step
+from ditkit.errors import StateError
+from ditkit.models.conditioning import FIELDS, Conditioning, Text, fitting, text_rows
 from ditkit.models.vace import ControlBlock, begin_control, controlled
-from ditkit.models.wan_block import Block, BlockContext, Modulation, Text, WanConfig, patches
+from ditkit.models.wan_block import (
+    Block,
+    BlockContext,
+    Control,
+    CrossAttention,
+    Modulation,
+    Rope,
+    WanConfig,
+    patchify,
+)
 from ditkit.nn.attention import sdpa
-from ditkit.nn.layers import LayerNorm, Linear, modulation, timestep_sinusoid
-from ditkit.nn.precision import Precision, precision
-from ditkit.nn.rope import rope_table
+from ditkit.nn.dtype_policy import DtypePolicy, dtype_policy
+from ditkit.nn.layers import LayerNorm, Linear, modulation, timestep_embedding
 
 TIMESTEP_SCALE = 1000.0  # timestep = 1000 sigma; the only place of this factor
 
@@ -36,8 +48,8 @@ class Head(nn.Module):
         self.head = Linear(config.dim, patch * config.out_dim)
         self.modulation = modulation(2, config.dim)
 
-    def forward(self, x: Tensor, time: Modulation, policy: Precision) -> Tensor:
-        shift, scale = time.parts(self.modulation, policy.wide)
+    def forward(self, x: Tensor, time: Modulation, policy: DtypePolicy) -> Tensor:
+        shift, scale = time.parts(self.modulation, policy.norm_dtype)
         return self.head(torch.addcmul(shift, self.norm(x), 1 + scale).to(policy.head))
 
 
@@ -57,10 +69,10 @@ class ImageEmbedding(nn.Module):
         )
         self.emb_pos = None if config.image_tokens is None else nn.Parameter(torch.zeros(1, config.image_tokens, width))
 
-    def forward(self, features: Tensor, policy: Precision) -> Tensor:
-        x = features.to(policy.stream)
+    def forward(self, features: Tensor, policy: DtypePolicy) -> Tensor:
+        x = features.to(policy.residual_dtype)
         if self.emb_pos is not None:
-            x = x + self.emb_pos.to(policy.stream)
+            x = x + self.emb_pos.to(policy.residual_dtype)
         for layer in self.proj:
             x = layer(x).to(policy.compute)
         return x
@@ -74,16 +86,17 @@ def run_in_order(blocks: Iterable[nn.Module], x: Tensor, ctx: BlockContext) -> T
 
 
 class WanTransformer(nn.Module):
-    """``transformer(latents, timestep, text)``. Latents are [B, C, F, h, w] with h and w even; the velocity
+    """``transformer(latents, timestep, conditioning)``. Latents are [B, C, F, h, w] with h and w even; the velocity
     (noise minus data) that comes back has their shape and is float32 (bfloat16 under the diffusers policy)."""
 
     timestep_scale = TIMESTEP_SCALE
+    reads = FIELDS
     run_blocks = staticmethod(run_in_order)
 
-    def __init__(self, config: WanConfig | None = None, policy: Precision | None = None):
+    def __init__(self, config: WanConfig | None = None, policy: DtypePolicy | None = None):
         super().__init__()
         self.config = config = config or WanConfig()
-        self.precision = policy or precision("official", torch.float32)
+        self.policy = policy or dtype_policy("wan", torch.float32)
         self.identify: Callable[[], str] = lambda: "not loaded from files"
         self.patch_embedding = nn.Conv3d(config.in_dim, config.dim, config.patch_size, config.patch_size)
         self.text_embedding = nn.Sequential(
@@ -122,11 +135,30 @@ class WanTransformer(nn.Module):
     def control_channels(self) -> int:
         return self.config.vace_in_dim if self.config.vace_layers else 0
 
-    def prepare_text(self, rows: Sequence[Tensor], remember: bool = True, image: Tensor | None = None) -> Text:
+    def prepare(
+        self, fields: Mapping[str, Any], settings: Any, branch: str = "cond", cache_text_kv: bool = True
+    ) -> Conditioning:
+        """The conditioning of one branch (``cond``, ``uncond``) from fields of a State: text rows, image features,
+        condition, known frames, control. ``settings``: those of the request, as attributes. Raises StateError where
+        they are not what this transformer takes."""
+        rows = text_rows(fields, branch)
+        condition = fitting(fields, "condition", self.condition_channels)
+        control = fitting(fields, "control", self.control_channels)
+        scale = 1.0 if control is None else settings.control_scale
+        clean = fields["clean_latents"].shape[2] if "clean_latents" in fields else 0
+        try:
+            text = self.prepare_text(rows, cache_text_kv, fields.get("image_embeds")).text
+        except ValueError as e:
+            raise StateError("conditioning on what a State holds", str(e), "Use the encoders of this model") from None
+        return Conditioning(text, condition, control, scale, clean)
+
+    def prepare_text(
+        self, rows: Sequence[Tensor], cache_text_kv: bool = True, image: Tensor | None = None
+    ) -> Conditioning:
         """``rows``: one [length, text_dim] for each sample. Zero rows fill up to ``text_len`` *after* the text encoder
         and *before* the embedding, and all of them are attended: that is what Wan was trained with.
 
-        ``image``: CLIP features [B, n, image_dim]; None attends to the text alone."""
+        ``image``: CLIP features [B, n, image_dim]; None attends to the text alone. Raises ValueError."""
         widths = {r.shape[-1] for r in rows}
         if widths != {self.config.text_dim}:
             raise ValueError(f"text rows of width {widths} were given; the transformer takes {self.config.text_dim}")
@@ -134,10 +166,16 @@ class WanTransformer(nn.Module):
         if longest > self.config.text_len:
             raise ValueError(f"{longest} rows of text were given; the transformer takes {self.config.text_len}")
         padded = torch.stack([F.pad(r, (0, 0, 0, self.config.text_len - len(r))) for r in rows])
-        device, compute = self.patch_embedding.weight.device, self.precision.compute
-        return Text(
-            self.text_embedding(padded.to(device, compute)), {} if remember else None, self._image(image, len(rows))
+        text = Text(
+            self.text_embedding(padded.to(self.device, self.policy.compute)), None, self._image(image, len(rows))
         )
+        if not cache_text_kv:
+            return Conditioning(text)
+        known: dict[tuple[int, bool, str], tuple[Tensor, Tensor]] = {}
+        for module in self.modules():
+            if isinstance(module, CrossAttention):
+                known |= module.all_keys_values(text)
+        return Conditioning(replace(text, keys_values=known))
 
     def _image(self, image: Tensor | None, count: int) -> Tensor | None:
         if image is None:
@@ -148,29 +186,43 @@ class WanTransformer(nn.Module):
         if image.shape != (count, tokens or image.shape[1], width):
             wanted = [count, tokens or "any number", width]
             raise ValueError(f"image features of shape {list(image.shape)} were given; the transformer takes {wanted}")
-        return self.img_emb(image.to(self.device), self.precision)
+        return self.img_emb(image.to(self.device), self.policy)
 
     def forward(
         self,
         latents: Tensor,
         timestep: Tensor,
-        text: Text,
+        conditioning: Conditioning,
         *,
-        control: Tensor | None = None,
-        control_scale: float | Sequence[float] = 1.0,
         run_blocks: RunBlocks = run_in_order,
         attend: Attend = sdpa,
         step: Step | None = None,
     ) -> Tensor:
-        policy = self.precision
+        policy = self.policy
+        timestep, latents = conditioning.timesteps(timestep, latents), conditioning.latents(latents)
         grid = self._grid(latents)
-        x = patches(latents.to(policy.compute), self.patch_embedding)
+        x = patchify(latents.to(policy.compute), self.patch_embedding)
         time, modulation = self._time(timestep, grid)
-        rope = rope_table(grid, self.config.head_dim, latents.device, policy.wide)
-        branch = begin_control(self, control, control_scale, latents.shape)
-        ctx = BlockContext(modulation, rope, text, attend, grid, policy, step, branch)
-        x = run_blocks(self.blocks if branch is None else controlled(self), x, ctx)
-        return self._unpatch(self.head(x, time, policy), grid)
+        rope = Rope(grid, self.config.head_dim, latents.device, policy.norm_dtype)
+        control = self._control(conditioning, latents)
+        tokens = {"video": slice(0, x.shape[1])}
+        ctx = BlockContext(modulation, rope, conditioning.text, attend, grid, policy, step, control, tokens)
+        blocks = self.blocks if control is None else controlled(self.blocks, self.vace_blocks, self.config.vace_layers)
+        x = run_blocks(blocks, x, ctx)
+        return self._unpatchify(self.head(x, time, policy), grid)
+
+    def _control(self, conditioning: Conditioning, latents: Tensor) -> Control | None:
+        """The control branch at its beginning; None for a transformer without one."""
+        given, layers = conditioning.control, self.config.vace_layers
+        if given is None and not layers:
+            return None
+        wanted = (len(latents), self.control_channels, *latents.shape[2:])
+        if given is None or not layers or given.shape != wanted:
+            found = "none was" if given is None else f"one of shape {list(given.shape)} was"
+            takes = f"one of shape {list(wanted)}" if layers else "none"
+            raise ValueError(f"a control input: {found} given; this transformer takes {takes}")
+        scale = conditioning.control_scale
+        return begin_control(self.vace_patch_embedding, layers, given, scale, self.policy.compute)
 
     def _grid(self, latents: Tensor) -> tuple[int, int, int]:
         size, patch = latents.shape[2:], self.config.patch_size
@@ -184,19 +236,19 @@ class WanTransformer(nn.Module):
     def _time(self, timestep: Tensor, grid: tuple[int, int, int]) -> tuple[Modulation, Modulation]:
         """[B], [B, F] or [B, L]: a timestep for all, for each frame, for each token -> the modulations of the head and
         of the blocks."""
-        policy, token = self.precision, None
+        policy, token = self.policy, None
         if timestep.dim() == 2:
             frames, tokens = grid[0], grid[0] * grid[1] * grid[2]
             if timestep.shape[1] not in (frames, tokens):
                 raise ValueError(f"{timestep.shape[1]} timesteps were given for {frames} frames of {tokens} tokens")
             timestep, token = timestep.unique(return_inverse=True)
             token = token.repeat_interleave(tokens // token.shape[1], dim=1)
-        sinusoid = timestep_sinusoid(timestep, self.config.freq_dim, policy.sinusoid).to(policy.wide)
+        sinusoid = timestep_embedding(timestep, self.config.freq_dim, policy.sinusoid).to(policy.norm_dtype)
         time = self.time_embedding(sinusoid).to(policy.projection)
         blocks = self.time_projection(time).unflatten(-1, (6, -1))
         return Modulation(time.unsqueeze(1), token), Modulation(blocks, token)
 
-    def _unpatch(self, x: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    def _unpatchify(self, x: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """[B, L, patch * C], channel fastest -> [B, C, F, h, w]."""
         x = x.unflatten(-1, (*self.config.patch_size, -1)).unflatten(1, grid)
         b, f, h, w, p, q, r, c = x.shape

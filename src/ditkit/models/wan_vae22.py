@@ -1,6 +1,6 @@
 """The video VAE of Wan 2.2 TI2V-5B: pixels <-> latents, 16x16 in space and 4x in time.
 
-The 2.1 blocks in stages, with two more ideas: pixels come in 2x2 patches as channels, and each stage adds a shortcut
+The 2.1 blocks in stages, with two more ideas: pixels come in 2x2 patchify as channels, and each stage adds a shortcut
 without weights that averages or repeats what the stage was given. Parameter names are those of the official
 checkpoint (``encoder.downsamples.1.downsamples.0.residual.2.weight``, ...).
 Leaves out: tiling, and everything about files.
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ditkit.checkpoints.latents import WAN22_MEAN, WAN22_STD
+from ditkit.checkpoints.kinds.latents import WAN22_MEAN, WAN22_STD
 from ditkit.models.causal_vae import CausalVAE
 from ditkit.models.vae_layers import CausalConv3d, Downsample, FeatureCache, ResidualBlock, Upsample, head, middle
 

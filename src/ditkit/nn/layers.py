@@ -66,7 +66,7 @@ class RMSNorm(nn.Module):
         return F.rms_norm(wide, self.weight.shape, None, self.eps).to(x.dtype) * self.weight
 
 
-def timestep_sinusoid(timestep: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+def timestep_embedding(timestep: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
     """[...] -> [..., dim], cosines first: ``cos(t w_j), sin(t w_j)``, ``w_j = 10000^(-j / (dim / 2))``.
 
     The official code makes the angles in float64, diffusers in float32 (3e-5 apart at t = 999)."""

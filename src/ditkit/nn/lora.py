@@ -3,7 +3,7 @@
 Low-rank changes of linears become ``AdaptedLinear``. What has no such form (norms, biases, modulation, the patch
 embedding, LoHa, LoKr, DoRA, written-out differences) gets a merged copy of that one parameter, in a twin of its module.
 Base tensors are shared and never written, so the transformer without LoRA is there all along.
-Leaves out: reading LoRA files (``checkpoints/lora.py``) and merging while loading (``checkpoints/lora_merge.py``).
+Leaves out: reading LoRA files (``checkpoints/lora/read.py``) and merging while loading (``checkpoints/lora/merge.py``).
 """
 
 from __future__ import annotations

@@ -9,16 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 
-from ditkit.build.adapters import Wanted
+from ditkit.assembly.adapters import named_expert
 from ditkit.errors import SetupError
-from ditkit.pipeline import Pipeline
-from ditkit.placement.spec import EXPERTS, Spec, Target
+from ditkit.execution.stage_list import StageList
+from ditkit.placement.spec import EXPERTS, Spec, Target, address
 from ditkit.setup import Setup
 
 HERE = Spec("here", "here")
 
 
-def check(setup: Setup, specs: Mapping[Target, Spec], pipeline: Pipeline) -> None:
+def check(setup: Setup, specs: Mapping[Target, Spec], pipeline: StageList) -> None:
     """``setup``: as it was given. Raises SetupError for the first setting that nothing would heed."""
     used = uses(specs, pipeline)
     for asked, names, deaf in concerns(setup):
@@ -30,7 +30,7 @@ def check(setup: Setup, specs: Mapping[Target, Spec], pipeline: Pipeline) -> Non
             raise SetupError(asked, f"what it concerns is at {where}, where nobody heeds it", do)
 
 
-def uses(specs: Mapping[Target, Spec], pipeline: Pipeline) -> dict[str, list[Spec]]:
+def uses(specs: Mapping[Target, Spec], pipeline: StageList) -> dict[str, list[Spec]]:
     """For each component the places of all stages that call it. Where a loop moves at a step, all its components may be
     at all its places."""
     found: dict[str, list[Spec]] = {}
@@ -59,17 +59,17 @@ def concerns(setup: Setup) -> Iterator[tuple[str, Iterable[str], Callable[[Spec]
 
     One for all components is refused only where none of them is left to heed it."""
     plain, every = Setup(), ("tokenizer", "text_encoder", "image_encoder", *EXPERTS, "vae")
-    for setting in ("parts", "dtypes", "backends"):
+    for setting in ("components", "dtypes", "backends"):
         for name, value in getattr(setup, setting).items():
-            if setting == "parts" and value.startswith(("http://", "https://")):
+            if setting == "components" and address(value) is not None:
                 continue  # it says that the host's is meant
             yield f"{setting} with {name} = {value!r}", [name], elsewhere
     for name, device in setup.devices.items():
         yield f"devices with {name} = {device!r}", [name], partial(on_other_than, device)
     for text in setup.loras:
-        expert = Wanted.parse(text).expert
+        expert, _ = named_expert(text)
         yield f"loras with {text!r}", EXPERTS if expert in (None, "both") else [str(expert)], elsewhere
-    for setting, names in (("precision", EXPERTS), ("dtype", every), ("variant", every)):
+    for setting, names in (("dtype_policy", EXPERTS), ("dtype", every), ("variant", every)):
         if (value := getattr(setup, setting)) != getattr(plain, setting):
             yield f"{setting} = {value!r}", names, elsewhere
     if setup.device != plain.device:

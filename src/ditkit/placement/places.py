@@ -8,12 +8,12 @@ from typing import Any
 
 from ditkit.contracts import Seams, Step
 from ditkit.errors import SetupError, nearest
-from ditkit.pipeline import Pipeline
+from ditkit.execution.place import Here, Place, Segment
+from ditkit.execution.stage_list import StageList
 from ditkit.placement import contradictions
-from ditkit.placement.handshake import check_expected
-from ditkit.placement.remote import Channel, Remote
-from ditkit.placement.spec import Spec, Target
-from ditkit.running import Here, Place, Segment
+from ditkit.placement.channel import Channel
+from ditkit.placement.remote import Remote
+from ditkit.placement.spec import Spec, Target, expected_of, specs_of
 from ditkit.setup import Setup
 
 
@@ -22,16 +22,18 @@ class Places:
 
     def __init__(self, setup: Setup):
         self.setup = setup
-        self.specs = {Target.parse(key): Spec.parse(value, key) for key, value in setup.placement.items()}
-        if len(self.specs) < len(setup.placement):
-            raise SetupError(
-                f"placement of {', '.join(setup.placement)}", "it names the same steps twice", "Leave one out"
-            )
-        check_expected(setup.expect, setup.placement)
+        self.specs = specs_of(setup.placement)
+        self.expected = expected_of(setup.expected_probes, self.specs)
         self._remotes: dict[str, Remote] = {}
         self._lock = threading.RLock()
 
-    def devices(self, pipeline: Pipeline) -> dict[str, str]:
+    def also(self, setup: Setup) -> Places:
+        """Those of ``setup``, which places more stages; who was asked already is not asked again."""
+        places = Places(setup)
+        places._remotes, places._lock = self._remotes, self._lock
+        return places
+
+    def devices(self, pipeline: StageList) -> dict[str, str]:
         """Devices of the components of stages that are placed on a device of this process. Raises SetupError where two
         settings contradict each other, or where nothing would heed one."""
         found: dict[str, str] = dict(self.setup.devices)
@@ -53,7 +55,7 @@ class Places:
 
     def of_run(
         self,
-        pipeline: Pipeline,
+        pipeline: StageList,
         components: Mapping[str, Any],
         seams: Seams,
         steps: Callable[[], Sequence[Step]],
@@ -94,7 +96,7 @@ class Places:
                 cuts[end] = whole
         return [Segment(place, begin) for begin, place in sorted({0: whole, **cuts}.items(), key=lambda cut: cut[0])]
 
-    def _check(self, target: Target, pipeline: Pipeline) -> None:
+    def _check(self, target: Target, pipeline: StageList) -> None:
         if target.stage not in pipeline.names:
             if target.stage == "expand_prompt":
                 found = "it is in no pipeline without an expander"
@@ -120,23 +122,22 @@ class Places:
         with self._lock:
             if spec.text not in self._remotes:
                 stages = list(dict.fromkeys(t.stage for t, s in self.specs.items() if s.text == spec.text))
-                placed = self.setup.placement
-                expect = {Target.parse(k).stage: v for k, v in self.setup.expect.items() if placed[k] == spec.text}
+                expected = {t.stage: probe for t, probe in self.expected.items() if self.specs[t] == spec}
                 channel = self._channel(spec, stages)
-                self._remotes[spec.text] = Remote(spec.text, channel, self.setup.retries, expect)
+                self._remotes[spec.text] = Remote(spec.text, channel, self.setup.retries, expected)
             return self._remotes[spec.text]
 
     def _channel(self, spec: Spec, stages: Sequence[str]) -> Channel:
         if spec.kind == "http":
-            from ditkit.placement.http import HTTPChannel
-            from ditkit.placement.tokens import token_of
+            from ditkit.placement.http.client import HTTPChannel
+            from ditkit.placement.http.tokens import token_of
 
-            return HTTPChannel(str(spec.address), self.setup.patience, token_of())
+            return HTTPChannel(str(spec.address), self.setup.timeout, token_of())
         if spec.kind == "process":
-            from ditkit.placement.process import ProcessChannel
+            from ditkit.placement.process.parent import ProcessChannel
 
             return ProcessChannel(self.setup, spec.device, stages)
-        from ditkit.placement.ray_actor import RayChannel
+        from ditkit.placement.ray import RayChannel
 
         return RayChannel(self.setup, spec.address, spec.device, stages)
 

@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from ditkit.errors import PlaceError
-from ditkit.placement.job import Frame, Job, frame_to_error, options_to_send, state_to_outcome
+from ditkit.execution.stage import Stage
+from ditkit.placement.job import Job, Message, message_to_error, options_to_send, state_to_outcome
 from ditkit.placement.spec import EXPERTS
 from ditkit.placement.worker import Worker
 from ditkit.request import Request
-from ditkit.stage import Stage
 from ditkit.state import State, digest
 
 PROMPT = "A  “red” kite &amp; two dogs,\n一只猫 "
@@ -34,11 +34,11 @@ def probe_of(worker: Worker, name: str) -> dict[str, Any]:
     Raises PlaceError for a stage whose fixed input is not known."""
     stage, written = worker.stages[name], list[dict[str, Any]]()
     for inputs in cases(stage, worker.components):
-        frames = list[Frame]()
+        frames = list[Message]()
         job = Job("probe", name, options_to_send(stage), ignore=("prediction", "frames"))
         worker.run(job, inputs, frames.append, threading.Event())
         if frames[-1].kind != "outcome":
-            raise frame_to_error(frames[-1].payload, "the probe")
+            raise message_to_error(frames[-1].payload, "the probe")
         outcome, _ = state_to_outcome(frames[-1].state("the probe"))
         written.append(dict(outcome.written))
     return {"stage": name, "hash": digest(written_of(written)), "numbers": [numbers(fields) for fields in written]}
@@ -124,7 +124,7 @@ def _request(stage: Stage, boundary: float | None = None, patch: tuple[int, int,
     t, h, w = getattr(stage, "strides", (4, 16, 16))
     size: dict[str, Any] = {"width": 2 * w * patch[2], "height": 2 * h * patch[1], "frames": t + 1}
     return Request(
-        prompt=PROMPT, seed=SEED, sigmas=SIGMAS, solver="euler", boundary=boundary, guidance_scale=3.0, **size
+        prompt=PROMPT, seed=SEED, sigmas=SIGMAS, scheduler="euler", boundary=boundary, guidance_scale=3.0, **size
     ).model_dump()
 
 

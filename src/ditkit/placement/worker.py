@@ -1,7 +1,7 @@
 """Worker: the end of a channel where stages are carried out. It knows its stages and its components, and no caller.
 
-One stage at a time, because they share a device. Leaves out: how jobs come and frames go (``host.py``, ``process.py``,
-``ray_actor.py``).
+One stage at a time, because they share a device. Leaves out: how jobs come and messages go (``http``, ``process``,
+``ray.py``).
 """
 
 from __future__ import annotations
@@ -12,26 +12,27 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from ditkit.cancel import Cancel
 from ditkit.checking import fault_of
 from ditkit.errors import DitkitError, Lost, PlaceError, StateError, nearest
 from ditkit.events import Event, Events
+from ditkit.execution.place import Here, StageCall, StageResult, checked, readable
+from ditkit.execution.stage import Stage
 from ditkit.placement.job import (
     WIRE,
-    Frame,
     Job,
-    error_to_frame,
-    event_to_frame,
+    Message,
+    error_to_message,
+    event_to_message,
     outcome_to_state,
     with_options,
 )
-from ditkit.placement.trust import made_by
+from ditkit.placement.validation import made_by
 from ditkit.receipt import machine, versions
 from ditkit.request import Request
-from ditkit.running import Here, Outcome, Task, checked, readable
-from ditkit.stage import Stage
 from ditkit.state import FIELDS, SCHEMA, Field, State
 
-Send = Callable[[Frame], None]
+Send = Callable[[Message], None]
 
 TICK = 0.1
 """Seconds after which a job that waits for its turn looks whether it is still wanted."""
@@ -89,14 +90,14 @@ class Worker:
             self._check(stage, job, inputs)
             outcome, seconds = self._carry_out(stage, job, inputs, send, cancelled)
         except KeyboardInterrupt:  # cancelled where nothing can be kept
-            send(error_to_frame(Lost(f"running stage {job.stage!r}", "it was ended there", "Look at its log")))
+            send(error_to_message(Lost(f"running stage {job.stage!r}", "it was ended there", "Look at its log")))
         except DitkitError as e:
-            send(error_to_frame(e))
+            send(error_to_message(e))
         except Exception as e:
-            send(error_to_frame(e))
+            send(error_to_message(e))
             raise
         else:
-            send(Frame("outcome", outcome_to_state(outcome, seconds)))
+            send(Message("outcome", outcome_to_state(outcome, seconds)))
 
     def _stage(self, job: Job) -> Stage:
         if job.wire != WIRE:
@@ -137,39 +138,40 @@ class Worker:
             if job.weights.get(name, mine) != mine:
                 raise StateError(
                     asked, f"its {name} is {mine[:16]}, and the caller knows {job.weights[name][:16]}",
-                    "Start it with the weights, dtype and precision of that time",
+                    "Start it with the weights, dtype and dtype_policy of that time",
                 )  # fmt: skip
 
     def _carry_out(
         self, stage: Stage, job: Job, inputs: State, send: Send, cancelled: threading.Event
-    ) -> tuple[Outcome, float]:
-        def listen(event: Event) -> None:
-            if cancelled.is_set():
-                raise KeyboardInterrupt
-            if event.name not in job.ignore:
-                send(event_to_frame(event))
+    ) -> tuple[StageResult, float]:
+        cancel = Cancel(cancelled)
 
-        def keep(outcome: Outcome) -> None:
-            send(Frame("kept", outcome_to_state(outcome).to_bytes()))
+        def listen(event: Event) -> None:
+            if event.name not in job.ignore:
+                send(event_to_message(event))
+            if cancelled.is_set() and not event.name.endswith(".fail"):
+                raise KeyboardInterrupt
+
+        def keep(outcome: StageResult) -> None:
+            send(Message("kept", outcome_to_state(outcome).to_bytes()))
 
         events = Events(listen)
         listening = getattr(self.components, "listening", None)
         components = self.components if listening is None else listening(events)
-        with self._my_turn(cancelled):
+        with self._my_turn(cancel):
             begun = time.perf_counter()
-            task = Task(stage, inputs, job.weights, events, stop_at_step=job.stop_at_step,
-                        keep=keep if job.keep_every else None, keep_every=job.keep_every or 1)  # fmt: skip
+            task = StageCall(stage, inputs, job.weights, events, stop_at_step=job.stop_at_step,
+                        keep=keep if job.keep_every else None, keep_every=job.keep_every or 1,
+                        cancel=cancel)  # fmt: skip
             outcome = Here(components).run(task)
             return (outcome if outcome.stopped else checked(stage, outcome)), time.perf_counter() - begun
 
     @contextlib.contextmanager
-    def _my_turn(self, cancelled: threading.Event) -> Iterator[None]:
+    def _my_turn(self, cancel: Cancel) -> Iterator[None]:
         while not self._turn.acquire(timeout=TICK):
-            if cancelled.is_set():
-                raise KeyboardInterrupt
+            cancel.check()
         try:
-            if cancelled.is_set():
-                raise KeyboardInterrupt
+            cancel.check()
             yield
         finally:
             self._turn.release()

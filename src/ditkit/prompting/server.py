@@ -25,11 +25,11 @@ SEEDS = 2**31  # llama.cpp and Ollama keep a seed in 32 bits, and take a negativ
 
 
 class ServerExpander:
-    """``url`` ends in ``/v1``, as a rule. Without ``model`` the first one that the server lists. ``patience``: seconds
+    """``url`` ends in ``/v1``, as a rule. Without ``model`` the first one that the server lists. ``timeout``: seconds
     that one answer may take; ``retries``: how often the client asks again where a server is busy or was not reached."""
 
-    def __init__(self, url: str, model: str | None = None, patience: float = 60.0, retries: int = 2):
-        self.name, self.model, self.patience, self.retries = url, model, patience, retries
+    def __init__(self, url: str, model: str | None = None, timeout: float = 60.0, retries: int = 2):
+        self.name, self.model, self.timeout, self.retries = url, model, timeout, retries
         self._lock = threading.RLock()
         self._client: Any = None
 
@@ -80,7 +80,7 @@ class ServerExpander:
                     raise MissingDependency(f"expanding prompts at {self.name}", "the package openai is not installed",
                                             'Run pip install "ditkit[prompts]"') from None  # fmt: skip
                 key = os.environ.get("OPENAI_API_KEY") or "none"  # local servers want some key, and look at none
-                self._client = OpenAI(base_url=self.name, api_key=key, timeout=self.patience, max_retries=self.retries)
+                self._client = OpenAI(base_url=self.name, api_key=key, timeout=self.timeout, max_retries=self.retries)
             return self._client
 
 
@@ -145,7 +145,7 @@ def _explained(asked: str, model: str | None, seeing: bool) -> Iterator[None]:
     try:
         yield
     except openai.APITimeoutError:
-        raise PlaceError(asked, "it did not answer in time", "Give it more with patience, or look at its log") from None
+        raise PlaceError(asked, "it did not answer in time", "Give it more with timeout, or look at its log") from None
     except openai.APIConnectionError as e:
         found = f"it was not reached ({e.__cause__ or e})"
         raise PlaceError(asked, found, "Start the server, or check the address") from None

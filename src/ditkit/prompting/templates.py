@@ -113,7 +113,7 @@ def chosen(given: str, prompt: str, pictures: Collection[str]) -> Template:
         given = f"{task}-{language_of(prompt)}"
     if given not in packaged() and "\n" not in given:
         raise RequestError(f"expand_template={given!r}", f"there is no such template{nearest(given, packaged())}",
-                           f"Begin the run with Pipe.begin, or give one of {', '.join(packaged())}")  # fmt: skip
+                           f"Begin the run with Pipeline.begin, or give one of {', '.join(packaged())}")  # fmt: skip
     template = Template.parse(packaged().get(given, given), given if given in packaged() else "of the request")
     if missing := [name for name in template.pictures if name not in pictures]:
         raise RequestError(f"expand_template={template.name!r}", f"it shows the run's {missing[0]}, and there is none",

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from ditkit.errors import OutputError, StateError
+from ditkit.request import renamed
 from ditkit.state import sync_folder
 
 VERSION = 1
@@ -71,7 +72,7 @@ class Description(BaseModel):
             raise ValueError("it has no prompt")
         if not isinstance(request.get("batched"), bool):
             raise ValueError("it does not say whether its clips are batched")
-        return request
+        return renamed(request)
 
     def write(self, folder: Path) -> None:
         """Whole or not at all, and there for good. Raises OutputError."""

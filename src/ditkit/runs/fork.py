@@ -2,65 +2,42 @@
 
 Without a step every stage whose record still fits the changed request is kept. With a step the loop goes on from the
 State after that many steps: what stands before it is made anew where it no longer fits and put in its place, and the
-steps that are behind it stay as they were taken. Leaves out: keeping and going on (``run.py``).
+steps that are behind it stay as they were taken. Leaves out: beginning and going on (``run.py``).
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ditkit import pictures, samples
 from ditkit.errors import RequestError, StateError
+from ditkit.execution.place import fingerprint_in
+from ditkit.execution.records import options_of
 from ditkit.pictures import IN_MEMORY
-from ditkit.records import options_of
 from ditkit.request import Request
-from ditkit.running import fingerprint_in
 from ditkit.runs.description import Parent
+from ditkit.runs.folder import RunFolder, given, opened
 from ditkit.runs.kept import WHOLE, Tell, clip
 from ditkit.runs.rewind import loop_of, taken_back
-from ditkit.runs.run import Run, given
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from ditkit.events import Listener
-    from ditkit.pipe import Pipe
+    from ditkit.pipeline import Pipeline
     from ditkit.state import State
 
-OPTIONS = ("clip", "pipe", "every", "keep_steps", "out", "sheet", "setup", "listeners", "tell")
 CALLERS = ("prompt", "negative_prompt", "seed", "request")
 SHAPES = ("width", "height", "frames")
-SOLVERS = ("solver", "solver_options")
-
-
-def forked(
-    parent: Run,
-    path: str | os.PathLike[str],
-    changes: Mapping[str, Any],
-    *,
-    at_step: int | None = None,
-    clip: int | None = None,
-    pixels: Mapping[str, Any] | None = None,
-    pipe: Pipe | None = None,
-    listeners: Iterable[Listener] = (),
-    tell: Tell = lambda _: None,
-    **keeping: Any,
-) -> Run:
-    """The new run; it has not gone on yet. ``keeping``: as for ``Run.begin``; all else as for ``prepared``."""
-    pipe = pipe or parent.pipe
-    state, told = prepared(
-        parent, changes, at_step=at_step, clip=clip, pixels=pixels, pipe=pipe, listeners=listeners, tell=tell
-    )
-    return Run.begin(path, pipe, state, parent=told, **{**as_parent(parent), **keeping})
+SOLVERS = ("scheduler", "scheduler_options")
 
 
 def prepared(
-    parent: Run,
+    parent: RunFolder,
     changes: Mapping[str, Any],
     *,
-    pipe: Pipe,
+    pipe: Pipeline,
     at_step: int | None = None,
     clip: int | None = None,
     pixels: Mapping[str, Any] | None = None,
@@ -73,7 +50,7 @@ def prepared(
 
     Raises RequestError, StateError for what cannot be put together."""
     clip = which_clip(parent, clip)
-    old = standing(parent, clip, tell)
+    old = standing(parent, pipe, clip, tell)
     before = request_of(parent, clip)
     request = pipe.model.request({**before, **changes})
     begun = pipe.begin(request, {**_pictures(old, request, before), **(pixels or {})})
@@ -92,12 +69,12 @@ def prepared(
     )
 
 
-def as_parent(parent: Run) -> dict[str, Any]:
+def as_parent(parent: RunFolder) -> dict[str, Any]:
     """How often the parent keeps a State, and which ones: a fork does so too, unless something else is said."""
     return {"every": parent.description.every, "keep_steps": parent.description.keep_steps}
 
 
-def which_clip(parent: Run, index: int | None) -> int | None:
+def which_clip(parent: RunFolder, index: int | None) -> int | None:
     """Raises RequestError unless one clip is meant: the number of one of several, or None of a run of one."""
     count, asked = parent.description.clips, f"forking {parent.path}"
     if count == 1 and index in (None, 0):
@@ -109,7 +86,7 @@ def which_clip(parent: Run, index: int | None) -> int | None:
     return index
 
 
-def request_of(parent: Run, index: int | None) -> dict[str, Any]:
+def request_of(parent: RunFolder, index: int | None) -> dict[str, Any]:
     """What the parent asked for; of one of several clips, as if that had been asked for alone."""
     request = parent.description.request
     if index is None:
@@ -118,17 +95,17 @@ def request_of(parent: Run, index: int | None) -> dict[str, Any]:
     return {**request, "prompt": prompt, "negative_prompt": negative, "seed": seed, "batched": False}
 
 
-def standing(parent: Run, index: int | None, tell: Tell) -> State:
+def standing(parent: RunFolder, pipe: Pipeline, index: int | None, tell: Tell) -> State:
     """The newest State of the run, or of that one of its clips."""
-    if index is not None and not parent.description.request["batched"]:
+    if index is not None and parent.apart:
         own = parent.clip_state(index, tell)
         if own is not None:
             return own
-    return _of_clip(parent, parent.state(tell), index)
+    return _of_clip(pipe, parent.state(tell), index)
 
 
-def _of_clip(parent: Run, state: State, index: int | None) -> State:
-    return state if index is None else samples.split(state, parent.pipe.pipeline.table)[index]
+def _of_clip(pipe: Pipeline, state: State, index: int | None) -> State:
+    return state if index is None else samples.split(state, pipe.stages.table)[index]
 
 
 def _pictures(old: State, request: Request, before: Mapping[str, Any]) -> dict[str, Any]:
@@ -156,25 +133,25 @@ def _asked(old: State, begun: State, changed: Mapping[str, Any]) -> State:
     return old.without(*(n for n in pictures.FIELDS if n not in begun)).with_fields(fresh)
 
 
-def _kept_where_it_fits(pipe: Pipe, state: State, computes_anew: bool, end: int | None = None) -> State:
+def _kept_where_it_fits(pipe: Pipeline, state: State, computes_anew: bool, end: int | None = None) -> State:
     """``state`` without the results, among the stages before ``end``, that its own request would make otherwise."""
     names = []
-    for stage in pipe.pipeline.stages[:end]:
-        unwanted = bool(stage.unwanted(state))
-        stale = bool(pipe.pipeline.outdated(stage, state)) or (unwanted and stage.name in state.get("records", {}))
+    for stage in pipe.stages.stages[:end]:
+        skip_reason = bool(stage.skip_reason(state))
+        stale = bool(pipe.stages.outdated(stage, state)) or (skip_reason and stage.name in state.get("records", {}))
         if computes_anew and not stale and (record := state.get("records", {}).get(stage.name)):
             weights = {n: fingerprint_in(pipe.components, n) for n in stage.components if n in pipe.components}
             stale = any(record["weights"].get(n, print_) != print_ for n, print_ in weights.items())
             stale = stale or record["options"] != options_of(stage)
-        ready, begun = not unwanted and all(n in state for n in stage.triggers), any(n in state for n in stage.loop)
+        ready, begun = not skip_reason and all(n in state for n in stage.triggers), any(n in state for n in stage.loop)
         if stale or (ready and not begun and not stage.done(state)):
             names.append(stage.name)
-    return taken_back(pipe.pipeline, state, names, end)
+    return taken_back(pipe.stages, state, names, end)
 
 
 def _at_step(
-    parent: Run,
-    pipe: Pipe,
+    parent: RunFolder,
+    pipe: Pipeline,
     begun: State,
     changed: Mapping[str, Any],
     step: int,
@@ -183,7 +160,7 @@ def _at_step(
     tell: Tell,
     computes_anew: bool,
 ) -> State:
-    asked, loop = f"forking {parent.path} at step {step}", loop_of(pipe.pipeline)
+    asked, loop = f"forking {parent.path} at step {step}", loop_of(pipe.stages)
     if loop is None:
         raise StateError(asked, "none of its stages takes steps", "Leave the step out")
     if not 0 <= step < parent.description.steps:
@@ -191,7 +168,7 @@ def _at_step(
                            f"Give a number from 0 to {parent.description.steps - 1}")  # fmt: skip
     if step > 0:
         _check_goes_on(pipe, begun, changed, asked)
-        _check_weights(pipe, standing(parent, index, tell), asked)
+        _check_weights(pipe, standing(parent, pipe, index, tell), asked)
     state = after_steps(parent, pipe, step, index, listeners, tell)
     if step > 0:
         _check_levels(pipe, state, begun, asked)
@@ -199,30 +176,30 @@ def _at_step(
 
 
 def after_steps(
-    parent: Run, pipe: Pipe, step: int, index: int | None, listeners: Iterable[Listener], tell: Tell
+    parent: RunFolder, pipe: Pipeline, step: int, index: int | None, listeners: Iterable[Listener], tell: Tell
 ) -> State:
     """The parent's State after ``step`` steps; from the nearest earlier one where that was not kept."""
-    loop = loop_of(pipe.pipeline)
+    loop = loop_of(pipe.stages)
     assert loop is not None
-    first = pipe.pipeline.stages[loop]
-    alone = index is not None and not parent.description.request["batched"]
+    first = pipe.stages.stages[loop]
+    alone = parent.apart and index is not None
     who = clip(index) if alone and index is not None else WHOLE
     near = parent.states.newest(who, tell, upto=step) if step > 0 else None
     above = parent.description.parent
     if near is None and step > 0 and above is not None and above.spliced:
         return after_steps(_ancestor(above), pipe, step, above.clip, listeners, tell)
     if near is None:
-        near = standing(parent, index, tell) if alone else parent.state(tell)
-        near = taken_back(pipe.pipeline, near, [first.name])
+        near = standing(parent, pipe, index, tell) if alone else parent.state(tell)
+        near = taken_back(pipe.stages, near, [first.name])
     if step > near.get("step", 0):
         tell(f"the steps up to {step} are taken again from step {near.get('step', 0)} on, the nearest that was kept")
         near = pipe.run(near, until=first.name, stop_at_step=step, listeners=listeners).state
-    return near if alone else _of_clip(parent, near, index)
+    return near if alone else _of_clip(pipe, near, index)
 
 
-def _ancestor(above: Parent) -> Run:
+def _ancestor(above: Parent) -> RunFolder:
     try:
-        run = Run.open(above.path)
+        run = opened(above.path)
     except StateError as e:
         raise StateError(f"taking the first steps from the run that was forked in {above.path}", e.found,
                          "Bring it back, or fork at a later step") from None  # fmt: skip
@@ -232,42 +209,42 @@ def _ancestor(above: Parent) -> Run:
     return run
 
 
-def _check_weights(pipe: Pipe, state: State, asked: str) -> None:
+def _check_weights(pipe: Pipeline, state: State, asked: str) -> None:
     """Raise StateError now for what would be refused when the loop goes on."""
-    loop = loop_of(pipe.pipeline)
+    loop = loop_of(pipe.stages)
     assert loop is not None
-    for name in pipe.pipeline.stages[loop].components:
+    for name in pipe.stages.stages[loop].components:
         then = state.get("weights", {}).get(name)
         if then is not None and name in pipe.components and fingerprint_in(pipe.components, name) != then:
             raise StateError(asked, f"the steps before it were taken with another {name}",
-                             "Use the same weights, dtype and precision, or fork at step 0")  # fmt: skip
+                             "Use the same weights, dtype and dtype_policy, or fork at step 0")  # fmt: skip
 
 
-def _check_goes_on(pipe: Pipe, begun: State, changed: Mapping[str, Any], asked: str) -> None:
+def _check_goes_on(pipe: Pipeline, begun: State, changed: Mapping[str, Any], asked: str) -> None:
     """Raise StateError for a change that would not be seen, or be nonsense, in the middle of the loop."""
     from ditkit.schedulers import make
 
     request = begun["request"]
     for names, found in ((SHAPES, "the video would have another size"),
-                         (SOLVERS, "the solver remembers steps of another one")):  # fmt: skip
+                         (SOLVERS, "the scheduler remembers steps of another one")):  # fmt: skip
         if other := [n for n in names if n in changed]:
             raise StateError(f"{asked} with another {other[0]}", found, "Fork at step 0, or leave it as it was")
-    solver = pipe.seams.scheduler or make(request["solver"], **request["solver_options"])
-    if "seed" in changed and not solver.needs_noise:
-        raise StateError(f"{asked} with another seed", f"{request['solver']} draws no noise after the beginning",
+    scheduler = pipe.seams.scheduler or make(request["scheduler"], **request["scheduler_options"])
+    if "seed" in changed and not scheduler.needs_noise:
+        raise StateError(f"{asked} with another seed", f"{request['scheduler']} draws no noise after the beginning",
                          "Fork at step 0, or leave it as it was")  # fmt: skip
 
 
-def _check_levels(pipe: Pipe, state: State, begun: State, asked: str) -> None:
+def _check_levels(pipe: Pipeline, state: State, begun: State, asked: str) -> None:
     steps = pipe.steps(Request(**begun["request"]))
     if "sigmas" in state and state["sigmas"] != [*(s.sigma for s in steps), steps[-1].sigma_next]:
         raise StateError(asked, "with these settings it has other noise levels",
-                         "Fork at step 0, or keep steps, shift, schedule and sigmas")  # fmt: skip
+                         "Fork at step 0, or keep steps, shift, convention and sigmas")  # fmt: skip
 
 
-def _spliced(parent: Run, pipe: Pipe, state: State, at_step: int | None) -> bool:
+def _spliced(parent: RunFolder, pipe: Pipeline, state: State, at_step: int | None) -> bool:
     """Whether the loop has steps behind it that another request took. A batch rounds otherwise than a clip alone."""
     before, batch = parent.description.parent, parent.description.request["batched"] and parent.description.clips > 1
-    loop = loop_of(pipe.pipeline)
-    going_on = loop is not None and any(n in state for n in pipe.pipeline.stages[loop].loop)
+    loop = loop_of(pipe.stages)
+    going_on = loop is not None and any(n in state for n in pipe.stages.stages[loop].loop)
     return going_on and (bool(at_step) or batch or (before is not None and before.spliced))

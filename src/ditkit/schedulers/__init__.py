@@ -1,7 +1,7 @@
 """Seam E, the solvers: where the noise levels lie and how one step is taken from each to the next.
 
-``make("unipc", order=3)`` gives a solver; ``table.step_table`` lays out a run of it. Importing this package does not
-import torch: a solver's file is opened when it is asked for.
+``make("unipc", order=3)`` gives a scheduler; ``table.step_table`` lays out a run of it. Importing this package does not
+import torch: a scheduler's file is opened when it is asked for.
 """
 
 from __future__ import annotations
@@ -24,24 +24,25 @@ SCHEDULERS = MappingProxyType(
         "euler": "ditkit.schedulers.euler:Euler",
     }
 )
-"""Name of a solver -> where its class stands (``module:class``). The options of a solver are the class's fields."""
+"""Name of a scheduler -> where its class stands (``module:class``). The options of a scheduler are the class's
+fields."""
 
 
 def make(name: str, **options: Any) -> Scheduler:
-    """The solver of that name. An unknown name, option or value of an option is a RequestError."""
+    """The scheduler of that name. An unknown name, option or value of an option is a RequestError."""
     if name not in SCHEDULERS:
         raise RequestError(
-            f"solver {name!r}", f"unknown{nearest(str(name), SCHEDULERS)}", f"Use one of: {', '.join(SCHEDULERS)}"
+            f"scheduler {name!r}", f"unknown{nearest(str(name), SCHEDULERS)}", f"Use one of: {', '.join(SCHEDULERS)}"
         )
     module, _, attribute = SCHEDULERS[name].partition(":")
-    solver = getattr(import_module(module), attribute)
-    known = [option.name for option in fields(solver)]
+    scheduler = getattr(import_module(module), attribute)
+    known = [option.name for option in fields(scheduler)]
     for option in options:
         if option not in known:
             raise RequestError(
-                f"option {option!r} of solver {name!r}",
+                f"option {option!r} of scheduler {name!r}",
                 f"unknown{nearest(option, known)}",
                 f"Use one of: {', '.join(known)}" if known else f"{name!r} has no options; leave it out",
             )
-    made: Scheduler = solver(**options)
+    made: Scheduler = scheduler(**options)
     return made

@@ -1,6 +1,6 @@
 """What the solvers share: working precision, the logarithmic signal-to-noise ratio, and the memory of past steps.
 
-A solver has no state. What it remembers is a dict of tensors, x0 predictions and their sigmas from the newest back:
+A scheduler has no state. What it remembers is a dict of tensors, x0 predictions and their sigmas from the newest back:
 ``x0_1`` (shape of x) and ``sigma_1`` (0-dim float64 on the CPU), ``x0_2`` and ``sigma_2``, ...
 """
 
@@ -23,7 +23,7 @@ def working(x: Tensor, velocity: Tensor) -> tuple[Tensor, Tensor]:
     """Both in the precision of the step: float64 when x is float64, else float32."""
     if x.shape != velocity.shape:
         raise PipelineError(
-            "one solver step",
+            "one scheduler step",
             f"x has shape {tuple(x.shape)}, the velocity {tuple(velocity.shape)}",
             "Return a velocity of the shape of x",
         )

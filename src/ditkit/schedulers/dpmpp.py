@@ -1,5 +1,5 @@
-"""DPM-Solver++: a multistep solver without a corrector, as an ODE solver (``DPMpp``) and as an SDE solver that adds
-fresh noise at every step (``DPMppSDE``).
+"""DPM-Solver++: a multistep scheduler without a corrector, as an ODE scheduler (``DPMpp``) and as an SDE scheduler
+that adds fresh noise at every step (``DPMppSDE``).
 
 Both integrate the x0 prediction m over lambda = ln((1 - sigma) / sigma). With h = lambda_t - lambda_s and D1 the scaled
 difference of the last two predictions, the second-order midpoint step is
@@ -57,16 +57,16 @@ class DPMpp:
                 f"solver_type {self.solver_type!r} of {self.name}", f"unknown{hint}", "Use midpoint or heun"
             )
 
-    def sigmas(self, steps: int, shift: float, schedule: str) -> list[float]:
-        return grid(self.name, steps, shift, schedule)
+    def sigmas(self, steps: int, shift: float, convention: str) -> list[float]:
+        return grid(self.name, steps, shift, convention)
 
     def solve(
         self, x: Tensor, velocity: Tensor, step: Step, history: History, noise: Tensor | None = None
     ) -> tuple[Tensor, History]:
         """x at ``step.sigma`` -> x at ``step.sigma_next``; any shape, float32 (float64 stays float64).
 
-        ``noise``: normal, of x's shape, for the SDE solver only. ``history``: {} or what the step before returned, up
-        to ``order - 1`` past x0 predictions with their sigmas."""
+        ``noise``: normal, of x's shape, for the SDE scheduler only. ``history``: {} or what the step before returned,
+        up to ``order - 1`` past x0 predictions with their sigmas."""
         check_noise(self.name, self.needs_noise, noise, step)
         x, velocity = working(x, velocity)
         now = [(step.sigma, x - step.sigma * velocity), *recall(history, x)]

@@ -1,4 +1,4 @@
-"""The Euler solver: one straight step along the velocity, nothing remembered.
+"""The Euler scheduler: one straight step along the velocity, nothing remembered.
 
 x_next = x + (sigma_next - sigma) * velocity. The few-step models of the Wan family are used with it.
 """
@@ -22,8 +22,8 @@ class Euler:
     name: ClassVar[str] = "euler"
     needs_noise: ClassVar[bool] = False
 
-    def sigmas(self, steps: int, shift: float, schedule: str) -> list[float]:
-        return grid(self.name, steps, shift, schedule)
+    def sigmas(self, steps: int, shift: float, convention: str) -> list[float]:
+        return grid(self.name, steps, shift, convention)
 
     def solve(
         self, x: Tensor, velocity: Tensor, step: Step, history: History, noise: Tensor | None = None

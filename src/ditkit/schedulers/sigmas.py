@@ -3,7 +3,7 @@
 sigma is the share of noise: x = (1 - sigma) * data + sigma * noise, so 1 is pure noise and 0 is the picture.
 Two conventions are in use for the same models and give different numbers; a run uses one, never a mixture:
 
-- ``official``: Wan's own solvers (UniPC, DPM++); for Euler, which Wan has not, the grid of Self-Forcing.
+- ``wan``: Wan's own solvers (UniPC, DPM++); for Euler, which Wan has not, the grid of Self-Forcing.
 - ``diffusers``: what diffusers' schedulers make of ``use_flow_sigmas`` and ``flow_shift`` (UniPC, DPM++) or ``shift``
   (Euler). Its UniPC and DPM++ grids differ from each other.
 
@@ -20,30 +20,32 @@ from itertools import pairwise
 
 from ditkit.errors import RequestError, nearest
 
-SCHEDULES = ("official", "diffusers")
+CONVENTIONS = ("wan", "diffusers")
 
 _LOWEST = 1e-3  # the smallest noise level of the models' training table, an end point of diffusers' grids
 _HIGHEST = 0.9990000128746033  # 1 - 1e-3 rounded to float32: where official UniPC begins before the shift
 _NUDGE = 1e-6  # diffusers' UniPC keeps this distance from sigma 1, where its lambda would be -inf
 
 
-def grid(solver: str, steps: int, shift: float, schedule: str) -> list[float]:
+def grid(scheduler: str, steps: int, shift: float, convention: str) -> list[float]:
     """``steps + 1`` strictly falling sigmas in [0, 1] for one of ``unipc``, ``dpm++``, ``dpm++_sde``, ``euler``; the
     last is 0. ``shift`` > 0 moves them towards noise (above 1) or away from it (below 1); 1 leaves them alone.
 
     Raises RequestError for an unknown name, fewer than one step, a shift that is not a positive number, or one so
     extreme that two sigmas coincide."""
-    check_schedule(schedule)
-    if (schedule, solver) not in _GRIDS:
+    check_convention(convention)
+    if (convention, scheduler) not in _GRIDS:
         names = sorted({name for _, name in _GRIDS})
         raise RequestError(
-            f"sigmas of solver {solver!r}", f"unknown{nearest(solver, names)}", f"Use one of: {', '.join(names)}"
+            f"sigmas of scheduler {scheduler!r}",
+            f"unknown{nearest(scheduler, names)}",
+            f"Use one of: {', '.join(names)}",
         )
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise RequestError(f"{steps!r} steps", "not a whole number of at least 1", "Ask for one step or more")
     if isinstance(shift, bool) or not isinstance(shift, (int, float)) or not 0 < shift < math.inf:
         raise RequestError(f"shift {shift!r}", "not a positive number", "Use a shift such as 3, 5 or 12")
-    sigmas = [*_GRIDS[schedule, solver](steps, float(shift)), 0.0]
+    sigmas = [*_GRIDS[convention, scheduler](steps, float(shift)), 0.0]
     if sigmas[0] > 1 or not _falling(sigmas):
         raise RequestError(
             f"{steps} steps with shift {shift:g}",
@@ -73,24 +75,24 @@ def explicit(sigmas: Iterable[float]) -> list[float]:
     return values
 
 
-def timesteps(sigmas: Sequence[float], schedule: str, solver: str, scale: float) -> list[float]:
+def timesteps(sigmas: Sequence[float], convention: str, scheduler: str, scale: float) -> list[float]:
     """What the transformer is told at each step: one value for every sigma but the last.
 
     UniPC and DPM++ tell ``scale * sigma`` cut off to a whole number, in both conventions and for explicit sigmas too;
-    two steps may then be told the same value. Euler and every other solver tell it as a float32 number.
+    two steps may then be told the same value. Euler and every other scheduler tell it as a float32 number.
     ``scale`` is the transformer's ``timestep_scale``."""
-    check_schedule(schedule)
-    if solver in ("unipc", "dpm++", "dpm++_sde"):
+    check_convention(convention)
+    if scheduler in ("unipc", "dpm++", "dpm++_sde"):
         return [float(math.trunc(scale * sigma)) for sigma in sigmas[:-1]]
     return [float32(scale * float32(sigma)) for sigma in sigmas[:-1]]
 
 
-def check_schedule(schedule: str) -> None:
-    if schedule not in SCHEDULES:
+def check_convention(convention: str) -> None:
+    if convention not in CONVENTIONS:
         raise RequestError(
-            f"schedule {schedule!r}",
-            f"unknown{nearest(str(schedule), SCHEDULES)}",
-            f"Use one of: {', '.join(SCHEDULES)}",
+            f"convention {convention!r}",
+            f"unknown{nearest(str(convention), CONVENTIONS)}",
+            f"Use one of: {', '.join(CONVENTIONS)}",
         )
 
 
@@ -159,10 +161,10 @@ def _diffusers_euler(steps: int, shift: float) -> list[float]:
 
 
 _GRIDS: dict[tuple[str, str], Callable[[int, float], list[float]]] = {
-    ("official", "unipc"): _from_nearly_one,
-    ("official", "dpm++"): _from_one,
-    ("official", "dpm++_sde"): _from_one,
-    ("official", "euler"): _from_one_float32,
+    ("wan", "unipc"): _from_nearly_one,
+    ("wan", "dpm++"): _from_one,
+    ("wan", "dpm++_sde"): _from_one,
+    ("wan", "euler"): _from_one_float32,
     ("diffusers", "unipc"): _diffusers_unipc,
     ("diffusers", "dpm++"): _diffusers_dpmpp,
     ("diffusers", "dpm++_sde"): _diffusers_dpmpp,

@@ -12,14 +12,14 @@ from typing import Any
 
 from ditkit.contracts import Scheduler, Step
 from ditkit.errors import RequestError
-from ditkit.schedulers.sigmas import check_schedule, explicit, float32, timesteps
+from ditkit.schedulers.sigmas import check_convention, explicit, float32, timesteps
 
 
 def step_table(
-    solver: Scheduler,
+    scheduler: Scheduler,
     steps: int | None,
     shift: float | None,
-    schedule: str,
+    convention: str,
     guidance_scale: float | Sequence[float],
     scale: float,
     explicit_sigmas: Iterable[float] | None = None,
@@ -29,16 +29,16 @@ def step_table(
 ) -> list[Step]:
     """The steps of a run.
 
-    ``explicit_sigmas`` takes the place of the solver's grid: then ``steps`` is None or their number, and ``shift`` is
-    None. ``scale`` is the transformer's ``timestep_scale``. ``guidance_scale`` is one number, or one for each step.
+    ``explicit_sigmas`` takes the place of the scheduler's grid: then ``steps`` is None or their number, and ``shift``
+    is None. ``scale`` is the transformer's ``timestep_scale``. ``guidance_scale`` is one number, or one for each step.
     With ``boundary`` (in sigma, as in Wan2.2: 0.875 or 0.9) the steps whose timestep is at least ``boundary * scale``
     go to the expert ``transformer``, the others to ``transformer_2`` with ``guidance_scale_2`` (None: the same).
     Raises RequestError for whatever does not fit together."""
     if explicit_sigmas is None:
         if steps is None or shift is None:
             raise RequestError("a run without its own sigmas", "steps or shift is missing", "Give both")
-        check_schedule(schedule)
-        sigmas = list(solver.sigmas(steps, shift, schedule))
+        check_convention(convention)
+        sigmas = list(scheduler.sigmas(steps, shift, convention))
     else:
         sigmas = explicit(explicit_sigmas)
         if shift is not None:
@@ -46,7 +46,7 @@ def step_table(
         if steps not in (None, len(sigmas) - 1):
             raise RequestError(f"{steps} steps", f"the explicit sigmas make {len(sigmas) - 1}", "Leave the steps out")
     count = len(sigmas) - 1
-    told = timesteps(sigmas, schedule, solver.name, scale)
+    told = timesteps(sigmas, convention, scheduler.name, scale)
     # Rounded as late as official code and diffusers do it. Near sigma 1 it matters: 1 - sigma is what solvers use.
     sigmas = [float32(sigma) for sigma in sigmas]
     guidance = _per_step(guidance_scale, count)
@@ -74,7 +74,7 @@ def step_table(
     ]
 
 
-def request_steps(solver: Scheduler, request: Any, scale: float, experts: int = 1) -> list[Step]:
+def request_steps(scheduler: Scheduler, request: Any, scale: float, experts: int = 1) -> list[Step]:
     """The step table that ``request`` asks for (anything with a Request's attributes). With two ``experts`` it needs a
     boundary; with one, a boundary or a second guidance scale is refused rather than ignored."""
     own = request.sigmas is not None
@@ -84,10 +84,10 @@ def request_steps(solver: Scheduler, request: Any, scale: float, experts: int = 
     if experts == 1 and request.boundary is not None:
         raise RequestError(f"boundary={request.boundary}", "this model has one transformer", "Leave it out")
     return step_table(
-        solver,
+        scheduler,
         None if own else request.steps,
         None if own else request.shift,
-        request.schedule,
+        request.convention,
         request.guidance_scale,
         scale,
         request.sigmas,

@@ -1,4 +1,4 @@
-"""UniPC: a multistep solver whose every step is corrected when the next velocity is known. Wan's default.
+"""UniPC: a multistep scheduler whose every step is corrected when the next velocity is known. Wan's default.
 
 With lambda = ln((1 - sigma) / sigma) a step from s to t, h = lambda_t - lambda_s, is
 
@@ -55,8 +55,8 @@ class UniPC:
         if not isinstance(self.corrector, bool):
             raise RequestError(f"corrector {self.corrector!r} of unipc", "neither true nor false", "Use true or false")
 
-    def sigmas(self, steps: int, shift: float, schedule: str) -> list[float]:
-        return grid(self.name, steps, shift, schedule)
+    def sigmas(self, steps: int, shift: float, convention: str) -> list[float]:
+        return grid(self.name, steps, shift, convention)
 
     def solve(
         self, x: Tensor, velocity: Tensor, step: Step, history: History, noise: Tensor | None = None
@@ -87,8 +87,8 @@ class UniPC:
         if "sample" not in history:
             raise StateError(
                 "unipc with its corrector",
-                "what was remembered of the earlier steps comes from a solver without one",
-                "Go on with the solver and options that began the run",
+                "what was remembered of the earlier steps comes from a scheduler without one",
+                "Go on with the scheduler and options that began the run",
             )
         earlier = past[1 : self.order]
         return self._advance(history["sample"].to(x0.device), past[0], [*earlier, (sigma, x0)], sigma)

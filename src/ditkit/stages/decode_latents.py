@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from ditkit.execution.stage_list import BaseStage, Context
 from ditkit.media import to_uint8
-from ditkit.pipeline import BaseStage, Context
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class DecodeLatents(BaseStage):
             for chunk in vae.decode(latents.to(vae.device, vae.dtype), self.frames_per_chunk):
                 pixels = torch.from_numpy(to_uint8(chunk[0].float().cpu(), ctx.settings.rounding))
                 ctx.events.emit("frames", frames=pixels, clip=len(clips))
+                ctx.cancel.check()
                 frames.append(pixels)
             clips.append(torch.cat(frames))
         return {"video": torch.stack(clips)}

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ditkit.conditioning.clips import per_clip
 from ditkit.conditioning.condition import image_condition
-from ditkit.conditioning.images import proportioned, stretched
-from ditkit.pipeline import BaseStage, Context
+from ditkit.conditioning.images import resize_exact, resize_to_fit
+from ditkit.execution.stage_list import BaseStage, Context
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,10 @@ class EncodeCondition(BaseStage):
             return vae.encode(video.to(vae.device, vae.dtype)).float().cpu()
 
         def condition(image: Tensor, last_image: Tensor | None) -> Tensor:
-            if last_image is not None and processing == "official":  # diffusers squeezes it, whatever its shape
-                last_image = proportioned(last_image, *image.shape[1:3])
-            first = stretched(image, height, width, processing)
-            last = None if last_image is None else stretched(last_image, height, width, processing)
+            if last_image is not None and processing == "wan":  # diffusers squeezes it, whatever its shape
+                last_image = resize_to_fit(last_image, *image.shape[1:3])
+            first = resize_exact(image, height, width, processing)
+            last = None if last_image is None else resize_exact(last_image, height, width, processing)
             return image_condition(encode, first, last, settings.frames, self.strides[0])
 
         return {"condition": per_clip(condition, inputs["image"], inputs.get("last_image"))}

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ditkit.conditioning.clips import per_clip
 from ditkit.conditioning.control import control_context
-from ditkit.conditioning.images import mask_pixels, on_white, video_pixels
+from ditkit.conditioning.images import mask_pixels, pad_on_white, video_pixels
 from ditkit.errors import RequestError
-from ditkit.pipeline import BaseStage, Context
+from ditkit.execution.stage_list import BaseStage, Context
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class EncodeControl(BaseStage):
             grey = torch.zeros(3, settings.frames, *size)
             pixels = grey if video is None else video_pixels(video[0], *size, processing)
             new = torch.ones(1, settings.frames, *size) if mask is None else mask_pixels(mask[0], *size, processing)
-            pictures = None if references is None else on_white(references[0], *size, processing)
+            pictures = None if references is None else pad_on_white(references[0], *size, processing)
             if pictures is not None and processing == "diffusers":
                 pictures = pictures.flip(0)
             return control_context(encode, pixels, new, pictures, self.strides)[None]

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from ditkit.conditioning.clips import per_clip
-from ditkit.conditioning.images import check_processing, covered, stretched
+from ditkit.conditioning.images import check_processing, resize_and_crop, resize_exact
 from ditkit.errors import RequestError
-from ditkit.pipeline import BaseStage, Context
+from ditkit.execution.stage_list import BaseStage, Context
 
 
 @dataclass(frozen=True)
 class EncodeFirstFrame(BaseStage):
-    """The picture is encoded as one frame: [B, C, 1, h, w]. ``official`` covers and crops, ``diffusers`` squeezes."""
+    """The picture is encoded as one frame: [B, C, 1, h, w]. ``wan`` covers and crops, ``diffusers`` squeezes."""
 
     name = "encode_first_frame"
     reads = ("image", "request")
@@ -39,8 +39,10 @@ class EncodeFirstFrame(BaseStage):
         check_processing(processing)
 
         def clean(image: Tensor) -> Tensor:
-            official = processing == "official"
-            pixels = covered(image, height, width) if official else stretched(image, height, width, processing)
+            official = processing == "wan"
+            pixels = (
+                resize_and_crop(image, height, width) if official else resize_exact(image, height, width, processing)
+            )
             return vae.encode(pixels[:, :, None].to(vae.device, vae.dtype)).float()
 
         return {"clean_latents": per_clip(clean, inputs["image"])}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ditkit.conditioning.clips import per_clip
-from ditkit.pipeline import BaseStage, Context
+from ditkit.execution.stage_list import BaseStage, Context
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 from ditkit.contracts import Answer, Wish
 from ditkit.errors import PlaceError, RequestError, SetupError
-from ditkit.pipeline import BaseStage, Context, Pipeline
+from ditkit.execution.stage_list import BaseStage, Context, StageList
 from ditkit.prompting.cleaning import cleaned
 from ditkit.prompting.templates import PICTURES, Template, chosen, packaged_sha256
 from ditkit.state import State
@@ -29,8 +29,9 @@ class ExpandPrompt(BaseStage):
     optional = PICTURES
     writes = ("expanded_prompt", "expansion")
     components = ("prompt_expander",)
+    together = True
 
-    def unwanted(self, state: State) -> str:
+    def skip_reason(self, state: State) -> str:
         return "the request has expand=no" if state.get("request", {}).get("expand", "no") == "no" else ""
 
     def run(self, inputs: Mapping[str, Any], ctx: Context) -> Mapping[str, Any]:
@@ -62,7 +63,7 @@ class ExpandPrompt(BaseStage):
         except PlaceError as e:
             if not settings.expand_fallback:
                 raise _with_advice(e) from None
-            ctx.lasting = False  # another try may go better
+            ctx.cacheable = False  # another try may go better
             ctx.events.emit("prompt.fallback", clip=clip, prompt=prompt, reason=str(e))
             text, about = prompt, {**about, "failure": str(e)}
         return text, about | ({} if answer is None else {k: v for k, v in asdict(answer).items() if k != "text"})
@@ -91,7 +92,7 @@ def _with_advice(error: PlaceError) -> PlaceError:
     return PlaceError(error.asked, error.found, f"{error.do}; or go on with the raw prompt by expand_fallback")
 
 
-def check_asked(pipeline: Pipeline, state: State, start: str | None, until: str | None) -> None:
+def check_asked(pipeline: StageList, state: State, start: str | None, until: str | None) -> None:
     """Before a run: raises SetupError where a prompt shall be expanded and nothing is there that can, and RequestError
     where a person shall be asked and the run would go on without that."""
     expand, name = state["request"].get("expand", "no"), ExpandPrompt.name

@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from ditkit.errors import OutputError, SetupError, StateError
-from ditkit.outcome import Outcome, Question
 from ditkit.setup import Setup
+from ditkit.stage_result import CacheKey, StageResult
 from ditkit.state import State, digest
 from ditkit.store import reasons
 from ditkit.store.database import Database, private
@@ -76,8 +76,8 @@ class Contents:
 
 
 class Cache:
-    """Satisfies ``running.Results``. Threads and processes may share a folder. What goes wrong with it is said in the
-    reasons that ``find`` and ``store`` give; a run goes on without it."""
+    """Satisfies ``running.ResultCache``. Threads and processes may share a folder. What goes wrong with it is said in
+    the reasons that ``find`` and ``store`` give; a run goes on without it."""
 
     def __init__(self, folder: str | os.PathLike[str], limit: int):
         """``limit``: bytes of all results together. Raises SetupError where the folder cannot be used."""
@@ -92,7 +92,7 @@ class Cache:
 
     # --- finding
 
-    def find(self, question: Question) -> tuple[Outcome | None, str]:
+    def find(self, question: CacheKey) -> tuple[StageResult | None, str]:
         """A result, and when and where it was made; or None, and what the nearest one was made from instead."""
         if why := _unknowable(question):
             return None, why
@@ -113,7 +113,7 @@ class Cache:
         except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as e:  # whatever damage leads to
             return None, f"the index of the cache is damaged ({e!r}); `ditkit cache clear` makes a new one"
 
-    def _read(self, number: int, file: str, sha256: str) -> Outcome:
+    def _read(self, number: int, file: str, sha256: str) -> StageResult:
         try:
             data = (self.results / Path(file).name).read_bytes()
         except FileNotFoundError:
@@ -129,13 +129,13 @@ class Cache:
         with contextlib.suppress(sqlite3.Error), self.index.writing() as db:
             db.execute(f"UPDATE entries SET used = {_NOW} WHERE id = ?", (number,))
         record = state[RECORD]
-        return Outcome({k: state[k] for k in state if k != RECORD}, record["settings"], record["plugs"])
+        return StageResult({k: state[k] for k in state if k != RECORD}, record["settings"], record["plugs"])
 
     def _drop(self, number: int, why: str) -> None:
         with self.index.writing() as db:
             self._remove(db, db.execute("SELECT id, file FROM entries WHERE id = ? AND gone = ''", (number,)), why)
 
-    def _nearest(self, question: Question) -> str:
+    def _nearest(self, question: CacheKey) -> str:
         with self.index.reading() as db:
             rows = db.execute(
                 "SELECT about, made, gone FROM entries WHERE stage = ? ORDER BY used DESC LIMIT ?",
@@ -152,7 +152,7 @@ class Cache:
 
     # --- storing
 
-    def store(self, question: Question, outcome: Outcome) -> str:
+    def store(self, question: CacheKey, outcome: StageResult) -> str:
         """Keep it, and let go of what was not used for the longest time. Why it was not kept, or nothing."""
         if outcome.stopped:
             return "it is not complete"
@@ -170,7 +170,7 @@ class Cache:
             return f"the cache cannot be written ({_text(e)})"
         return ""
 
-    def _add(self, question: Question, record: Mapping[str, Any], data: bytes) -> None:
+    def _add(self, question: CacheKey, record: Mapping[str, Any], data: bytes) -> None:
         about = json.dumps({**reasons.describe(question, _software(question)), **record}, sort_keys=True)
         first, key = _first(question), digest(_first(question), dict(record))
         file = f"{key[:32]}-{secrets.token_hex(4)}.safetensors"
@@ -293,16 +293,16 @@ def _version(package: str) -> str:
         return "none"
 
 
-def _first(question: Question) -> str:
+def _first(question: CacheKey) -> str:
     return digest(reasons.describe(question, _software(question)))
 
 
-def _software(question: Question) -> dict[str, str]:
+def _software(question: CacheKey) -> dict[str, str]:
     """What computes there: as here, but for what the question says."""
     return {**software(), **question.software}
 
 
-def _unknowable(question: Question) -> str:
+def _unknowable(question: CacheKey) -> str:
     """Why results of this question cannot be told from others, or nothing."""
     if nameless := [name for name, found in question.weights.items() if found == "none"]:
         return f"{nameless[0]} has no fingerprint, so nothing tells it from another one"

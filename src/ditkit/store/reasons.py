@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ditkit.outcome import Question
+from ditkit.stage_result import CacheKey
 
 _UNLASTING = re.compile(r"#[0-9a-f]{32}")
 
@@ -24,7 +24,7 @@ def canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True)
 
 
-def describe(question: Question, software: Mapping[str, str]) -> dict[str, Any]:
+def describe(question: CacheKey, software: Mapping[str, str]) -> dict[str, Any]:
     """What is known before the stage runs; all of it is in the first key."""
     return {
         "stage": question.stage,
@@ -37,13 +37,13 @@ def describe(question: Question, software: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def fits(about: Mapping[str, Any], question: Question) -> bool:
+def fits(about: Mapping[str, Any], question: CacheKey) -> bool:
     """Whether a result of the same first key is the one: all settings that its stage read have their value still, and
     the seams, if it asked for them, what was in them. A stage is pure, so it would read the same ones again."""
     return not _settings(about["settings"], question.request) and not _plugs(about["plugs"], question)
 
 
-def differences(about: Mapping[str, Any], question: Question, software: Mapping[str, str]) -> list[str]:
+def differences(about: Mapping[str, Any], question: CacheKey, software: Mapping[str, str]) -> list[str]:
     """Nothing if the result is the one that is asked for."""
     now = describe(question, software)
     version = [] if about["version"] == now["version"] else ["the stage has another version"]
@@ -94,7 +94,7 @@ def _settings(then: Mapping[str, Any], request: Mapping[str, Any]) -> list[str]:
     return _values(then, {name: request.get(name) for name in then})
 
 
-def _plugs(then: Mapping[str, list[str]] | None, question: Question) -> list[str]:
+def _plugs(then: Mapping[str, list[str]] | None, question: CacheKey) -> list[str]:
     if then is None:
         return []
     seams = [s for s in dict.fromkeys((*then, *question.plugs)) if then.get(s) != question.plugs.get(s)]

@@ -1,0 +1,203 @@
+"""State dicts that torch.save wrote (``.pth``, ``.pt``, ``.bin``, ``.ckpt``), opened without running anything in them.
+
+torch's own ``weights_only`` reader builds the names and shapes on the meta device and says where each storage lies in
+the archive; the data is then read from the file like that of safetensors, into memory of its own. So nothing is mapped,
+and a strided view of a large storage costs its own bytes. A checkpoint of a training run holds several state dicts:
+these are its entries, and one of them is meant. Leaves out: bare pickles of torch before 1.6, shards, TorchScript.
+Sources: ``torch/serialization.py`` (``_checkpoint_offset``); PKWARE APPNOTE 4.3.7 (local headers of a zip).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import pickle
+import re
+import struct
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from ditkit.checkpoints.files.opening import DTYPES, HEADER_LIMIT, StoredTensors, TensorInfo, kind_of, read, some
+from ditkit.checkpoints.views.source import Inspect, no_inspection
+from ditkit.errors import LoadError, nearest
+
+NAMES: Mapping[torch.dtype, str] = MappingProxyType({getattr(torch, name): key for key, name in DTYPES.items()})
+CONVERT = "Convert it to safetensors where you trust it"
+AGAIN = "Download the file again, it is damaged or incomplete"
+RULES: Mapping[frozenset[str], str] = MappingProxyType({
+    frozenset({"generator", "generator_ema"}): "generator_ema",
+    frozenset({"generator", "generator_ema", "critic"}): "generator_ema",
+})  # fmt: skip
+"""All entries of a checkpoint -> the one that is taken when none is named. Source: Self-Forcing ``inference.py``,
+whose ``--use_ema`` its authors recommend."""
+
+
+@dataclass(frozen=True)
+class StridedInfo(TensorInfo):
+    """``start`` and ``size`` span all elements; ``stride`` is counted in elements."""
+
+    stride: tuple[int, ...]
+
+
+class PickleFile(StoredTensors):
+    """One state dict of a torch checkpoint. ``entries`` are the paths of all that the file holds (``""`` is the file
+    itself), ``entry`` the one that is meant. ``notes`` says so when a rule chose it.
+
+    Raises LoadError for TorchScript, for pickles that need code, for damaged archives, and for an entry that is not
+    there or that must be named."""
+
+    def __init__(self, path: str | Path, entry: str | None = None):
+        path = Path(path)
+        asked = f"opening {path}"
+        records = _records(path, asked)
+        found = dict(_state_dicts(_skeleton(path, asked)))
+        self.entries = tuple(found)
+        self.entry, note = _select(self.entries, entry, asked)
+        tensors = {name: _info(path, name, tensor, records, asked) for name, tensor in found[self.entry].items()}
+        super().__init__(path, dict(sorted(tensors.items(), key=lambda item: item[1].start)), {})
+        self.notes = note
+
+    def _read(self, stream: IO[bytes], name: str, info: TensorInfo, look: Inspect = no_inspection) -> Tensor:
+        if not isinstance(info, StridedInfo):
+            return read(stream, name, info, look)
+        items = info.size // getattr(torch, DTYPES[info.dtype]).itemsize
+        flat = read(stream, name, TensorInfo(info.file, info.dtype, (items,), info.start, info.size))
+        tensor = flat.as_strided(info.shape, info.stride).clone(memory_format=torch.contiguous_format)
+        look(tensor.reshape(-1))
+        return tensor
+
+    def pieces(self, name: str, unit: int, size: int) -> Iterator[Tensor]:
+        if isinstance(self.tensors[name], StridedInfo):
+            yield self[name].reshape(-1).view(torch.uint8)
+        else:
+            yield from super().pieces(name, unit, size)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the file and the entry: two state dicts of one file are different weights."""
+        about = [*sorted(self.sha256.values()), *([self.entry] if len(self.entries) > 1 else [])]
+        return hashlib.sha256("".join(about).encode()).hexdigest()
+
+
+def entries(path: str | Path) -> dict[str, int]:
+    """Each state dict of a torch checkpoint -> how many tensors it has. Raises LoadError."""
+    path = Path(path)
+    _records(path, f"opening {path}")
+    return {name: len(tensors) for name, tensors in _state_dicts(_skeleton(path, f"opening {path}"))}
+
+
+def _select(known: tuple[str, ...], entry: str | None, asked: str) -> tuple[str, tuple[str, ...]]:
+    if not known:
+        raise LoadError(asked, "it holds no dictionary that has names and tensors only", "Give a file of weights")
+    if entry is not None:
+        if entry not in known:
+            found = f"it has no entry {entry!r}{nearest(entry, known)}, only {some(map(repr, known))}"
+            raise LoadError(asked, found, "Name one of these entries")
+        return entry, ()
+    if len(known) == 1:
+        return known[0], ()
+    if chosen := RULES.get(frozenset(known)):
+        return chosen, (f"the entry {chosen} of {some(known)} was taken, as the official inference code does",)
+    raise LoadError(asked, f"it holds {len(known)} state dicts ({some(known)})", "Name one of them: FILE#ENTRY")
+
+
+def _state_dicts(value: Any, path: str = "") -> Iterator[tuple[str, Mapping[str, Tensor]]]:
+    """Every dictionary of names and tensors, by its path in the dictionaries around it."""
+    if not isinstance(value, dict) or not value:
+        return
+    if all(isinstance(key, str) and isinstance(item, Tensor) for key, item in value.items()):
+        yield path, value
+        return
+    for key, item in value.items():
+        if isinstance(key, str):
+            yield from _state_dicts(item, f"{path}.{key}" if path else key)
+
+
+def _records(path: Path, asked: str) -> dict[int, int]:
+    """Where each record of the archive begins in the file -> its size. Raises LoadError if it is no checkpoint."""
+    if (kind := kind_of(path)) == "old torch":
+        found = "it is a bare pickle, the format of torch before 1.6"
+        raise LoadError(asked, found, "Save it again with a newer torch, or convert it to safetensors")
+    if kind != "torch":
+        raise LoadError(asked, "it is no checkpoint of torch", "Give a file that torch.save wrote")
+    try:
+        with zipfile.ZipFile(path) as archive, path.open("rb") as stream:
+            members = archive.infolist()
+            inside = {member.filename.partition("/")[2]: member for member in members}
+            if len(inside) < len(members) or len({member.filename.partition("/")[0] for member in members}) > 1:
+                raise LoadError(asked, "its records are not those of one archive of torch", AGAIN)
+            if "constants.pkl" in inside or any(name.startswith("code/") for name in inside):
+                raise LoadError(asked, "it is a TorchScript archive, which is a program", CONVERT)
+            if "data.pkl" not in inside:
+                raise LoadError(asked, "it is a zip archive without a state dict", "Give a file that torch.save wrote")
+            if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+                raise LoadError(asked, "its records are compressed", "Use the file as torch.save wrote it")
+            if inside["data.pkl"].file_size > HEADER_LIMIT:
+                raise LoadError(asked, f"its names take {inside['data.pkl'].file_size} bytes", CONVERT)
+            if "byteorder" in inside and archive.read(inside["byteorder"]) != b"little":
+                raise LoadError(asked, "its numbers are big-endian", "Save it again on a little-endian machine")
+            return {_begin(stream, member): member.file_size for member in members}
+    except (zipfile.BadZipFile, OSError, struct.error, ValueError, NotImplementedError) as error:
+        if isinstance(error, LoadError):
+            raise
+        raise LoadError(asked, f"the archive cannot be read ({error})", AGAIN) from None
+
+
+def _begin(stream: IO[bytes], member: zipfile.ZipInfo) -> int:
+    """Of a record's data: a local header has 30 bytes, a name and an extra field."""
+    stream.seek(member.header_offset + 26)
+    name, extra = struct.unpack("<HH", stream.read(4))
+    return member.header_offset + 30 + name + extra
+
+
+def _skeleton(path: Path, asked: str) -> Any:
+    """What was saved, with tensors that have no data; their storages know their place in the file."""
+    try:
+        with path.open("rb") as stream:
+            loaded = torch.load(stream, map_location="meta", weights_only=True)
+        if all(hasattr(tensor.untyped_storage(), "_checkpoint_offset") for tensor in _tensors(loaded)):
+            return loaded
+        return _fake(path)
+    except pickle.UnpicklingError as error:
+        match = re.search(r"GLOBAL (\S+)", str(error))
+        needs = f"to run {match[1]}" if match else "more than tensors and names"
+        raise LoadError(asked, f"it is a pickle that needs {needs} when it is opened", CONVERT) from None
+    except Exception as error:  # the reader of a damaged or malicious pickle can fail in any way
+        found = f"its contents cannot be understood ({type(error).__name__}: {str(error).splitlines()[:1]})"
+        raise LoadError(asked, found, AGAIN) from None
+
+
+def _fake(path: Path) -> Any:
+    """The same for torch before 2.11, which tells places in this mode only."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with path.open("rb") as stream, FakeTensorMode():
+        return torch.load(stream, weights_only=True)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    for _, found in _state_dicts(value):
+        yield from found.values()
+
+
+def _info(path: Path, name: str, tensor: Tensor, records: Mapping[int, int], asked: str) -> TensorInfo:
+    """Where ``tensor`` lies. Its storage must be a record, and must have room for it."""
+    if tensor.layout != torch.strided or tensor.dtype not in NAMES or tensor.is_conj() or tensor.is_neg():
+        kind = f"{tensor.dtype}, {tensor.layout}".replace("torch.", "")
+        raise LoadError(asked, f"{name} is no plain tensor ({kind})", "Save plain tensors of a known type")
+    begin: int = getattr(tensor.untyped_storage(), "_checkpoint_offset", -1)
+    width, shape, stride = tensor.dtype.itemsize, tuple(tensor.shape), tuple(tensor.stride())
+    span = 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True)) if tensor.numel() else 0
+    first = int(tensor.storage_offset())
+    if begin not in records or min((first, *stride)) < 0 or (first + span) * width > records[begin]:
+        raise LoadError(asked, f"the archive does not hold the data of {name}", AGAIN)
+    place = (path, NAMES[tensor.dtype], shape, begin + first * width, span * width)
+    return TensorInfo(*place) if span == math.prod(shape) and tensor.is_contiguous() else StridedInfo(*place, stride)

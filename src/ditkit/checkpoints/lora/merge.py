@@ -1,0 +1,98 @@
+"""Weights with LoRAs added, as a source: the sum is made while tensors stream, one at a time.
+
+Leaves out: side weights, which leave the base alone (``nn/lora.py``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from ditkit.checkpoints.files.opening import some
+from ditkit.checkpoints.lora.deltas import wide
+from ditkit.checkpoints.lora.read import Adapter
+from ditkit.checkpoints.views.source import Facts, Inspect, TensorFacts, TensorSource, cast, no_inspection
+from ditkit.errors import LoadError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+class Merged:
+    """``source``, under the transformer's native names, with ``adapters`` added at their strengths.
+
+    Tensors that change are float32 (float64 if they were): the one rounding is that to the dtype that they are
+    loaded as. An adapter of strength 0 is none. All DoRAs measure the plain weight, so the order does not matter.
+    Raises LoadError for an adapter that changes a tensor which is not there."""
+
+    def __init__(self, source: TensorSource, adapters: Sequence[tuple[Adapter, float]]):
+        self.source = source
+        self.adapters = tuple((adapter, strength) for adapter, strength in adapters if strength)
+        changed = {name for adapter, _ in self.adapters for name in adapter.deltas}
+        if lost := changed - source.tensors.keys():
+            raise LoadError(
+                f"merging {len(self.adapters)} LoRAs into {source.path}",
+                f"{len(lost)} tensors that they change are not there ({some(lost)})",
+                "Use LoRAs and weights of one model",
+            )
+        tensors = {
+            name: TensorFacts("F64" if info.dtype == "F64" else "F32", info.shape) if name in changed else info
+            for name, info in source.tensors.items()
+        }
+        self.tensors: Mapping[str, Facts] = MappingProxyType(tensors)
+        self.path: Path = source.path
+        self.files: tuple[Path, ...] = source.files
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        return self.source.metadata
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in self.source:
+            yield name, self._merge(name, tensor)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._merge(name, self.source[name])
+
+    def cast(self, name: str, dtype: torch.dtype | None = None, look: Inspect = no_inspection) -> Tensor:
+        if not any(name in adapter.deltas for adapter, _ in self.adapters):
+            return cast(self.source, name, dtype, look)
+        tensor = self[name].to(dtype)
+        look(tensor.reshape(-1))
+        return tensor
+
+    def _merge(self, name: str, tensor: Tensor) -> Tensor:
+        changes = [(adapter, strength) for adapter, strength in self.adapters if name in adapter.deltas]
+        if not changes:
+            return tensor
+        plain = tensor.to(wide(tensor.dtype))
+        total = plain.clone()
+        for adapter, strength in changes:
+            total.add_(adapter.added(name, plain), alpha=strength)
+        return total
+
+    @property
+    def sha256(self) -> dict[str, str]:
+        """Of the weights and of the LoRAs."""
+        found = dict(self.source.sha256)
+        for adapter, _ in self.adapters:
+            found |= adapter.source.sha256
+        return found
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return self._identity(self.source.fingerprint, [(a.fingerprint, s) for a, s in self.adapters])
+
+    @cached_property
+    def sketch(self) -> str:
+        return self._identity(self.source.sketch, [(a.sketch, s) for a, s in self.adapters])
+
+    def _identity(self, base: str, added: list[tuple[str, float]]) -> str:
+        """The base's own when nothing is added."""
+        return hashlib.sha256(json.dumps([base, "merged", added]).encode()).hexdigest() if added else base

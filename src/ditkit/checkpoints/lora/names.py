@@ -1,0 +1,166 @@
+"""What the keys of a LoRA file mean: which tensor of a Wan transformer, and which part of its change.
+
+Trainers and converters name one and the same thing in many ways. A key is a prefix, the name of a module, and a role
+(``lora_A``, ``alpha``, ``diff_b``). Roles and prefixes are tables; a module's name is looked up among all names that
+the family has in its native and its diffusers spelling, with dots or underscores. Nothing is replaced inside a name.
+Leaves out: shapes, scales and the arithmetic (lora.py, lora_deltas.py).
+Sources: peft ``save_and_load.py``; musubi-tuner ``lora_wan.py``; LyCORIS ``modules/``; ComfyUI ``comfy/lora.py``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from ditkit.checkpoints.kinds.keys import transformer_keys
+
+EXPERTS = ("transformer", "transformer_2")
+MOST_BLOCKS = 500  # of a network that a file may speak of; far above any that exists
+
+ROLES: Mapping[str, str] = MappingProxyType(
+    {"lora_A": "down", "lora_down": "down", "lora_B": "up", "lora_up": "up", "alpha": "alpha",
+     "diff": "diff", "w_norm": "diff", "diff_b": "diff_b", "b_norm": "diff_b", "diff_m": "diff_m",
+     "lora_magnitude_vector": "magnitude", "dora_scale": "dora_scale"}
+    | {name: name for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")}
+    | {name: name for name in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")}
+)  # fmt: skip
+"""A segment of a key -> the role of its tensor. ``up_bias`` is made of ``lora_B.bias``."""
+
+REFUSED: Mapping[str, str] = MappingProxyType(
+    dict.fromkeys(("oft_blocks", "oft_diag", "oft_r", "oft_R", "boft_R", "boft_s", "rescale"), "OFT rotations")
+    | dict.fromkeys(("set_weight", "reshape_weight"), "weights to be replaced or reshaped (Control-LoRA)")
+    | dict.fromkeys(("q_loras", "k_loras", "v_loras"), "Stand-In's routed LoRAs")
+    | dict.fromkeys(("dwpose_embedding", "randomref_embedding_pose"), "UniAnimate's pose encoder")
+    | {"lora_mid": "the middle factor of a Tucker LoRA", "on_input": "IA3 scales", "diff_kv": "IA3 scales",
+       "lora_embedding_A": "a LoRA of an embedding", "lora_embedding_B": "a LoRA of an embedding",
+       "vera_lambda_b": "VeRA vectors", "vera_lambda_d": "VeRA vectors"}
+)  # fmt: skip
+"""A segment of a key -> what it belongs to, which needs more than adding to weights."""
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What may stand before a module's name. ``flat``: the rest has underscores for dots."""
+
+    text: str
+    family: str
+    flat: bool = False
+
+
+PREFIXES = (
+    Prefix("base_model.model.", "peft"),
+    Prefix("pipe.dit.", "diffsynth"),
+    Prefix("model.diffusion_model.", "comfy"),
+    Prefix("diffusion_model.", "comfy"),
+    Prefix("transformer_2.", "diffusers"),
+    Prefix("transformer.", "diffusers"),
+    Prefix("model.", "wrapped"),
+    Prefix("module.", "wrapped"),
+    Prefix("_orig_mod.", "wrapped"),
+    Prefix("lora_unet__", "videox", flat=True),
+    Prefix("lora_unet_", "kohya", flat=True),
+    Prefix("lora_transformer_", "onetrainer", flat=True),
+    Prefix("lycoris_", "lycoris", flat=True),
+)
+OTHER_NETWORKS = ("lora_te_", "lora_te1_", "lora_te2_", "text_encoder.", "text_encoders.")
+
+
+@dataclass(frozen=True)
+class Names:
+    """All module and parameter names of the family, in both spellings -> the native ones. Read-only."""
+
+    dotted: Mapping[str, str]
+    flat: Mapping[str, str]
+
+    @classmethod
+    def of(cls, blocks: int) -> Names:
+        """For networks of up to so many blocks, with every branch that exists."""
+        table = transformer_keys(blocks, image=True, image_positions=True, vace=blocks).to_native
+        dotted: dict[str, str] = {}
+        for other, native in table.items():
+            for theirs, ours in ((other, native), (native, native), (_owner(native), _owner(native))):
+                dotted[theirs] = ours
+                if _leaf(theirs) in ("weight", "bias"):
+                    dotted[_owner(theirs)] = _owner(ours)
+        return cls(MappingProxyType(dotted), MappingProxyType({n.replace(".", "_"): v for n, v in dotted.items()}))
+
+
+def _owner(name: str) -> str:
+    return name.rpartition(".")[0] or name
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key, taken apart. ``module`` is the native name (of a module, or of a parameter that is none's weight), None
+    when the family has no such thing; ``spelled`` is what stands there. ``families``: of its prefixes, outermost first.
+    ``expert`` is what a prefix says, ``adapter`` the name that peft gave the adapter; both mostly None."""
+
+    text: str
+    role: str
+    spelled: str
+    module: str | None
+    families: tuple[str, ...]
+    expert: str | None = None
+    adapter: str | None = None
+
+
+def read_key(text: str, names: Names) -> Key | None:
+    """None for a key that has no role of ``ROLES``."""
+    parts = text.split(".")
+    place = next((i for i, part in enumerate(parts) if part in ROLES), None)
+    if not place:  # none, or nothing stands before it
+        return None
+    role, tail = ROLES[parts[place]], parts[place + 1 :]
+    if tail and tail[-1] in ("weight", "bias"):
+        role = "up_bias" if (role, tail[-1]) == ("up", "bias") else role
+        if tail.pop() == "bias" and role != "up_bias":
+            return None
+    if len(tail) > 1:
+        return None
+    module, spelled, families, expert = _resolve(".".join(parts[:place]), names)
+    return Key(text, role, spelled, module, families, expert, tail[0] if tail else None)
+
+
+def _resolve(name: str, names: Names) -> tuple[str | None, str, tuple[str, ...], str | None]:
+    """(native name or None, the name without prefixes, families, expert)."""
+    families: list[str] = []
+    expert = None
+    while name not in names.dotted:
+        prefix = next((p for p in PREFIXES if name.startswith(p.text)), None)
+        if prefix is None:
+            return None, name, tuple(families), expert
+        families.append(prefix.family)
+        name = name[len(prefix.text) :]
+        expert = prefix.text[:-1] if prefix.text[:-1] in EXPERTS else expert
+        if prefix.flat:  # some converters leave a part of the dots
+            return names.flat.get(name.replace(".", "_")), name, tuple(families), expert
+    return names.dotted[name], name, tuple(families), expert
+
+
+def refused(text: str) -> str | None:
+    """What a key belongs to that cannot be added to weights; None for all others."""
+    return next((REFUSED[part] for part in text.split(".") if part in REFUSED), None)
+
+
+def blocks_in(names: Iterable[str]) -> int:
+    """How many blocks a network with these names has: by the highest number, at least 1."""
+    found = [int(n) for name in names for n in re.findall(r"(?:^|[._])blocks[._](\d{1,6})[._]", name)]
+    return min(max(found, default=0) + 1, MOST_BLOCKS)
+
+
+def group(name: str) -> str:
+    """The part of the network that a native name belongs to: ``self_attn``, ``image_branch``, ``vace`` ..."""
+    parts = name.split(".")
+    if parts[0] in ("vace_blocks", "vace_patch_embedding"):
+        return "vace"
+    if parts[0] == "img_emb" or (len(parts) > 3 and parts[3] in ("k_img", "v_img", "norm_k_img")):
+        return "image_branch"
+    if parts[0] != "blocks":
+        return parts[0]
+    return "norms" if "norm" in parts[-1] or parts[2] == "norm3" or parts[-2].startswith("norm_") else parts[2]

@@ -1,0 +1,235 @@
+"""``ditkit.lock``: for each component of a manifest the commit and the size and sha256 of every file.
+
+The manifest is written by a person and this file by ``ditkit lock``; with it a model is the same bytes everywhere, or
+an error. Leaves out: what the files are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from ditkit.checkpoints.files.opening import read_json
+from ditkit.checkpoints.model.hub import Hub
+from ditkit.checkpoints.model.manifest import Location, Manifest
+from ditkit.checkpoints.model.used import used
+from ditkit.errors import LoadError
+
+AGAIN = "Lock the manifest again with `ditkit lock` if that is meant"
+INDEX = "index"
+HEAD = "# Written by `ditkit lock`. Lock again instead of editing.\n"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One locked component. ``files``: name -> (size in bytes, sha256)."""
+
+    written: str
+    revision: str | None
+    files: Mapping[str, tuple[int, str]]
+
+
+Lock = Mapping[str, Entry]
+
+
+def lock_file(manifest: Manifest) -> Path:
+    """``ditkit.lock`` beside the manifest; ``NAME.lock`` for a manifest with another name."""
+    name = manifest.file.name if manifest.file and manifest.file.suffix == ".toml" else "ditkit.toml"
+    return manifest.folder / Path(name).with_suffix(".lock").name
+
+
+def read_lock(file: Path) -> Lock:
+    """Empty when there is no such file. Raises LoadError when it cannot be understood."""
+    if not file.is_file():
+        return {}
+    asked = f"reading {file}"
+    try:
+        raw = tomllib.loads(file.read_text(encoding="utf-8"))
+        if raw.pop("version", None) != 1:
+            raise ValueError("it is of another version")
+        return {
+            name: Entry(
+                entry["place"],
+                entry.get("revision"),
+                {n: (int(f["size"]), str(f["sha256"])) for n, f in entry["files"].items()},
+            )
+            for name, entry in raw.get("components", {}).items()
+        }
+    except OSError as e:
+        raise LoadError(asked, f"it cannot be read ({e.strerror})", "Check the file and its permissions") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise LoadError(asked, f"it cannot be understood ({e})", "Write it anew with `ditkit lock`") from None
+
+
+def lock_text(lock: Lock) -> str:
+    """The file's text; equal locks have equal texts."""
+    lines = [HEAD, "version = 1\n"]
+    for name, entry in sorted(lock.items()):
+        lines.append(f"\n[components.{name}]\nplace = {_text(entry.written)}\n")
+        lines += [f"revision = {_text(entry.revision)}\n"] if entry.revision else []
+        lines.append(f"[components.{name}.files]\n")
+        for file, (size, digest) in sorted(entry.files.items()):
+            lines.append(f'{_text(file)} = {{ size = {size}, sha256 = "{digest}" }}\n')
+    return "".join(lines)
+
+
+def _text(value: str) -> str:
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # a TOML string is written like a JSON one
+
+
+def with_lock(manifest: Manifest) -> Manifest:
+    """The manifest with what its lock pins. Raises LoadError when the two are about different places."""
+    file = lock_file(manifest)
+    lock = read_lock(file)
+    if not lock:
+        return manifest
+    asked = f"opening {manifest.file or manifest.folder} with {file.name}"
+    lock = dict(lock)
+    if lock.pop(INDEX, None) != _index_entry(manifest):
+        raise LoadError(asked, "the index of the components is not what it was", AGAIN)
+    for name in sorted(lock.keys() ^ manifest.components.keys()):
+        raise LoadError(asked, f"only {'the lock' if name in lock else 'the manifest'} names {name}", AGAIN)
+    places = {name: _pinned(place, lock[name], asked) for name, place in manifest.components.items()}
+    return replace(manifest, components=MappingProxyType(places), locked=True)
+
+
+def _pinned(place: Location, entry: Entry, asked: str) -> Location:
+    if place.written != entry.written:
+        raise LoadError(asked, f"the {place.component} is {place.written} now and was {entry.written}", AGAIN)
+    digests = {name: digest for name, (_, digest) in entry.files.items()}
+    for name, digest in place.sha256.items():
+        if digests.get(name) != digest:
+            raise LoadError(asked, f"they pin {name} of the {place.component} to different hashes", AGAIN)
+    return replace(
+        place,
+        revision=entry.revision or place.revision,
+        sha256=MappingProxyType(digests),
+        sizes=MappingProxyType({name: size for name, (size, _) in entry.files.items()}),
+        names=tuple(entry.files),
+    )
+
+
+def files_at(place: Location, at: Path) -> dict[str, Path]:
+    """The files that make the component that lies ``at`` a folder or file, under the names that a lock uses."""
+    if at.is_file():
+        names: Iterable[str] = [at.name, *_beside(at)]
+        folder = at.parent
+    else:
+        folder = at
+        names = used([file.name for file in at.iterdir() if file.is_file()], place.variant, str(at))
+    return {place.prefix + name: folder / name for name in names}
+
+
+def _beside(file: Path) -> list[str]:
+    """What a loader reads beside a file of weights: the config there, and the shards that an index names."""
+    config = ["config.json"] if (file.parent / "config.json").is_file() else []
+    if not file.name.endswith(".index.json"):
+        return config
+    return [*config, *sorted({str(name) for name in read_json(file).get("weight_map", {}).values()})]
+
+
+def check_names(place: Location, at: Path) -> None:
+    """Whether all pinned files are there with their sizes and, when locked, no others. Raises LoadError."""
+    if not place.sha256:
+        return
+    files, asked = files_at(place, at), f"opening the {place.component} at {at}"
+    if lost := sorted(place.sha256.keys() - files.keys()):
+        raise LoadError(asked, f"{lost[0]} is pinned and is not there", "Get it again, or lock the manifest again")
+    if place.names is not None and (new := sorted(files.keys() - set(place.names))):
+        raise LoadError(asked, f"{new[0]} is there and is not locked", AGAIN)
+    for name, size in place.sizes.items():
+        if (found := files[name].stat().st_size) != size:
+            raise LoadError(asked, f"{name} has {found} bytes and had {size} when it was locked", AGAIN)
+
+
+def verify(place: Location, at: Path) -> int:
+    """Hash every pinned file of the component that lies ``at`` a folder or file. Returns how many bytes were
+    read, 0 when nothing is pinned.
+
+    Always reads the bytes: neither the size nor the time of change of a file is trusted. Raises LoadError with the
+    first file that is not what it was."""
+    if not place.sha256:
+        return 0
+    check_names(place, at)
+    files = {name: file for name, file in files_at(place, at).items() if name in place.sha256}
+    for name, digest in _digests(files).items():
+        if digest != place.sha256[name]:
+            raise LoadError(
+                f"loading the {place.component} from {at}",
+                f"{name} is not what it was when it was pinned (sha256)",
+                AGAIN,
+            )
+    return sum(file.stat().st_size for file in files.values())
+
+
+def _digests(files: Mapping[str, Path]) -> dict[str, str]:
+    """sha256 of each file, several at a time (hashing leaves the interpreter's lock)."""
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        return dict(zip(files, pool.map(_digest, files.values()), strict=True))
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def make_lock(manifest: Manifest, hub: Hub | None = None) -> dict[str, Entry]:
+    """Resolve every component of a manifest that was opened without its lock, and hash all of its files.
+
+    A branch or tag becomes the commit that it means now. Raises LoadError."""
+    hub = hub or Hub()
+    if not manifest.components:
+        raise LoadError(
+            f"locking {manifest.folder}", "it names no components", "Name them under [components] in a ditkit.toml"
+        )
+    entries = {name: _entry(place, hub) for name, place in manifest.components.items()}
+    index = _index_entry(manifest)
+    return entries | ({INDEX: index} if index else {})
+
+
+def _index_entry(manifest: Manifest) -> Entry | None:
+    """The index that diffusers wrote is locked like a component: it has notes of its own, such as the boundary."""
+    if manifest.index is None:
+        return None
+    name = manifest.index.name
+    return Entry(f"./{name}", None, {name: (manifest.index.stat().st_size, _digest(manifest.index))})
+
+
+def _entry(place: Location, hub: Hub) -> Entry:
+    place = place.pin(hub)
+    at = place.resolve(hub)
+    verify(place, at)  # what the manifest itself pins
+    files = files_at(place, at)
+    digests = _digests(files)
+    entries = {name: (files[name].stat().st_size, digest) for name, digest in digests.items()}
+    return Entry(place.written, place.revision, entries)
+
+
+def changes(before: Lock, after: Lock) -> list[tuple[str, str]]:
+    """(component, what is different), one line for each difference."""
+    lines = []
+    for name in sorted(before.keys() | after.keys()):
+        old, new = before.get(name), after.get(name)
+        if old is None or new is None:
+            lines.append((name, "new" if new else "no longer there"))
+            continue
+        if old.written != new.written:
+            lines.append((name, f"place: {old.written} -> {new.written}"))
+        if old.revision != new.revision:
+            lines.append((name, f"commit: {_short(old.revision)} -> {_short(new.revision)}"))
+        for file in sorted(old.files.keys() | new.files.keys()):
+            if old.files.get(file) != new.files.get(file):
+                kind = "changed" if file in old.files and file in new.files else "new" if file in new.files else "gone"
+                lines.append((name, f"{file}: {kind}"))
+    return lines
+
+
+def _short(revision: Any) -> str:
+    return str(revision or "none")[:12]

@@ -1,0 +1,200 @@
+"""A source seen through a key table: other names, and tensors cut, joined, reshaped or transposed as its rules say.
+
+Names, shapes and types are known without reading data. Data is made when it is asked for, one tensor, or the members of
+one joined tensor, at a time. Leaves out: the tables (keys.py), dequantisation and prefixes of whole files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from ditkit.checkpoints.files.opening import some
+from ditkit.checkpoints.kinds.keys import KeyTable, Rule, Side
+from ditkit.checkpoints.views.source import Facts, Inspect, TensorFacts, TensorSource, cast, no_inspection
+from ditkit.errors import LoadError, nearest
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+DO = "Use the unmodified weights of one model"
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """How one tensor is made: of the tensors ``members`` of the source, as share number ``share`` of the one member
+    when that is cut. ``rule`` is None for a tensor that no rule knows."""
+
+    rule: Rule | None
+    members: tuple[str, ...]
+    share: int = 0
+
+
+class Mapped:
+    """``source`` in the layout ``to`` of ``table``: its native side, or its other one. ``source`` is in the opposite
+    one, or in the one that ``of`` says; in ``to`` itself it only loses what is ignored and what has two names.
+
+    ``ignored``: the tensors that the table leaves out by name. ``unknown``: those that it does not know; they keep
+    their names, so that whoever loads them can count them. A name that stands in the source twice, as itself and as an
+    alias, is given once; its data must be equal. Raises LoadError for a tensor that cannot be cut or joined as the
+    table says, for members that are missing, and for a mixture of both layouts; ``require_known`` raises for unknown
+    names."""
+
+    def __init__(self, source: TensorSource, table: KeyTable, to: Side, of: Side | None = None):
+        self.source, self.table, self.to = source, table, to
+        self._asked = f"mapping the names of {source.path}"
+        side: Side = of or ("other" if to == "native" else "native")
+        rules = table.by_name(side)
+        if side == to:
+            rules = {name: Rule((name,), (name,)) for name in rules}
+        places, ignored, unknown = self._sort(rules, side)
+        self.ignored, self.unknown = tuple(ignored), tuple(unknown)
+        self._known = rules.keys()
+        self._twice = {names[0]: names[1:] for names in places.values() if len(names) > 1}
+        self._pieces: dict[str, _Piece] = {}
+        for first, names in places.items():
+            self._pieces |= self._made_of(first, names[0], rules[first], places)
+        if mixed := sorted(self._pieces.keys() & set(unknown)):
+            raise self._error(f"{len(mixed)} tensors are there in both layouts ({some(mixed)})")
+        self._pieces |= {name: _Piece(None, (name,)) for name in unknown}
+        tensors = {name: self._facts(name, piece) for name, piece in self._pieces.items()}
+        self.tensors: Mapping[str, Facts] = MappingProxyType(tensors)
+
+    def __repr__(self) -> str:
+        return f"Mapped({self.source!r}, to={self.to!r}: {len(self.tensors)} tensors)"
+
+    def require_known(self) -> Mapped:
+        """Itself. Raises LoadError when the table does not know a name of the source."""
+        if self.unknown:
+            hint = nearest(self.unknown[0], self._known)
+            raise self._error(f"{len(self.unknown)} tensors are unknown ({some(self.unknown)}){hint}")
+        return self
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        for name in self._pieces:
+            yield name, self[name]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.cast(name)
+
+    def cast(self, name: str, dtype: torch.dtype | None = None, look: Inspect = no_inspection) -> Tensor:
+        """Each member is cast while it is read; what is done to them afterwards moves numbers and changes none."""
+        piece = self._pieces[name]
+        for member in piece.members:
+            self._check_twice(member)
+        if len(piece.members) == 1:
+            return self._arranged(name, piece, cast(self.source, piece.members[0], dtype, look))
+        return self._joined(name, piece, dtype, look)
+
+    def _arranged(self, name: str, piece: _Piece, member: Tensor) -> Tensor:
+        rule = piece.rule
+        if rule is None or rule.renames:
+            return member
+        if len(self._to(rule)) > 1:
+            return member.chunk(len(self._to(rule)))[piece.share].clone()  # the rest of the rows can go
+        if rule.transpose:
+            return member.T.contiguous()
+        return member.reshape(self.tensors[name].shape)
+
+    def _joined(self, name: str, piece: _Piece, dtype: torch.dtype | None, look: Inspect) -> Tensor:
+        import torch
+
+        first = cast(self.source, piece.members[0], dtype, look)
+        out = torch.empty(self.tensors[name].shape, dtype=first.dtype)
+        for share, member in zip(out.chunk(len(piece.members)), piece.members, strict=True):
+            share.copy_(first if member == piece.members[0] else cast(self.source, member, dtype, look))
+        return out
+
+    def _check_twice(self, member: str) -> None:
+        import torch
+
+        for second in self._twice.get(member, ()):
+            if not torch.equal(self.source[member], self.source[second]):
+                raise self._error(f"{second} differs from {member}, which is another name of the same tensor")
+
+    def _sort(self, rules: Mapping[str, Rule], side: Side) -> tuple[dict[str, list[str]], list[str], list[str]]:
+        """(name in the rules -> its names in the source, ignored names, unknown names), in the order of the source."""
+        places: dict[str, list[str]] = {}
+        ignored, unknown = [], []
+        aliases = self.table.aliases if side == "other" else {}
+        for name in self.source.tensors:
+            first = aliases.get(name, name)
+            if self.table.ignores(name, side):
+                ignored.append(name)
+            elif first in rules:
+                places.setdefault(first, []).append(name)
+            else:
+                unknown.append(name)
+        return places, ignored, unknown
+
+    def _made_of(self, first: str, name: str, rule: Rule, places: Mapping[str, list[str]]) -> dict[str, _Piece]:
+        """What the source's tensor ``name`` gives. A joined tensor comes with the first of its members."""
+        targets = self._to(rule)
+        if len(targets) > 1:
+            return {target: _Piece(rule, (name,), share) for share, target in enumerate(targets)}
+        members = rule.names("other" if self.to == "native" else "native")
+        if absent := [member for member in members if member not in places]:
+            raise self._error(f"{targets[0]} is made of {some(members)}, and there is no {some(absent)}")
+        if targets[0] in self._pieces:
+            return {}
+        return {targets[0]: _Piece(rule, tuple(places[member][0] for member in members))}
+
+    def _to(self, rule: Rule) -> tuple[str, ...]:
+        return rule.names(self.to)
+
+    def _facts(self, name: str, piece: _Piece) -> Facts:
+        facts = self.source.tensors[piece.members[0]]
+        rule, shape = piece.rule, tuple(facts.shape)
+        if rule is None or rule.renames:
+            return facts
+        if len(piece.members) > 1:
+            kinds = {(other.dtype, tuple(other.shape)) for other in map(self.source.tensors.__getitem__, piece.members)}
+            if len(kinds) > 1 or not shape:
+                raise self._error(f"{some(piece.members)} differ in type or shape and cannot be joined to {name}")
+            shape = (shape[0] * len(piece.members), *shape[1:])
+        elif (count := len(self._to(rule))) > 1:
+            if not shape or shape[0] % count:
+                raise self._error(f"{piece.members[0]} has the shape {list(shape)} and cannot be cut into {count}")
+            shape = (shape[0] // count, *shape[1:])
+        elif rule.transpose:
+            if len(shape) != 2:
+                raise self._error(f"{piece.members[0]} has the shape {list(shape)}, not two axes to swap")
+            shape = shape[::-1]
+        elif self.to == "native":
+            shape = (1,) * rule.ones + shape
+        elif shape[: rule.ones] != (1,) * rule.ones:
+            raise self._error(f"{piece.members[0]} has the shape {list(shape)}, not {rule.ones} leading axes of 1")
+        else:
+            shape = shape[rule.ones :]
+        return TensorFacts(facts.dtype, shape)
+
+    def _error(self, found: str) -> LoadError:
+        return LoadError(self._asked, found, DO)
+
+    @property
+    def path(self) -> Path:
+        return self.source.path
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return self.source.files
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        return self.source.metadata
+
+    @property
+    def sha256(self) -> dict[str, str]:
+        return self.source.sha256
+
+    @property
+    def fingerprint(self) -> str:
+        return self.source.fingerprint
+
+    @property
+    def sketch(self) -> str:
+        return self.source.sketch

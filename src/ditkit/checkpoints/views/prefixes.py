@@ -1,0 +1,80 @@
+"""What training code and other programs put in front of a network's names, taken away.
+
+A prefix counts only as whole segments of a name, and only when every tensor of the file has it. Wrappers of torch are
+removed wherever they stand. Leaves out: the names themselves (keys.py), files of several networks, LoRA.
+Sources: Self-Forcing ``inference.py``, ComfyUI ``model_detection.py``, torch ``fully_sharded_data_parallel.py``,
+``eval_frame.py`` (``_orig_mod``), ``checkpoint_wrapper.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from ditkit.checkpoints.files.opening import some
+from ditkit.checkpoints.views.source import Facts, Inspect, TensorSource, View, cast, no_inspection, pieces
+from ditkit.errors import LoadError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "transformer.", "module.")
+MARKERS = frozenset({"scaled_fp8", "spiece_model"})
+"""Tensors that belong to the file and not to the network, so they may stand outside of the prefix."""
+
+
+def unwrapped(name: str) -> str:
+    """``name`` without the segments that torch's wrappers add."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def shared_prefix(names: Iterable[str]) -> str:
+    """The prefixes of the table that all ``names`` begin with, one after the other; markers do not count."""
+    names = [name for name in names if name not in MARKERS]
+    found = ""
+    while names and (
+        here := next((prefix for prefix in PREFIXES if all(name.startswith(prefix) for name in names)), "")
+    ):
+        found += here
+        names = [name.removeprefix(here) for name in names]
+    return found
+
+
+class Unprefixed(View):
+    """``source`` under its bare names. ``prefix`` is what was taken from the front, ``""`` when there was nothing.
+
+    Raises LoadError when two tensors would get one name."""
+
+    def __init__(self, source: TensorSource):
+        inner = {name: unwrapped(name) for name in source.tensors}
+        self.prefix = shared_prefix(inner.values())
+        names: dict[str, str] = {}
+        for name, middle in inner.items():
+            bare = middle.removeprefix(self.prefix)
+            if bare in names:
+                raise LoadError(
+                    f"removing the prefixes in {source.path}",
+                    f"{some((name, names[bare]))} would both be {bare}",
+                    "Use a file that holds one network once",
+                )
+            names[bare] = name
+        wrappers = {part for name in source.tensors for part in name.split(".")} & WRAPPERS
+        away = [*([self.prefix] if self.prefix else []), *sorted(wrappers)]
+        super().__init__(source, tuple(f"{part} was removed from the names" for part in away))
+        self._names: Mapping[str, str] = MappingProxyType(names)
+        self.tensors: Mapping[str, Facts] = MappingProxyType({b: source.tensors[name] for b, name in names.items()})
+
+    def __repr__(self) -> str:
+        return f"Unprefixed({self.source!r}, prefix={self.prefix!r})"
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.source[self._names[name]]
+
+    def cast(self, name: str, dtype: torch.dtype | None = None, look: Inspect = no_inspection) -> Tensor:
+        return cast(self.source, self._names[name], dtype, look)
+
+    def pieces(self, name: str, unit: int, size: int) -> Iterator[Tensor]:
+        return pieces(self.source, self._names[name], unit, size)

@@ -1,0 +1,160 @@
+"""What can be loaded from: facts about all tensors at once, and their data one by one.
+
+Files of every format are sources; so is a source seen under other names, without its prefix, or dequantised. Such views
+stand on one another and read nothing until they are iterated. Leaves out: the formats (files.py, pickles.py, gguf.py)
+and what names mean (keys.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+Inspect = Callable[["Tensor"], None]
+"""Called with each part of a new tensor, flat, just after it was made: it is in the processor's cache then."""
+
+
+def no_inspection(part: Tensor) -> None:
+    """The look of somebody who does not want to see anything."""
+
+
+class Facts(Protocol):
+    """Of one tensor: ``dtype`` as safetensors spells it (``BF16``), or a GGUF type such as ``Q4_K``; its shape."""
+
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+@dataclass(frozen=True)
+class TensorFacts:
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class TensorSource(Protocol):
+    """``tensors`` is complete when the source is opened. Iterating gives each tensor once, in memory of its own that
+    the caller may keep; a tensor that is not wanted any more can be dropped before the next one is read."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def files(self) -> tuple[Path, ...]: ...
+    @property
+    def tensors(self) -> Mapping[str, Facts]: ...
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """The file's own notes (safetensors ``__metadata__``, GGUF fields); empty where there are none."""
+        ...
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]: ...
+    def __getitem__(self, name: str) -> Tensor: ...
+
+    @property
+    def sha256(self) -> dict[str, str]:
+        """File name -> hex digest of its content."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """One hash over the contents of all files (slow, exact)."""
+        ...
+
+    @property
+    def sketch(self) -> str:
+        """One hash over headers, sizes and samples (milliseconds)."""
+        ...
+
+
+@runtime_checkable
+class Casting(Protocol):
+    """A source that makes a tensor in the type that is wanted, with no copy of it in another one."""
+
+    def cast(self, name: str, dtype: torch.dtype | None = None, look: Inspect = no_inspection) -> Tensor: ...
+
+
+@runtime_checkable
+class InPieces(Protocol):
+    """A source that gives a tensor's stored bytes in turn: uint8 [k x unit], about ``size`` bytes at a time. One buffer
+    serves them all, so a piece is used before the next one is asked for."""
+
+    def pieces(self, name: str, unit: int, size: int) -> Iterator[Tensor]: ...
+
+
+def cast(source: TensorSource, name: str, dtype: torch.dtype | None = None, look: Inspect = no_inspection) -> Tensor:
+    """``source[name]`` as ``dtype`` (None: as it is stored), bit-equal to ``source[name].to(dtype)``."""
+    if isinstance(source, Casting):
+        return source.cast(name, dtype, look)
+    tensor = source[name].to(dtype)
+    look(tensor.reshape(-1))
+    return tensor
+
+
+def pieces(source: TensorSource, name: str, unit: int, size: int) -> Iterator[Tensor]:
+    """The stored bytes of a tensor as ``InPieces`` has them, or in one piece where the source can do no better."""
+    import torch
+
+    if isinstance(source, InPieces):
+        yield from source.pieces(name, unit, size)
+    else:
+        yield source[name].contiguous().reshape(-1).view(torch.uint8)
+
+
+class View:
+    """A source seen in another way: same place, same files, same hashes. Subclasses give ``tensors`` and the data.
+
+    ``notes`` says in plain words what was left out or chosen on the way, innermost first."""
+
+    tensors: Mapping[str, Facts]
+
+    def __init__(self, source: TensorSource, notes: tuple[str, ...] = ()):
+        self.source = source
+        self.notes: tuple[str, ...] = (*notes_of(source), *notes)
+
+    @property
+    def path(self) -> Path:
+        return self.source.path
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return self.source.files
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        return self.source.metadata
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        for name in self.tensors:
+            yield name, self[name]
+
+    def __getitem__(self, name: str) -> Tensor:
+        raise NotImplementedError
+
+    @property
+    def sha256(self) -> dict[str, str]:
+        return self.source.sha256
+
+    @property
+    def fingerprint(self) -> str:
+        return self.source.fingerprint
+
+    @property
+    def sketch(self) -> str:
+        return self.source.sketch
+
+
+@runtime_checkable
+class Noted(Protocol):
+    notes: tuple[str, ...]
+
+
+def notes_of(source: TensorSource) -> tuple[str, ...]:
+    """What ``source`` has to say about itself; nothing when it keeps no notes."""
+    return source.notes if isinstance(source, Noted) else ()

@@ -1,0 +1,192 @@
+"""Where one stage is carried out: a Place takes a StageCall and gives a StageResult. ``Here`` is this process.
+
+A place sees the fields that the stage declared, and gives back what the stage wrote and what it looked at; records and
+fingerprints are made from that by the caller, in one way for all places. Leaves out: other places (``placement``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from ditkit.cancel import Cancel
+from ditkit.contracts import Seams
+from ditkit.errors import DitkitError, PipelineError
+from ditkit.events import SILENT, Events
+from ditkit.execution.stage import Context, Only, RecordedSettings, Stage, Stopped, readable
+from ditkit.stage_result import CacheKey, StageResult
+from ditkit.state import FIELDS, Field, State
+
+
+class Interrupted(DitkitError):
+    """A run was stopped (Ctrl-C, Cancel); ``state`` holds everything that was finished until then."""
+
+    exit_code = 130
+
+    def __init__(self, stage: str, state: State):
+        super().__init__(f"running stage {stage!r}", "it was interrupted", "Resume from the State that was kept")
+        self.stage, self.state = stage, state
+        self.finished: list[State] = []  # of a run of several clips, those that were complete
+        self.clip: int | None = None  # of clips that are made one after the other, whose State it is
+
+
+@dataclass(frozen=True)
+class StageCall:
+    """One stage to run. ``inputs``: the fields that it may look at and no others. ``weights``: fingerprints of its
+    components as the caller knows them. ``keep``: told of how a loop stands, every ``keep_every`` steps. ``table``: all
+    fields of the pipeline; a stage may use one that another stage describes."""
+
+    stage: Stage
+    inputs: State
+    weights: Mapping[str, str]
+    events: Events = SILENT
+    seams: Seams = field(default_factory=Seams)
+    stop_at_step: int | None = None
+    keep: Callable[[StageResult], None] | None = None
+    keep_every: int = 1
+    table: Mapping[str, Field] = field(default_factory=lambda: FIELDS)
+    cancel: Cancel = field(default_factory=Cancel)
+
+
+class Call:
+    """A place that is ready for a StageCall: ``with call: call.returned = call.run(*call.given)``, then ``result``.
+
+    Whoever has it runs it, so that nothing stands between the run and its stage. ``run`` raises what the stage raises,
+    and KeyboardInterrupt where nothing can be kept. ``conclude``: what ``run`` returned, and whether it was stopped, as
+    a StageResult."""
+
+    result: StageResult
+
+    def __init__(self, run: Callable[..., Any], given: Sequence[Any], conclude: Callable[[Any, bool], StageResult]):
+        self.run, self.given, self._conclude = run, given, conclude
+        self.returned: Any = None
+
+    def __enter__(self) -> Call:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> bool:
+        if stopped := isinstance(error, Stopped):
+            self.returned = error.fields
+        if stopped or error is None:
+            self.result = self._conclude(self.returned, stopped)
+        return stopped
+
+
+class Place(Protocol):
+    """Where a stage can run. ``name`` is how a person wrote it."""
+
+    @property
+    def name(self) -> str: ...
+
+    def prepare(self, stage: Stage, components: Sequence[str], events: Events) -> None:
+        """Make sure that ``stage`` can run with these of its components, before anything is computed: they are loaded
+        here, or the host is asked who it is. Raises LoadError, or what the place has to say."""
+        ...
+
+    def fingerprints(self, stage: Stage, components: Sequence[str]) -> Mapping[str, str]:
+        """Of those of these components that are there."""
+        ...
+
+    def software(self) -> Mapping[str, str]:
+        """Versions of what computes there, where they are not those of this process."""
+        ...
+
+    def call(self, task: StageCall) -> Call:
+        """Nothing has run yet."""
+        ...
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A place, and the step of a loop from which on it takes over; 0 for a stage that is no loop."""
+
+    place: Place
+    from_step: int = 0
+
+
+class Checkpointer(Protocol):
+    """Keeps a run's State: after each stage, and every ``every`` steps of a loop."""
+
+    @property
+    def every(self) -> int: ...
+
+    def __call__(self, state: State) -> None: ...
+
+    def of_clip(self, index: int) -> Checkpointer:
+        """The keeper of one of several clips that are made one after the other; asked for only then."""
+        ...
+
+
+class ResultCache(Protocol):
+    """Outcomes of earlier runs, found by all that they depend on."""
+
+    def find(self, question: CacheKey) -> tuple[StageResult | None, str]:
+        """What was computed once, or None; and why."""
+        ...
+
+    def store(self, question: CacheKey, outcome: StageResult) -> str:
+        """Keep it for later runs. Why it was not kept, or nothing."""
+        ...
+
+
+class Here:
+    """This process, with these components."""
+
+    name = "here"
+
+    def __init__(self, components: Mapping[str, Any]):
+        self.components = components
+
+    def prepare(self, stage: Stage, components: Sequence[str], events: Events) -> None:
+        for name in components:
+            self.components.get(name)
+
+    def software(self) -> Mapping[str, str]:
+        return {}
+
+    def fingerprints(self, stage: Stage, components: Sequence[str]) -> Mapping[str, str]:
+        if lacking := [name for name in components if name not in self.components]:
+            what = f"there is no component {', '.join(lacking)}"
+            raise PipelineError(f"running stage {stage.name!r}", what, "Load it")
+        return {name: fingerprint_in(self.components, name) for name in components}
+
+    def call(self, task: StageCall) -> Call:
+        stage, settings, keep = task.stage, RecordedSettings(task.inputs.get("request", {})), task.keep
+
+        def result(fields: Mapping[str, Any], stopped: bool = False) -> StageResult:
+            return StageResult(fields, settings.recorded(), ctx.plugs, stopped, ctx.cacheable)
+
+        ctx = Context(
+            Only(self.components, stage.components, stage.name, "component", task.cancel.check),
+            settings,
+            task.events,
+            task.seams,
+            task.stop_at_step,
+            None if keep is None else lambda fields: keep(result(fields)),
+            task.keep_every,
+            task.cancel,
+        )
+        return Call(stage.run, (Only(task.inputs, readable(stage), stage.name, "field"), ctx), result)
+
+    def run(self, task: StageCall) -> StageResult:
+        with self.call(task) as call:
+            call.returned = call.run(*call.given)
+        return call.result
+
+
+def fingerprint_in(components: Mapping[str, Any], name: str) -> str:
+    """The fingerprint of a component; if whoever holds it can tell without loading it, it is not loaded."""
+    tell = getattr(components, "fingerprint_of", None)
+    return tell(name) if tell is not None else getattr(components[name], "fingerprint", "none")
+
+
+def checked(stage: Stage, outcome: StageResult) -> StageResult:
+    """Raises PipelineError when what a stage wrote is not what it declares."""
+    written, allowed = outcome.written, {*stage.writes, *stage.may_write}
+    undeclared, unwritten = sorted(set(written) - allowed), [n for n in stage.writes if n not in written]
+    if undeclared or unwritten:
+        wrote, left_out = ", ".join(undeclared), ", ".join(unwritten)
+        found = f"it wrote {wrote} undeclared" if undeclared else f"it did not write {left_out}"
+        raise PipelineError(f"running stage {stage.name!r}", found, "Make its declaration and its result agree")
+    return outcome

@@ -1,0 +1,129 @@
+"""What a stage's result came from: written down beside it, hashed into its fingerprints, compared when a run goes on.
+
+A record holds the version and the options of the stage, the settings that it read, what was plugged into the seams if
+it asked for them, its weights and the fingerprints of its inputs. Leaves out: where results are kept (``store``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import inspect
+import sys
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from ditkit.execution.stage import DERIVED, Stage, setting_of
+from ditkit.identify import forgets
+from ditkit.state import State, digest, kind_of
+
+Record = dict[str, Any]
+
+
+def fingerprint_of(state: State, name: str) -> str:
+    """The fingerprint of a field; of a field that the caller brought, the hash of its content."""
+    return state.fingerprints.get(name) or digest(name, state[name])
+
+
+def options_of(stage: Stage) -> dict[str, Any]:
+    """The dataclass fields of a stage, but for those that promise equal results."""
+    described: tuple[Any, ...] = dataclasses.fields(stage) if dataclasses.is_dataclass(stage) else ()
+    return {f.name: getattr(stage, f.name) for f in described if f.compare}
+
+
+def code_of(stage: Stage) -> str:
+    """Stands for the classes of the stage: their names and the files that hold them. Empty where these do not tell all
+    that it computes: a class that is in no file (a notebook) or is made in a function, or attributes that are no fields
+    of a dataclass."""
+    if not dataclasses.is_dataclass(stage) and getattr(stage, "__dict__", None):
+        return ""
+    names, files = list[str](), dict[str, None]()
+    for cls in type(stage).__mro__[:-1]:
+        names.append(f"{cls.__module__}.{cls.__qualname__}")
+        files[getattr(sys.modules.get(cls.__module__), "__file__", None) or ""] = (
+            None  # a decorator may hide a function
+        )
+        own = [getattr(value, "fget", value) for name, value in vars(cls).items() if not name.startswith("__")]
+        codes = [getattr(inspect.unwrap(value), "__code__", None) for value in own if callable(value)]
+        files |= {code.co_filename: None for code in codes if code is not None}
+    if any("<locals>" in name for name in names) or not all(Path(file).is_file() for file in files):
+        return ""
+    text = b"".join(hashlib.sha256(Path(file).read_bytes()).digest() for file in files)
+    return hashlib.sha256("\n".join(names).encode() + text).hexdigest()
+
+
+def inputs_of(stage: Stage, state: State) -> dict[str, str]:
+    """Fingerprints of all that the stage may look at; the request counts by the settings that are read of it."""
+    names = dict.fromkeys((*stage.reads, *stage.optional, *stage.triggers))
+    return {n: fingerprint_of(state, n) for n in names if n in state and n not in stage.loop and n != "request"}
+
+
+def record_of(
+    stage: Stage,
+    state: State,
+    weights: Mapping[str, str],
+    settings: Mapping[str, Any],
+    plugs: Mapping[str, list[str]] | None,
+) -> Record:
+    return {
+        "version": stage.version,
+        "options": options_of(stage),
+        "settings": dict(settings),
+        "plugs": dict(plugs or {}),
+        "weights": dict(weights),
+        "inputs": inputs_of(stage, state),
+    }
+
+
+def fingerprints(
+    stage: Stage, state: State, record: Record, written: Mapping[str, Any], cacheable: bool = True
+) -> dict[str, str]:
+    """Of each field that the stage wrote from ``state``: its record, hashed, and the code of a stage that is not
+    ditkit's own. Where these do not tell one result from another its content is hashed too: a makeshift (not
+    ``cacheable``), a component without a name, a stage without code, a plain value such as a language model's answer.
+
+    A looping stage adds the step that it reached, and is blind to where it was interrupted: going on from its own
+    earlier fields counts as one run. Of its weights those count that are called on the way to that step: the second of
+    two experts has no part in the first half of a run, and may not even be there. With a plug that cannot save what it
+    remembers the cut counts: what was interrupted there may be another result."""
+    own = type(stage).__module__.partition(".")[0] == "ditkit"
+    code = [] if own else [code_of(stage)]
+    nameless = not cacheable or code == [""] or "none" in record["weights"].values()
+
+    def key(name: str, fields: Mapping[str, Any], origin: list[str]) -> str:
+        more = [*code, *([digest(fields[name])] if nameless else [])]
+        if not stage.loop:
+            more += [digest(fields[name])] if kind_of(fields[name]) == "plain" and not nameless else []
+            return digest(name, stage.name, record, 0, origin, *more)
+        reached, carried = fields.get("step", 0), {n: fields[n] for n in stage.loop if n in fields}
+        used = stage.needs(state.with_fields({**carried, "step": 0}), reached)
+        weights = {n: fingerprint for n, fingerprint in record["weights"].items() if n in used}
+        return digest(name, stage.name, {**record, "weights": weights}, reached, origin, *more)
+
+    held = [n for n in stage.loop if n in state]
+    same = all(state.fingerprints.get(n) == key(n, state, []) for n in held)
+    origin = [] if same and not forgets(record["plugs"]) else [fingerprint_of(state, n) for n in held]
+    return {name: key(name, written, origin) for name in written}
+
+
+def outdated(stage: Stage, state: State, later: Collection[str]) -> list[str]:
+    """Why the State's own request and inputs would give this stage another result than the one that it holds; nothing
+    if it would be the same, or if nobody wrote down what it came from.
+
+    ``later``: fields that this stage or one after it writes; that they are others now says nothing."""
+    record = state.get("records", {}).get(stage.name)
+    if record is None:
+        return []
+    request, reasons = state.get("request", {}), []
+    for name, value in record["settings"].items():
+        if name not in request and name not in DERIVED:
+            reasons.append(f"{name} was {value!r}, is gone")
+        elif (now := setting_of(request, name)) != value:
+            reasons.append(f"{name} was {value!r}, is {now!r}")
+    for name, then in record["inputs"].items():
+        if name not in later and (name not in state or fingerprint_of(state, name) != then):
+            reasons.append(f"{name} is {'another one' if name in state else 'gone'}")
+    seen = (*stage.optional, *stage.triggers)
+    unseen = {*stage.loop, *later, *record["inputs"], "request"}
+    return [*reasons, *(f"{n} is new" for n in dict.fromkeys(seen) if n in state and n not in unseen)]

@@ -1,0 +1,212 @@
+"""Stage: what a step of a pipeline declares, and what it is given when it runs.
+
+Leaves out: the stages themselves (``stages/``), their order (``stage_list.py``) and where they run (``place.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import MappingProxyType
+from typing import Any, Protocol, runtime_checkable
+
+from ditkit.cancel import Cancel
+from ditkit.contracts import Seams
+from ditkit.errors import PipelineError, nearest
+from ditkit.events import SILENT, Events
+from ditkit.state import Field, State
+
+
+@runtime_checkable
+class Stage(Protocol):
+    """A named, pure step. ``reads`` must be there, ``optional`` may be; ``writes`` are all written, ``may_write``
+    sometimes; ``components`` are those it calls. With ``triggers`` it runs only when these fields are in the State.
+    ``loop`` names the fields that it carries from step to step: it can stop in between and go on from there.
+    ``together``: of several clips it makes its fields at once, to the same bits as one by one.
+    ``fields`` describes fields that ditkit's table does not know. Dataclass fields of the object are its options and
+    become part of the fingerprint, but for those with ``compare=False``, which promise equal results."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def version(self) -> int: ...
+    @property
+    def reads(self) -> tuple[str, ...]: ...
+    @property
+    def optional(self) -> tuple[str, ...]: ...
+    @property
+    def writes(self) -> tuple[str, ...]: ...
+    @property
+    def may_write(self) -> tuple[str, ...]: ...
+    @property
+    def components(self) -> tuple[str, ...]: ...
+    @property
+    def triggers(self) -> tuple[str, ...]: ...
+    @property
+    def loop(self) -> tuple[str, ...]: ...
+    @property
+    def fields(self) -> tuple[Field, ...]: ...
+    @property
+    def together(self) -> bool: ...
+
+    def run(self, inputs: Mapping[str, Any], ctx: Context) -> Mapping[str, Any]:
+        """The fields that it writes. A stage that can stop early returns them as they stand."""
+        ...
+
+    def skip_reason(self, state: State) -> str:
+        """Why the State's request does without this stage, or nothing. What it wrote for another request is dropped."""
+        ...
+
+    def needs(self, state: State, stop_at_step: int | None = None) -> tuple[str, ...]:
+        """Those of ``components`` that are still called in a run that goes on from ``state`` (to ``stop_at_step``)."""
+        ...
+
+    def done(self, state: State) -> bool:
+        """Whether ``state`` already holds all that this stage would write."""
+        ...
+
+
+class BaseStage:
+    """Neutral values for the attributes of a Stage; a convenience, not a requirement."""
+
+    name = ""
+    version = 1
+    reads: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()
+    may_write: tuple[str, ...] = ()
+    components: tuple[str, ...] = ()
+    triggers: tuple[str, ...] = ()
+    loop: tuple[str, ...] = ()
+    fields: tuple[Field, ...] = ()
+    together = False
+
+    def skip_reason(self, state: State) -> str:
+        return ""
+
+    def needs(self, state: State, stop_at_step: int | None = None) -> tuple[str, ...]:
+        return self.components
+
+    def done(self, state: State) -> bool:
+        """It was run; or all that it writes is there, unless it rewrites what it reads."""
+        if self.name in state.get("stages", []):
+            return True
+        rewrites = {*self.reads, *self.optional} & {*self.writes}
+        return bool(self.writes) and not rewrites and all(name in state for name in self.writes)
+
+
+def writes_of(stage: Stage) -> tuple[str, ...]:
+    return *stage.writes, *stage.may_write
+
+
+def readable(stage: Stage) -> set[str]:
+    """The fields that a stage may look at."""
+    return {*stage.reads, *stage.optional, *stage.triggers, *stage.loop}
+
+
+class Only(Mapping[str, Any]):
+    """A view of a mapping that knows what may be read; reading anything else is an error that says so. ``before`` is
+    called before each reading."""
+
+    def __init__(
+        self,
+        values: Mapping[str, Any],
+        allowed: Iterable[str],
+        stage: str,
+        what: str,
+        before: Callable[[], None] = lambda: None,
+    ):
+        self._values, self._allowed, self._stage, self._what = values, frozenset(allowed), stage, what
+        self._before = before
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._allowed:
+            has = ", ".join(sorted(self._allowed)) or "none"
+            raise PipelineError(f"stage {self._stage!r} reads the {self._what} {name!r}", "it did not declare that",
+                                f"Add it to the stage's declaration, which has {has}")  # fmt: skip
+        self._before()
+        return self._values[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._allowed and name in self._values
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in self._values if name in self._allowed)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+DERIVED: Mapping[str, Callable[[Mapping[str, Any]], Any]] = MappingProxyType({
+    "guided": lambda request: any(request.get(k) not in (None, 1) for k in ("guidance_scale", "guidance_scale_2")),
+})  # fmt: skip
+"""Settings that follow from others. Who reads one depends on its value and not on the settings behind it: with another
+guidance scale the negative prompt is encoded as before."""
+
+
+def setting_of(request: Mapping[str, Any], name: str) -> Any:
+    """A setting of the request, or one that follows from it. Raises KeyError."""
+    return DERIVED[name](request) if name in DERIVED else request[name]
+
+
+class RecordedSettings:
+    """The resolved Request as attributes, and ``DERIVED`` ones. Remembers which were read: a fingerprint holds those
+    and no others."""
+
+    def __init__(self, request: Mapping[str, Any]):
+        object.__setattr__(self, "_request", request)
+        object.__setattr__(self, "_read", {})
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self._request and name not in DERIVED:
+            found = f"the request has no such setting{nearest(name, self._request)}"
+            raise PipelineError(f"setting {name!r}", found, "Use one of its names")
+        self._read[name] = setting_of(self._request, name)
+        return self._read[name]
+
+    def recorded(self) -> dict[str, Any]:
+        """The settings that were read, with their values."""
+        return dict(sorted(self._read.items()))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError("settings are read-only")
+
+
+class Context:
+    """What a stage is given besides its inputs: components, settings, events, and the seams if it asks for them.
+    ``cancel`` is looked at whenever it asks for a component and after each step."""
+
+    def __init__(
+        self,
+        components: Mapping[str, Any],
+        settings: RecordedSettings,
+        events: Events = SILENT,
+        seams: Seams | None = None,
+        stop_at_step: int | None = None,
+        keep: Callable[[Mapping[str, Any]], None] | None = None,
+        keep_every: int = 1,
+        cancel: Cancel | None = None,
+    ):
+        self.components, self.settings, self.events, self.stop_at_step = components, settings, events, stop_at_step
+        self.cancel = cancel or Cancel()
+        self._seams, self._keep, self._every = seams or Seams(), keep, keep_every
+        self.plugs: dict[str, list[str]] | None = None  # what is plugged into the seams, once they are asked for
+        self.cacheable = True  # a stage sets it to False for a makeshift, which must not serve other runs
+
+    @property
+    def seams(self) -> Seams:
+        self.plugs = self._seams.describe()
+        return self._seams
+
+    def kept(self, step: int, fields: Callable[[], Mapping[str, Any]]) -> None:
+        """A loop tells after each step but the last how it stands; a run that is kept keeps it, every few steps."""
+        if self._keep is not None and step % self._every == 0:
+            self._keep(fields())
+        self.cancel.check()
+
+
+class Stopped(Exception):
+    """Raised inside a looping stage when it is interrupted: carries the fields as they stood after the last step."""
+
+    def __init__(self, fields: Mapping[str, Any]):
+        super().__init__("interrupted")
+        self.fields = fields

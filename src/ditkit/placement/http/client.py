@@ -1,0 +1,230 @@
+"""HTTPChannel: a Worker behind HTTP, over TCP, TLS or a Unix socket.
+
+Built on the standard library's client, which reads into memory that is given to it: a State of 64 MB comes and goes
+without a copy. A host is reached directly, never through a proxy, and is never followed to another address.
+Leaves out: the other end (``host.py``), retries (``remote.py``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import socket
+import ssl
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+from ditkit.errors import DitkitError, Lost, PlaceError
+from ditkit.placement.channel import Question
+from ditkit.placement.http.framing import MEDIA_TYPE, checksum, fresh, pieces, unpack
+from ditkit.placement.job import Job, Message, message_to_error
+from ditkit.state import State
+
+JOB, CRC = "X-Ditkit-Job", "X-Ditkit-Crc32"
+
+CONNECT = 5.0
+"""Seconds after which a host that does not take a connection counts as not there."""
+
+MOST_WORDS = 1 << 26
+"""Bytes of an answer that is no stream of messages: a model of a thousand files is described in a hundredth of it."""
+
+LAST = ("outcome", "error")
+
+ROUTES: Mapping[Question, tuple[str, str]] = {
+    "health": ("GET", "/health"),
+    "describe": ("GET", "/stages"),
+    "probe": ("GET", "/stages/{}/probe"),
+    "cancel": ("POST", "/jobs/{}/cancel"),
+}
+
+
+class HTTPChannel:
+    """``timeout``: seconds without a byte after which the host is Lost. ``token``: shown to the host. ``uds``: a Unix
+    socket that takes the place of the address's host and port."""
+
+    def __init__(self, address: str, timeout: float = 60.0, token: str | None = None, uds: str | None = None):
+        self.address, self.timeout, self.uds = address.rstrip("/"), timeout, uds
+        self._token, self._parts = token, urlsplit(address)
+
+    def __repr__(self) -> str:
+        return f"HTTPChannel({self.address!r})"
+
+    def ask(self, question: Question, name: str = "") -> dict[str, Any]:
+        """``health`` needs no token, and answers with the number of ``jobs``."""
+        method, path = ROUTES[question]
+        path = path.format(name)
+        with contextlib.closing(self.connect()) as connection, self.faults():
+            connection.request(method, self._path(path), headers=self.headers(JOB, path))
+            response = connection.getresponse()
+            data = self.words(response)
+            self.check(response, data)
+        try:
+            said = json.loads(data)
+        except (ValueError, RecursionError):
+            said = None
+        if not isinstance(said, dict):
+            raise self.stranger(response)
+        return said
+
+    def submit(self, job: Job, inputs: State) -> Iterator[Message]:
+        """Closed early, it closes the connection: the host sees that nobody waits any more, and stops."""
+        with contextlib.closing(self.connect()) as connection, self.faults():
+            response = self.send(connection, job, inputs)
+            with contextlib.closing(response):  # it holds the socket where the host closes after its answer
+                if response.status != 200:
+                    self.check(response, self.words(response))
+                if response.headers.get("Content-Type") != MEDIA_TYPE:
+                    raise self.stranger(response)
+                while True:
+                    message = unpack(exactly(response), self.address)
+                    yield message
+                    if message.kind in LAST:
+                        return
+
+    def close(self) -> None:
+        """Nothing stays open between two requests."""
+
+    # --- one request
+
+    def words(self, response: http.client.HTTPResponse) -> bytes:
+        """All of an answer that is no stream. Raises PlaceError where it has no end."""
+        data = response.read(MOST_WORDS + 1)
+        if len(data) > MOST_WORDS:
+            raise PlaceError(self.asked, f"its answer is larger than {MOST_WORDS} bytes", "Check the address")
+        if response.length:  # what was announced and did not come
+            raise http.client.IncompleteRead(data, response.length)
+        return data
+
+    def connect(self) -> http.client.HTTPConnection:
+        """Raises Lost."""
+        with self.faults():
+            connection = self._connection()
+            connection.connect()
+            connection.sock.settimeout(self.timeout)
+            return connection
+
+    def _connection(self) -> http.client.HTTPConnection:
+        host, port = self._parts.hostname or "", self._parts.port
+        if self.uds is not None:
+            return _Unix(self.uds)
+        if self._parts.scheme == "https":
+            return http.client.HTTPSConnection(host, port, timeout=CONNECT, context=ssl.create_default_context())
+        return http.client.HTTPConnection(host, port, timeout=CONNECT)
+
+    def _path(self, path: str) -> str:
+        return f"{self._parts.path.rstrip('/')}{path}"
+
+    def headers(self, *more: str) -> dict[str, str]:
+        found = {"Host": self._parts.netloc, **dict(zip(more[::2], more[1::2], strict=True))}
+        return found if self._token is None else {**found, "Authorization": f"Bearer {self._token}"}
+
+    def send(self, connection: http.client.HTTPConnection, job: Job, inputs: State) -> http.client.HTTPResponse:
+        """The whole State goes out before anything comes back. Raises what ``faults`` turns into errors."""
+        buffers = inputs.buffers()
+        headers = self.headers(
+            JOB, job.to_json(), CRC, f"{checksum(buffers):08x}", "Accept", MEDIA_TYPE,
+            "Content-Type", "application/octet-stream", "Content-Length", str(sum(map(len, buffers))),
+        )  # fmt: skip
+        connection.request("POST", self._path(f"/stages/{job.stage}"), body=pieces(buffers), headers=headers)
+        return connection.getresponse()
+
+    # --- what can go wrong
+
+    @contextlib.contextmanager
+    def faults(self) -> Iterator[None]:
+        """Faults of the way there are Lost; an answer that is no HTTP is a PlaceError."""
+        try:
+            yield
+        except DitkitError:
+            raise
+        except ssl.SSLCertVerificationError as e:
+            found = f"its certificate does not hold: {e.verify_message}"
+            raise PlaceError(self.asked, found, "Correct it, or name the one to trust in SSL_CERT_FILE") from None
+        except ssl.SSLError as e:
+            if e.reason != "WRONG_VERSION_NUMBER":
+                raise Lost(self.asked, f"TLS failed ({e.reason or e})".lower(), "Look at its log") from None
+            raise PlaceError(self.asked, "it does not speak TLS", "Write http://, or give it a certificate") from None
+        except TimeoutError:
+            raise Lost(self.asked, f"it gave no sign of life in {self.timeout:g} s", "Look at its log") from None
+        except (http.client.IncompleteRead, http.client.RemoteDisconnected, EOFError):
+            raise Lost(self.asked, "it stopped in the middle of its answer", "Look at its log") from None
+        except http.client.HTTPException as e:
+            what = f"it answers, but not in HTTP ({type(e).__name__})"
+            raise PlaceError(self.asked, what, "Check the address") from None
+        except ValueError as e:  # half a line of a chunk's size
+            raise PlaceError(self.asked, f"its answer is garbage ({e})", "Check the address") from None
+        except OSError as e:
+            found = (e.strerror or str(e)).lower()
+            raise Lost(self.asked, found, "Check the address, and whether the host runs") from None
+
+    @property
+    def asked(self) -> str:
+        return f"asking {self.address}"
+
+    def check(self, response: http.client.HTTPResponse, data: bytes = b"") -> None:
+        """Raises what an answer other than 200 means."""
+        status = response.status
+        if status == 200:
+            return
+        if 300 <= status < 400:
+            where = response.headers.get("Location", "nowhere")
+            raise PlaceError(self.asked, f"it sends us on to {where!r}", "Give the address itself")
+        if status in (502, 503, 504):
+            said = (
+                message_to_error(data, self.address).found if _ours(data) else f"it answers {status} {response.reason}"
+            )
+            lost = Lost(self.asked, said, "Try again later")
+            with contextlib.suppress(ValueError):
+                lost.after = float(response.headers.get("Retry-After", "0"))
+            raise lost
+        if _ours(data):
+            raise message_to_error(data, self.address)
+        if status == 401:
+            raise PlaceError(self.asked, "it does not take our token", "Put the host's token into DITKIT_HOST_TOKEN")
+        if status == 413:
+            raise PlaceError(self.asked, "so large a State is too much for it", "Raise its limit")
+        if status == 404:
+            raise PlaceError(self.asked, "there is no ditkit host at that address (404)", "Check the address")
+        raise PlaceError(self.asked, f"it answers {status} {response.reason}", "Look at its log")
+
+    def stranger(self, response: http.client.HTTPResponse) -> PlaceError:
+        kind = response.headers.get("Content-Type", "no type")
+        return PlaceError(self.asked, f"it answers, but not as a ditkit host does ({kind})", "Check the address")
+
+
+class _Unix(http.client.HTTPConnection):
+    def __init__(self, path: str):
+        super().__init__("localhost", timeout=CONNECT)
+        self._file = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(CONNECT)
+        self.sock.connect(self._file)
+
+
+def exactly(response: http.client.HTTPResponse) -> Callable[[int], bytearray | memoryview]:
+    """Reads exactly so many bytes of the body. Raises EOFError where it ends before."""
+
+    def read(size: int) -> bytearray | memoryview:
+        data = fresh(size)
+        view, at = memoryview(data), 0
+        while at < size:
+            got = response.readinto(view[at:])
+            if not got:
+                raise EOFError
+            at += got
+        return data
+
+    return read
+
+
+def _ours(data: bytes) -> bool:
+    """Whether it is an error as our hosts tell them."""
+    try:
+        about = json.loads(data)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(about, dict) and {"kind", "asked", "found", "do"} <= set(about)

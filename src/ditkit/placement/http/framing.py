@@ -1,0 +1,99 @@
+"""Messages on a stream of bytes: one byte for the kind, 8 for the length, the payload, and 4 for its CRC-32.
+
+The checksum finds content that changed on its way; it is no signature. Leaves out: what messages mean (``job.py``).
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy
+
+try:
+    from zlib_ng.zlib_ng import crc32  # the same number ten times sooner
+except ModuleNotFoundError:
+    from zlib import crc32
+
+from ditkit.errors import PlaceError
+from ditkit.placement.job import KINDS, Message
+
+MEDIA_TYPE = "application/x-ditkit-frames"
+
+HEAD, TAIL = struct.Struct("<BQ"), struct.Struct("<I")
+
+FRAMING = HEAD.size + TAIL.size
+"""Bytes of a message besides its payload."""
+
+PIECE = 1 << 20
+"""Bytes that are handed to a socket at once."""
+
+LARGEST = 1 << 36
+"""Bytes of a payload beyond which a length is taken for garbage."""
+
+
+Buffer = bytes | bytearray | memoryview
+
+
+class Checksum:
+    """The CRC-32 of pieces, each added while the processor's cache still holds it; its text is eight digits."""
+
+    def __init__(self) -> None:
+        self.value = 0
+
+    def add(self, piece: Buffer) -> None:
+        self.value = crc32(piece, self.value)
+
+    def __str__(self) -> str:
+        return f"{self.value:08x}"
+
+
+def checksum(buffers: Iterable[Buffer]) -> int:
+    crc = Checksum()
+    for buffer in buffers:
+        crc.add(buffer)
+    return crc.value
+
+
+def fresh(size: int) -> bytearray | memoryview:
+    """Memory to receive into. numpy asks Linux for large pages from 4 MB on: to touch small ones for the first time
+    takes twice as long as the loopback takes to fill them."""
+    return bytearray(size) if size < PIECE else numpy.empty(size, numpy.uint8).data
+
+
+def pieces(buffers: Iterable[Buffer]) -> Iterator[memoryview]:
+    """The same bytes in pieces of a size that sockets like."""
+    for buffer in buffers:
+        view = memoryview(buffer)
+        for at in range(0, len(view), PIECE):
+            yield view[at : at + PIECE]
+
+
+def pack(message: Message) -> Iterator[bytes | memoryview]:
+    """The message's bytes; a large one comes in pieces, without a copy."""
+    head, buffers = HEAD.pack(KINDS.index(message.kind), message.nbytes), message.buffers()
+    if message.nbytes < PIECE:
+        yield b"".join([head, *buffers, TAIL.pack(checksum(buffers))])
+        return
+    yield head
+    crc = Checksum()
+    for piece in pieces(buffers):
+        crc.add(piece)
+        yield piece
+    yield TAIL.pack(crc.value)
+
+
+def unpack(read: Callable[[int], bytearray | memoryview], source: str) -> Message:
+    """The next message; ``read`` gives exactly so many bytes. Raises PlaceError for bytes that are none,
+    and where there is no room for them."""
+    kind, length = HEAD.unpack(read(HEAD.size))
+    if kind >= len(KINDS) or length > LARGEST:
+        raise PlaceError(f"reading what {source} sent", "it is no message", "Look at its log")
+    try:
+        payload = read(length)  # at once: in pieces, each checked while it is in the cache, takes longer
+    except MemoryError:  # the length is the other end's word
+        found = f"it announces {length} bytes, for which there is no room"
+        raise PlaceError(f"reading what {source} sent", found, "Look at its log, or free some memory") from None
+    if TAIL.pack(checksum([payload])) != read(TAIL.size):
+        raise PlaceError(f"reading what {source} sent", "its content has changed on the way", "Look at the network")
+    return Message(KINDS[kind], payload)

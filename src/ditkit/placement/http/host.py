@@ -1,0 +1,223 @@
+"""The host: a Worker behind HTTP. What another machine runs, and on a Unix socket a child process.
+
+A job is a POST with a State as its body; the answer is a stream of messages, or, to whoever asks for none (curl), the
+outcome as a State. A client that goes away is noticed, and its job stops at its next event, within a step of a loop.
+Leaves out: what a job does (``worker.py``), how its messages go back (``responses.py``), listening (``listen.py``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import json
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from ditkit.errors import DitkitError, MissingDependency, PlaceError, StateError
+from ditkit.placement.http.client import CRC, JOB
+from ditkit.placement.http.framing import Checksum, fresh
+from ditkit.placement.http.tokens import same
+from ditkit.placement.job import Job, options_to_send
+from ditkit.placement.worker import Worker
+
+try:
+    from fastapi import Depends, FastAPI, Header, Request
+    from fastapi.responses import Response
+    from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+except ModuleNotFoundError as e:
+    raise MissingDependency(
+        "offering stages over HTTP", f"{e.name} is not installed", 'Install it: pip install "ditkit[remote]"'
+    ) from None
+
+from ditkit.placement.http.responses import (
+    Absent,
+    Full,
+    MessageStream,
+    RunningJob,
+    TooLarge,
+    Unknown,
+    Wrong,
+    plain_response,
+    refuse,
+)
+from ditkit.placement.http.zero_copy import connection_of
+
+BEARER = HTTPBearer(auto_error=False, description="the host's token")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """``max_bytes``: of a State that comes in. ``queue``: jobs that may be there besides the one at work. ``alive``:
+    seconds after which a silent job says that it is at work."""
+
+    max_bytes: int = 2_000_000_000
+    queue: int = 4
+    alive: float = 2.0
+
+
+class Jobs:
+    """The jobs that are there, by id: at work, waiting for their turn or still being sent."""
+
+    def __init__(self, limits: Limits):
+        self.limits, self._flags, self._lock = limits, dict[str, threading.Event](), threading.Lock()
+
+    @contextlib.contextmanager
+    def admitted(self, job_id: str) -> Iterator[threading.Event]:
+        """A place among them until the block ends. Raises Full, PlaceError."""
+        with self._lock:
+            if len(self._flags) > self.limits.queue:
+                raise Full("offering a stage", f"{len(self._flags)} jobs are waiting already", "Try again later")
+            if job_id in self._flags:
+                raise PlaceError(f"taking job {job_id}", "it is here already", "Give each job an id of its own")
+            flag = self._flags[job_id] = threading.Event()
+        try:
+            yield flag
+        finally:
+            with self._lock:
+                del self._flags[job_id]
+
+    def cancel(self, job_id: str) -> bool:
+        with self._lock:
+            flag = self._flags.get(job_id)
+        if flag is not None:
+            flag.set()
+        return flag is not None
+
+    def cancel_all(self) -> None:
+        with self._lock:
+            for flag in self._flags.values():
+                flag.set()
+
+    def count(self) -> int:
+        with self._lock:
+            return len(self._flags)
+
+
+def app_of(worker: Worker, *, token: str | None = None, limits: Limits | None = None) -> FastAPI:
+    """``token``: without it only names of this machine are answered to, so that no page of a browser reaches it by a
+    name of its own; and nothing but questions is taken without our header, which such a page may not send."""
+    from ditkit import __version__
+
+    jobs = Jobs(limits or Limits())
+    app = FastAPI(title="ditkit host", version=__version__, description="Stages of a diffusion pipeline.")
+    app.state.jobs = jobs
+    app.add_exception_handler(DitkitError, refuse)
+    known = Depends(_knows(token))
+    _questions(app, worker, known)
+    _jobs(app, worker, jobs, known)
+    return app
+
+
+def _knows(token: str | None) -> Callable[..., Any]:
+    async def check(
+        request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(BEARER)]
+    ) -> None:
+        if token is None and not is_number(request.url.hostname or ""):
+            found = f"it is for {request.url.hostname}, a name that anybody can give to this machine"
+            raise Unknown("a request", found, "Ask 127.0.0.1 or localhost, or give the host a token")
+        if token is not None and not same(credentials.credentials if credentials else None, token):
+            found = "it came without a token" if credentials is None else "its token is another one"
+            raise Unknown("a request", found, "Put the host's token into DITKIT_HOST_TOKEN")
+
+    return check
+
+
+def is_number(name: str) -> bool:
+    """Whether no DNS stands between this name and its address: an IP address, or localhost."""
+    with contextlib.suppress(ValueError):
+        return name == "localhost" or bool(ipaddress.ip_address(name))
+    return False
+
+
+def _questions(app: FastAPI, worker: Worker, known: Any) -> None:
+    @app.get("/health")
+    def health() -> dict[str, Any]:
+        """That it is there, and how many jobs are; needs no token."""
+        return {"ditkit": app.version, "jobs": app.state.jobs.count()}
+
+    @app.get("/stages", dependencies=[known])
+    def stages() -> dict[str, Any]:
+        """What it offers: stages with their fields, parts with their fingerprints, versions, device."""
+        return {**worker.describe(), "max_bytes": app.state.jobs.limits.max_bytes}
+
+    @app.get("/stages/{name}/probe", dependencies=[known])
+    def probe(name: str, asked: Annotated[str, Header(alias=JOB)]) -> dict[str, Any]:
+        """What the stage makes of its fixed input."""
+        from ditkit.placement.probe import probe_of
+
+        _offered(worker, name)
+        return probe_of(worker, name)
+
+
+def _jobs(app: FastAPI, worker: Worker, jobs: Jobs, known: Any) -> None:
+    @app.post("/stages/{name}", dependencies=[known], openapi_extra=_BODY)
+    async def run(name: str, request: Request, job: Annotated[str, Header(alias=JOB)]) -> Response:
+        """Run a stage. The header is a job as JSON; of ``{}`` everything is filled in. The body is a State with what
+        the stage reads; the answer is its outcome, or messages to whoever accepts them."""
+        parsed = job_of(job, worker, name)
+        admission = contextlib.ExitStack()
+        cancelled = admission.enter_context(jobs.admitted(parsed.id))
+        with contextlib.ExitStack() as leave:
+            leave.push(admission)
+            data = await read_body(request, jobs.limits.max_bytes)
+            begun = RunningJob(worker, parsed, data, cancelled, jobs.limits.alive, leave.pop_all())
+        if MessageStream.media_type in request.headers.get("accept", ""):
+            return MessageStream(begun)
+        return await plain_response(begun, request)
+
+    @app.post("/jobs/{job_id}/cancel", dependencies=[known])
+    def cancel(job_id: str, asked: Annotated[str, Header(alias=JOB)]) -> dict[str, Any]:
+        """Stop a job at its next event; what it has is still sent. One that has ended is not missed."""
+        return {"found": jobs.cancel(job_id)}
+
+
+_BODY = {"requestBody": {"required": True, "content": {"application/octet-stream": {"schema": {
+    "type": "string", "format": "binary"}}}}}  # fmt: skip
+
+
+def job_of(text: str, worker: Worker, name: str) -> Job:
+    """Raises PlaceError."""
+    stage = _offered(worker, name)
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        raise Wrong(f"running stage {name!r}", f"the header {JOB} is no job", "Send {} or a whole one")
+    whole = json.loads(Job(uuid.uuid4().hex, name, options_to_send(stage)).to_json())
+    try:
+        job = Job.from_json(json.dumps({**whole, **values}))
+    except PlaceError as e:
+        raise Wrong(e.asked, e.found, e.do) from None
+    if job.stage != name:
+        raise Wrong(f"running stage {name!r}", f"the job is for {job.stage!r}", "Name one stage")
+    return job
+
+
+def _offered(worker: Worker, name: str) -> Any:
+    if name not in worker.stages:
+        raise Absent(f"asking for stage {name!r}", f"offered are {', '.join(worker.stages)}", "Name one of them")
+    return worker.stages[name]
+
+
+async def read_body(request: Request, limit: int) -> bytearray | memoryview:
+    """The whole body. Raises TooLarge before and while it comes, StateError where its checksum is another."""
+    told = request.headers.get("content-length")
+    size = int(told) if told and told.isdigit() else 0
+    if size > limit:
+        raise TooLarge("taking a State", f"it has {size} bytes and {limit} are allowed", "Start with --max-bytes")
+    data, at, crc, connection = fresh(size), 0, Checksum(), connection_of(request.scope)
+    async for piece in request.stream():
+        if at + len(piece) > limit:
+            raise TooLarge("taking a State", f"it has more than {limit} bytes", "Start with --max-bytes")
+        data[at : at + len(piece)] = piece
+        at += len(piece)
+        crc.add(piece)
+        if connection is not None and at < size and await connection.fill(memoryview(data)[at:], crc.add):
+            at = size
+    if request.headers.get(CRC, str(crc)) != str(crc):
+        raise StateError("taking a State", "its content has changed on the way", "Send it again")
+    return data

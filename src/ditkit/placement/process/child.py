@@ -1,0 +1,106 @@
+"""``python -m ditkit.placement.process.child``: what a ``ProcessChannel`` starts. It offers stages on a Unix socket.
+
+One line of JSON on stdin says what to offer and where. One line on stdout answers: an empty one when it listens, else
+the error; before it dots, as signs of life. When stdin ends, so does the child, in the middle of whatever it does.
+Leaves out: the socket's language (``host.py``).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+from typing import Any, BinaryIO
+
+PARENT_DEATH = 1
+"""PR_SET_PDEATHSIG of Linux's prctl: the signal that comes when the parent has died."""
+
+MANY = 1 << 50
+"""The one caller is trusted: nothing is too large, and as many may wait as it has threads."""
+
+
+def end_with_parent() -> None:
+    """On Linux the kernel sees to it, even when this process is too busy to look at its stdin."""
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(PARENT_DEATH, signal.SIGKILL)
+
+    def watch() -> None:
+        while sys.stdin.buffer.read(1):
+            pass
+        os._exit(0)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+class Answer:
+    """The one line, and the dots before it, on ``file``."""
+
+    def __init__(self, file: BinaryIO, every: float):
+        self.file, self._said = file, threading.Event()
+        self._lock = threading.Lock()
+        threading.Thread(target=self._live, args=(every,), daemon=True).start()
+
+    def _live(self, every: float) -> None:
+        while True:
+            with self._lock:
+                if self._said.is_set():
+                    return
+                self.file.write(b".")
+                self.file.flush()
+            self._said.wait(every)
+
+    def say(self, line: bytes) -> None:
+        with self._lock:
+            self._said.set()
+            self.file.write(line + b"\n")
+            self.file.close()
+
+
+def opened(told: dict[str, Any]) -> Any:
+    """The app over a Worker. Raises LoadError, SetupError."""
+    import torch
+
+    from ditkit.placement.http.host import Limits, app_of
+    from ditkit.placement.worker_factory import worker_of
+    from ditkit.setup import Setup
+
+    torch.set_num_threads(told["threads"])
+    worker = worker_of(Setup(**told["setup"]), told["stages"])
+    worker.describe()  # files are hashed now, when nobody counts the seconds
+    return app_of(worker, token=told["token"], limits=Limits(MANY, MANY, told["alive"]))
+
+
+def main() -> None:
+    file = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # nobody reads what a library prints
+    told = json.loads(sys.stdin.buffer.readline())
+    end_with_parent()
+    answer = Answer(file, told["alive"])
+
+    from ditkit.errors import DitkitError
+    from ditkit.placement.job import error_to_message
+
+    try:
+        app = opened(told)
+    except DitkitError as e:
+        answer.say(bytes(error_to_message(e).payload))
+        return
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(told["socket"])
+    listener.listen()
+    answer.say(b"")
+
+    import uvicorn
+
+    from ditkit.placement.http.zero_copy import Straight
+
+    uvicorn.Server(uvicorn.Config(app, http=Straight, log_level="warning")).run(sockets=[listener])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,239 @@
+"""A child process: a Worker with memory of its own, which may crash and takes nobody with it.
+
+One child for each place of a Pipeline, started when it is first needed, reached through a Unix socket in a folder that
+only this user can open. It ends with ``close``, with the Pipeline, and with this process, however that ends. A crash is
+``Lost`` and tells how the child ended; whoever asks next gets a new child. Leaves out: what runs in the child
+(``child.py``).
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import json
+import os
+import queue
+import secrets
+import selectors
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ditkit.errors import Lost, PlaceError
+from ditkit.placement.channel import Question
+from ditkit.placement.http.client import HTTPChannel
+from ditkit.placement.job import Job, Message, message_to_error
+from ditkit.setup import Setup
+from ditkit.state import State
+
+LAST_WORDS = 8
+"""Lines of what a child said on stderr that an error tells."""
+
+PATH = 100
+"""Bytes that the name of a Unix socket may have: 104 with its end on a Mac, 108 on Linux."""
+
+START = 30.0
+"""Seconds without a sign of life at least until a child that starts counts as hanging: imports stop all else in it."""
+
+
+class Words:
+    """The last lines of a child's stderr, read by ``hear`` in a thread of their own."""
+
+    def __init__(self) -> None:
+        self._lines: collections.deque[str] = collections.deque(maxlen=LAST_WORDS)
+        self._all = threading.Event()
+
+    def hear(self, stream: Iterable[bytes]) -> None:
+        for line in stream:
+            self._lines.append(line.decode(errors="replace").rstrip()[:500])
+        self._all.set()
+
+    def last(self) -> str:
+        """Of a child that has ended: they may still be on their way. A process that it started may hold the stream."""
+        self._all.wait(1)
+        return " | ".join(self._lines)
+
+
+@dataclass(frozen=True)
+class Child:
+    process: subprocess.Popen[bytes]
+    channel: HTTPChannel
+    words: Words
+    end: Callable[[], None]
+    """Ends it and takes its folder away; may be called twice."""
+
+    def fate(self) -> str | None:
+        """How it ended; None while it lives. It may need a moment to end after its socket is closed."""
+        try:
+            code = self.process.wait(2)
+        except subprocess.TimeoutExpired:
+            return None
+        how = f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
+        words = self.words.last()
+        return f"its process ended with {how}{f' and said: {words}' if words else ''}"
+
+
+class ProcessChannel:
+    """``device``: that of the child, None for those of the Setup. ``stages``: those that it shall offer. As many CPU
+    threads as this process has, so that both compute the same bits.
+
+    Raises PlaceError on Windows, where Python has no Unix sockets."""
+
+    def __init__(self, setup: Setup, device: str | None, stages: Sequence[str]):
+        self.name = "process" if device is None else f"process:{device}"
+        if not hasattr(socket, "AF_UNIX"):
+            raise PlaceError(
+                f"running stages at {self.name}", "this system has no Unix sockets, which a child is reached through",
+                "Start `ditkit host` and give its address, http://127.0.0.1:PORT",
+            )  # fmt: skip
+        moved = {} if device is None else {"device": device, "devices": {}}
+        self.setup = setup.model_copy(update={"placement": {}, "expected_probes": {}, **moved})
+        self.stages = list(stages)
+        self._child: Child | None = None
+        self._lock = threading.RLock()
+
+    def ask(self, question: Question, name: str = "") -> dict[str, Any]:
+        if question == "cancel" and self._child is None:
+            return {}
+        child = self._started()
+        try:
+            return child.channel.ask(question, name)
+        except Lost as e:
+            raise self._lost(f"asking {self.name} for {question} {name}".rstrip(), child, e) from None
+
+    def submit(self, job: Job, inputs: State) -> Iterator[Message]:
+        child = self._started()
+        try:
+            yield from child.channel.submit(job, inputs)
+        except Lost as e:
+            raise self._lost(f"running stage {job.stage!r} at {self.name}", child, e) from None
+
+    def close(self) -> None:
+        with self._lock:
+            child, self._child = self._child, None
+        if child is not None:
+            child.end()
+
+    @property
+    def process_id(self) -> int | None:
+        """Of the child that is there now."""
+        child = self._child
+        return None if child is None else child.process.pid
+
+    def _lost(self, asked: str, child: Child, why: Lost) -> Lost:
+        """The child is ended, also one that lives and does not answer."""
+        found = child.fate()
+        if found is None:
+            found = why.found
+            child.process.kill()
+        with self._lock:
+            if self._child is child:
+                self._child = None
+        child.end()
+        return Lost(asked, found, "A stage that is killed may need more memory than there is")
+
+    def _started(self) -> Child:
+        with self._lock:
+            if self._child is None:
+                child = _born(self.setup, self.stages, self.name)
+                weakref.finalize(self, child.end)
+                self._child = child
+            return self._child
+
+
+def _born(setup: Setup, stages: Sequence[str], name: str) -> Child:
+    """A child that listens. Raises Lost when it ends before that, and what opening the model raises there."""
+    import torch
+
+    folder, token = Path(tempfile.mkdtemp(prefix="ditkit-")), secrets.token_urlsafe(32)
+    address, asked = folder / "child", f"starting a child process for {name}"
+    process, words = _spawned()
+    child = Child(process, HTTPChannel("http://process", setup.timeout, token=token, uds=str(address)), words,
+                  _Once(process, folder))  # fmt: skip
+    try:
+        if len(str(address).encode()) > PATH:
+            raise PlaceError(asked, f"the name {address} is too long for a socket", "Set TMPDIR to a shorter one")
+        told = {"setup": setup.model_dump(mode="json"), "stages": list(stages), "threads": torch.get_num_threads()}
+        told |= {"socket": str(address), "token": token, "alive": min(2.0, setup.timeout / 4)}
+        assert process.stdin is not None
+        assert process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write(json.dumps(told).encode() + b"\n")
+            process.stdin.flush()
+        said = _line(process.stdout.fileno(), asked, max(START, setup.timeout))
+        if not said:
+            raise Lost(asked, child.fate() or "it said nothing", "Look at what it said")
+        if said != b"\n":
+            raise message_to_error(said, name)
+    except BaseException:
+        child.end()
+        raise
+    return child
+
+
+def _line(file: int, asked: str, timeout: float) -> bytes:
+    """What a child says after its signs of life; nothing where it has ended. Raises Lost where there is no sign."""
+    data = b""
+    with selectors.DefaultSelector() as selector:
+        selector.register(file, selectors.EVENT_READ)
+        while not data.endswith(b"\n"):
+            if not selector.select(timeout):
+                raise Lost(asked, f"it gave no sign of life in {timeout:g} s", "Look at what this machine waits for")
+            if not (piece := os.read(file, 1 << 16)):
+                return b""
+            data = (data + piece).lstrip(b".")
+    return data
+
+
+def _spawned() -> tuple[subprocess.Popen[bytes], Words]:
+    """A child in a session of its own, so that Ctrl-C in the terminal is for its parent, and what it says on stderr.
+
+    It is started by a thread that lives as long as it does: Linux ends it with the thread that it was started by."""
+    born: queue.Queue[subprocess.Popen[bytes] | BaseException] = queue.Queue()
+    words = Words()
+
+    def nurse() -> None:
+        pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "ditkit.placement.process.child"], start_new_session=True, **pipes
+            )
+        except BaseException as e:
+            born.put(e)
+            return
+        born.put(process)
+        assert process.stderr is not None
+        words.hear(process.stderr)
+
+    threading.Thread(target=nurse, name="ditkit child", daemon=True).start()
+    found = born.get()
+    if isinstance(found, BaseException):
+        raise Lost("starting a child process", str(found), "Free some memory")
+    return found, words
+
+
+class _Once:
+    """Ends a child: it ends itself when its stdin is closed, and is killed where it does not."""
+
+    def __init__(self, process: subprocess.Popen[bytes], folder: Path):
+        self.process, self.folder = process, folder
+
+    def __call__(self) -> None:
+        with contextlib.suppress(OSError):
+            if self.process.stdin is not None:
+                self.process.stdin.close()
+        try:
+            self.process.wait(5)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)

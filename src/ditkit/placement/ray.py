@@ -1,0 +1,317 @@
+"""Ray: a Worker in an actor, on a cluster of this machine (``ray``) or on another one (``ray://HOST:PORT``).
+
+Ray starts the actor, finds it a GPU and tells when it died; plain text and bytes travel. Messages are asked for in turn
+and not streamed by a generator, which a ``ray://`` connection does not offer. Leaves out: starting a cluster of many
+machines (``ray start``), and what has to lie there: this package and the model's files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import threading
+import traceback
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from ditkit.errors import DitkitError, Lost, MissingDependency, PlaceError, SetupError
+from ditkit.placement.channel import Question
+from ditkit.placement.job import Job, Message, error_to_message, message_to_error
+from ditkit.setup import Setup
+from ditkit.state import State
+
+TURN = 1.0
+"""Seconds after which the actor answers that there is nothing new; a sign of life."""
+
+CALLS = 16
+"""Calls that an actor answers at once; stages take turns all the same."""
+
+START = 600.0
+"""Seconds that Ray has to find a machine, which it may have to start first."""
+
+Answer = tuple[str, bytes]
+"""The kind of a message, or ``value`` for JSON, and its payload."""
+
+
+class Actor:
+    """Runs in the cluster. Its methods take and give text and bytes."""
+
+    def __init__(self) -> None:
+        self.running: dict[str, tuple[queue.SimpleQueue[Message], threading.Event]] = {}
+        self.worker: Any = None
+
+    def start(self, setup: str, stages: Sequence[str], threads: int | None) -> Answer:
+        def opened() -> dict[str, Any]:
+            from ditkit.placement.worker_factory import worker_of
+
+            if threads is not None:
+                import torch
+
+                torch.set_num_threads(threads)
+            self.worker = worker_of(Setup(**json.loads(setup)), stages)
+            return {}
+
+        return _answer(opened)
+
+    def ask(self, question: Question, name: str) -> Answer:
+        return _answer(lambda: self._told(question, name))
+
+    def _told(self, question: Question, name: str) -> dict[str, Any]:
+        from ditkit.placement.probe import probe_of
+
+        if question == "probe":
+            return probe_of(self.worker, name)
+        if question == "cancel" and name in self.running:
+            self.running[name][1].set()
+        return self.worker.describe() if question == "describe" else {}
+
+    def submit(self, job: str, inputs: bytes) -> Answer:
+        def begun() -> dict[str, Any]:
+            asked, state = Job.from_json(job), State.from_bytes(inputs, "the caller")
+            messages, cancelled = self.running[asked.id] = queue.SimpleQueue(), threading.Event()
+            threading.Thread(target=self._work, args=(asked, state, messages, cancelled), daemon=True).start()
+            return {}
+
+        return _answer(begun)
+
+    def _work(self, job: Job, inputs: State, messages: queue.SimpleQueue[Message], cancelled: threading.Event) -> None:
+        try:
+            self.worker.run(job, inputs, messages.put, cancelled)
+        except Exception:  # its text has been sent; the log of the actor has the rest
+            traceback.print_exc()
+
+    def take(self, job: str) -> list[Answer]:
+        """What has come since the last turn; nothing after ``TURN`` seconds without news."""
+        messages, found = self.running[job][0], list[Answer]()
+        with contextlib.suppress(queue.Empty):
+            message = messages.get(timeout=TURN)
+            while True:
+                found.append((message.kind, bytes(message.payload)))
+                if message.kind in ("outcome", "error"):
+                    del self.running[job]
+                    break
+                message = messages.get_nowait()
+        return found
+
+    def alive(self) -> None:
+        pass
+
+
+def _answer(tell: Callable[[], dict[str, Any]]) -> Answer:
+    try:
+        return "value", json.dumps(tell()).encode()
+    except DitkitError as e:
+        return "error", bytes(error_to_message(e).payload)
+    except Exception as e:
+        traceback.print_exc()
+        return "error", bytes(error_to_message(e).payload)
+
+
+class RayChannel:
+    """``address``: ``ray://HOST:PORT``, or None for a cluster on this machine, which is started unless the process has
+    one. ``device``: ``cpu`` or ``cuda``; None for that of the Setup, where ``auto`` is a GPU if the cluster has one.
+    With ``cuda`` the actor gets one whole GPU, of Ray's choice. ``stages``: those that it shall offer.
+
+    A token for a cluster that wants one is Ray's own matter (``RAY_AUTH_TOKEN``). An actor on another machine uses as
+    many CPU threads as Ray gives it, unless the Setup has a number. Raises SetupError for a device with a number."""
+
+    def __init__(self, setup: Setup, address: str | None, device: str | None, stages: Sequence[str]):
+        asked = device or setup.device
+        if asked.startswith("cuda:"):
+            raise SetupError(f"a Ray actor on {asked}", "Ray chooses the GPU itself", "Write ray:cuda")
+        if asked == "mps":
+            raise SetupError(f"a Ray actor on {asked}", "Ray knows no such device", "Write process:mps")
+        self.name = address or ("ray" if device is None else f"ray:{device}")
+        self.setup, self.address, self.device, self.stages = setup, address, device, list(stages)
+        self.timeout = setup.timeout
+        self._actor: Any = None
+        self._kill: Callable[[], Any] = lambda: None
+        self._left: weakref.finalize[..., RayChannel] | None = None
+        self._lock = threading.RLock()
+
+    def ask(self, question: Question, name: str = "") -> dict[str, Any]:
+        if question == "cancel" and self._actor is None:
+            return {}
+        actor, asked = self._started(), f"asking {self.name} for {question} {name}".rstrip()
+        return _value(self._wait(asked, actor, actor.ask.remote(question, name)), self.name)
+
+    def submit(self, job: Job, inputs: State) -> Iterator[Message]:
+        asked, actor = f"running stage {job.stage!r} at {self.name}", self._started()
+        _value(self._get(asked, actor.submit.remote(job.to_json(), inputs.to_bytes())), self.name)
+        ended = False
+        try:
+            while not ended:
+                found = self._get(asked, actor.take.remote(job.id))
+                ended = any(kind in ("outcome", "error") for kind, _ in found)
+                yield from (Message(kind, payload) for kind, payload in found or [("alive", b"")])
+        finally:
+            if not ended and self._actor is not None:
+                self._actor.ask.remote("cancel", job.id)
+
+    def close(self) -> None:
+        with self._lock:
+            self._forget()
+            if self._left is not None and self._left.detach() is not None:
+                CLUSTER.left(end=True)
+            self._left = None
+
+    # --- the actor
+
+    def _started(self) -> Any:
+        with self._lock:
+            if self._actor is None:
+                ray = CLUSTER.joined(self.address, self._left is None)
+                self._left = self._left or weakref.finalize(self, CLUSTER.left, end=False)
+                actor = self._made(ray)
+                self._kill = weakref.finalize(self, _kill, actor)
+                try:
+                    self._start(ray, actor)
+                except BaseException:
+                    self._forget()
+                    raise
+                self._actor = actor
+            return self._actor
+
+    def _forget(self) -> None:
+        """The actor ends; who asks next gets another."""
+        with self._lock:
+            self._actor = None
+            self._kill()
+
+    def _made(self, ray: Any) -> Any:
+        gpus, cpus = int(self._gpu(ray)), int(self.address is not None)  # nobody else computes on our own cluster
+        if gpus and self.address is None and not ray.cluster_resources().get("GPU"):
+            raise PlaceError(f"starting an actor at {self.name}", "Ray finds no GPU on this machine", "Use ray:cpu")
+        return ray.remote(num_cpus=cpus, num_gpus=gpus, max_concurrency=CALLS)(Actor).remote()
+
+    def _start(self, ray: Any, actor: Any) -> None:
+        asked = f"starting an actor at {self.name}"
+        self._get(asked, actor.alive.remote(), START)
+        setup = self.setup.model_copy(update={"placement": {}, "expected_probes": {}, **self._devices(ray)})
+        started = actor.start.remote(setup.model_dump_json(), self.stages, self._threads())
+        _value(self._wait(asked, actor, started), self.name)
+
+    def _devices(self, ray: Any) -> dict[str, Any]:
+        """Inside of an actor the GPU that Ray gave it is number 0."""
+        asked = self.device or self.setup.device
+        found = ("cuda" if self._gpu(ray) else "cpu") if asked == "auto" else asked
+        return {"device": found, **({} if self.device is None else {"devices": {}})}
+
+    def _gpu(self, ray: Any) -> bool:
+        asked = self.device or self.setup.device
+        return asked == "cuda" or (asked == "auto" and ray.cluster_resources().get("GPU", 0) >= 1)
+
+    def _threads(self) -> int | None:
+        import torch
+
+        return torch.get_num_threads() if self.address is None else self.setup.threads
+
+    # --- asking it
+
+    def _wait(self, asked: str, actor: Any, answer: Any) -> Answer:
+        """The answer, however long it takes, as long as the actor shows that it is alive."""
+        while True:
+            ready, _ = CLUSTER.ray.wait([answer], timeout=self.timeout)
+            if ready:
+                return self._get(asked, answer)
+            self._get(asked, actor.alive.remote())
+
+    def _get(self, asked: str, answer: Any, timeout: float | None = None) -> Any:
+        """Raises Lost for an actor that has died or is silent; the next one who asks starts another."""
+        from ray.exceptions import GetTimeoutError, RayError
+
+        timeout = timeout or self.timeout
+        try:
+            return CLUSTER.ray.get(answer, timeout=timeout)
+        except GetTimeoutError:
+            found = f"it gave no sign of life for {timeout:g} seconds"
+            do = "See with `ray status` whether a machine is free that has what the actor needs"
+        except (RayError, ConnectionError) as e:
+            found, do = f"its actor died ({_first_line(e)})", "Look at Ray's log"
+        self._forget()
+        raise Lost(asked, found, do) from None
+
+
+def _value(answer: Answer, place: str) -> dict[str, Any]:
+    kind, payload = answer
+    if kind == "error":
+        raise message_to_error(payload, place)
+    return json.loads(payload)
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()
+
+
+def _kill(actor: Any) -> None:
+    with contextlib.suppress(Exception):  # the cluster may be gone already
+        CLUSTER.ray.kill(actor)
+
+
+class Cluster:
+    """The one that this process is connected to: Ray allows one. Started here, it ends when its last channel is closed,
+    or with this process; one that was there already is left as it was found."""
+
+    def __init__(self) -> None:
+        self.ray: Any = None
+        self.address: str | None = None
+        self.ours, self.users = False, 0
+        self._lock = threading.RLock()
+
+    def joined(self, address: str | None, new: bool) -> Any:
+        """Ray, connected; ``new``: one more user. Raises MissingDependency, PlaceError, Lost."""
+        with self._lock:
+            self.ray = self.ray or _ray()
+            if not self.ray.is_initialized():
+                self._begin(address)
+            elif address != (self.address if self.ours else None):
+                raise PlaceError(
+                    f"running stages at {address or 'ray'}",
+                    f"this process is connected to {self.address or 'a cluster'} already",
+                    "Use one cluster in each process",
+                )
+            self.users += new
+            return self.ray
+
+    def _begin(self, address: str | None) -> None:
+        quiet = {"logging_level": "ERROR", "log_to_driver": False}
+        try:
+            if address is None:
+                os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
+                self.ray.init("local", num_cpus=os.cpu_count(), include_dashboard=False, **quiet)
+            else:
+                self.ray.init(address, **quiet)
+        except (ValueError, ImportError) as e:  # Ray Client is a package of its own
+            if "ray[client]" in str(e):
+                raise _missing() from None
+            raise
+        except (ConnectionError, RuntimeError) as e:
+            where = address or "a cluster on this machine"
+            raise Lost(f"connecting to {where}", _first_line(e), "Check the address, and RAY_AUTH_TOKEN") from None
+        self.ours, self.address, self.users = True, address, 0
+
+    def left(self, end: bool) -> None:
+        """``end``: the cluster may be ended now, which is not so while memory is collected."""
+        with self._lock:
+            self.users -= 1
+            if end and self.ours and self.users <= 0:
+                self.ray.shutdown()
+                self.ours = False
+
+
+CLUSTER = Cluster()
+
+
+def _ray() -> Any:
+    try:
+        import ray
+    except ImportError:
+        raise _missing() from None
+    return ray
+
+
+def _missing() -> MissingDependency:
+    return MissingDependency("running a stage on Ray", "Ray is not installed", 'Install it: pip install "ditkit[ray]"')

@@ -1,0 +1,81 @@
+"""A Worker of a Setup: the model opened, its stages lined up, its parts ready to be loaded.
+
+What a host, a child process and a Ray actor have in common. Leaves out: how jobs reach the Worker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from ditkit.assembly import CALLS, Components, Model, pipeline_of, placed, stage_of
+from ditkit.checkpoints.model.locate import Scope
+from ditkit.errors import SetupError, nearest
+from ditkit.events import SILENT, Events
+from ditkit.placement.spec import Target
+from ditkit.placement.worker import Worker
+from ditkit.setup import PARTS, Setup
+from ditkit.shared import Shared
+
+
+def worker_of(setup: Setup, stages: Sequence[str] | None = None, shared: Shared | None = None) -> Worker:
+    """Offers ``stages``, by default all of the model; of a model of which only the parts of these stages are here, too.
+
+    ``denoise.transformer`` and ``denoise.transformer_2`` are the loop with one of two experts. No weights are loaded.
+    Raises LoadError, SetupError."""
+    if setup.placement:
+        raise SetupError(
+            f"offering stages that are placed at {', '.join(sorted(set(setup.placement.values())))}",
+            "what is offered runs here", "Leave placement out",
+        )  # fmt: skip
+    setup = placed(setup)
+    if setup.threads is not None:
+        import torch
+
+        torch.set_num_threads(setup.threads)
+    targets = None if stages is None else [Target.parse(text) for text in stages]
+    model = Model.open(setup.model, setup, scope=Scope(None if targets is None else _called(targets)))
+    known = {stage.name: stage for stage in pipeline_of(model, setup).stages} if model.task else {}
+    for target in targets or ():
+        if known and target.stage not in known:
+            near = nearest(target.stage, known)
+            raise SetupError(
+                f"offering the stage {target.stage!r}", f"{setup.model} has no such stage{near}",
+                f"Its stages are {', '.join(known)}",
+            )  # fmt: skip
+    names = list(known) if targets is None else list(dict.fromkeys(target.stage for target in targets))
+    components = Components(model, setup, shared=shared)
+    about = {"model": model.describe()["model"], "parts": partial(parts_of, components)}
+    return Worker({name: stage_of(name, model, setup) for name in names}, components, about)
+
+
+def _called(targets: Sequence[Target]) -> list[str]:
+    """The parts that have to be here for these stages; ``denoise.transformer_2`` is the one expert alone."""
+    found: dict[str, None] = {}
+    for target in targets:
+        if target.step is not None or (target.expert and target.expert not in CALLS.get(target.stage, ())):
+            raise SetupError(
+                f"offering a part of {target.stage}", "only an expert of denoise can be offered by itself",
+                "Name the stage, or denoise.transformer or denoise.transformer_2",
+            )  # fmt: skip
+        if target.stage not in CALLS:
+            raise SetupError(f"offering the stage {target.stage!r}", f"there is none of that name"
+                             f"{nearest(target.stage, CALLS)}", f"The stages are {', '.join(CALLS)}")  # fmt: skip
+        found |= dict.fromkeys([target.expert] if target.expert else CALLS[target.stage])
+    return [name for name in found if name in PARTS]
+
+
+def parts_of(components: Components) -> dict[str, dict[str, Any]]:
+    """What ``Model.describe`` says of each part, and where and how it is computed, with its files' hashes. They are
+    read for that, as for the fingerprint."""
+    told = components.model.describe()["parts"]
+    return {name: {**about, **components.facts(name)} for name, about in told.items()}
+
+
+def load_all(worker: Worker, events: Events = SILENT) -> None:
+    """Load the parts that the offered stages call, so that a damaged file is found now. Raises LoadError."""
+    assert isinstance(worker.components, Components)
+    components = worker.components.listening(events)
+    for name in dict.fromkeys(name for stage in worker.stages.values() for name in stage.components):
+        components.get(name)

@@ -1,0 +1,82 @@
+"""Earlier names of settings are still read: in keywords, flags, configs, environment, States, manifests and runs."""
+
+import pytest
+
+import ditkit
+from ditkit import config
+from ditkit.cli.main import _today
+from ditkit.errors import RequestError, SetupError
+from ditkit.request import OLD_NAMES, Request
+from ditkit.setup import Setup
+from ditkit.state import State
+
+OLD = {"solver": "dpm++", "solver_options": {"order": 1}, "schedule": "official", "image_processing": "official"}
+NEW = {"scheduler": "dpm++", "scheduler_options": {"order": 1}, "convention": "wan", "image_processing": "wan"}
+
+
+def test_every_name_of_today_is_a_setting():
+    assert {*OLD_NAMES.values()} <= {*config.FIELDS}
+    assert not {*OLD_NAMES} & {*config.FIELDS}
+
+
+def test_keywords():
+    assert Request(**OLD) == Request(**NEW)
+    assert Setup(
+        precision="official", remember_text=False, patience=3, parts={"vae": "x"}, expect={"denoise": "0" * 8}
+    ) == Setup(
+        dtype_policy="wan",
+        cache_text_kv=False,
+        timeout=3.0,
+        components={"vae": "x"},
+        expected_probes={"denoise": "0" * 8},
+    )
+
+
+def test_both_names_at_once_are_refused():
+    with pytest.raises(RequestError, match="scheduler was given twice"):
+        Request.of({"solver": "unipc", "scheduler": "unipc"})
+    with pytest.raises(SetupError, match="given before"):
+        config.text_layer([("solver", "a", "flag", True), ("scheduler", "b", "flag", True)])
+
+
+def test_a_fault_is_told_by_the_name_that_was_given():
+    with pytest.raises(RequestError, match="schedule='karras'"):
+        Request.of({"schedule": "karras"})
+
+
+def test_config_and_environment(tmp_path):
+    file = tmp_path / "c.toml"
+    file.write_text('solver = "dpm++"\nschedule = "official"\n')
+    layers = [config.file_layer(file), config.environment_layer({"DITKIT_PRECISION": "official"})]
+    settled = config.settle(*layers)
+    assert (settled.request().scheduler, settled.request().convention) == ("dpm++", "wan")
+    assert settled.setup().dtype_policy == "wan"
+    assert settled.explain("solver") == settled.explain("scheduler")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("--solver", "--scheduler"), ("--solver=euler", "--scheduler=euler"), ("--schedule", "--convention"),
+
+        ("--no-remember-text", "--no-cache-text-kv"), ("--parts", "--components"), ("--steps", "--steps"),
+        ("solver", "solver"),
+    ],
+)  # fmt: skip
+def test_flags(old, new):
+    assert _today(old) == new
+
+
+def test_a_state_of_earlier_goes_on_to_the_same_bits():
+    pipe = ditkit.load("shapes")
+    whole = pipe.run(pipe.begin(pipe.model.request({"prompt": "a red circle", "steps": 4})))
+    half = pipe.run(pipe.begin(pipe.model.request({"prompt": "a red circle", "steps": 4})), stop_at_step=2).state
+    back = {new: old for old, new in OLD_NAMES.items()}
+    old = lambda settings: {back.get(k, k): "official" if v == "wan" else v for k, v in settings.items()}  # noqa: E731
+    records = {n: {**r, "settings": old(r["settings"])} for n, r in half["records"].items()}
+    earlier = half.with_fields({"request": old(half["request"]), "records": records}, half.fingerprints)
+    assert "solver" in earlier["request"]
+    read = State.from_bytes(earlier.to_bytes())
+    assert read["request"] == half["request"]
+    assert read["records"] == half["records"]
+    assert pipe.run(read).state.equal(whole.state)
