@@ -3,6 +3,7 @@
 Who may import whom stands in ``test_import_ranks.py``."""
 
 import ast
+import functools
 import statistics
 import subprocess
 import sys
@@ -29,6 +30,7 @@ LIGHT = [
 ]  # fmt: skip
 
 
+@functools.cache
 def parsed(file: Path) -> ast.Module:
     return ast.parse(file.read_text(encoding="utf-8"))
 
