@@ -103,17 +103,27 @@ class Attend(Protocol):
 
 @dataclass(frozen=True)
 class Swap:
-    """Seam C. When a model is built, every module whose dotted path and type satisfy ``match`` is replaced by
-    ``make(module)``. A swap that matches nothing is an error."""
+    """Seam C. Before a component's weights are read, every module whose dotted path and type satisfy ``match`` is
+    replaced by ``make(module)``. All that is there then is on the meta device: shapes and types without data.
+
+    A parameter that the new module takes over from the old one, wherever it puts it, is filled from the files as it
+    would have been, and so is a new one of the same name and shape. A method ``load_weight(tensor)`` (``load_NAME`` for
+    the parameter NAME) fills it in another way: it is given a ``checkpoints.load.SourceTensor``, which has the numbers
+    (``read``) and the stored form (``stored``: codes, scales, format). What it returns becomes the parameter; after
+    None there is none. Tensors with data of their own are moved to where the component is. Every tensor of the files
+    has to be read, every parameter filled.
+
+    ``components``: those that it is for. One in which it matches nothing is an error, and so is a model without any."""
 
     name: str
     match: Callable[[str, nn.Module], bool]
     make: Callable[[nn.Module], nn.Module]
+    components: tuple[str, ...] = ("transformer", "transformer_2")
 
     @property
     def fingerprint(self) -> str:
-        """Its name, and what its functions are (``identify``)."""
-        return f"{self.name} {identify(self.match)} {identify(self.make)}"
+        """Its name and components, and what its functions are (``identify``)."""
+        return f"{self.name} {','.join(self.components)} {identify(self.match)} {identify(self.make)}"
 
 
 class Scheduler(Protocol):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from reference import rel
 from safetensors.torch import load_file, save_file
 
-from ditkit.checkpoints.files.opening import TensorFiles
+from ditkit.checkpoints.files.safetensors import TensorFiles
 from ditkit.checkpoints.kinds.keys import clip_keys
 from ditkit.checkpoints.views.mapped import Mapped
 from ditkit.contracts import ImageEncoder

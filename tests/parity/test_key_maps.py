@@ -11,7 +11,7 @@ from held import Held, shapes
 from reference import rel
 from safetensors.torch import load_file
 
-from ditkit.checkpoints.files.opening import TensorFiles
+from ditkit.checkpoints.files.safetensors import TensorFiles
 from ditkit.checkpoints.kinds.keys import (
     UMT5_ALIASES,
     clip_keys,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ditkit.checkpoints.files.opening import TensorInfo
+from ditkit.checkpoints.files.stored import TensorInfo
 from ditkit.checkpoints.kinds.diffusers_folder import (
     IMAGE_CLAIM,
     UMT5_SIZES,

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from ditkit.checkpoints.files.opening import TensorFiles
+from ditkit.checkpoints.files.safetensors import TensorFiles
 from ditkit.checkpoints.load import load_into
 from ditkit.errors import LoadError
 
@@ -213,7 +213,7 @@ def test_peak_memory_is_one_copy(tmp_path, dtype, copies):
     script = f"""
         import re, torch
         from torch import nn
-        from ditkit.checkpoints.files.opening import TensorFiles
+        from ditkit.checkpoints.files.safetensors import TensorFiles
         from ditkit.checkpoints.load import load_into
         def memory(key):
             return int(re.search(key + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from ditkit.checkpoints.files import opening as files
-from ditkit.checkpoints.files.opening import TensorFiles, open_source
+from ditkit.checkpoints.files import stored as files
+from ditkit.checkpoints.files.opening import open_source
+from ditkit.checkpoints.files.safetensors import TensorFiles
 from ditkit.checkpoints.kinds.keys import KeyTable, Rule
 from ditkit.checkpoints.load import load_into
 from ditkit.checkpoints.views.mapped import Mapped

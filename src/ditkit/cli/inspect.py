@@ -59,7 +59,7 @@ def inspect(
 
 def examine(path: Path, variant: str | None = None, model: str | None = None) -> dict[str, Any]:
     """The report, as plain values. Raises LoadError for what cannot be opened or recognised."""
-    from ditkit.checkpoints.files.opening import readable
+    from ditkit.checkpoints.files.text import readable
 
     with readable(f"inspecting {path}"):
         return _examine(packaged(path), variant, model)

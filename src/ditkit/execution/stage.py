@@ -205,8 +205,8 @@ class Context:
 
 
 class Stopped(Exception):
-    """Raised inside a looping stage when it is interrupted: carries the fields as they stood after the last step, and
-    raised by a place elsewhere, its whole result."""
+    """Raised inside a looping stage when it is interrupted: carries the fields as they stood after the last step, or
+    the StageResult of a place that was stopped."""
 
     exit_code = 130
 

@@ -11,7 +11,7 @@ Source: Wan2.1 and Wan2.2 ``wan/modules/model.py``; numerics of both conventions
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -36,6 +36,7 @@ from ditkit.models.wan_block import (
 from ditkit.nn.attention import sdpa
 from ditkit.nn.dtype_policy import DtypePolicy, dtype_policy
 from ditkit.nn.layers import LayerNorm, Linear, modulation, timestep_embedding
+from ditkit.nn.loaded import Loaded
 
 TIMESTEP_SCALE = 1000.0  # timestep = 1000 sigma; the only place of this factor
 
@@ -85,7 +86,7 @@ def run_in_order(blocks: Iterable[nn.Module], x: Tensor, ctx: BlockContext) -> T
     return x
 
 
-class WanTransformer(nn.Module):
+class WanTransformer(Loaded):
     """``transformer(latents, timestep, conditioning)``. Latents are [B, C, F, h, w] with h and w even; the velocity
     (noise minus data) that comes back has their shape and is float32 (bfloat16 under the diffusers policy)."""
 
@@ -97,7 +98,6 @@ class WanTransformer(nn.Module):
         super().__init__()
         self.config = config = config or WanConfig()
         self.policy = policy or dtype_policy("wan", torch.float32)
-        self.identify: Callable[[], str] = lambda: "not loaded from files"
         self.patch_embedding = nn.Conv3d(config.in_dim, config.dim, config.patch_size, config.patch_size)
         self.text_embedding = nn.Sequential(
             Linear(config.text_dim, config.dim), nn.GELU(approximate="tanh"), Linear(config.dim, config.dim)
@@ -113,15 +113,6 @@ class WanTransformer(nn.Module):
         if config.vace_layers:
             self.vace_patch_embedding = nn.Conv3d(config.vace_in_dim, config.dim, config.patch_size, config.patch_size)
             self.vace_blocks = nn.ModuleList(ControlBlock(config, n) for n in range(len(config.vace_layers)))
-
-    @property
-    def fingerprint(self) -> str:
-        """Stands for the weights and how they compute; whoever loads the module sets ``identify``."""
-        return self.identify()
-
-    @property
-    def device(self) -> torch.device:
-        return self.patch_embedding.weight.device
 
     @property
     def latent_channels(self) -> int:
@@ -166,9 +157,8 @@ class WanTransformer(nn.Module):
         if longest > self.config.text_len:
             raise ValueError(f"{longest} rows of text were given; the transformer takes {self.config.text_len}")
         padded = torch.stack([F.pad(r, (0, 0, 0, self.config.text_len - len(r))) for r in rows])
-        text = Text(
-            self.text_embedding(padded.to(self.device, self.policy.compute)), None, self._image(image, len(rows))
-        )
+        padded = padded.to(self.device, self.policy.compute)
+        text = Text(self.text_embedding(padded), None, self._image(image, len(rows)))
         if not cache_text_kv:
             return Conditioning(text)
         known: dict[tuple[int, bool, str], tuple[Tensor, Tensor]] = {}

@@ -61,8 +61,9 @@ class Places:
         expert is placed. Raises SetupError."""
         found: dict[str, list[Segment]] = {}
         here = Here(components)
-        for target in self.specs:
+        for target, spec in self.specs.items():
             self._check(target, pipeline)
+            self._check_swaps(target, spec, pipeline, seams)
         for name in dict.fromkeys(target.stage for target in self.specs):
             own = {
                 target: here if spec.kind == "here" else self.remote(spec)
@@ -110,6 +111,15 @@ class Places:
         if target.expert and target.expert not in stage.components:
             found = f"its model has {', '.join(stage.components)}"
             raise SetupError(f"placement of {target.stage}.{target.expert}", found, "Place the whole stage")
+
+    def _check_swaps(self, target: Target, spec: Spec, pipeline: StageList, seams: Seams) -> None:
+        """A loop elsewhere refuses all that is plugged in; other stages have no seams but the swaps of their parts."""
+        stage = pipeline[target.stage]
+        for swap in seams.swaps:
+            if spec.kind != "here" and not stage.loop and {*stage.components} & {*swap.components}:
+                found = f"{stage.name} runs at {spec.text}, and Python objects do not travel"
+                asked = f"swap {swap.name!r} for {', '.join(swap.components)}"
+                raise SetupError(asked, found, "Run the stage here, or take the swap out")
 
     def remote(self, spec: Spec) -> Remote:
         with self._lock:

@@ -46,10 +46,10 @@ class Remote:
         return {name: str(theirs.get(name)) for name in COMPUTES if theirs.get(name) != mine.get(name)}
 
     def call(self, task: StageCall) -> Call:
-        return Call(self._run, [task], lambda result, _: result)
+        return Call(self._whole, [task], lambda result, _: result)
 
-    def _run(self, task: StageCall) -> StageResult:
-        """Raises Stopped with the result of a stage that was interrupted."""
+    def _whole(self, task: StageCall) -> StageResult:
+        """Raises Stopped where the stage was interrupted, as a stage of this process does."""
         result = self.run(task)
         if result.stopped:
             raise Stopped(result)

@@ -25,7 +25,9 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from ditkit.checkpoints.files.opening import DTYPES, HEADER_LIMIT, StoredTensors, TensorInfo, kind_of, read, some
+from ditkit.checkpoints.files.formats import HEADER_LIMIT, kind_of
+from ditkit.checkpoints.files.stored import DTYPES, StoredTensors, TensorInfo, read
+from ditkit.checkpoints.files.text import some
 from ditkit.checkpoints.views.source import Inspect, no_inspection
 from ditkit.errors import LoadError, nearest
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from ditkit.checkpoints.files.opening import read_json
+from ditkit.checkpoints.files.text import read_json
 from ditkit.checkpoints.kinds.configs import ConfigKeys, is_number
 from ditkit.checkpoints.kinds.sizes import Tensors, clip_sizes, settle, transformer_sizes, umt5_sizes, vae_sizes
 from ditkit.errors import LoadError, OutputError

@@ -46,7 +46,7 @@ def find(name: str, setup: Setup | None = None, scope: Scope | None = None) -> F
     """The parts of the model ``name``, opened (headers only). ``setup`` says what stands in for single parts, which
     variant of a Diffusers folder, and whether the network may be used. ``scope``: which parts matter here; one that
     lies at a host is not fetched. Raises LoadError."""
-    from ditkit.checkpoints.files.opening import readable
+    from ditkit.checkpoints.files.text import readable
     from ditkit.checkpoints.model.locate import WHOLE
 
     with readable(f"model {name!r:.200}"):

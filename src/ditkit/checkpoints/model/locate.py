@@ -15,16 +15,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from ditkit.checkpoints.files.opening import (
-    INDEX,
-    OTHERS,
-    open_source,
-    read_json,
-    read_shards,
-    readable,
-    some,
-    split_entry,
-)
+from ditkit.checkpoints.files.choosing import read_shards
+from ditkit.checkpoints.files.formats import INDEX, OTHERS
+from ditkit.checkpoints.files.opening import open_source, split_entry
+from ditkit.checkpoints.files.text import read_json, readable, some
 from ditkit.checkpoints.kinds.configs import note_unknown
 from ditkit.checkpoints.kinds.detect import Detected, bare, recognise
 from ditkit.checkpoints.kinds.diffusers_folder import read_index

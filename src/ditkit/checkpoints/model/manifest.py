@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import Any
 
-from ditkit.checkpoints.files.opening import read_json
+from ditkit.checkpoints.files.text import read_json
 from ditkit.checkpoints.model.hub import COMMIT, DATA, REPO, Hub, HubName, Listing, inside
 from ditkit.checkpoints.model.used import is_weights, used
 from ditkit.errors import LoadError, nearest
