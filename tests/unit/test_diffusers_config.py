@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file
 
@@ -89,7 +90,7 @@ def clip_facts() -> dict[str, TensorInfo]:
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     with torch.device("meta"):
-        model = CLIPVisionModel(CLIPVisionConfig(**CLIP))
+        model = tiny.bare(CLIPVisionModel(CLIPVisionConfig(**CLIP)))
     return facts({name: tensor.shape for name, tensor in model.state_dict().items()})
 
 

@@ -199,6 +199,7 @@ SCRIPT = """
 """
 
 
+@pytest.mark.slow
 @linux
 @pytest.mark.parametrize("kind", ["BF16", "F32", "F8_E4M3", "rows of I8", "Q8_0", "pth"])
 def test_the_peak_of_one_large_tensor_is_the_tensor(tmp_path, kind):
@@ -232,6 +233,7 @@ def test_a_forked_process_has_weights_of_its_own(tmp_path):
     assert bool((module.weight == 1).all())
 
 
+@pytest.mark.slow
 def test_building_without_data_does_not_import_the_compiler():
     """torch would import it to draw random numbers that have no place: 1 to 2 seconds, and 80 MB."""
     script = """

@@ -1,6 +1,6 @@
 """Setup -> components: find a model's parts, build each on the meta device, fill it strictly, apply swaps.
 
-The one room where model classes, their files, dtypes and devices come together. Leaves out: running (``pipe.py``).
+The one room where model classes, their files, dtypes and devices come together. Leaves out: running (``pipeline.py``).
 """
 
 from ditkit.assembly.adapters import placed

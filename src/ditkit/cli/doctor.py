@@ -10,7 +10,8 @@ import typer
 
 from ditkit import config
 from ditkit.cli import show
-from ditkit.cli.flags import RawSettings, kebab, model_name, with_settings
+from ditkit.cli.flags import RawSettings, kebab, with_settings
+from ditkit.cli.opening import model_name
 from ditkit.errors import SetupError
 from ditkit.setup import Setup
 

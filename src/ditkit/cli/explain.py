@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from ditkit.cli import show
-from ditkit.cli.flags import RawSettings, settle, with_settings
+from ditkit.cli.flags import RawSettings, with_settings
+from ditkit.cli.opening import settle
 from ditkit.config import FIELDS, check_key
 
 Key = Annotated[str | None, typer.Argument(help="A setting, such as steps. Default: all.", show_default=False)]

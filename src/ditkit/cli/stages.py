@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ditkit.cli import show
-from ditkit.cli.flags import model_name
+from ditkit.cli.opening import model_name
 
 if TYPE_CHECKING:
     from rich.text import Text

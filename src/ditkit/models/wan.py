@@ -157,9 +157,8 @@ class WanTransformer(Loaded):
         if longest > self.config.text_len:
             raise ValueError(f"{longest} rows of text were given; the transformer takes {self.config.text_len}")
         padded = torch.stack([F.pad(r, (0, 0, 0, self.config.text_len - len(r))) for r in rows])
-        text = Text(
-            self.text_embedding(padded.to(self.device, self.policy.compute)), None, self._image(image, len(rows))
-        )
+        padded = padded.to(self.device, self.policy.compute)
+        text = Text(self.text_embedding(padded), None, self._image(image, len(rows)))
         if not cache_text_kv:
             return Conditioning(text)
         known: dict[tuple[int, bool, str], tuple[Tensor, Tensor]] = {}
