@@ -76,10 +76,11 @@ class Names:
 
     @classmethod
     def of(cls, targets: LoraTargets, blocks: int) -> Names:
-        """For networks of up to so many blocks, with every branch that exists."""
-        table = targets.names(blocks).to_native
+        """For networks of up to so many blocks, with every branch that exists. Of a tensor that the other layout cuts
+        or joins only the native name is known."""
         dotted: dict[str, str] = {}
-        for other, native in table.items():
+        rules = targets.names(blocks).rules
+        for other, native in ((rule.other[0] if rule.renames else name, name) for rule in rules for name in rule.native):
             for theirs, ours in ((other, native), (native, native), (_owner(native), _owner(native))):
                 dotted[theirs] = ours
                 if _leaf(theirs) in ("weight", "bias"):
