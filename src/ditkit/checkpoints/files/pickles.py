@@ -194,7 +194,7 @@ def _mapped(path: Path) -> Any:
 
     whole = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
     with path.open("rb") as stream, serialization._open_zipfile_reader(stream) as archive:  # type: ignore[no-untyped-call]
-        loaded = serialization._load(archive, None, _weights_only_unpickler, overall_storage=whole)  # type: ignore[no-untyped-call]
+        loaded = serialization._load(archive, "cpu", _weights_only_unpickler, overall_storage=whole)  # type: ignore[no-untyped-call]
     for tensor in _tensors(loaded):
         storage = tensor.untyped_storage()
         storage._checkpoint_offset = storage.data_ptr() - whole.data_ptr()  # type: ignore[attr-defined]
