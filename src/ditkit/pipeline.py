@@ -13,15 +13,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ditkit import media, pictures, samples
-from ditkit.assembly import Components, Model, pipeline_of, placed
+from ditkit.assembly import Components, Model, calls_of, pipeline_of, placed
 from ditkit.assembly.resume_checks import Stamping, check_begun, model_field, stamped
+from ditkit.assembly.seams import check_scheduler, plugged, stages_of, told
 from ditkit.checking import check_state
 from ditkit.contracts import Seams, Step
 from ditkit.errors import DitkitError, RequestError, SetupError
 from ditkit.events import Events, Listener
 from ditkit.execution.place import Checkpointer, ResultCache
+from ditkit.execution.records import replugged
+from ditkit.execution.stage import with_own_defaults, with_stage_settings
 from ditkit.execution.stage_list import Interrupted, StageList
 from ditkit.placement import Places
+from ditkit.placement import plugs as travelling
 from ditkit.placement.remote_parts import address, check_agree, check_here, facts_of, model_at, scope_at, scope_of
 from ditkit.prompting import templates
 from ditkit.receipt import Recorder, manifest
@@ -95,7 +99,11 @@ class Pipeline:
     def __call__(self, prompt: str | list[str] = "", *, listeners: Iterable[Listener] = (), **request: Any) -> Result:
         """Pictures (``image``, ``last_image``, ...) may be paths, PIL images, arrays or tensors."""
         values, pixels = pictures.take({"prompt": prompt, **request})
-        return self.run(self.begin(self.model.request(values), pixels), listeners=listeners)
+        return self.run(self.begin(self.request(values), pixels), listeners=listeners)
+
+    def request(self, values: Mapping[str, Any]) -> Request:
+        """A Request with the model's defaults; settings of a stage may stand under its name. Raises RequestError."""
+        return self.model.request(with_stage_settings(self.stages.stages, values))
 
     @staticmethod
     def check(request: Request) -> list[tuple[str, str, int]]:
@@ -111,6 +119,8 @@ class Pipeline:
         """The State that a run starts from. Its request has everything filled in, the size that follows from an image
         too. ``pixels``: pictures that the request names by their hash (``pictures.take``); files are read here."""
         self.model.check(request)
+        check_scheduler(self.seams, request)
+        request = with_own_defaults(self.stages.stages, request)
         request = templates.placed(pictures.placed(request))
         found = pictures.read(request, pixels or {})
         request = self.model.fit(request, found)
@@ -158,7 +168,9 @@ class Pipeline:
         Raises Interrupted, with the State so far, on Ctrl-C."""
         asked = check_state(state, self.stages.table)
         asked.check_size(self.model.strides[1] * self.model.patch[1], self.model.strides[0])
-        if {*state["request"]} != {*Request.model_fields}:  # an older State knows fewer settings
+        asked = with_own_defaults(self.stages.stages, asked)
+        if {*state["request"]} != {*Request.model_fields} or state["request"]["stage_settings"] != asked.stage_settings:
+            # an older State knows fewer settings, and so does one of a pipeline with fewer stages
             state = state.with_fields({"request": asked.model_dump()})
         planned = self.stages.planned(state, start, until)
         check_begun(state, self.setup.model, self.model, self.stages, planned)
@@ -175,6 +187,10 @@ class Pipeline:
         options = {**common, "stop_at_step": stop_at_step, "debug": self.setup.debug}
         options["keep"] = keep and Stamping(keep, state, self.model, self.stages)
         check_agree(self.model, self.places, planned, where)
+        travelling.check(planned, where, self.seams, request)
+        for stage in planned:
+            if others := replugged(stage, state, self.seams.describe()):
+                events.emit("plugs.changed", stage=stage.name, text=others)
         together = request["batched"] or samples.count(state) == 1
         if stop_at_step is None:
             fresh = [state] if together or len(begun or {}) < samples.count(state) else []
@@ -200,6 +216,7 @@ class Pipeline:
                 for name, said in self.places.describe().items()
             },  # what their parts are stands under components and weights
             "seams": self.seams.describe(),
+            "plugs": told(self.setup.plugs),
             "pipeline": self.stages.names,
         }
         return Result(final, receipt, tuple(self._manifests(final, receipt)) if "video" in final else ())
@@ -283,15 +300,15 @@ def load(
         import torch
 
         torch.set_num_threads(chosen.threads)
-    seams = seams or Seams()
     chosen, opened, places = open_model(chosen)
+    seams, heard = plugged(chosen, seams or Seams())
     pipeline = pipeline_of(opened, chosen)
     chosen = chosen.model_copy(update={"devices": places.devices(pipeline)})
     check_here(opened, places, pipeline)
     theirs = share_with.components if share_with else None
     shared = theirs.holder.shared if isinstance(theirs, Components) else None
     components = Components(opened, chosen, seams.swaps, shared)
-    return Pipeline(opened, chosen, components, pipeline, seams, listeners, open_cache(chosen), places)
+    return Pipeline(opened, chosen, components, pipeline, seams, (*heard, *listeners), open_cache(chosen), places)
 
 
 def open_model(setup: Setup) -> tuple[Setup, Model, Places]:
@@ -299,6 +316,7 @@ def open_model(setup: Setup) -> tuple[Setup, Model, Places]:
 
     ``setup`` as it was given, but where the model is a host's: then every stage is placed there for which nothing else
     is said. Raises LoadError, SetupError, and PlaceError or Lost where a host is asked."""
+    own_stages = {plug.row.name for plug in stages_of(setup)}  # from now on all rows are known
     host = address(setup.model)
     if host is None:
         places = Places(setup)
@@ -307,7 +325,8 @@ def open_model(setup: Setup) -> tuple[Setup, Model, Places]:
     opened = Model.at(setup.model, model_at(first, host), setup, scope_at(first, host, setup.components))
     own = [name for name in setup.components if name in opened.parts]
     stages = pipeline_of(opened, setup).stages
-    there = {s.name: host.text for s in stages if s.name != ExpandPrompt.name and not {*s.components} & {*own}}
+    here = {ExpandPrompt.name, *(name for name in own_stages if not calls_of(name))}
+    there = {s.name: host.text for s in stages if s.name not in here and not {*s.components} & {*own}}
     setup = setup.model_copy(update={"placement": {**there, **setup.placement}})
     return setup, opened, Places(setup)
 

@@ -150,7 +150,7 @@ def carry_out(pipe: Pipeline, state: State, goal: RunOptions) -> None:
 
 def note(event: Event) -> None:
     """What a run found in its folder."""
-    if event.name == "run.note":
+    if event.name in ("run.note", "plugs.changed"):
         say(event["text"])
 
 

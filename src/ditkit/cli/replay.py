@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ditkit.cli import show
-from ditkit.cli.flags import model_name, to_path
+from ditkit.cli.flags import Plugs, model_name, to_path
 from ditkit.cli.job import Quiet
 from ditkit.errors import RequestError
 
@@ -51,6 +51,7 @@ def replay(
         bool, typer.Option("--here", help="Run all stages here, though some ran at hosts or in other processes.")
     ] = False,
     quiet: Quiet = False,
+    plugs: Plugs = None,
 ) -> int:
     """Make a clip again and compare: exit code 0 when every pixel is the same, 1 when not."""
     from contextlib import nullcontext
@@ -62,8 +63,8 @@ def replay(
     request = script.request
     if out is not None:
         media.check_writable(out, width=request.width, height=request.height, fps=request.fps)
-    pipe = replays.prepare(script, None if model is None else model_name(model), here)
-    for difference in replays.machine_differences(script.manifest):
+    pipe = replays.prepare(script, None if model is None else model_name(model), here, plugs or ())
+    for difference in [*replays.plug_differences(script, pipe), *replays.machine_differences(script.manifest)]:
         print(f"note: {difference}", file=sys.stderr)
     console = show.console()
     view = show.view(console, quiet, pipe.look(), request.frames)

@@ -29,7 +29,7 @@ from ditkit.execution.place import (
     readable,
 )
 from ditkit.execution.records import code_of, fingerprint_of, fingerprints, outdated, record_of
-from ditkit.execution.stage import DERIVED, BaseStage, Context, Only, RecordedSettings, Stage, Stopped, setting_of
+from ditkit.execution.stage import BaseStage, Context, Only, RecordedSettings, Stage, Stopped, known_settings
 from ditkit.stage_result import CacheKey
 from ditkit.state import FIELDS, Field, State
 
@@ -340,8 +340,7 @@ class StageList:
             return None
         weights = self._weights(stage, state, how)
         record = record_of(stage, state, weights, {}, {})
-        request = state.get("request", {})
-        known = {**request, **{name: setting_of(request, name) for name in DERIVED}}
+        known = known_settings(state.get("request", {}))
         software = {k: v for segment in how.segments(stage) for k, v in segment.place.software().items()}
         parts = record["options"], weights, record["inputs"], known, how.seams.describe(), software
         return CacheKey(stage.name, stage.version, code_of(stage), *parts)

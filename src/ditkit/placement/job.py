@@ -21,7 +21,7 @@ from ditkit.execution.place import StageResult
 from ditkit.execution.stage import Stage
 from ditkit.state import State, kind_of
 
-WIRE = 1
+WIRE = 2
 """The version of all that is in this file; two ends of another version refuse each other."""
 
 WORDS = 2000
@@ -34,7 +34,8 @@ KINDS = ("event", "kept", "outcome", "error", "alive")
 class Job:
     """``options``: the stage's dataclass fields. ``weights``: fingerprints of its components, as the caller knows them;
     the worker refuses to use others. ``keep_every``: None when nobody keeps. ``ignore``: events that nobody there
-    listens to. ``made_by``: the stage's class (``trust.py``); empty for whoever takes the one that is there."""
+    listens to. ``made_by``: the stage's class (``trust.py``); empty for whoever takes the one that is there. ``plugs``:
+    what is in the seams, as text (``assembly/seams.py``)."""
 
     id: str
     stage: str
@@ -44,6 +45,7 @@ class Job:
     keep_every: int | None = None
     ignore: Sequence[str] = ()
     made_by: str = ""
+    plugs: Sequence[str] = ()
     wire: int = WIRE
 
     def to_json(self) -> str:
@@ -56,8 +58,10 @@ class Job:
             values = json.loads(text)
             job = cls(**values)
             sound = all(isinstance(x, str) for x in (job.id, job.stage)) and isinstance(job.options, dict)
-            sound = sound and isinstance(job.weights, dict) and isinstance(job.ignore, list)
-            sound = sound and all(isinstance(x, str) for x in (job.made_by, *job.weights.values(), *job.ignore))
+            sound = sound and isinstance(job.weights, dict)
+            sound = sound and isinstance(job.ignore, list) and isinstance(job.plugs, list)
+            texts = (job.made_by, *job.weights.values(), *job.ignore, *job.plugs)
+            sound = sound and all(isinstance(x, str) for x in texts)
             numbers = (job.stop_at_step, job.keep_every)
             sound = sound and all(n is None or (type(n) is int and n >= 0) for n in numbers) and job.keep_every != 0
         except (TypeError, ValueError, RecursionError):

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
+from ditkit.assembly.seams import texts_of
 from ditkit.errors import Lost, PipelineError, PlaceError, StateError
 from ditkit.events import Events
 from ditkit.execution.place import StageCall, StageResult
@@ -122,7 +123,7 @@ class Remote:
 
     def run(self, task: StageCall) -> StageResult:
         self.handshake.check(task.stage, task.events)
-        if task.seams.describe() and task.stage.loop:
+        if texts_of(task.seams) is None and task.stage.loop:
             raise self._plugged(task)
         state, reached = task.inputs, None
         try:
@@ -159,6 +160,7 @@ class Remote:
             task.keep_every if task.keep else None,
             task.events.ignored(),
             made_by(stage),
+            texts_of(task.seams) or (),
         )
         begun, received, cancelled = time.perf_counter(), 0, False
         with Reader(lambda: self.channel.submit(job, inputs)) as frames:
@@ -216,7 +218,7 @@ class Remote:
         with self._theirs():
             outcome, seconds = state_to_outcome(frame.state(self.name))
             check_outcome(task, outcome, self.name, frame.kind == "outcome" and not outcome.stopped)
-        if outcome.plugs is not None and task.seams.describe():  # it asked for the seams, and had none there
+        if outcome.plugs is not None and outcome.plugs != task.seams.describe():  # it asked for them, and had none
             raise self._plugged(task)
         return outcome, seconds
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from ditkit.assembly.seams import received
 from ditkit.checking import fault_of
 from ditkit.errors import DitkitError, Lost, PlaceError, StateError, nearest
 from ditkit.events import Event, Events
@@ -157,7 +158,7 @@ class Worker:
         components = self.components if listening is None else listening(events)
         with self._my_turn(cancelled):
             begun = time.perf_counter()
-            task = StageCall(stage, inputs, job.weights, events, stop_at_step=job.stop_at_step,
+            task = StageCall(stage, inputs, job.weights, events, received(job.plugs), job.stop_at_step,
                         keep=keep if job.keep_every else None, keep_every=job.keep_every or 1)  # fmt: skip
             outcome = Here(components).run(task)
             return (outcome if outcome.stopped else checked(stage, outcome)), time.perf_counter() - begun

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ditkit import pictures, samples
+from ditkit.assembly.seams import check_trusted
 from ditkit.errors import OutputError, SetupError, StateError
 from ditkit.events import Events, Listener
 from ditkit.execution.place import Interrupted
@@ -65,7 +66,7 @@ class Run:
         kept after each stage and every ``every`` steps: the newest one, or with ``keep_steps="all"`` all of them, so
         that each can be forked from. Raises StateError where there is a run already."""
         values, pixels = pictures.take({"prompt": prompt, **request})
-        state = pipe.begin(pipe.model.request(values), pixels)
+        state = pipe.begin(pipe.request(values), pixels)
         return cls.begin(path, pipe, state, every=every, keep_steps=keep_steps, out=out)
 
     @classmethod
@@ -128,6 +129,7 @@ class Run:
         if self._pipe is None:
             import ditkit
 
+            check_trusted(self.description.setup.get("plugs", []), f"opening the run {self.path}")
             self._pipe = ditkit.load(**self.description.setup)
         return self._pipe
 
