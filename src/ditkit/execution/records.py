@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import inspect
+import re
 import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -111,15 +112,27 @@ def fingerprints(
 
 
 def replugged(stage: Stage, state: State, plugs: Mapping[str, list[str]]) -> str:
-    """How the seams differ from those that a half-finished loop was begun with, or nothing."""
+    """How what is plugged into a half-finished loop differs from what it was begun with, or nothing."""
     record = state.get("records", {}).get(stage.name)
     if record is None or not any(name in state for name in stage.loop) or stage.done(state):
         return ""
-    before, now = ([f"{seam} {p}" for seam, each in of.items() for p in each] for of in (record["plugs"], plugs))
-    gone, come = ([p for p in one if p not in other] or ["nothing"] for one, other in ((before, now), (now, before)))
-    if gone == come == ["nothing"]:
-        return ""
-    return f"{stage.name} goes on with {', '.join(come)}; it was begun with {', '.join(gone)}"
+    then: dict[str, list[Any]] = dict(record["plugs"])
+    now: dict[str, list[Any]] = dict(plugs)
+    known = known_settings(state.get("request", {}))
+    for name, before, here in (
+        ("scheduler", record["settings"], known),
+        ("attention", record["options"], options_of(stage)),
+    ):
+        if name in before or name in then:
+            then.setdefault(name, [before.get(name)])
+            now.setdefault(name, [here.get(name)])
+    told = [f"{seam} was {_all(then.get(seam))}, is {_all(now.get(seam))}" for seam in dict.fromkeys((*then, *now))
+            if then.get(seam) != now.get(seam)]  # fmt: skip
+    return f"{stage.name} goes on with something else plugged in: {', '.join(told)}" if told else ""
+
+
+def _all(plugs: list[Any] | None) -> str:
+    return " and ".join(re.sub("(@[0-9a-f]{8})[0-9a-f]+", r"\1", str(plug)) for plug in plugs or ["nothing"])
 
 
 def outdated(stage: Stage, state: State, later: Collection[str]) -> list[str]:

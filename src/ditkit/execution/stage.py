@@ -16,6 +16,7 @@ from ditkit.errors import PipelineError, RequestError, nearest
 from ditkit.events import SILENT, Events
 from ditkit.request import Request
 from ditkit.schedulers import SCHEDULERS
+from ditkit.setup import Setup
 from ditkit.state import Field, State
 
 
@@ -137,10 +138,16 @@ def known_settings(request: Mapping[str, Any]) -> dict[str, Any]:
     return {**request, **own, **named, **{name: follows(request) for name, follows in DERIVED.items()}}
 
 
+def settings_of(stage: Stage) -> Any:
+    """The class of the settings that a stage has of its own, or None."""
+    cls = getattr(type(stage), "settings", None)
+    return cls if isinstance(cls, type) else None
+
+
 def with_stage_settings(stages: Iterable[Stage], values: Mapping[str, Any]) -> dict[str, Any]:
     """Values of a request, where a stage with settings of its own may be named like one of them:
     ``sharpness={"amount": 3}``."""
-    own = {s.name: values[s.name] for s in stages if getattr(s, "settings", None) and s.name in values}
+    own = {s.name: values[s.name] for s in stages if settings_of(s) and s.name in values}
     rest = {name: value for name, value in values.items() if name not in own}
     return {**rest, "stage_settings": {**rest.get("stage_settings", {}), **own}} if own else rest
 
@@ -148,14 +155,14 @@ def with_stage_settings(stages: Iterable[Stage], values: Mapping[str, Any]) -> d
 def with_own_defaults(stages: Iterable[Stage], request: Request) -> Request:
     """``request`` with all settings of stages that have some of their own. Raises RequestError for one that no stage
     has, or that is of another type; PipelineError for a stage that is named like a setting."""
-    own = {s.name: cls for s in stages if (cls := getattr(s, "settings", None)) is not None}
+    own = {s.name: cls for s in stages if (cls := settings_of(s)) is not None}
     for name in own:
         if name in Request.model_fields:
             raise PipelineError(f"the settings of stage {name!r}", "a setting has that name", "Give it another name")
     for name, values in request.stage_settings.items():
         if name not in own:
             asked = ", ".join(f"{name}.{key}" for key in values) or name
-            found = f"no stage {name!r} with settings is in this pipeline{nearest(name, (*own, *Request.model_fields))}"
+            found = f"no stage {name!r} with settings is in this pipeline{nearest(name, (*own, *Setup.model_fields))}"
             do = f"Those with settings are {', '.join(own)}" if own else "Leave it out, or bring the stage with --plug"
             raise RequestError(f"the setting {asked}", found, do)
     filled = {
