@@ -92,9 +92,8 @@ class Registry(Mapping[str, R], Generic[R]):
     def add(self, row: R, origin: str, code: str = "") -> None:
         """Make ``row`` known. The same origin may bring it again, changed; another one may not take its name. ``code``:
         the sha256 of what it was made from; a copy of the same is the same."""
-        if row.name in self and self.origin(row.name) != origin:
-            if code and code == self.code(row.name):
-                return
+        known = row.name in self and self.origin(row.name) != origin
+        if known and not (code and code == self.code(row.name)):
             asked = f"the {self.noun} {row.name!r} of {origin}"
             raise SetupError(asked, f"{self.origin(row.name)} has one of that name", "Rename it")
         self._rows[row.name], self._origins[row.name] = row, (origin, code)

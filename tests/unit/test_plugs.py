@@ -22,18 +22,8 @@ from ditkit.schedulers import SCHEDULERS, make
 from ditkit.setup import Setup
 
 FILES = Path(__file__).parents[1] / "plugs"
+pytestmark = pytest.mark.usefixtures("forgotten")
 PROMPT = "a red circle"
-
-
-@pytest.fixture(autouse=True)
-def forgotten(monkeypatch):
-    """What a test brings is not known to the next one."""
-    monkeypatch.setattr(registry, "BROUGHT", {})
-    monkeypatch.setattr("ditkit.assembly.seams.BROUGHT", registry.BROUGHT)
-    kept = [(each, dict(each._rows), dict(each._origins)) for each in Registry.every]
-    yield
-    for each, rows, origins in kept:
-        each._rows, each._origins = rows, origins
 
 
 @pytest.fixture
