@@ -27,16 +27,16 @@ class Timed:
     """A transformer that knows how long its calls took. ``inner`` None: a multiplication instead of a network."""
 
     timestep_scale, latent_channels, device = 1000.0, 16, torch.device("cpu")
-    condition_channels = control_channels = 0
+    reads = ()
 
     def __init__(self, inner: Any = None):
         self.inner, self.seconds = inner, 0.0
         self.fingerprint = "benchmark" if inner is None else inner.fingerprint
         self.run_blocks = None if inner is None else inner.run_blocks
 
-    def prepare_text(self, rows: Any, remember: bool = True) -> Any:
+    def prepare(self, *given: Any) -> Any:
         begun = time.perf_counter()
-        text = rows if self.inner is None else self.inner.prepare_text(rows, remember)
+        text = None if self.inner is None else self.inner.prepare(*given)
         self.seconds += time.perf_counter() - begun
         return text
 

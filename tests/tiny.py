@@ -142,7 +142,12 @@ def image_encoder(seed: int = 5) -> torch.nn.Module:
     """transformers' CLIPVisionModel, of which Wan uses all blocks but the last."""
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
-    return randomise(CLIPVisionModel(CLIPVisionConfig(**CLIP)), seed)
+    return randomise(bare(CLIPVisionModel(CLIPVisionConfig(**CLIP))), seed)
+
+
+def bare(model: torch.nn.Module) -> torch.nn.Module:
+    """transformers 4 has inside of its vision model what is the model itself in 5."""
+    return getattr(model, "vision_model", model)
 
 
 def write(folder: Path, task: str = "t2v", layout: str = "diffusers") -> Path:

@@ -11,6 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ditkit.cancel import Cancel
     from ditkit.contracts import Seams, Site, Step, Swap
     from ditkit.errors import DitkitError
     from ditkit.events import Event, Events
@@ -29,11 +30,12 @@ _HOMES = {
     "BaseStage": "execution.stage", "Context": "execution.stage",
     "Interrupted": "execution.place",
     "Seams": "contracts", "Swap": "contracts", "Step": "contracts", "Site": "contracts",
-    "Event": "events", "Events": "events", "DitkitError": "errors",
+    "Event": "events", "Events": "events", "DitkitError": "errors", "Cancel": "cancel",
 }  # fmt: skip
 
 __all__ = [
     "BaseStage",
+    "Cancel",
     "Context",
     "DitkitError",
     "Event",

@@ -1,7 +1,7 @@
 """Is a State what it says it is? Fields against the field table, counts against each other, before anything runs.
 
 A State may come from a file that was edited, cut together or written by another version. Leaves out: damage of the
-file itself (``state.py``) and whether the model is the right one (``pipe.py``).
+file itself (``state.py``) and whether the model is the right one (``pipeline.py``).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ditkit.state import FIELDS, Field, State, kind_of
 
 _PLAIN: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (float, int), "dict": (dict,)}
 _RECORDED = ("settings", "inputs", "weights", "options", "plugs")  # dicts in a record, see records.py
-_LENGTHS = {"prompt_embeds": "prompt_lengths", "negative_prompt_embeds": "negative_prompt_lengths"}
+_LENGTHS = {f.name: f.clips.removeprefix("rows:") for f in FIELDS.values() if f.clips.startswith("rows:")}
 
 
 def fault_of(spec: Field, value: Any, sizes: dict[str, int]) -> str | None:

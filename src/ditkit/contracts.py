@@ -8,13 +8,11 @@ L tokens, N heads, d head width, D text width.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
-from types import FunctionType
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
-from uuid import uuid4
 
 from ditkit.events import SILENT, Events
-from ditkit.state import digest
+from ditkit.identify import described, identify
 
 if TYPE_CHECKING:
     import torch
@@ -29,8 +27,9 @@ class Step:
     """One step of a denoising run, handed to everything that needs to know where it is.
 
     ``sigma`` and ``sigma_next`` are in [0, 1]; ``timestep`` is what the transformer is told (its own unit);
-    ``guidance_scale`` is 1 when no second pass runs; ``branch`` is ``cond`` or ``uncond`` inside guidance;
-    ``expert`` names the transformer that runs the step."""
+    ``guidance_scale`` is 1 when no second pass runs; ``branch`` is ``cond`` or ``uncond`` inside guidance, or one of
+    these with a plug's own name behind a colon (``cond:skip``); ``expert`` names the transformer that runs the step.
+    ``frames``: the latent frames (from, to) that x holds where a plug works on a part of them, else None."""
 
     index: int
     count: int
@@ -40,13 +39,19 @@ class Step:
     guidance_scale: float = 1.0
     branch: str = "cond"
     expert: str = "transformer"
+    frames: tuple[int, int] | None = None
+
+    def window(self, start: int, stop: int) -> Step:
+        """The same step for ``x[:, :, start:stop]``: what the transformer is conditioned on is narrowed with it."""
+        first = self.frames[0] if self.frames else 0
+        return replace(self, frames=(first + start, first + stop))
 
 
 @dataclass(frozen=True)
 class Site:
-    """Where an attention call stands: ``kind`` is ``self``, ``cross`` (text) or ``image``; ``grid`` the tokens as
-    (F, h/2, w/2); ``step`` the denoising step with its branch, None when the transformer is called outside a run;
-    ``control`` whether it is VACE's control block beside that block, and not the block itself."""
+    """Where an attention call stands: ``kind`` is ``self``, ``cross`` (text), ``image`` or ``joint``; ``grid`` the
+    tokens as (F, h/2, w/2); ``step`` the denoising step with its branch, None when the transformer is called outside a
+    run; ``control`` whether it is VACE's control block beside that block, and not the block itself."""
 
     block: int
     kind: str
@@ -61,9 +66,31 @@ class Predict(Protocol):
     def __call__(self, x: Tensor, step: Step) -> Tensor: ...
 
 
+class BlockContext(Protocol):
+    """What each block needs besides its tokens, as plugs at seam B see it; a network may put more into its own.
+
+    ``step``: with its branch, None outside of a run. ``grid``: the video tokens as (F, h/2, w/2). ``tokens``: which
+    rows of x are ``video``, ``text`` or ``control``; networks with joint attention have several kinds in one x."""
+
+    @property
+    def step(self) -> Step | None: ...
+    @property
+    def grid(self) -> tuple[int, int, int]: ...
+    @property
+    def tokens(self) -> Mapping[str, slice]: ...
+
+    def rows(self, index: slice) -> BlockContext:
+        """The context of the rows ``x[:, index]``."""
+        ...
+
+    def shifted(self, frames: int) -> BlockContext:
+        """The context of the same tokens as if they stood ``frames`` latent frames later."""
+        ...
+
+
 class RunBlocks(Protocol):
-    """Seam B. Tokens ``x`` [B, L, dim] through the blocks; ``ctx`` is what each block needs besides x. It has the
-    current ``step`` (with its branch), and each block knows its own number."""
+    """Seam B. All tokens ``x`` [B, L, dim] through the blocks, with what each of them needs besides (a BlockContext).
+    A block knows its own number."""
 
     def __call__(self, blocks: Iterable[nn.Module], x: Tensor, ctx: Any) -> Tensor: ...
 
@@ -76,17 +103,27 @@ class Attend(Protocol):
 
 @dataclass(frozen=True)
 class Swap:
-    """Seam C. When a model is built, every module whose dotted path and type satisfy ``match`` is replaced by
-    ``make(module)``. A swap that matches nothing is an error."""
+    """Seam C. Before a component's weights are read, every module whose dotted path and type satisfy ``match`` is
+    replaced by ``make(module)``. All that is there then is on the meta device: shapes and types without data.
+
+    A parameter that the new module takes over from the old one, wherever it puts it, is filled from the files as it
+    would have been, and so is a new one of the same name and shape. A method ``load_weight(tensor)`` (``load_NAME`` for
+    the parameter NAME) fills it in another way: it is given a ``checkpoints.load.SourceTensor``, which has the numbers
+    (``read``) and the stored form (``stored``: codes, scales, format). What it returns becomes the parameter; after
+    None there is none. Tensors with data of their own are moved to where the component is. Every tensor of the files
+    has to be read, every parameter filled.
+
+    ``components``: those that it is for. One in which it matches nothing is an error, and so is a model without any."""
 
     name: str
     match: Callable[[str, nn.Module], bool]
     make: Callable[[nn.Module], nn.Module]
+    components: tuple[str, ...] = ("transformer", "transformer_2")
 
     @property
     def fingerprint(self) -> str:
-        """Its name, and what its functions are (``identify``)."""
-        return f"{self.name} {identify(self.match)} {identify(self.make)}"
+        """Its name and components, and what its functions are (``identify``)."""
+        return f"{self.name} {','.join(self.components)} {identify(self.match)} {identify(self.make)}"
 
 
 class Scheduler(Protocol):
@@ -112,12 +149,13 @@ class Scheduler(Protocol):
 
 @dataclass(frozen=True)
 class Seams:
-    """What plugs into a run. Wrappers take the inner function and return the outer one; the first listed is the
-    outermost. Empty is neutral: bit-equal to nothing being there."""
+    """What plugs into a run. Wrappers take the inner function, and the run (``seams.PlugContext``) if they have a
+    second parameter, and return the outer function; the first listed is the outermost. Empty is neutral: bit-equal to
+    nothing being there."""
 
-    predict: tuple[Callable[[Predict], Predict], ...] = ()
-    run_blocks: tuple[Callable[[RunBlocks], RunBlocks], ...] = ()
-    attend: tuple[Callable[[Attend], Attend], ...] = ()
+    predict: tuple[Callable[..., Predict], ...] = ()
+    run_blocks: tuple[Callable[..., RunBlocks], ...] = ()
+    attend: tuple[Callable[..., Attend], ...] = ()
     swaps: tuple[Swap, ...] = ()
     scheduler: Scheduler | None = None
 
@@ -132,47 +170,7 @@ class Seams:
             "swaps": self.swaps,
             "scheduler": () if self.scheduler is None else (self.scheduler,),
         }
-        return {seam: [identify(p) for p in plugged] for seam, plugged in plugs.items() if plugged}
-
-
-def _code(code: Any) -> list[Any]:
-    """What a function does, as plain values; where it stands in its file does not count."""
-    constants = [_code(c) if hasattr(c, "co_code") else repr(c) for c in code.co_consts]
-    return [code.co_code.hex(), list(code.co_names), list(code.co_varnames), constants]
-
-
-_unnamed: dict[int, tuple[Any, str]] = {}
-
-
-def identify(plug: Any) -> str:
-    """A name for something that is plugged in: equal only for what computes the same.
-
-    A ``fingerprint`` attribute is believed. A frozen dataclass is its class and its options, a function without closure
-    its name and its code (not the globals that it reads), plain values and tensors are their content. Whatever else
-    could hide a difference gets a name that no other object and no other process has."""
-    given = getattr(plug, "fingerprint", None)
-    if isinstance(given, str):
-        return given
-    if plug is None or isinstance(plug, str | int | float | bool):
-        return repr(plug)
-    if isinstance(plug, tuple | list):
-        return f"[{', '.join(map(identify, plug))}]"
-    if type(plug).__module__.startswith("torch") and hasattr(plug, "untyped_storage"):
-        return digest(plug)
-    if is_dataclass(plug) and not isinstance(plug, type) and plug.__dataclass_params__.frozen:  # type: ignore[attr-defined]
-        options = ", ".join(f"{f.name}={identify(getattr(plug, f.name))}" for f in fields(plug))
-        return f"{type(plug).__module__}.{type(plug).__qualname__}({options})"
-    name = f"{getattr(plug, '__module__', '?')}.{getattr(plug, '__qualname__', type(plug).__qualname__)}"
-    if isinstance(plug, FunctionType) and not (plug.__closure__ or plug.__defaults__ or plug.__kwdefaults__):
-        return f"{name}@{digest(_code(plug.__code__))[:16]}"
-    # The object is kept, so that its id is never given to another.
-    return _unnamed.setdefault(id(plug), (plug, f"{name}#{uuid4().hex}"))[1]
-
-
-def wrap(inner: Any, wrappers: Sequence[Callable[[Any], Any]]) -> Any:
-    for wrapper in reversed(wrappers):
-        inner = wrapper(inner)
-    return inner
+        return {seam: [described(p) for p in plugged] for seam, plugged in plugs.items() if plugged}
 
 
 @runtime_checkable
@@ -205,31 +203,29 @@ class Transformer(Protocol):
     fingerprint: str
     timestep_scale: float  # timestep = timestep_scale * sigma
     latent_channels: int
-    condition_channels: int  # of the condition that stands behind the latents' channels; 0: none
-    control_channels: int  # of the control input; 0: none
+    reads: tuple[str, ...]  # fields of a State that it is conditioned on besides the text
     device: torch.device
     run_blocks: RunBlocks  # seam B at its neutral setting
 
-    def prepare_text(self, rows: Sequence[Tensor], remember: bool = True, image: Tensor | None = None) -> Any:
-        """B tensors [length, D], and image features [B, r, d] where the model takes them -> the conditioning for
-        forward passes. With ``remember`` what each block derives from it is kept in the returned object, which belongs
-        to the caller."""
+    def prepare(
+        self, fields: Mapping[str, Any], settings: Any, branch: str = "cond", cache_text_kv: bool = True
+    ) -> Any:
+        """What forward passes of one branch are conditioned on, made of fields of a State. The object belongs to the
+        caller; ``frames(start, stop)`` narrows it to a range of latent frames. With ``cache_text_kv`` it holds what
+        each block derives from the text. ``settings``: those of the request, as attributes. Raises StateError."""
         ...
 
     def __call__(
         self,
         latents: Tensor,
         timestep: Tensor,
-        text: Any,
+        conditioning: Any,
         *,
-        control: Tensor | None = None,
-        control_scale: float = 1.0,
         run_blocks: RunBlocks,
         attend: Attend,
         step: Step | None = None,
     ) -> Tensor:
-        """``latents`` [B, C + condition, F, h, w], ``timestep`` [B] or one for each frame [B, F], ``control``
-        [B, V, F, h, w] -> velocity (noise minus data) [B, C, F, h, w].
+        """``latents`` [B, C, F, h, w], ``timestep`` [B] -> velocity (noise minus data) of the latents' shape.
 
         ``step`` changes nothing here; it is what seams B and D are told."""
         ...

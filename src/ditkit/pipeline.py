@@ -1,6 +1,7 @@
 """Pipeline: a model that is ready to make clips. ``ditkit.load(...)`` gives one; calling it gives a Result.
 
-A Pipeline holds no state of any run; threads may share it. Leaves out: finding and filling components (``build``).
+A Pipeline holds no state of any run; threads may share it. Leaves out: going
+through the stages (``execution``), finding and filling components (``assembly``).
 """
 
 from __future__ import annotations
@@ -12,29 +13,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ditkit import media, pictures, samples
+from ditkit import media, pictures
 from ditkit.assembly import Components, Model, calls_of, pipeline_of, placed
-from ditkit.assembly.resume_checks import Stamping, check_begun, model_field, stamped
-from ditkit.assembly.seams import check_scheduler, plugged, stages_of, told
+from ditkit.assembly.plugs import check_scheduler, plugged, stages_of, told
+from ditkit.assembly.resume_checks import check_begun, model_field
+from ditkit.cancel import Cancel
 from ditkit.checking import check_state
 from ditkit.contracts import Seams, Step
 from ditkit.errors import DitkitError, RequestError, SetupError
 from ditkit.events import Events, Listener
+from ditkit.execution.clips import Clips
+from ditkit.execution.execution import Execution
 from ditkit.execution.place import Checkpointer, ResultCache
-from ditkit.execution.records import replugged
 from ditkit.execution.stage import with_own_defaults, with_stage_settings
-from ditkit.execution.stage_list import Interrupted, StageList
-from ditkit.placement import Places
-from ditkit.placement import plugs as travelling
+from ditkit.execution.stage_list import StageList
+from ditkit.placement import Places, plugs
 from ditkit.placement.remote_parts import address, check_agree, check_here, facts_of, model_at, scope_at, scope_of
 from ditkit.prompting import templates
-from ditkit.receipt import Recorder, manifest
+from ditkit.receipt import Recorder, manifests
 from ditkit.request import Request
 from ditkit.setup import Setup
 from ditkit.shared import Switch
 from ditkit.shared import switch as exchange
 from ditkit.stages.expand_prompt import ExpandPrompt, check_asked
-from ditkit.state import State, digest
+from ditkit.state import State
 from ditkit.store.cache import open_cache
 
 if TYPE_CHECKING:
@@ -78,7 +80,7 @@ class Result:
 
 
 class Pipeline:
-    """``pipe(prompt, seed=7, ...)``: all fields of Request as keywords. ``pipeline`` and ``components`` are open:
+    """``pipe(prompt, seed=7, ...)``: all fields of Request as keywords. ``stages`` and ``components`` are open:
     change the first with insert, replace and remove; the second is any mapping of parts that fit the contracts."""
 
     def __init__(
@@ -96,10 +98,17 @@ class Pipeline:
         self.seams, self.listeners, self.results = seams or Seams(), tuple(listeners), results
         self.places = places or Places(setup)
 
-    def __call__(self, prompt: str | list[str] = "", *, listeners: Iterable[Listener] = (), **request: Any) -> Result:
-        """Pictures (``image``, ``last_image``, ...) may be paths, PIL images, arrays or tensors."""
+    def __call__(
+        self,
+        prompt: str | list[str] = "",
+        *,
+        listeners: Iterable[Listener] = (),
+        cancel: Cancel | None = None,
+        **request: Any,
+    ) -> Result:
+        """Pictures (``image``, ``last_image``, ...) may be paths, PIL images, arrays or tensors. Raises Interrupted."""
         values, pixels = pictures.take({"prompt": prompt, **request})
-        return self.run(self.begin(self.request(values), pixels), listeners=listeners)
+        return self.run(self.begin(self.request(values), pixels), listeners=listeners, cancel=cancel)
 
     def request(self, values: Mapping[str, Any]) -> Request:
         """A Request with the model's defaults; settings of a stage may stand under its name. Raises RequestError."""
@@ -110,9 +119,8 @@ class Pipeline:
         """Prompt, negative prompt and seed of every clip. Raises RequestError for a prompt that says nothing."""
         samples = request.samples()
         if not all(prompt.strip() for prompt, _, _ in samples):
-            raise RequestError(
-                "a run with an empty prompt", "there is nothing to make", "Say what the clip should show"
-            )
+            found = "there is nothing to make"
+            raise RequestError("a run with an empty prompt", found, "Say what the clip should show")
         return samples
 
     def begin(self, request: Request, pixels: Mapping[str, Any] | None = None) -> State:
@@ -161,11 +169,12 @@ class Pipeline:
         keep: Checkpointer | None = None,
         begun: Mapping[int, State] | None = None,
         recorder: Recorder | None = None,
+        cancel: Cancel | None = None,
     ) -> Result:
         """Run ``state`` through the pipeline or a slice of it. ``keep`` is given the State as it grows. ``begun``: of
         clips that are made one after the other, the States of those that an earlier run began or finished, by number.
         ``recorder``: that of the part of this run that came before; the receipt tells of both.
-        Raises Interrupted, with the State so far, on Ctrl-C."""
+        Raises Interrupted, with the State so far, on Ctrl-C and Cancel."""
         asked = check_state(state, self.stages.table)
         asked.check_size(self.model.strides[1] * self.model.patch[1], self.model.strides[0])
         asked = with_own_defaults(self.stages.stages, asked)
@@ -176,111 +185,31 @@ class Pipeline:
         check_begun(state, self.setup.model, self.model, self.stages, planned)
         check_asked(self.stages, state, start, until)
         recorder = recorder or Recorder()
-        events = Events(*self.listeners, *listeners, recorder)
-        if isinstance(self.components, Components):
-            components: Mapping[str, Any] = self.components.listening(events)
-        else:
-            components = self.components
-        request = state["request"]
-        where = self.places.of_run(self.stages, components, self.seams, lambda: self.steps(asked))
-        common: dict[str, Any] = {"places": where, "results": self.results, "events": events, "seams": self.seams}
-        options = {**common, "stop_at_step": stop_at_step, "debug": self.setup.debug}
-        options["keep"] = keep and Stamping(keep, state, self.model, self.stages)
-        check_agree(self.model, self.places, planned, where)
-        travelling.check(planned, where, self.seams, request)
-        for stage in planned:
-            if others := replugged(stage, state, self.seams.describe()):
-                events.emit("plugs.changed", stage=stage.name, text=others)
-        together = request["batched"] or samples.count(state) == 1
+        events, parts = Events(*self.listeners, *listeners, recorder), self.components
+        components = parts.listening(events) if isinstance(parts, Components) else parts
+        places = self.places.of_run(self.stages, components, self.seams, lambda: self.steps(asked))
+        check_agree(self.model, self.places, planned, places)
+        plugs.check(planned, places, self.seams, state["request"])
+        run = Execution(
+            self.stages.stages, state, components, self.stages.slice(start, until), start is not None, stop_at_step,
+            events=events, seams=self.seams, debug=self.setup.debug, places=places, keep=keep, results=self.results,
+            cancel=cancel or Cancel(), identities=self.model.identities,
+        )  # fmt: skip
+        clips = Clips(run, begun or {})
         if stop_at_step is None:
-            fresh = [state] if together or len(begun or {}) < samples.count(state) else []
-            for each in (*fresh, *(begun or {}).values()):
-                self.stages.prepare(each, components, start=start, until=until, **common)
+            clips.prepare()
+        with clips:
+            for part in clips:
+                part.run()
+        return self._result(clips.state, recorder)
 
-        try:
-            if together:
-                final = self.stages.run(state, components, start=start, until=until, **options)
-            else:
-                final = self._one_after_the_other(state, components, start, until, options, begun or {})
-        except Interrupted as e:
-            e.state, e.finished = self._stamped(state, e.state), [self._stamped(state, one) for one in e.finished]
-            raise
-        final = self._stamped(state, final)
-        facts = self.components.describe() if isinstance(self.components, Components) else {}
+    def _result(self, final: State, recorder: Recorder) -> Result:
         weights = final.get("weights", {})
-        receipt = {
-            **recorder.receipt({**facts_of(self.places, recorder.places, weights), **facts}),
-            "weights": weights,
-            "hosts": {
-                name: {key: told for key, told in said.items() if key not in ("model", "parts", "stages")}
-                for name, said in self.places.describe().items()
-            },  # what their parts are stands under components and weights
-            "seams": self.seams.describe(),
-            "plugs": told(self.setup.plugs),
-            "pipeline": self.stages.names,
-        }
-        return Result(final, receipt, tuple(self._manifests(final, receipt)) if "video" in final else ())
-
-    def _stamped(self, before: State, after: State) -> State:
-        return stamped(before, after, self.model, self.stages)
-
-    def _one_after_the_other(
-        self,
-        state: State,
-        components: Mapping[str, Any],
-        start: str | None,
-        until: str | None,
-        options: dict[str, Any],
-        begun: Mapping[int, State],
-    ) -> State:
-        """Prompts are expanded and encoded first, together, so that equal ones are encoded once; then each clip."""
-        finished: list[State] = []
-        names = self.stages.names
-        shared = names[: 2 if names[0] == ExpandPrompt.name else 1]
-        if start in (None, *shared):
-            last = until if until in shared else shared[-1]
-            state = self.stages.run(state, components, start=start, until=last, **options)
-            if until in shared:
-                return state
-            start = None if start is None else names[len(shared)]
-        keep: Checkpointer | None = options["keep"]
-        parts = samples.split(state, self.stages.table)
-        try:
-            for i, part in enumerate(parts):
-                options["events"].emit("clip", index=i, count=samples.count(state))
-                own = {**options, "keep": keep and keep.of_clip(i)}
-                finished.append(self.stages.run(begun.get(i, part), components, start=start, until=until, **own))
-            return samples.join(finished, self.stages.table)
-        except Interrupted as e:
-            e.finished, e.clip = finished, len(finished)
-            raise
-        except KeyboardInterrupt:  # between two of them
-            at = min(len(finished), len(parts) - 1)
-            stopped = Interrupted(names[len(shared) :][0], [*finished, begun.get(at, parts[at])][at])
-            stopped.finished, stopped.clip = finished[:at], at
-            raise stopped from None
-
-    def _manifests(self, state: State, receipt: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
-        columns = zip(state["prompt"], state["negative_prompt"], state["seed"], state["video"].numpy(), strict=True)
-        together = state["request"]["batched"] and samples.count(state) > 1
-        pictured = [name for name in pictures.FIELDS if name in state]
-        for i, (prompt, negative, seed, video) in enumerate(columns):
-            # A batch rounds otherwise than a clip alone: to be made again bit for bit, all of it has to be.
-            sample = {} if together else {"prompt": prompt, "negative_prompt": negative, "seed": seed, "batched": False}
-            seen = {n: digest(state[n] if together else state[n][i : i + 1]) for n in pictured}
-            expanded = {n: state[n] if together else state[n][i : i + 1] for n in ExpandPrompt.writes if n in state}
-            yield manifest(
-                self.setup.model,
-                self.setup.model_dump(),
-                state["request"],
-                sample,
-                state.get("sigmas", []),
-                receipt,
-                media.frames_sha256(video),
-                i if together else 0,
-                seen,
-                expanded,
-            )
+        facts = facts_of(self.places, recorder.places, weights)
+        facts |= self.components.describe() if isinstance(self.components, Components) else {}
+        receipt = recorder.receipt(facts, weights, self.places.describe(), self.seams.describe(), self.stages.names)
+        receipt["plugged"] = told(self.setup.plugs)
+        return Result(final, receipt, tuple(manifests(self.setup, final, receipt)) if "video" in final else ())
 
 
 def load(
@@ -295,40 +224,56 @@ def load(
 
     Keywords are the fields of Setup. Weights are loaded when they are first needed. Parts that are the same as those of
     the pipe ``share_with`` (files, sizes, dtype, device, swaps) are the same objects. Raises LoadError, SetupError."""
-    chosen = placed(Setup.of({**setup, "model": os.fspath(model)}))
-    if chosen.threads is not None:
-        import torch
-
-        torch.set_num_threads(chosen.threads)
-    chosen, opened, places = open_model(chosen)
-    seams, heard = plugged(chosen, seams or Seams())
-    pipeline = pipeline_of(opened, chosen)
-    chosen = chosen.model_copy(update={"devices": places.devices(pipeline)})
-    check_here(opened, places, pipeline)
-    theirs = share_with.components if share_with else None
-    shared = theirs.holder.shared if isinstance(theirs, Components) else None
-    components = Components(opened, chosen, seams.swaps, shared)
-    return Pipeline(opened, chosen, components, pipeline, seams, (*heard, *listeners), open_cache(chosen), places)
+    return assembled(open_model(Setup.of({**setup, "model": os.fspath(model)})), seams, listeners, share_with)
 
 
-def open_model(setup: Setup) -> tuple[Setup, Model, Places]:
+@dataclass(frozen=True)
+class Opened:
+    """A model that was found and understood, the settings to run it with, and its places. No weights are read."""
+
+    setup: Setup
+    model: Model
+    places: Places
+
+
+def open_model(setup: Setup) -> Opened:
     """The model that ``setup`` names, and its places; hosts are asked for the parts that are not here.
 
-    ``setup`` as it was given, but where the model is a host's: then every stage is placed there for which nothing else
+    ``setup`` with whole paths; and where the model is a host's, every stage is placed there for which nothing else
     is said. Raises LoadError, SetupError, and PlaceError or Lost where a host is asked."""
-    own_stages = {plug.row.name for plug in stages_of(setup)}  # from now on all rows are known
-    host = address(setup.model)
+    setup = placed(setup)
+    plugged_in = [plug.row.name for plug in stages_of(setup)]  # from now on all rows are known
+    places, host = Places(setup), address(setup.model)
     if host is None:
-        places = Places(setup)
-        return setup, Model.open(setup.model, setup, scope=scope_of(places, setup.components)), places
-    first = Places(setup)
-    opened = Model.at(setup.model, model_at(first, host), setup, scope_at(first, host, setup.components))
-    own = [name for name in setup.components if name in opened.parts]
-    stages = pipeline_of(opened, setup).stages
-    here = {ExpandPrompt.name, *(name for name in own_stages if not calls_of(name))}
+        return Opened(setup, Model.open(setup.model, setup, scope=scope_of(places, setup.components)), places)
+    model = Model.at(setup.model, model_at(places, host), setup, scope_at(places, host, setup.components))
+    own = [name for name in setup.components if name in model.parts]
+    stages = pipeline_of(model, setup).stages
+    here = {ExpandPrompt.name, *(name for name in plugged_in if not calls_of(name))}
     there = {s.name: host.text for s in stages if s.name not in here and not {*s.components} & {*own}}
     setup = setup.model_copy(update={"placement": {**there, **setup.placement}})
-    return setup, opened, Places(setup)
+    return Opened(setup, model, places.also(setup))
+
+
+def assembled(
+    opened: Opened,
+    seams: Seams | None = None,
+    listeners: Iterable[Listener] = (),
+    share_with: Pipeline | None = None,
+) -> Pipeline:
+    """The Pipeline of a model that was opened; for the rest see ``load``. Raises SetupError."""
+    setup, model, places = opened.setup, opened.model, opened.places
+    if setup.threads is not None:
+        import torch
+
+        torch.set_num_threads(setup.threads)
+    (seams, heard), stages = plugged(setup, seams or Seams()), pipeline_of(model, setup)
+    setup = setup.model_copy(update={"devices": places.devices(stages)})
+    check_here(model, places, stages)
+    theirs = share_with.components if share_with else None
+    shared = theirs.holder.shared if isinstance(theirs, Components) else None
+    components = Components(model, setup, seams.swaps, shared)
+    return Pipeline(model, setup, components, stages, seams, (*heard, *listeners), open_cache(setup), places)
 
 
 def switch(old: Pipeline, new: Pipeline) -> Switch:

@@ -5,18 +5,23 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from ditkit import pictures, samples
 from ditkit.events import Event
+from ditkit.media import frames_sha256
+from ditkit.setup import Setup
+from ditkit.stages.expand_prompt import ExpandPrompt
+from ditkit.state import State, digest
 
 PACKAGES = ("ditkit", "torch", "numpy", "safetensors", "tokenizers", "transformers", "av", "pillow")
 
 
 class Recorder:
-    """A listener that keeps times, skipped stages, loads, truncations and the steps as they were taken; of one run, or
-    of its parts one after the other."""
+    """A listener that keeps times, skipped stages, loads, truncations, what plugs decided and the steps as they were
+    taken; of one run, or of its parts one after the other."""
 
     ignores = frozenset({"prediction", "frames"})
 
@@ -29,6 +34,8 @@ class Recorder:
         self.skipped: dict[str, str] = {}
         self.loads: dict[str, float] = {}
         self.truncated: list[dict[str, Any]] = []
+        self.noted: list[dict[str, Any]] = []
+        self.plugs: dict[str, dict[str, int]] = {}
         self.steps: list[dict[str, Any]] = []
 
     @property
@@ -58,6 +65,12 @@ class Recorder:
                 self.truncated.append(
                     {"field": event["field"], "tokens_cut": event["tokens"], "prompt": event["prompt"]}
                 )
+            case "load.note":
+                self.noted.append(dict(event.values))
+            case "plug" | "memory.dropped":
+                counts = self.plugs.setdefault(event["plug"], {})
+                what = event["what"] if event.name == "plug" else "memory dropped"
+                counts[what] = counts.get(what, 0) + 1
             case "step.end":
                 s = event["step"]
                 self.steps.append(
@@ -71,7 +84,17 @@ class Recorder:
                     }
                 )
 
-    def receipt(self, components: Mapping[str, Any]) -> dict[str, Any]:
+    def receipt(
+        self,
+        components: Mapping[str, Any],
+        weights: Mapping[str, str],
+        hosts: Mapping[str, Mapping[str, Any]],
+        seams: Mapping[str, Any],
+        pipeline: list[str],
+    ) -> dict[str, Any]:
+        """``components``: facts of those that worked; ``weights``: their fingerprints. ``hosts``: what each place said
+        of itself. ``seams``: what was plugged in. ``pipeline``: all stages."""
+        parts = ("model", "parts", "stages")
         return {
             "components": dict(components),
             "stages": self.stages,
@@ -82,8 +105,14 @@ class Recorder:
             "retries": self.retries,
             "loads": self.loads,
             "truncated": self.truncated,
+            "noted": self.noted,
+            "plugs": self.plugs,
             "steps": self.steps,
             "machine": machine(),
+            "weights": weights,
+            "hosts": {name: {k: v for k, v in said.items() if k not in parts} for name, said in hosts.items()},
+            "seams": seams,
+            "pipeline": pipeline,
         }
 
 
@@ -121,30 +150,25 @@ def peak_memory() -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def manifest(
-    model: str,
-    setup: Mapping[str, Any],
-    request: Mapping[str, Any],
-    sample: Mapping[str, Any],
-    sigmas: Sequence[float],
-    receipt: Mapping[str, Any],
-    frames_sha256: str,
-    clip: int = 0,
-    inputs: Mapping[str, str] | None = None,
-    expanded: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """All that is needed to make one clip again and to know that it is the same: ``sample`` holds its prompt,
-    negative prompt and seed, or nothing if the whole run was one batch, of which this is clip number ``clip``.
-    ``inputs``: hashes of pictures. ``expanded``: what a language model made of the prompt, as it is in the State."""
-    return {
-        "manifest": 1,
-        "model": model,
-        "setup": dict(setup),
-        "request": {**request, **sample},
-        "sigmas": list(sigmas),
-        **receipt,
-        "clip": clip,
-        "inputs": dict(inputs or {}),
-        "expanded": dict(expanded or {}),
-        "output_sha256": frames_sha256,
-    }
+def manifests(setup: Setup, state: State, receipt: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """For each clip all that is needed to make it again and to know that it is the same. ``request`` is that of the
+    clip alone, or that of the whole run if it was one batch, of which it is number ``clip``. ``inputs``: hashes of
+    pictures. ``expanded``: what a language model made of the prompt, as it is in the State."""
+    columns = zip(state["prompt"], state["negative_prompt"], state["seed"], state["video"].numpy(), strict=True)
+    together = state["request"]["batched"] and samples.count(state) > 1
+    for i, (prompt, negative, seed, video) in enumerate(columns):
+        # A batch rounds otherwise than a clip alone: to be made again bit for bit, all of it has to be.
+        sample = {} if together else {"prompt": prompt, "negative_prompt": negative, "seed": seed, "batched": False}
+        own = slice(None) if together else slice(i, i + 1)
+        yield {
+            "manifest": 1,
+            "model": setup.model,
+            "setup": setup.model_dump(),
+            "request": {**state["request"], **sample},
+            "sigmas": list(state.get("sigmas", [])),
+            **receipt,
+            "clip": i if together else 0,
+            "inputs": {n: digest(state[n][own]) for n in pictures.FIELDS if n in state},
+            "expanded": {n: state[n][own] for n in ExpandPrompt.writes if n in state},
+            "output_sha256": frames_sha256(video),
+        }

@@ -16,7 +16,7 @@ from typing import Any
 
 from ditkit import pictures
 from ditkit.assembly import MODELS, Components
-from ditkit.assembly.seams import told
+from ditkit.assembly.plugs import told
 from ditkit.errors import DitkitError, LoadError, StateError
 from ditkit.events import Listener
 from ditkit.pipeline import Pipeline, Result, load
@@ -112,9 +112,9 @@ def read(path: str | os.PathLike[str]) -> Script:
     for key, kind in _NEEDED.items():
         if not isinstance(manifest.get(key), kind):
             raise StateError(asked, f"its manifest has no usable {key!r}", "Use an untouched file")
-    plugs = manifest.get("plugs", [])
+    plugs = manifest.get("plugged", [])
     if not isinstance(plugs, list) or not all(isinstance(plug, dict) for plug in plugs):
-        raise StateError(asked, "its manifest has no usable 'plugs'", "Use an untouched file")
+        raise StateError(asked, "its manifest has no usable 'plugged'", "Use an untouched file")
     if not _usable(manifest["components"], manifest["machine"]):
         raise StateError(asked, "its manifest has no usable 'components' or 'machine'", "Use an untouched file")
     expanded = manifest.get("expanded", {})
@@ -217,7 +217,7 @@ def _plain(seams: Mapping[str, Any]) -> dict[str, list[str]]:
 
 def plug_differences(script: Script, pipe: Pipeline) -> list[str]:
     """Plugs and stages whose code is not that of the clip."""
-    then = {one["plug"]: one.get("sha256") for one in script.manifest.get("plugs", []) if "plug" in one}
+    then = {one["plug"]: one.get("sha256") for one in script.manifest.get("plugged", []) if "plug" in one}
     now = {one["plug"]: one["sha256"] for one in told(pipe.setup.plugs)}
     return [f"the code of {name} is not what it was" for name, code in now.items() if then.get(name, code) != code]
 

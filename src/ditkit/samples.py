@@ -8,8 +8,6 @@ from typing import Any
 from ditkit.errors import StateError
 from ditkit.state import FIELDS, Field, State, digest
 
-_ROWS = {"prompt_embeds": "prompt_lengths", "negative_prompt_embeds": "negative_prompt_lengths"}
-
 
 def count(state: State) -> int:
     return len(state["prompt"])
@@ -48,17 +46,23 @@ def _print(state: State, name: str) -> str:
 
 
 def _divide(name: str, value: Any, state: State, n: int, table: Mapping[str, Field]) -> list[Any]:
-    if name in _ROWS:
-        return list(value.split(state[_ROWS[name]]))
-    if name == "history":
+    how, _, lengths = _how(name, table).partition(":")
+    if how == "rows":
+        return list(value.split(state[lengths]))
+    if how == "members":
         return [{k: v[i : i + 1] if v.dim() else v for k, v in value.items()} for i in range(n)]
-    if not _by_clip(name, table):
-        return [value] * n
-    return [value[i : i + 1] for i in range(n)]
+    if how == "names":
+        return [{k.removeprefix(start): v for k, v in value.items() if k.startswith(start)} for start in _starts(n)]
+    return [value[i : i + 1] for i in range(n)] if how == "first" else [value] * n
 
 
-def _by_clip(name: str, table: Mapping[str, Field]) -> bool:
-    return name in table and table[name].shape.split()[:1] == ["B"]
+def _how(name: str, table: Mapping[str, Field]) -> str:
+    return table[name].divided if name in table else ""
+
+
+def _starts(n: int) -> list[str]:
+    """What the names of a group begin with, for each clip whose tensors are in it."""
+    return [f"clip{i}/" for i in range(n)]
 
 
 def join(states: Sequence[State], table: Mapping[str, Field] = FIELDS) -> State:
@@ -68,7 +72,9 @@ def join(states: Sequence[State], table: Mapping[str, Field] = FIELDS) -> State:
     if len(states) == 1:
         return states[0]
     prints = {k: digest([s.fingerprints.get(k, "") for s in states]) for k in states[0].fingerprints}
-    joined = State({name: _unite(name, states, table) for name in states[0] if name != "records"}, prints)
+    some = (name for state in states[1:] for name in state if _how(name, table) == "names")
+    names = dict.fromkeys((*states[0], *some))
+    joined = State({name: _unite(name, states, table) for name in names if name != "records"}, prints)
     if "records" not in states[0]:
         return joined
     return _rebased(joined.with_fields({"records": states[0]["records"]}), states[0])
@@ -77,10 +83,14 @@ def join(states: Sequence[State], table: Mapping[str, Field] = FIELDS) -> State:
 def _unite(name: str, states: Sequence[State], table: Mapping[str, Field]) -> Any:
     import torch
 
+    how = _how(name, table).partition(":")[0]
+    if how == "names":
+        own = zip(_starts(len(states)), states, strict=True)
+        return {start + k: v for start, state in own for k, v in state.get(name, {}).items()}
     values = [s[name] for s in states]
-    if name == "history":
+    if how == "members":
         return {k: torch.cat([v[k] for v in values]) if first.dim() else first for k, first in values[0].items()}
-    if name in _ROWS or _by_clip(name, table):
+    if how:
         return [x for v in values for x in v] if isinstance(values[0], list) else torch.cat(values)
     if any(digest(v) != digest(values[0]) for v in values):
         raise StateError(

@@ -31,6 +31,9 @@ class Setup(Settings):
     allow: list[str] = default(
         [], "none", "a list of named exceptions from strict loading, such as image_claim (see the guide on models)"
     )
+    strict_config: bool = default(
+        False, "ditkit", "true to refuse configs with keys that are not known, instead of noting them"
+    )
     offline: bool = default(False, "ditkit", "true to use no network: what is not here is an error")
     loras: list[str] = default([], "none", "a list of LoRA files, each FILE, FILE:STRENGTH or EXPERT=FILE:STRENGTH")
     lora_mode: Literal["side", "fused"] = default(

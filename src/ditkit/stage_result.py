@@ -1,6 +1,6 @@
 """What comes of running a stage, and what is known of it before: plain values that travel and are kept.
 
-Leaves out: where a stage runs (``running.py``) and where results are kept (``store``).
+Leaves out: where a stage runs (``execution/place.py``) and where results are kept (``store``).
 """
 
 from __future__ import annotations

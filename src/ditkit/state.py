@@ -32,7 +32,10 @@ SCHEMA = 1
 class Field:
     """One row of the field table. ``kind`` is ``tensor``, ``tensors`` (a group by name) or ``plain`` (JSON).
 
-    ``shape`` is a legend for people and for the checks of debug runs: letters are sizes that must agree."""
+    ``shape`` is a legend for people and for the checks of debug runs: letters are sizes that must agree. ``clips``
+    tells how a State of several clips is divided: ``first`` along the first axis (what a legend that begins with B
+    means too), ``rows:FIELD`` by the numbers of rows in that field, ``members`` for each tensor of a group along its
+    first axis, ``names`` by the names in a group; empty: the value belongs to all clips."""
 
     name: str
     kind: str
@@ -41,6 +44,12 @@ class Field:
     unit: str
     written_by: str
     text: str
+    clips: str = ""
+
+    @property
+    def divided(self) -> str:
+        """``clips``, also where the legend says it."""
+        return self.clips or ("first" if self.shape.split()[:1] == ["B"] else "")
 
 
 FIELDS: dict[str, Field] = {
@@ -61,9 +70,11 @@ FIELDS: dict[str, Field] = {
         Field("records", "plain", "dict", "", "", "the pipeline", "for each stage that ran, what its result came from"),
         Field("expanded_prompt", "plain", "list[str]", "B", "", "expand_prompt", "what is encoded instead of prompt"),
         Field("expansion", "plain", "list[dict]", "B", "", "expand_prompt", "how each prompt was expanded"),
-        Field("prompt_embeds", "tensor", "float", "R D", "", "encode_text", "text rows, prompt after prompt"),
+        Field("prompt_embeds", "tensor", "float", "R D", "", "encode_text", "text rows, prompt after prompt",
+              "rows:prompt_lengths"),
         Field("prompt_lengths", "plain", "list[int]", "B", "rows", "encode_text", "rows of each prompt"),
-        Field("negative_prompt_embeds", "tensor", "float", "Q D", "", "encode_text", "of the negative prompts"),
+        Field("negative_prompt_embeds", "tensor", "float", "Q D", "", "encode_text", "of the negative prompts",
+              "rows:negative_prompt_lengths"),
         Field("negative_prompt_lengths", "plain", "list[int]", "B", "rows", "encode_text", "the same"),
         Field("image_embeds", "tensor", "float", "B r d", "", "encode_image", "CLIP features of the pictures"),
         Field("condition", "tensor", "float32", "B c F h w", "", "encode_condition", "mask and picture latents"),
@@ -72,7 +83,8 @@ FIELDS: dict[str, Field] = {
         Field("sigmas", "plain", "list[float]", "S", "0..1", "denoise", "the resolved noise levels, last one 0"),
         Field("latents", "tensor", "float32", "B C F h w", "normalised", "denoise", "the sample after ``step`` steps"),
         Field("step", "plain", "int", "", "steps done", "denoise", "how many steps have been taken"),
-        Field("history", "tensors", "float", "", "", "denoise", "what the scheduler remembers"),
+        Field("history", "tensors", "float", "", "", "denoise", "what the scheduler remembers", "members"),
+        Field("memory", "tensors", "any", "", "", "denoise", "what plugs remember, by plug and branch", "names"),
         Field("video", "tensor", "uint8", "B T H W 3", "0..255", "decode_latents", "finished frames, RGB"),
     )
 }  # fmt: skip

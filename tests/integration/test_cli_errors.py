@@ -211,8 +211,8 @@ def test_a_state_with_another_model_or_other_weights(call, state, model, tmp_pat
     change(file, lambda t: t[sorted(t)[0]].add_(1))
     check(call("run", "--from", "s.st", "--model", mine, "--quiet"), "begun with another model")
     config = json.loads((mine / "vae" / "config.json").read_text())
-    (mine / "vae" / "config.json").write_text(json.dumps({**config, "note": 1}))
-    check(call("run", "--from", "s.st", "--model", mine, "--quiet"), "note")
+    (mine / "vae" / "config.json").write_text(json.dumps({**config, "z_dim": 8}))
+    check(call("run", "--from", "s.st", "--model", mine, "--quiet"), "latents_mean has 16 values where z_dim is 8")
     check(call("run", "--from", "s.st", "--dtype", "float64", "--quiet"), "begun with another transformer")
 
 

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -115,7 +116,7 @@ def last(channel, state=None):
 def test_answers_that_are_none(reply, kind, found):
     """Both to a question and to a job."""
     with server(reply) as (url, _):
-        for ask in (HTTPChannel(url, 10).describe, lambda: last(HTTPChannel(url, 10))):
+        for ask in (partial(HTTPChannel(url, 10).ask, "describe"), lambda: last(HTTPChannel(url, 10))):
             with pytest.raises(PlaceError, match=found) as e:
                 ask()
             assert type(e.value) is kind
@@ -124,7 +125,7 @@ def test_answers_that_are_none(reply, kind, found):
 
 def test_half_a_description():
     with server(answer(200, b'{"a": 1', length=50)) as (url, _), pytest.raises(Lost, match="stopped in the middle"):
-        HTTPChannel(url, 10).describe()
+        HTTPChannel(url, 10).ask("describe")
 
 
 @pytest.mark.parametrize("status", [200, 500])
@@ -132,7 +133,7 @@ def test_an_answer_without_an_end(monkeypatch, status):
     monkeypatch.setattr("ditkit.placement.http.client.MOST_WORDS", 1000)
     for more in ({"length": 1 << 40}, {}):
         with server(answer(status, b" " * 2000, **more)) as (url, _):
-            for ask in (HTTPChannel(url, 10).describe, lambda: last(HTTPChannel(url, 10))):
+            for ask in (partial(HTTPChannel(url, 10).ask, "describe"), lambda: last(HTTPChannel(url, 10))):
                 with pytest.raises(PlaceError, match=r"larger than 1000 bytes|not as a ditkit host does"):
                     ask()
 
@@ -141,7 +142,7 @@ def test_an_answer_without_an_end(monkeypatch, status):
 def test_an_answer_that_is_too_deep(status):
     deep = b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
     with server(answer(status, deep)) as (url, _), pytest.raises(PlaceError, match=r"not as a ditkit host|answers 400"):
-        HTTPChannel(url, 10).describe()
+        HTTPChannel(url, 10).ask("describe")
 
 
 def test_a_frame_that_announces_more_than_there_is_room_for():
@@ -155,21 +156,21 @@ def test_a_frame_that_announces_more_than_there_is_room_for():
 def test_the_body_of_an_error_of_ours_is_the_error():
     body = json.dumps({"kind": "StateError", "asked": "a", "found": "b", "do": "c"}).encode()
     with server(answer(400, body)) as (url, _), pytest.raises(StateError, match=f"a .at {url}.: b. c"):
-        HTTPChannel(url, 10).describe()
+        HTTPChannel(url, 10).ask("describe")
 
 
 def test_nobody_listens():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     with pytest.raises(Lost, match=f"127.0.0.1:{port}: connection refused"):
-        HTTPChannel(f"http://127.0.0.1:{port}", 10).describe()
+        HTTPChannel(f"http://127.0.0.1:{port}", 10).ask("describe")
     with pytest.raises(Lost, match=r"nowhere\.invalid"):
-        HTTPChannel("http://nowhere.invalid", 10).describe()
+        HTTPChannel("http://nowhere.invalid", 10).ask("describe")
 
 
 def test_silence_is_lost_when_patience_ends():
     with server(None) as (url, _):
-        for ask in (HTTPChannel(url, 0.3).describe, lambda: last(HTTPChannel(url, 0.3))):
+        for ask in (partial(HTTPChannel(url, 0.3).ask, "describe"), lambda: last(HTTPChannel(url, 0.3))):
             with pytest.raises(Lost, match=r"no sign of life in 0.3 s"):
                 ask()
     with server(None, read=False) as (url, _), pytest.raises(Lost, match="no sign of life"):
@@ -186,8 +187,8 @@ def test_silence_is_lost_when_patience_ends():
             Lost,
             "stopped in the middle",
         ),
-        (answer(200, b"\x63" * 64, MEDIA_TYPE), PlaceError, "it is no frame"),
-        (answer(200, HEAD.pack(2, 1 << 60), MEDIA_TYPE), PlaceError, "it is no frame"),
+        (answer(200, b"\x63" * 64, MEDIA_TYPE), PlaceError, "it is no message"),
+        (answer(200, HEAD.pack(2, 1 << 60), MEDIA_TYPE), PlaceError, "it is no message"),
         (answer(200, HEAD.pack(2, 3) + b"abc" + bytes(4), MEDIA_TYPE), PlaceError, "changed on the way"),
     ],
 )

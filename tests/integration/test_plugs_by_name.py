@@ -209,7 +209,7 @@ def test_plugs_by_flag_environment_and_config(call, model, mine, tmp_path, monke
     by_flag = media.read_manifest(clip(call, model, *words))
     assert by_flag["output_sha256"] != plain
     assert by_flag["pipeline"][-1] == "sharpness"
-    assert [(p["plug"], len(p["sha256"]), p["path"]) for p in by_flag["plugs"]] == [
+    assert [(p["plug"], len(p["sha256"]), p["path"]) for p in by_flag["plugged"]] == [
         ("my_plugs.py:Skip:block=0", 64, str(mine)), ("my_plugs.py:Sharpness", 64, str(mine))
     ]  # fmt: skip
     assert by_flag["request"]["stage_settings"] == {"sharpness": {"amount": 3.0, "mode": "mean"}}
@@ -220,8 +220,8 @@ def test_plugs_by_flag_environment_and_config(call, model, mine, tmp_path, monke
     monkeypatch.setenv("DITKIT_PLUGS", f"['{mine}:Skip:block=0', '{mine}:Sharpness']")
     by_environment = media.read_manifest(clip(call, model, "--stage-settings", "sharpness.amount=3"))
     for other in (by_file, by_environment):
-        assert {k: other[k] for k in ("seams", "plugs", "request", "output_sha256")} == {
-            k: by_flag[k] for k in ("seams", "plugs", "request", "output_sha256")
+        assert {k: other[k] for k in ("seams", "plugged", "request", "output_sha256")} == {
+            k: by_flag[k] for k in ("seams", "plugged", "request", "output_sha256")
         }
 
 

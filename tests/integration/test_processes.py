@@ -133,7 +133,7 @@ def test_a_child_that_hangs_at_its_start_is_lost(tiny_model, monkeypatch):
     monkeypatch.setattr(process, "START", 0.5)
     channel = ProcessChannel(Setup(model=str(tiny_model), timeout=0.5), None, ["encode_text"])
     with pytest.raises(Lost, match=r"starting a child process for process: it gave no sign of life in 0\.5 s"):
-        channel.describe()
+        channel.ask("describe")
     assert [child.poll() is not None for child in born] == [True], "and it is ended"
 
 
@@ -154,8 +154,8 @@ PARENT = """
 import sys, ditkit
 pipe = ditkit.load(sys.argv[1], placement={"denoise": "process"})
 channel = pipe.places.remote(next(iter(pipe.places.specs.values()))).channel
-channel.describe()
-print(channel.process_id, channel._child.end.folder, flush=True)
+channel.ask("describe")
+print(channel.process_id, channel._child.folder, flush=True)
 sys.stdin.readline()
 """
 
@@ -190,7 +190,7 @@ def test_a_child_ends_with_its_stdin_in_the_middle_of_what_it_does(tiny_model, t
 
 def test_a_child_outlives_the_thread_that_asked_for_it(tiny_model, whole):
     pipe, channel = placed(tiny_model)
-    thread = threading.Thread(target=channel.describe)
+    thread = threading.Thread(target=channel.ask, args=["describe"])
     thread.start()
     thread.join()
     pid = channel.process_id
@@ -211,11 +211,11 @@ def test_children_of_two_pipes_are_two(tiny_model, shared, whole):
 
 def test_nobody_else_is_let_in(shared):
     child = shared[1]._started()
-    assert stat.S_IMODE(child.end.folder.stat().st_mode) == 0o700
-    stranger = HTTPChannel("http://process", uds=str(child.end.folder / "child"))
-    assert stranger.health()
+    assert stat.S_IMODE(child.folder.stat().st_mode) == 0o700
+    stranger = HTTPChannel("http://process", uds=str(child.folder / "child"))
+    assert stranger.ask("health")
     with pytest.raises(PlaceError, match="token"):
-        stranger.describe()
+        stranger.ask("describe")
 
 
 def test_threads_share_a_child(shared, tiny_model):

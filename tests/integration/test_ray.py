@@ -54,7 +54,7 @@ def shared(tiny_model):
     """A pipe with an actor on a cluster that was started for it, which ends with it."""
     assert not ray.is_initialized()
     pipe, channel = placed(tiny_model)
-    channel.describe()
+    channel.ask("describe")
     yield pipe, channel
     pipe.places.close()
     assert not ray.is_initialized()
@@ -102,7 +102,7 @@ def test_the_probe_of_an_actor(shared, tiny_model):
     from ditkit.placement.worker_factory import worker_of
 
     mine = probe_of(worker_of(ditkit.load(tiny_model).setup), "denoise")
-    assert shared[1].probe("denoise")["hash"] == mine["hash"]
+    assert shared[1].ask("probe", "denoise")["hash"] == mine["hash"]
 
 
 def test_what_opening_the_model_raises_there_is_raised_here(shared, tiny_model, tmp_path):

@@ -152,7 +152,7 @@ def test_a_client_that_goes_away_in_a_large_body_leaves_no_job(host, filled):
         gone.wait(0.05)
     assert host.jobs.count() == 0
     assert len(filled) == 1
-    assert HTTPChannel(host.url, 60).health()["jobs"] == 0
+    assert HTTPChannel(host.url, 60).ask("health")["jobs"] == 0
 
 
 def test_a_body_that_is_too_large_is_refused_before_it_is_sent(host):

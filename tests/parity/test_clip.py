@@ -6,12 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
 from reference import rel
 from safetensors.torch import load_file, save_file
 
-from ditkit.checkpoints.files.opening import TensorFiles
+from ditkit.checkpoints.files.safetensors import TensorFiles
 from ditkit.checkpoints.kinds.keys import clip_keys
 from ditkit.checkpoints.views.mapped import Mapped
 from ditkit.contracts import ImageEncoder
@@ -44,7 +45,7 @@ def picture(height: int, width: int, batch: int = 1) -> torch.Tensor:
 def theirs(config: CLIPConfig, seed: int = 1):
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
-    model = CLIPVisionModel(CLIPVisionConfig(**asdict(config))).eval()
+    model = tiny.bare(CLIPVisionModel(CLIPVisionConfig(**asdict(config)))).eval()
     g = torch.Generator().manual_seed(seed)
     for p in model.parameters():
         noise = torch.randn(p.shape, generator=g)

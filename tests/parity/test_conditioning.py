@@ -12,7 +12,7 @@ from reference import rel
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from ditkit.checkpoints.files.opening import TensorFiles
+from ditkit.checkpoints.files.safetensors import TensorFiles
 from ditkit.checkpoints.kinds.keys import clip_keys, rename, vae_keys
 from ditkit.checkpoints.views.mapped import Mapped
 from ditkit.conditioning.condition import image_condition

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from ditkit.checkpoints.files.opening import TensorFiles
+from ditkit.checkpoints.files.safetensors import TensorFiles
 from ditkit.checkpoints.kinds.diffusers_folder import (
     read_config,
     read_index,

@@ -60,8 +60,8 @@ class Given:
 @torch.inference_mode()
 def forward(model: WanTransformer, given: Given, text=None, **seams) -> torch.Tensor:
     text = text or model.prepare_text(given.text, image=given.image)
-    steered = {} if given.control is None else {"control": given.control, "control_scale": given.scale}
-    return model(given.latents, given.timestep, text, **steered, **seams)
+    conditioning = replace(text, control=given.control, control_scale=given.scale)
+    return model(given.latents, given.timestep, conditioning, **seams)
 
 
 def exact(config: WanConfig, tensors, given: Given) -> torch.Tensor:
@@ -380,8 +380,8 @@ def test_remembered_keys_and_values_change_no_bit(name, dtype):
     for _ in range(3):
         assert torch.equal(forward(model, given, kept), expected)
     kinds = ["cross"] if given.image is None else ["cross", "image"]
-    attentions = [b.cross_attn for b in (*model.blocks, *getattr(model, "vace_blocks", ()))]
-    assert set(kept.keys_values) == {(a, kind) for a in attentions for kind in kinds}
+    numbers = [(i, False) for i in range(config.num_layers)] + [(i, True) for i in config.vace_layers]
+    assert set(kept.text.keys_values) == {(*number, kind) for number in numbers for kind in kinds}
 
 
 def test_hints_of_scale_zero_change_no_bit():
@@ -413,7 +413,7 @@ def test_what_the_family_refuses():
     vace = built(config, tensors, "wan", torch.float32)
     for wrong in (None, given.control[:, :-1], given.control[:1], given.control[:, :, :1]):
         with pytest.raises(ValueError, match="a control input"):
-            vace(given.latents, given.timestep, vace.prepare_text(given.text), control=wrong)
+            vace(given.latents, given.timestep, replace(vace.prepare_text(given.text), control=wrong))
     with pytest.raises(ValueError, match="2 control scales were given for 3 layers"):
         forward(vace, replace(given, scale=(1.0, 1.0)))
     config, tensors, given = drawn("flf2v")
@@ -422,7 +422,7 @@ def test_what_the_family_refuses():
         with pytest.raises(ValueError, match="image features of shape"):
             flf.prepare_text(given.text, image=wrong)
     with pytest.raises(ValueError, match=r"a control input: one of shape .* was given; this transformer takes none"):
-        flf(given.latents, given.timestep, flf.prepare_text(given.text), control=torch.zeros(2, 96, 2, 4, 4))
+        flf(given.latents, given.timestep, replace(flf.prepare_text(given.text), control=torch.zeros(2, 96, 2, 4, 4)))
     config, tensors, given = drawn("ti2v")
     with pytest.raises(ValueError, match="no image branch"):
         built(config, tensors, "wan", torch.float32).prepare_text(given.text, image=torch.zeros(1, 17, 64))

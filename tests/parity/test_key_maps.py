@@ -6,12 +6,13 @@ from math import prod
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from held import Held, shapes
 from reference import rel
 from safetensors.torch import load_file
 
-from ditkit.checkpoints.files.opening import TensorFiles
+from ditkit.checkpoints.files.safetensors import TensorFiles
 from ditkit.checkpoints.kinds.keys import (
     UMT5_ALIASES,
     clip_keys,
@@ -129,7 +130,7 @@ def vision_model(width: int, layers: int, heads: int, image: int, patch: int, pr
         hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=heads,
         image_size=image, patch_size=patch, hidden_act="gelu", projection_dim=projected or 512, **more,
     )  # fmt: skip
-    return CLIPVisionModel(config) if projected is None else CLIPVisionModelWithProjection(config)
+    return tiny.bare(CLIPVisionModel(config)) if projected is None else CLIPVisionModelWithProjection(config)
 
 
 def test_the_official_image_encoder():

@@ -16,8 +16,8 @@ from ditkit.events import Events
 from ditkit.execution.stage_list import StageList
 from ditkit.models.wan import WanConfig, WanTransformer
 from ditkit.request import Request
+from ditkit.stages.denoise import CONDITIONS as CONDITIONING
 from ditkit.stages.denoise import Denoise
-from ditkit.stages.told import CONDITIONING
 from ditkit.state import State
 
 GOLDEN = Path(__file__).parents[1] / "data/golden"

@@ -173,9 +173,9 @@ def test_remembered_text_changes_no_bit(dtype):
             expected = model(latents, timestep, anew)
             assert torch.equal(model(latents, timestep, kept), expected)
             assert not torch.equal(model(latents, timestep, other), expected)
-    assert anew.keys_values is None
+    assert anew.text.keys_values is None
     for remembered in (kept, other):
-        assert set(remembered.keys_values) == {(block.cross_attn, "cross") for block in model.blocks}
+        assert set(remembered.text.keys_values) == {(i, False, "cross") for i in range(len(model.blocks))}
     assert not any(isinstance(v, torch.Tensor) for m in model.modules() for v in vars(m).values())  # nothing on modules
 
 

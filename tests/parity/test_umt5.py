@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ditkit.checkpoints.files.opening import TensorFiles
+from ditkit.checkpoints.files.safetensors import TensorFiles
 from ditkit.checkpoints.kinds.diffusers_folder import read_config, text_encoder_config
 from ditkit.checkpoints.kinds.keys import UMT5_ALIASES, umt5_keys
 from ditkit.contracts import TextEncoder

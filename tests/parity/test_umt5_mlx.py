@@ -17,7 +17,7 @@ from test_umt5 import golden_cases, golden_encoder, l2, rel, saved  # noqa: F401
 
 import ditkit
 from ditkit.assembly import Components, Model
-from ditkit.checkpoints.files.opening import TensorFiles
+from ditkit.checkpoints.files.safetensors import TensorFiles
 from ditkit.checkpoints.kinds.diffusers_folder import read_config, text_encoder_config
 from ditkit.checkpoints.kinds.keys import umt5_keys
 from ditkit.checkpoints.model.locate import open_part

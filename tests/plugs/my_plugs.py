@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -69,6 +68,15 @@ class Renoise:
         return (1 - step.sigma_next) * clean + self.strength * step.sigma_next * noise, {}
 
 
+class Scaled(nn.Module):
+    def __init__(self, inner: nn.Module, by: float):
+        super().__init__()
+        self.inner, self.by = inner, by
+
+    def forward(self, x):
+        return self.inner(x) * self.by
+
+
 @dataclass(frozen=True)
 class Damped:
     """A swap: the feed-forward of one block is scaled."""
@@ -81,10 +89,7 @@ class Damped:
         return name == "blocks.1.ffn"
 
     def make(self, module: nn.Module) -> nn.Module:
-        changed = copy.deepcopy(module)
-        for parameter in changed.parameters():
-            parameter.mul_(self.by)
-        return changed
+        return Scaled(module, self.by)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 Who may import whom stands in ``test_import_ranks.py``."""
 
 import ast
+import functools
 import statistics
 import subprocess
 import sys
@@ -16,7 +17,7 @@ SOURCE = Path(ditkit.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 
 PUBLIC = {
-    "BaseStage", "Context", "DitkitError", "Event", "Events", "Field", "Interrupted", "Pipeline", "Request",
+    "BaseStage", "Cancel", "Context", "DitkitError", "Event", "Events", "Field", "Interrupted", "Pipeline", "Request",
     "StageList", "Result", "Seams", "Setup", "Site", "Stage", "State", "Step", "Swap", "load", "switch",
 }  # fmt: skip
 # Rooms where 1000 is the number of milliseconds in a second, or (mlx) a distance from the largest float16.
@@ -29,6 +30,7 @@ LIGHT = [
 ]  # fmt: skip
 
 
+@functools.cache
 def parsed(file: Path) -> ast.Module:
     return ast.parse(file.read_text(encoding="utf-8"))
 

@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file
 
-from ditkit.checkpoints.files.opening import TensorInfo
+from ditkit.checkpoints.files.stored import TensorInfo
 from ditkit.checkpoints.kinds.diffusers_folder import (
     IMAGE_CLAIM,
     UMT5_SIZES,
@@ -86,7 +87,7 @@ def clip_facts() -> dict[str, TensorInfo]:
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     with torch.device("meta"):
-        model = CLIPVisionModel(CLIPVisionConfig(**CLIP))
+        model = tiny.bare(CLIPVisionModel(CLIPVisionConfig(**CLIP)))
     return facts({name: tensor.shape for name, tensor in model.state_dict().items()})
 
 
@@ -157,7 +158,7 @@ def test_the_published_text_encoder_config():
     ("transformer", {"image_dim": 1280}, ("image_dim is 1280 and added_kv_proj_dim is None",)),
     ("transformer", {"added_kv_proj_dim": 24}, ("image_dim is None and added_kv_proj_dim is 24",)),
     ("transformer", {"pos_embed_seq_len": 514}, ("pos_embed_seq_len is 514 and image_dim is null",)),
-    ("transformer", {"vace_layers": [0]}, ("the key 'vace_layers' is unknown",)),
+    ("transformer", {"vace_layers": [0]}, ("vace_layers is (0,), and only None or ()",)),
     ("i2v", {"added_kv_proj_dim": 12}, ("added_kv_proj_dim is 12, and only the width 24",)),
     ("i2v", {"image_dim": "6"}, ("image_dim is '6', neither null nor a whole number",)),
     ("vace", {"vace_layers": [0, "3"]}, ("vace_layers is [0, '3'], not a list of whole numbers",)),
@@ -167,8 +168,7 @@ def test_the_published_text_encoder_config():
     ("transformer", {"out_channels": "7"}, ("out_channels is '7'",)),
     ("transformer", {"eps": None}, ("eps is None, not a finite number",)),
     ("transformer", {"eps": float("nan")}, ("eps is nan",)),
-    ("transformer", {"num_layer": 3}, ("the key 'num_layer' is unknown (did you mean 'num_layers'?)",)),
-    ("transformer", {"quantization_config": {"quant_method": "x"}}, ("'quantization_config' is unknown",)),
+    ("transformer", {"quantization_config": {"quant_method": "x"}}, ("it has a quantization_config",)),
     ("vae", {"_class_name": "AutoencoderKL"}, ("its class is AutoencoderKL",)),
     ("vae", {"is_residual": True}, ("is_residual is True, and only False",)),
     ("vae", {"patch_size": 2}, ("patch_size is 2, and only None or 1",)),
@@ -181,7 +181,6 @@ def test_the_published_text_encoder_config():
     ("vae", {"latents_mean": [0.0]}, ("latents_mean has 1 values where z_dim is 2",)),
     ("vae", {"latents_std": [1.0, 0.0]}, ("latents_std has the value 0.0",)),
     ("vae", {"scale_factor_spatial": 8}, ("scale_factor_spatial is 8, and only 4",)),
-    ("vae", {"temporal_downsample": [True]}, ("'temporal_downsample' is unknown (did you mean 'temperal_down",)),
     ("vae22", {"is_residual": False}, ("is_residual is False, and only True",)),
     ("vae22", {"in_channels": 3}, ("in_channels is 3, and only 12",)),
     ("vae22", {"scale_factor_spatial": 4}, ("scale_factor_spatial is 4, and only 8",)),
@@ -190,11 +189,10 @@ def test_the_published_text_encoder_config():
     ("clip", {"model_type": "clip"}, ("has no vision_config",)),
     ("clip", {"hidden_act": "relu"}, ("hidden_act is 'relu', and only quick_gelu or gelu",)),
     ("clip", {"num_channels": 1}, ("num_channels is 1",)),
-    ("clip", {"hidden_sizes": 3}, ("'hidden_sizes' is unknown (did you mean 'hidden_size'?)",)),
     ("text_encoder", {"model_type": "t5"}, ("model_type is 't5'",)),
     ("text_encoder", {"feed_forward_proj": "relu"}, ("feed_forward_proj is 'relu'",)),
     ("text_encoder", {"d_model": 12.0}, ("d_model is 12.0",)),
-    ("text_encoder", {"quantization_config": {}}, ("'quantization_config' is unknown",)),
+    ("text_encoder", {"quantization_config": {}}, ("it has a quantization_config",)),
 ])  # fmt: skip
 def test_what_we_cannot_compute_is_refused(kind, change, parts):
     read, config, _, _ = KINDS[kind]
@@ -280,8 +278,8 @@ def test_a_whole_clip_model_has_its_vision_config_inside():
     inner = clip_config_out(CLIP) | {"num_beams": 1, "torchscript": False, "top_k": 50, "bad_words_ids": None}
     whole = {"model_type": "clip", "projection_dim": 8, "text_config": {"hidden_size": 5}, "vision_config": inner}
     assert clip_config(whole) == clip_config(whole, clip_facts()) == CLIP
-    with pytest.raises(LoadError, match="'num_beamss' is unknown"):
-        clip_config(whole | {"vision_config": inner | {"num_beamss": 1}})
+    with pytest.raises(LoadError, match=r"'num_beamss' of config\.json is unknown"):
+        clip_config(whole | {"vision_config": inner | {"num_beamss": 1}}, allow=("strict_config",))
 
 
 def test_absent_keys_of_clip_and_vace_have_their_defaults():

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from ditkit.guidance.experts import by_expert
 
 from ditkit.contracts import Step
 from ditkit.errors import RequestError
-from ditkit.guidance.experts import by_expert
 from ditkit.models.wan import TIMESTEP_SCALE
 from ditkit.request import Request
 from ditkit.schedulers import make

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ditkit.checkpoints.files.opening import TensorFiles
+from ditkit.checkpoints.files.safetensors import TensorFiles
 from ditkit.checkpoints.kinds.keys import UMT5_ALIASES, rename, transformer_keys, umt5_keys, vae_keys
 from ditkit.errors import LoadError
 from ditkit.models.wan_vae import WanVAE, WanVAEConfig

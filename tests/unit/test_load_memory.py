@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from ditkit.checkpoints.files import opening as files
-from ditkit.checkpoints.files.opening import TensorFiles, open_source
+from ditkit.checkpoints.files import stored as files
+from ditkit.checkpoints.files.opening import open_source
+from ditkit.checkpoints.files.safetensors import TensorFiles
 from ditkit.checkpoints.kinds.keys import KeyTable, Rule
 from ditkit.checkpoints.load import load_into
 from ditkit.checkpoints.views.mapped import Mapped
@@ -198,6 +199,7 @@ SCRIPT = """
 """
 
 
+@pytest.mark.slow
 @linux
 @pytest.mark.parametrize("kind", ["BF16", "F32", "F8_E4M3", "rows of I8", "Q8_0", "pth"])
 def test_the_peak_of_one_large_tensor_is_the_tensor(tmp_path, kind):
@@ -231,6 +233,7 @@ def test_a_forked_process_has_weights_of_its_own(tmp_path):
     assert bool((module.weight == 1).all())
 
 
+@pytest.mark.slow
 def test_building_without_data_does_not_import_the_compiler():
     """torch would import it to draw random numbers that have no place: 1 to 2 seconds, and 80 MB."""
     script = """

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from ditkit.checkpoints.files import pickles
-from ditkit.checkpoints.files.opening import TensorFiles, open_source
+from ditkit.checkpoints.files.opening import open_source
 from ditkit.checkpoints.files.pickles import PickleFile, StridedInfo, entries
+from ditkit.checkpoints.files.safetensors import TensorFiles
 from ditkit.checkpoints.load import load_into
 from ditkit.errors import LoadError
 

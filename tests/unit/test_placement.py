@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 
 import pytest
+from acting import check_spans
 
 import ditkit
 from ditkit.errors import Lost, PlaceError, SetupError
@@ -24,11 +26,10 @@ class Calls:
         self.worker, self.lose, self.jobs = worker, [], 0
         self.cancelled: dict[str, threading.Event] = {}
 
-    def describe(self):
-        return self.worker.describe()
-
-    def probe(self, stage):
-        return {"hash": "0" * 64}
+    def ask(self, question, name=""):
+        if question == "cancel":
+            self.cancelled[name].set()
+        return {"describe": self.worker.describe, "probe": lambda: {"hash": "0" * 64}}.get(question, dict)()
 
     def submit(self, job, inputs):
         self.jobs += 1
@@ -51,9 +52,6 @@ class Calls:
             count += 1
             yield frame
         thread.join()
-
-    def cancel(self, job_id):
-        self.cancelled[job_id].set()
 
     def close(self):
         pass
@@ -135,7 +133,7 @@ def test_ctrl_c_at_the_second_place_keeps_the_steps_of_the_first(pipe):
     class Second(Here):
         """Stopped before its first step, while a part is loaded or a host is asked."""
 
-        def run(self, task):
+        def call(self, task):
             raise KeyboardInterrupt
 
     places = {"denoise": [Segment(Here(pipe.components)), Segment(Second(pipe.components), 2)]}
@@ -182,7 +180,8 @@ def test_a_ctrl_c_that_comes_too_late_still_ends_the_run(pipe, remote):
         if event.name == "step.end" and event["step"].index == 3:
             raise KeyboardInterrupt
 
-    remote.channel.cancel = lambda job_id: None
+    ask = remote.channel.ask
+    remote.channel.ask = lambda question, name="": {} if question == "cancel" else ask(question, name)
     with pytest.raises(ditkit.Interrupted) as e:
         pipe.stages.run(
             begin(pipe), pipe.components, places={"denoise": [Segment(remote)]}, events=ditkit.Events(listener)
@@ -205,6 +204,44 @@ def test_a_real_ctrl_c_while_waiting(pipe, remote):
             events=ditkit.Events(listener),
         )  # fmt: skip
     assert pipe.run(e.value.state).state.equal(pipe.run(begin(pipe, steps=40)).state)
+
+
+def spans_of(pipe, remote, act=lambda event: None, **more):
+    """All events of a run with the loop at ``remote``, and of each span its parent and its name."""
+    heard, places = [], {"denoise": [Segment(remote)]}
+    with contextlib.suppress(ditkit.Interrupted):
+        pipe.stages.run(begin(pipe), pipe.components, places=places, events=ditkit.Events(heard.append, act), **more)
+    return heard, *check_spans(heard)
+
+
+def test_spans_of_another_place_lie_in_those_of_this_one(pipe, remote):
+    heard, parent, name = spans_of(pipe, remote)
+    steps = [e for e in heard if e.name.startswith("step.")]
+    assert len(steps) == 8
+    for event in steps:
+        assert (event.place, name[event.parent], parent[event.parent]) == ("calls", "stage", 0)
+        assert event.sent <= event.seconds, "the Worker of this test has the same clock"
+    assert {e.place for e in heard if e.name.startswith("stage.")} == {"here"}
+    assert [e.sent for e in steps] == sorted(e.sent for e in steps)
+
+
+def test_a_span_that_went_down_with_its_host_ends_once(pipe, remote):
+    remote.channel.lose = [3]  # load.start, load.end, step.start
+    heard, _, _ = spans_of(pipe, remote)
+    failed = [e for e in heard if e.name.endswith(".fail")]
+    assert [(e.name, e["error"], e["outcome"], e.place) for e in failed] == [("step.fail", "Lost", "failed", "calls")]
+    assert [e.name for e in heard[heard.index(failed[0]) :]][:3] == ["step.fail", "place.retry", "step.start"]
+
+
+def test_a_ctrl_c_elsewhere_ends_the_spans_there_and_here(pipe, remote):
+    def press(event):
+        if event.name == "step.start" and event["step"].index == 1:
+            raise KeyboardInterrupt
+
+    heard, _, _ = spans_of(pipe, remote, press)
+    fails = [(e.name, e.place, e["outcome"]) for e in heard if e.name.endswith(".fail")]
+    assert fails[-1] == ("stage.fail", "here", "interrupted")
+    assert fails[:-1] in ([("step.fail", "calls", "interrupted")], [])
 
 
 def test_events_are_heard_as_if_it_were_here(pipe, remote):
@@ -313,15 +350,15 @@ def test_a_cache_tells_results_of_another_torch_from_those_of_this_one(pipe, rem
 
 
 def test_a_host_that_is_not_there_at_first_is_asked_again(pipe, remote):
-    describe, asked, heard = remote.channel.describe, [], []
+    ask, asked, heard = remote.channel.ask, [], []
 
-    def late():
+    def late(question, name=""):
         asked.append(True)
         if len(asked) < 3:
             raise Lost("asking calls who it is", "it is not there", "Start it")
-        return describe()
+        return ask(question, name)
 
-    remote.channel.describe = late
+    remote.channel.ask = late
     events = ditkit.Events(lambda e: heard.append(e["attempt"]) if e.name == "place.retry" else None)
     places = {"encode_text": [Segment(remote)]}
     pipe.stages.prepare(begin(pipe), pipe.components, places=places, events=events)

@@ -13,7 +13,7 @@ import torch
 import ditkit
 from ditkit import options, registry
 from ditkit.assembly import PLUGS, STAGES, TASKS, PlugRow
-from ditkit.assembly.seams import plugs_of, received, texts_of
+from ditkit.assembly.plugs import plugs_of, received, texts_of
 from ditkit.contracts import Seams
 from ditkit.errors import RequestError, SetupError, StateError
 from ditkit.nn.attention import ATTENTION, sdpa
@@ -159,7 +159,7 @@ def test_a_listener_hears_and_is_in_no_fingerprint(tiny_model, mine):
     result = ditkit.load(tiny_model, plugs=[f"{mine}:Listen"])(PROMPT, seed=3)
     assert {"stage.start", "step.end", "frames"} <= set(heard)
     assert result.state.fingerprints == plain.state.fingerprints
-    assert result.receipt["plugs"][0]["plug"] == "my_plugs.py:Listen"
+    assert result.receipt["plugged"][0]["plug"] == "my_plugs.py:Listen"
 
 
 def test_a_run_has_one_scheduler(tiny_model, mine):
@@ -296,7 +296,7 @@ def test_the_code_is_that_which_was_imported(tiny_model, mine):
     Path(mine).write_text("nonsense(")
     again = pipe(PROMPT, seed=3)
     assert again.state.fingerprints == first.state.fingerprints
-    assert again.receipt["plugs"] == first.receipt["plugs"]
+    assert again.receipt["plugged"] == first.receipt["plugged"]
 
 
 def test_a_hash_is_looked_at_before_the_code_runs(tmp_path):
@@ -313,7 +313,7 @@ def test_going_on_with_another_plug_is_told(tiny_model, mine):
     half = plain.run(plain.begin(plain.request({"prompt": PROMPT, "seed": 3})), stop_at_step=2).state
     pipe = ditkit.load(tiny_model, plugs=[f"{mine}:Skip"], listeners=[heard.append])
     rest = pipe.run(half)
-    (told,) = [event["text"] for event in heard if event.name == "plugs.changed"]
+    (told,) = [event["text"] for event in heard if event.name == "plug.changed"]
     assert told.startswith("denoise goes on with something else plugged in: run_blocks was nothing, is my_plugs.py@")
     assert rest.state.fingerprints["latents"] != plain.run(half).state.fingerprints["latents"]
     assert rest.state.fingerprints["latents"] != prints(tiny_model, [f"{mine}:Skip"])["latents"]
@@ -386,7 +386,7 @@ def test_without_the_stage_its_name_is_no_setting(tiny_model):
 def test_plugs_are_made_again_from_their_texts(mine, rows):
     names = ["Skip:block=0", "Interval:low=0.5", "softer", "Renoise", "Damped:by=2"]
     texts = [*(f"{mine}:{name}" for name in names), f"{rows}:LOUDER:factor=3"]
-    made = ditkit.assembly.seams.plugged(Setup(plugs=texts), Seams())[0]
+    made = ditkit.assembly.plugs.plugged(Setup(plugs=texts), Seams())[0]
     sent = texts_of(made)
     assert len(sent) == 6
     assert not any(str(Path(mine).parent) in text for text in sent), "where a file lies does not travel"
@@ -508,7 +508,7 @@ def test_rows_of_installed_packages(tiny_model, bare, installed):
     assert result.state["words"] == [3]
     assert not torch.equal(result.state["latents"], bare)
     assert pipe.seams.describe() == {"predict": [f"louder@{PLUGS.code('louder')}:factor=1.5"]}
-    assert result.receipt["plugs"][0] == {
+    assert result.receipt["plugged"][0] == {
         "plug": "louder:factor=1.5", "sha256": PLUGS.code("louder"), "path": "their-plugs 1.2"
     }  # fmt: skip
     again = received(texts_of(pipe.seams))
@@ -562,7 +562,7 @@ def test_a_run_of_somebody_else_starts_no_code(tiny_model, mine, tmp_path):
     assert not (tmp_path / "ran").exists()
     heard = []
     Run.open(tmp_path / "run", ditkit.load(tiny_model, plugs=[f"{mine}:Skip"])).go(listeners=[heard.append])
-    assert [event.name for event in heard if event.name == "plugs.changed"] == ["plugs.changed"]
+    assert [event.name for event in heard if event.name == "plug.changed"] == ["plug.changed"]
 
 
 def test_a_plug_row_of_another_seam_is_said(tmp_path):

@@ -128,7 +128,8 @@ def test_heads_are_128_wide_or_said_by_a_config():
     ({"model_type": "i2v"}, "its model_type is i2v and the tensors are those of t2v"),
     ({"model_type": "s2v"}, "its model_type is 's2v', and only t2v, i2v, flf2v, vace, ti2v are supported"),
     ({"window_size": [8, 8]}, "window_size is (8, 8), and only (-1, -1)"),
-    ({"num_head": 3}, "the key 'num_head' is unknown (did you mean 'num_heads'?)"),
+    ({"vace_layers": [0]}, "vace_layers is (0,), and only None or () is supported"),
+    ({"quantization_config": {}}, "it has a quantization_config"),
     (VACE, "the length of vace_layers is 1 in the config and 0"),
     ({"_class_name": "WanVAE"}, "it is of 'WanVAE'"),
 ])  # fmt: skip

@@ -15,7 +15,7 @@ from ditkit.errors import PlaceError
 from ditkit.events import Events
 from ditkit.execution.place import Segment
 from ditkit.execution.stage_list import BaseStage, StageList
-from ditkit.placement.job import Message, frame_to_error
+from ditkit.placement.job import Message, message_to_error
 from ditkit.placement.remote import Remote
 from ditkit.placement.worker import Worker
 from ditkit.receipt import Recorder
@@ -29,8 +29,8 @@ class Liar:
     def __init__(self, worker, change=None, said=None):
         self.worker, self.change, self.said = worker, change or (lambda frame: [frame]), said or {}
 
-    def describe(self):
-        return {**self.worker.describe(), **self.said}
+    def ask(self, question, name=""):
+        return {**self.worker.describe(), **self.said} if question == "describe" else {}
 
     def submit(self, job, inputs):
         frames = []
@@ -109,7 +109,7 @@ DEEP = "[" * 100_000 + "]" * 100_000
 
 
 def event(**about):
-    return json.dumps(about).encode()
+    return json.dumps({"seconds": 1.0, "span": 0, "parent": 0, **about}).encode()
 
 
 @pytest.mark.parametrize(
@@ -122,6 +122,13 @@ def event(**about):
         (event(name="travel", values={"sent": 0}), "no stage emits that"),
         (event(name="a", values=[1]), "it is damaged"),
         (b'{"name": "a", "values": ' + DEEP.encode() + b"}", "it is damaged"),
+        (event(name="load.start", values={"component": "vae"}), "it does not fit its span"),
+        (event(name="load.end", values={"component": "vae", "elapsed": 1.0}, span=999), "it does not fit its span"),
+        (event(name="a", values={}, parent=999), "it does not fit its span"),
+        (event(name="a", values={}, span=1.5), "it is damaged"),
+        (event(name="a", values={}, seconds="now"), "it is damaged"),
+        (event(name="step.middle", values={}), "there is no such event"),
+        (event(name="load.start", values={"component": "vae", "more": 1}, span=999), "its more is not in the table"),
     ],
 )
 def test_events_that_no_stage_emits(pipe, payload, found):
@@ -135,10 +142,10 @@ def test_an_event_may_carry_any_name_of_a_value(pipe):
 
 def test_words_of_another_machine_do_not_steer_the_terminal():
     words = {"kind": "PlaceError", "asked": "a\x1b[2J", "found": "b\r" + "x" * 10_000, "do": "c"}
-    told = str(frame_to_error(json.dumps(words).encode(), "liar"))
+    told = str(message_to_error(json.dumps(words).encode(), "liar"))
     assert told.isprintable()
     assert len(told) < 3000
-    assert "damaged" in str(frame_to_error(DEEP.encode(), "liar"))
+    assert "damaged" in str(message_to_error(DEEP.encode(), "liar"))
 
 
 def test_a_state_whose_description_is_too_deep():

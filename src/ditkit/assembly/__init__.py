@@ -1,19 +1,19 @@
 """Setup -> components: find a model's parts, build each on the meta device, fill it strictly, apply swaps.
 
-The one room where model classes, their files, dtypes and devices come together. Leaves out: running (``pipe.py``).
+The one room where model classes, their files, dtypes and devices come together. Leaves out: running (``pipeline.py``).
 """
 
 from ditkit.assembly.adapters import placed
-from ditkit.assembly.components import Components, apply_swaps
+from ditkit.assembly.components import Components
 from ditkit.assembly.model import Model
 from ditkit.assembly.notes import LatentsRgb
 from ditkit.assembly.pipelines import pipeline_of, stage_of
-from ditkit.assembly.seams import PLUGS, PlugRow
+from ditkit.assembly.plugs import PLUGS, PlugRow
 from ditkit.assembly.stage_rows import STAGES, StageRow, calls_of
 from ditkit.assembly.tasks import TASKS, TaskRow
 from ditkit.checkpoints.model.find import ASSETS, MODELS
 
 __all__ = [
     "ASSETS", "MODELS", "PLUGS", "STAGES", "TASKS", "Components", "LatentsRgb", "Model", "PlugRow", "StageRow",
-    "TaskRow", "apply_swaps", "calls_of", "pipeline_of", "placed", "stage_of",
+    "TaskRow", "calls_of", "pipeline_of", "placed", "stage_of",
 ]  # fmt: skip

@@ -24,6 +24,12 @@ if TYPE_CHECKING:
 EXPERTS = ("transformer", "transformer_2")
 
 
+def named_expert(text: str) -> tuple[str | None, str]:
+    """The expert that an entry of ``Setup.loras`` names, if it names one, and the rest of the entry."""
+    head, equals, rest = text.partition("=")
+    return (head, rest) if equals and head in (*EXPERTS, "both") else (None, text)
+
+
 @dataclass(frozen=True)
 class Wanted:
     """One entry of ``Setup.loras``: ``expert`` is None where it was not said."""
@@ -36,8 +42,7 @@ class Wanted:
     @classmethod
     def parse(cls, text: str) -> Wanted:
         """``FILE``, ``FILE:STRENGTH`` or ``EXPERT=FILE:STRENGTH``. Raises SetupError."""
-        head, equals, rest = text.partition("=")
-        expert, place = (head, rest) if equals and head in (*EXPERTS, "both") else (None, text)
+        expert, place = named_expert(text)
         file, colon, last = place.rpartition(":")
         strength = _number(last) if colon else None
         path = Path(os.path.expanduser(place if strength is None else file)).absolute()

@@ -144,7 +144,7 @@ class Model:
 
         Made when first asked for, in milliseconds: of the weights it takes the headers, the sizes and samples of the
         data. Full hashes are in the components' fingerprints and in the manifest. Raises LoadError."""
-        from ditkit.checkpoints.files.opening import file_sample
+        from ditkit.checkpoints.files.stored import file_sample
 
         found: dict[str, str] = {}
         for name, part in sorted(self.known.items()):

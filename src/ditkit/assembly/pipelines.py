@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ditkit.assembly.seams import stages_of
+from ditkit.assembly.plugs import stages_of
 from ditkit.assembly.stage_rows import STAGES
 from ditkit.assembly.tasks import TASKS
 from ditkit.execution.stage_list import SOURCES, Stage, StageList

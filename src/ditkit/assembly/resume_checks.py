@@ -2,7 +2,7 @@
 
 A State remembers a short identity of each part (``Model.identities``). It belongs to its transformers; any other part
 may be exchanged until a stage has used it, and afterwards as long as that stage runs once more. Leaves out: settings
-and inputs (``records.py``), and the exact weights of a half-finished loop (``pipeline.py``).
+and inputs (``records.py``), and the exact weights of a half-finished loop (``execution.py``).
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Any
 
 from ditkit.assembly.model import Model
 from ditkit.errors import StateError
-from ditkit.execution.place import Checkpointer
 from ditkit.execution.stage_list import Stage, StageList
 from ditkit.state import State
 
@@ -47,34 +46,3 @@ def check_begun(state: State, name: str, model: Model, pipeline: StageList, plan
         stages = [s.name for s in pipeline.stages if {*s.components} & {*others} and s.name in state.get("stages", [])]
         do += f", or run it once more from {stages[0]}"
     raise StateError(f"running a State with model {name}", found, do)
-
-
-def stamped(before: State, after: State, model: Model, pipeline: StageList) -> State:
-    """``after`` with the identities of the parts that were at work since ``before``."""
-    if "model" not in after:
-        return after
-    old, new = before.get("records", {}), after.get("records", {})
-    ran = [stage for stage in pipeline.stages if new.get(stage.name) != old.get(stage.name)]
-    own = {n: model.identities[n] for stage in ran for n in stage.components if n in model.identities}
-    begun = after["model"]
-    if not own or "parts" not in begun:
-        return after
-    return after.with_fields({"model": {**begun, "parts": {**begun["parts"], **own}}})
-
-
-class Stamping:
-    """A Checkpointer that tells, with each State, whose parts made it."""
-
-    def __init__(self, keep: Checkpointer, before: State, model: Model, pipeline: StageList):
-        self.keep, self.rest = keep, (model, pipeline)
-        self.before = before
-
-    @property
-    def every(self) -> int:
-        return self.keep.every
-
-    def __call__(self, state: State) -> None:
-        self.keep(stamped(self.before, state, *self.rest))
-
-    def of_clip(self, index: int) -> Checkpointer:
-        return Stamping(self.keep.of_clip(index), self.before, *self.rest)

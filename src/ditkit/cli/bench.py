@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ditkit.cli import show
-from ditkit.cli.flags import RawSettings, settle, with_settings
-from ditkit.cli.generate import load
+from ditkit.cli.flags import RawSettings, with_settings
+from ditkit.cli.opening import load, settle
 from ditkit.errors import RequestError
 from ditkit.request import Request
 
@@ -47,19 +47,19 @@ def quality(
 
     if clips < 1:
         raise RequestError(f"--clips {clips}", "there is nothing to measure", "Give 1 or more")
-    settled, model = settle(given)
+    settled, opened = settle(given)
     for key in ("prompt", "seed", "image", "batched"):
         if said := [origin for origin, _ in settled.said.get(key, ()) if not origin.startswith("model ")]:
             raise RequestError(f"{said[-1]} with bench quality", f"it has a {key} of its own for each clip"
                                if key != "batched" else "it makes one clip at a time", "Leave it out")  # fmt: skip
-    by_image = model.task == "i2v"
+    by_image = opened.model.task == "i2v"
     fixed = {k: v for k, v in settled.of(Request).items() if k not in ("prompt", "seed", "image")}
-    model.request({"prompt": "x", **fixed, **({"image": "x"} if by_image else {})})
+    opened.model.request({"prompt": "x", **fixed, **({"image": "x"} if by_image else {})})
     out = show.console(stderr=as_json)
     measured: Callable[..., Any] = images.image_quality if by_image else texts.quality
     with Progress(console=out, disable=not out.is_terminal, transient=True) as bar:
         task = bar.add_task("clips", total=clips)
-        result = measured(load(settled), clips, progress=lambda done, total: bar.update(task, completed=done), **fixed)
+        result = measured(load(opened), clips, progress=lambda done, total: bar.update(task, completed=done), **fixed)
     if as_json:
         targets = {"subject": images.SUBJECT_TARGET} if by_image else texts.TARGETS
         print(json.dumps({**asdict(result), "reached": result.reached, "targets": targets}))

@@ -10,7 +10,8 @@ import typer
 
 from ditkit import config
 from ditkit.cli import show
-from ditkit.cli.flags import RawSettings, kebab, model_name, with_settings
+from ditkit.cli.flags import RawSettings, kebab, with_settings
+from ditkit.cli.opening import model_name
 from ditkit.errors import SetupError
 from ditkit.setup import Setup
 
@@ -98,7 +99,7 @@ def encoder() -> tuple[bool, str, str]:
 def embedded_model() -> list[tuple[bool, str, str]]:
     """Every model that comes with the package: its parts are all there and what their files hash to."""
     from ditkit.assembly import MODELS, Model
-    from ditkit.checkpoints.files.opening import file_hash
+    from ditkit.checkpoints.files.stored import file_hash
     from ditkit.errors import DitkitError
 
     rows = []

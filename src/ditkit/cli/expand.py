@@ -7,8 +7,9 @@ import json
 import typer
 
 from ditkit import config
-from ditkit.cli import expansion, job, show
+from ditkit.cli import expansion, show
 from ditkit.cli.flags import Prompt, RawSettings, with_settings
+from ditkit.cli.run_options import Json, Quiet
 from ditkit.errors import RequestError, SetupError
 
 KEYS = (
@@ -22,7 +23,7 @@ def add_to(app: typer.Typer) -> None:
     app.command("expand")(with_settings(expand, KEYS))
 
 
-def expand(given: RawSettings, prompt: Prompt = None, quiet: job.Quiet = False, as_json: job.Json = False) -> None:
+def expand(given: RawSettings, prompt: Prompt = None, quiet: Quiet = False, as_json: Json = False) -> None:
     """Let a language model expand a prompt, and show what changed."""
     from ditkit import pictures
     from ditkit.events import Events

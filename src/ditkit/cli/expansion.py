@@ -22,14 +22,14 @@ import typer
 from ditkit.cli import asking
 from ditkit.errors import RequestError
 from ditkit.events import Event
-from ditkit.receipt import Recorder
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-    from ditkit.cli.job import RunOptions
+    from ditkit.cli.run_options import RunOptions
     from ditkit.pipeline import Pipeline
+    from ditkit.receipt import Recorder
     from ditkit.state import State
 
 STAGE = "expand_prompt"
@@ -41,6 +41,8 @@ def before_run(pipe: Pipeline, state: State, goal: RunOptions, out: Console) -> 
     """``state`` with its prompts expanded and shown, and taken by the person if they want to be asked; and what is left
     to do. Without expansion, or where it is done already, both as they are. Raises RequestError where nobody is there
     to be asked."""
+    from ditkit.receipt import Recorder
+
     asks = state["request"].get("expand", "no") == "ask"
     if not any(stage.name == STAGE for stage in pipe.stages.planned(state, goal.start, goal.until)):
         return state, goal

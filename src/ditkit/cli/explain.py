@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ditkit.cli import show
-from ditkit.cli.flags import RawSettings, settle, with_settings
+from ditkit.cli.flags import RawSettings, with_settings
+from ditkit.cli.opening import settle
 from ditkit.config import FIELDS, Settled, check_key
 from ditkit.errors import SetupError, nearest
 
 if TYPE_CHECKING:
-    from ditkit.assembly import Model
+    from ditkit.pipeline import Opened
 
 Key = Annotated[
     str | None,
@@ -40,9 +41,9 @@ def explain(
     own = key is not None and "." in key
     if key is not None and not own:
         check_key(key, f"config explain {key}")
-    settled, model = settle(given)
+    settled, opened = settle(given)
     if own and key is not None:
-        show.console().print(show.table(("setting", "value", "from"), of_stage(key, settled, model)))
+        show.console().print(show.table(("setting", "value", "from"), of_stage(key, settled, opened)))
         return
     rows: list[tuple[str, str, str]] = []
     for name in FIELDS if key is None else [key]:
@@ -52,14 +53,14 @@ def explain(
     show.console().print(show.table(("setting", "value", "from"), rows))
 
 
-def of_stage(key: str, settled: Settled, model: Model) -> list[tuple[str, str, str]]:
+def of_stage(key: str, settled: Settled, opened: Opened) -> list[tuple[str, str, str]]:
     """The layers of STAGE.SETTING, of a stage that has settings of its own. Raises SetupError."""
     from ditkit.assembly import pipeline_of
     from ditkit.execution.stage import settings_of
     from ditkit.options import fields_of
 
     name, _, setting = key.partition(".")
-    own = {stage.name: fields_of(settings_of(stage)) for stage in pipeline_of(model, settled.setup()).stages}
+    own = {stage.name: fields_of(settings_of(stage)) for stage in pipeline_of(opened.model, opened.setup).stages}
     known = [f"{stage}.{field}" for stage, fields in own.items() for field in fields]
     if key not in known:
         do = f"The known ones are {', '.join(known)}" if known else "Name a setting, or bring the stage with --plug"

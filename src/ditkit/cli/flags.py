@@ -1,6 +1,7 @@
-"""One flag for each field of Request and Setup, made from the fields themselves, and the layers that they end in.
+"""One flag for each field of Request and Setup, made from the fields themselves.
 
-Importing this does not import torch. Leaves out: what the settings are for (``request.py``, ``setup.py``).
+Importing this does not import torch. Leaves out: what the settings are for (``request.py``, ``setup.py``), and the
+layers that they end in (``opening.py``).
 """
 
 from __future__ import annotations
@@ -10,18 +11,15 @@ import json
 import os
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from ditkit import config
-from ditkit.config import FIELDS, Layer, Settled
+from ditkit.config import FIELDS, Layer
 from ditkit.errors import SetupError
-
-if TYPE_CHECKING:
-    from ditkit.assembly import Model
 
 Prompt = Annotated[str | None, typer.Argument(help="What the clip should show.", show_default=False)]
 
@@ -29,14 +27,6 @@ Prompt = Annotated[str | None, typer.Argument(help="What the clip should show.",
 def to_path(text: str | Path) -> Path:
     """What a path option means: a ``~`` at its start is the home folder, also where the shell did not see it."""
     return Path(os.path.expanduser(text))
-
-
-def model_name(text: str) -> str:
-    """A model's folder by its whole path, so that States and clips find it from every folder; any other name as is."""
-    from ditkit.assembly import MODELS
-
-    folder = to_path(text)
-    return str(folder.resolve()) if text and text not in MODELS and folder.exists() else text
 
 
 Plugs = Annotated[
@@ -49,7 +39,7 @@ Plugs = Annotated[
 
 def bring_plugs(plugs: list[str] | None) -> list[str]:
     """Make all rows of ``plugs`` known, or of DITKIT_PLUGS; for a command that takes no other settings."""
-    from ditkit.assembly.seams import plugs_of
+    from ditkit.assembly.plugs import plugs_of
 
     named = {k: v for k, v in os.environ.items() if k == config.PREFIX + "PLUGS"}
     layers = config.environment_layer(named), Layer.of({"plugs": plugs} if plugs else {}, "flag --plug")
@@ -104,47 +94,6 @@ class RawSettings:
                 f"{origins[twice]} and {layer.origins[twice]}", "one setting was given twice", "Give it once"
             )
         return Layer({**layer.values, **whole}, {**layer.origins, **origins})
-
-
-def settle(given: RawSettings, below: Layer | None = None) -> tuple[Settled, Model]:
-    """All layers; the model that they name is opened (its weights are not read), for its defaults are one of them.
-
-    ``below`` is a layer between the model's defaults and the config file. Raises UserError for whatever is wrong."""
-    from ditkit.assembly import pipeline_of
-    from ditkit.assembly.seams import check_trusted
-    from ditkit.execution.stage import with_own_defaults
-    from ditkit.pipeline import open_model
-
-    upper = [_located(layer) for layer in (*([] if below is None else [below]), *given.layers())]
-    asked = config.settle(*upper)
-    setup = asked.setup()
-    if below is not None and asked.values.get("plugs") is below.values.get("plugs"):
-        check_trusted(setup.plugs, below.origins.get("plugs", ""))
-    model = open_model(setup)[1]
-    family = Layer.of(model.family_defaults_for(asked.values), f"model family (official, {model.task})")
-    settled = config.settle(family, Layer.of(model.own_defaults, f"model {setup.model}"), *upper)
-    request = settled.request()  # a fault in a value is told with where the value comes from
-    if request.stage_settings:
-        with_own_defaults(pipeline_of(model, setup).stages, request)
-    check_contradiction(settled, upper)
-    return settled, model
-
-
-def _located(layer: Layer) -> Layer:
-    model = layer.values.get("model")
-    return replace(layer, values={**layer.values, "model": model_name(model)}) if isinstance(model, str) else layer
-
-
-def check_contradiction(settled: Settled, layers: Sequence[Layer]) -> None:
-    """A list of noise levels takes the place of steps and shift, so neither may stand beside or above it."""
-    if settled.values.get("sigmas") is None:
-        return
-    given = {key: max((i for i, layer in enumerate(layers) if key in layer.values), default=-1)
-             for key in ("sigmas", "steps", "shift")}  # fmt: skip
-    for key in ("steps", "shift"):
-        if given[key] >= max(given["sigmas"], 0):
-            raise SetupError(f"{settled.origins[key]} with {settled.origins['sigmas']}",
-                             f"a list of sigmas replaces {key}", f"Leave out {key}, or leave out sigmas")  # fmt: skip
 
 
 def with_settings(command: Callable[..., Any], keys: Sequence[str] = tuple(FIELDS)) -> Callable[..., Any]:

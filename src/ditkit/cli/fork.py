@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ditkit.cli import expansion, job, show
-from ditkit.cli.flags import RawSettings, settle, with_settings
-from ditkit.cli.generate import load
-from ditkit.cli.run import Every, KeepSteps, RunFolder, keeping, own_setup, results, unless_begun
+from ditkit.cli import job, show
+from ditkit.cli.flags import RawSettings, with_settings
+from ditkit.cli.keeping import Every, KeepSteps, NewRun, RunFolder
+from ditkit.cli.opening import load, settle
+from ditkit.cli.resume import shown
+from ditkit.cli.run_options import Json, NoSheet, Out, Quiet, RunOptions, Sheet
 from ditkit.config import Layer
 from ditkit.errors import DitkitError
-from ditkit.setup import Setup
 
 if TYPE_CHECKING:
-    from ditkit.runs import Run
-    from ditkit.runs.description import Parent
+    from ditkit.runs import Parent, Run
 
 
 class Nothing(DitkitError):
@@ -42,46 +42,39 @@ def fork(
     folder: RunFolder = None,
     every: Every = None,
     keep_steps: KeepSteps = None,
-    out: job.Out = None,
-    sheet: job.Sheet = None,
-    no_sheet: job.NoSheet = False,
-    quiet: job.Quiet = False,
-    as_json: job.Json = False,
+    out: Out = None,
+    sheet: Sheet = None,
+    no_sheet: NoSheet = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
     """Begin a new run where another one stands, or stood, with changed settings."""
     from ditkit.execution.place import Interrupted
     from ditkit.runs import Run, located
     from ditkit.runs.fork import as_parent, prepared, request_of, which_clip
-    from ditkit.runs.run import check_new
 
     parent = Run.open(source)
     before = request_of(parent, which_clip(parent, clip))
     replaced = ("steps", "shift") if before["sigmas"] is not None else ()
     below = {k: v for k, v in before.items() if k not in replaced}
-    settled, _ = settle(given, Layer.of({**below, **parent.description.setup}, f"run {parent.path}"))
+    settled, opened = settle(given, Layer.of({**below, **parent.description.setup}, f"run {parent.path}"))
     path = next_to(parent) if folder is None else located(folder)
-    check_new(path, **keeping(every, keep_steps))
-    pipe, request = load(settled), settled.request().model_dump()
+    new = NewRun.at(path, every, keep_steps, out, sheet, no_sheet)
+    pipe, request = load(opened), settled.request().model_dump()
     if before["sigmas"] is not None and request["sigmas"] == before["sigmas"]:
         request |= {"steps": before["steps"], "shift": before["shift"]}
-    clip_file = out or path / "clip.mp4"
-    goal = job.RunOptions(clip_file, job.sheet_for(clip_file, sheet, no_sheet), setup=settled.of(Setup), quiet=quiet,
-                    json=as_json, kept=True)  # fmt: skip
-    console = show.console(stderr=as_json)
+    goal = RunOptions(path, None, quiet=quiet, json=as_json)
     try:
         state, origin = prepared(
             parent, request, at_step=at_step, clip=clip, pipe=pipe, tell=job.say, listeners=[show.warn_of_truncation]
         )
-        with unless_begun(path):
-            job.check(pipe, state, goal)
-            for line in [] if quiet else told(origin):
-                console.print(line)
-            state, goal = expansion.before_run(pipe, state, goal, console)
+        for line in [] if quiet else told(origin):
+            show.console(stderr=as_json).print(line)
+        state, goal = new.begin(pipe, state, goal, settled, origin, **as_parent(parent))
     except (Interrupted, KeyboardInterrupt):
         raise Nothing(f"forking {source}", "it was interrupted before the fork was there", "Fork it again") from None
-    run = Run.begin(path, pipe, state, parent=origin, setup=own_setup(settled), **results(out, sheet, no_sheet),
-                    **{**as_parent(parent), **keeping(every, keep_steps)})  # fmt: skip
-    job.carry_out(pipe, state, goal.at(goal.out, goal.sheet, settled.of(Setup), run))
+    with job.carried_out(pipe, state, goal) as forked:
+        forked.result = forked.run()
 
 
 def next_to(parent: Run) -> Path:
@@ -94,11 +87,7 @@ def next_to(parent: Run) -> Path:
 
 def told(above: Parent) -> list[str]:
     where = "" if above.step is None else f" at step {above.step}"
-    lines = [f"fork   {job.shown(Path(above.path))}{where}"]
+    lines = [f"fork   {shown(Path(above.path))}{where}"]
     for key, (old, new) in above.changed.items():
-        lines.append(f"       {key} {_short(old)} -> {_short(new)}")
+        lines.append(f"       {key} {show.value(old)} -> {show.value(new)}")
     return lines
-
-
-def _short(value: Any) -> str:
-    return show.value(value)

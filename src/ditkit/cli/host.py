@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 
 from ditkit import config
-from ditkit.cli.flags import RawSettings, kebab, model_name, to_path, with_settings
+from ditkit.cli.flags import RawSettings, kebab, to_path, with_settings
+from ditkit.cli.opening import model_name
 from ditkit.cli.show import seconds
 from ditkit.errors import SetupError
 from ditkit.events import Event

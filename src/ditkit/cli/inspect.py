@@ -61,7 +61,7 @@ def inspect(
 
 def examine(path: Path, variant: str | None = None, model: str | None = None) -> dict[str, Any]:
     """The report, as plain values. Raises LoadError for what cannot be opened or recognised."""
-    from ditkit.checkpoints.files.opening import readable
+    from ditkit.checkpoints.files.text import readable
 
     with readable(f"inspecting {path}"):
         return _examine(packaged(path), variant, model)
@@ -117,7 +117,12 @@ def _detected(found: Any) -> dict[str, Any]:
 def _part(part: Part) -> dict[str, Any]:
     """Facts about one part, and what keeps it from loading (``problems``)."""
     if part.source is None or part.detected is None:
-        return {"kind": part.kind, "path": str(part.path), "problems": _tokenizer_problems(part)}
+        return {
+            "kind": part.kind,
+            "path": str(part.path),
+            "notes": list(part.notes),
+            "problems": _tokenizer_problems(part),
+        }
     stored = part.source
     while hasattr(stored, "source"):
         stored = stored.source

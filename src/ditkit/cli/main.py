@@ -32,7 +32,7 @@ from ditkit.cli import (
     show,
     stages,
 )
-from ditkit.cli.job import interruptible
+from ditkit.cli.signals import interruptible
 from ditkit.errors import DitkitError
 from ditkit.request import OLD_NAMES
 

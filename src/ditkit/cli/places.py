@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from ditkit.errors import DitkitError, nearest
 from ditkit.placement import Places
+from ditkit.placement.channel import Channel
 from ditkit.placement.handshake import Handshake
 from ditkit.placement.probe import has_probe
-from ditkit.placement.remote import Channel
-from ditkit.placement.spec import Spec, Target
 from ditkit.receipt import versions
 from ditkit.setup import Setup
 
@@ -29,35 +28,33 @@ def check(setup: Setup) -> list[Row]:
     """For each entry of ``placement`` whether it is in order, and what was found."""
     places = Places(setup)
     try:
-        return [*_rows(setup, places)]
+        return [*_rows(places)]
     finally:
         places.close()
 
 
-def _rows(setup: Setup, places: Places) -> Iterator[Row]:
-    for key, text in setup.placement.items():
-        target, spec = Target.parse(key), Spec.parse(text, key)
+def _rows(places: Places) -> Iterator[Row]:
+    for target, spec in places.specs.items():
         if spec.kind == "here":
-            yield True, [key, text, "", "", "", ""]
+            yield True, [target.text, spec.text, "", "", "", ""]
             continue
         try:
             remote = places.remote(spec)
             said = remote.handshake.said
             latency = f"{1000 * median(remote.channel):.1f} ms"
             facts = [latency, compared(said.get("versions", {})), device_of(said, target.stage)]
-            good, probe = probed(remote.handshake, target.stage, setup.expected_probes.get(key))
-            yield good, [key, text, *facts, probe]
+            good, probe = probed(remote.handshake, target.stage, places.expected.get(target))
+            yield good, [target.text, spec.text, *facts, probe]
         except DitkitError as e:
-            yield False, [key, text, "", "", "", str(e)]
+            yield False, [target.text, spec.text, "", "", "", str(e)]
 
 
 def median(channel: Channel) -> float:
     """Seconds of a question and its answer."""
-    ask: Callable[[], Any] = getattr(channel, "health", channel.describe)
     found = []
     for _ in range(QUESTIONS):
         begun = time.perf_counter()
-        ask()
+        channel.ask("health")
         found.append(time.perf_counter() - begun)
     return statistics.median(found)
 
@@ -87,7 +84,7 @@ def probed(handshake: Handshake, stage: str, expected: str | None) -> tuple[bool
         return False, f"not offered; it has {', '.join(stages) or 'nothing'}{nearest(stage, stages)}"
     if not has_probe(stages[stage]["components"]):
         return True, "none"
-    found = str(handshake.channel.probe(stage).get("hash"))
+    found = handshake.probe(stage)
     if expected is not None and not found.startswith(expected):
         return False, f"{found[:16]}, expected is {expected[:16]}"
     return True, found[:16]

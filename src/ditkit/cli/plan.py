@@ -10,7 +10,7 @@ import typer
 from ditkit import pictures
 from ditkit.cli import show, stages
 from ditkit.cli.flags import Prompt, RawSettings, with_settings
-from ditkit.cli.generate import open_pipe
+from ditkit.cli.opening import open_pipe
 from ditkit.config import FIELDS
 from ditkit.request import Settings
 from ditkit.setup import COMPONENTS

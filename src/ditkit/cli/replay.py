@@ -9,8 +9,9 @@ from typing import Annotated
 import typer
 
 from ditkit.cli import show
-from ditkit.cli.flags import Plugs, model_name, to_path
-from ditkit.cli.job import Quiet
+from ditkit.cli.flags import Plugs, to_path
+from ditkit.cli.opening import model_name
+from ditkit.cli.run_options import Quiet
 from ditkit.errors import RequestError
 
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ditkit.cli import show
-from ditkit.cli.flags import Plugs, bring_plugs, model_name
+from ditkit.cli.flags import Plugs, bring_plugs
+from ditkit.cli.opening import model_name
 
 if TYPE_CHECKING:
     from rich.text import Text

@@ -1,4 +1,4 @@
-"""Where one stage is carried out: a Place takes a StageCall and gives an StageResult. ``Here`` is this process.
+"""Where one stage is carried out: a Place takes a StageCall and gives a StageResult. ``Here`` is this process.
 
 A place sees the fields that the stage declared, and gives back what the stage wrote and what it looked at; records and
 fingerprints are made from that by the caller, in one way for all places. Leaves out: other places (``placement``).
@@ -10,16 +10,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from ditkit.cancel import Cancel
 from ditkit.contracts import Seams
 from ditkit.errors import DitkitError, PipelineError
 from ditkit.events import SILENT, Events
-from ditkit.execution.stage import Context, Only, RecordedSettings, Stage, Stopped
+from ditkit.execution.stage import Context, Only, RecordedSettings, Stage, Stopped, readable
 from ditkit.stage_result import CacheKey, StageResult
 from ditkit.state import FIELDS, Field, State
 
 
 class Interrupted(DitkitError):
-    """A run was stopped (Ctrl-C); ``state`` holds everything that was finished until then."""
+    """A run was stopped (Ctrl-C, Cancel); ``state`` holds everything that was finished until then."""
 
     exit_code = 130
 
@@ -45,6 +46,31 @@ class StageCall:
     keep: Callable[[StageResult], None] | None = None
     keep_every: int = 1
     table: Mapping[str, Field] = field(default_factory=lambda: FIELDS)
+    cancel: Cancel = field(default_factory=Cancel)
+
+
+class Call:
+    """A place that is ready for a StageCall: ``with call: call.returned = call.run(*call.given)``, then ``result``.
+
+    Whoever has it runs it, so that nothing stands between the run and its stage. ``run`` raises what the stage raises,
+    and KeyboardInterrupt where nothing can be kept. ``conclude``: what ``run`` returned, and whether it was stopped, as
+    a StageResult."""
+
+    result: StageResult
+
+    def __init__(self, run: Callable[..., Any], given: Sequence[Any], conclude: Callable[[Any, bool], StageResult]):
+        self.run, self.given, self._conclude = run, given, conclude
+        self.returned: Any = None
+
+    def __enter__(self) -> Call:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> bool:
+        if stopped := isinstance(error, Stopped):
+            self.returned = error.fields
+        if stopped or error is None:
+            self.result = self._conclude(self.returned, stopped)
+        return stopped
 
 
 class Place(Protocol):
@@ -66,8 +92,8 @@ class Place(Protocol):
         """Versions of what computes there, where they are not those of this process."""
         ...
 
-    def run(self, task: StageCall) -> StageResult:
-        """Raises what the stage raises, and KeyboardInterrupt where nothing can be kept."""
+    def call(self, task: StageCall) -> Call:
+        """Nothing has run yet."""
         ...
 
 
@@ -120,39 +146,33 @@ class Here:
         return {}
 
     def fingerprints(self, stage: Stage, components: Sequence[str]) -> Mapping[str, str]:
-        lacking = [name for name in components if name not in self.components]
-        if lacking:
-            raise PipelineError(
-                f"running stage {stage.name!r}", f"there is no component {', '.join(lacking)}", "Load it"
-            )
+        if lacking := [name for name in components if name not in self.components]:
+            what = f"there is no component {', '.join(lacking)}"
+            raise PipelineError(f"running stage {stage.name!r}", what, "Load it")
         return {name: fingerprint_in(self.components, name) for name in components}
 
-    def run(self, task: StageCall) -> StageResult:
-        stage, settings = task.stage, RecordedSettings(task.inputs.get("request", {}))
+    def call(self, task: StageCall) -> Call:
+        stage, settings, keep = task.stage, RecordedSettings(task.inputs.get("request", {})), task.keep
 
-        def keep(fields: Mapping[str, Any]) -> None:
-            assert task.keep is not None
-            task.keep(StageResult(fields, settings.recorded(), ctx.plugs))
+        def result(fields: Mapping[str, Any], stopped: bool = False) -> StageResult:
+            return StageResult(fields, settings.recorded(), ctx.plugs, stopped, ctx.cacheable)
 
         ctx = Context(
-            Only(self.components, stage.components, stage.name, "component"),
+            Only(self.components, stage.components, stage.name, "component", task.cancel.check),
             settings,
             task.events,
             task.seams,
             task.stop_at_step,
-            keep if task.keep else None,
+            None if keep is None else lambda fields: keep(result(fields)),
             task.keep_every,
+            task.cancel,
         )
-        try:
-            written = stage.run(Only(task.inputs, readable(stage), stage.name, "field"), ctx)
-        except Stopped as e:
-            return StageResult(e.fields, settings.recorded(), ctx.plugs, stopped=True)
-        return StageResult(written, settings.recorded(), ctx.plugs, cacheable=ctx.cacheable)
+        return Call(stage.run, (Only(task.inputs, readable(stage), stage.name, "field"), ctx), result)
 
-
-def readable(stage: Stage) -> set[str]:
-    """The fields that a stage may look at."""
-    return {*stage.reads, *stage.optional, *stage.triggers, *stage.loop}
+    def run(self, task: StageCall) -> StageResult:
+        with self.call(task) as call:
+            call.returned = call.run(*call.given)
+        return call.result
 
 
 def fingerprint_in(components: Mapping[str, Any], name: str) -> str:
@@ -166,8 +186,7 @@ def checked(stage: Stage, outcome: StageResult) -> StageResult:
     written, allowed = outcome.written, {*stage.writes, *stage.may_write}
     undeclared, unwritten = sorted(set(written) - allowed), [n for n in stage.writes if n not in written]
     if undeclared or unwritten:
-        found = (
-            f"it wrote {', '.join(undeclared)} undeclared" if undeclared else f"it did not write {', '.join(unwritten)}"
-        )
+        wrote, left_out = ", ".join(undeclared), ", ".join(unwritten)
+        found = f"it wrote {wrote} undeclared" if undeclared else f"it did not write {left_out}"
         raise PipelineError(f"running stage {stage.name!r}", found, "Make its declaration and its result agree")
     return outcome

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ditkit.execution.stage import Stage, known_settings
+from ditkit.identify import forgets
 from ditkit.state import State, digest, kind_of
 
 Record = dict[str, Any]
@@ -90,7 +91,8 @@ def fingerprints(
 
     A looping stage adds the step that it reached, and is blind to where it was interrupted: going on from its own
     earlier fields counts as one run. Of its weights those count that are called on the way to that step: the second of
-    two experts has no part in the first half of a run, and may not even be there."""
+    two experts has no part in the first half of a run, and may not even be there. With a plug that cannot save what it
+    remembers the cut counts: what was interrupted there may be another result."""
     own = type(stage).__module__.partition(".")[0] == "ditkit"
     code = [] if own else [code_of(stage)]
     nameless = not cacheable or code == [""] or "none" in record["weights"].values()
@@ -107,7 +109,7 @@ def fingerprints(
 
     held = [n for n in stage.loop if n in state]
     same = all(state.fingerprints.get(n) == key(n, state, []) for n in held)
-    origin = [] if same else [fingerprint_of(state, n) for n in held]
+    origin = [] if same and not forgets(record["plugs"]) else [fingerprint_of(state, n) for n in held]
     return {name: key(name, written, origin) for name in written}
 
 

@@ -1,6 +1,6 @@
 """Stage: what a step of a pipeline declares, and what it is given when it runs.
 
-Leaves out: the stages themselves (``stages/``), their order (``pipeline.py``) and where they run (``running.py``).
+Leaves out: the stages themselves (``stages/``), their order (``stage_list.py``) and where they run (``place.py``).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
 from ditkit import options
+from ditkit.cancel import Cancel
 from ditkit.contracts import Seams
 from ditkit.errors import PipelineError, RequestError, nearest
 from ditkit.events import SILENT, Events
@@ -25,6 +26,7 @@ class Stage(Protocol):
     """A named, pure step. ``reads`` must be there, ``optional`` may be; ``writes`` are all written, ``may_write``
     sometimes; ``components`` are those it calls. With ``triggers`` it runs only when these fields are in the State.
     ``loop`` names the fields that it carries from step to step: it can stop in between and go on from there.
+    ``together``: of several clips it makes its fields at once, to the same bits as one by one.
     ``fields`` describes fields that ditkit's table does not know. Dataclass fields of the object are its options and
     become part of the fingerprint, but for those with ``compare=False``, which promise equal results."""
 
@@ -48,6 +50,8 @@ class Stage(Protocol):
     def loop(self) -> tuple[str, ...]: ...
     @property
     def fields(self) -> tuple[Field, ...]: ...
+    @property
+    def together(self) -> bool: ...
 
     def run(self, inputs: Mapping[str, Any], ctx: Context) -> Mapping[str, Any]:
         """The fields that it writes. A stage that can stop early returns them as they stand."""
@@ -81,6 +85,7 @@ class BaseStage:
     triggers: tuple[str, ...] = ()
     loop: tuple[str, ...] = ()
     fields: tuple[Field, ...] = ()
+    together = False
     before, after = "", ""
     settings: type | None = None
 
@@ -98,19 +103,36 @@ class BaseStage:
         return bool(self.writes) and not rewrites and all(name in state for name in self.writes)
 
 
-class Only(Mapping[str, Any]):
-    """A view of a mapping that knows what may be read; reading anything else is an error that says so."""
+def writes_of(stage: Stage) -> tuple[str, ...]:
+    return *stage.writes, *stage.may_write
 
-    def __init__(self, values: Mapping[str, Any], allowed: Iterable[str], stage: str, what: str):
+
+def readable(stage: Stage) -> set[str]:
+    """The fields that a stage may look at."""
+    return {*stage.reads, *stage.optional, *stage.triggers, *stage.loop}
+
+
+class Only(Mapping[str, Any]):
+    """A view of a mapping that knows what may be read; reading anything else is an error that says so. ``before`` is
+    called before each reading."""
+
+    def __init__(
+        self,
+        values: Mapping[str, Any],
+        allowed: Iterable[str],
+        stage: str,
+        what: str,
+        before: Callable[[], None] = lambda: None,
+    ):
         self._values, self._allowed, self._stage, self._what = values, frozenset(allowed), stage, what
+        self._before = before
 
     def __getitem__(self, name: str) -> Any:
         if name not in self._allowed:
-            raise PipelineError(
-                f"stage {self._stage!r} reads the {self._what} {name!r}",
-                "it did not declare that",
-                f"Add it to the stage's declaration, which has {', '.join(sorted(self._allowed)) or 'none'}",
-            )
+            has = ", ".join(sorted(self._allowed)) or "none"
+            raise PipelineError(f"stage {self._stage!r} reads the {self._what} {name!r}", "it did not declare that",
+                                f"Add it to the stage's declaration, which has {has}")  # fmt: skip
+        self._before()
         return self._values[name]
 
     def __contains__(self, name: object) -> bool:
@@ -187,11 +209,8 @@ class RecordedSettings:
             return RecordedSettings(self._request, f"{name}.", self._read)
         known, name = known_settings(self._request), self._stage + name
         if name not in known:
-            raise PipelineError(
-                f"setting {name!r}",
-                f"the request has no such setting{nearest(name, known)}",
-                "Use one of its names",
-            )
+            found = f"the request has no such setting{nearest(name, known)}"
+            raise PipelineError(f"setting {name!r}", found, "Use one of its names")
         self._read[name] = known[name]
         return self._request.get(name, known[name])
 
@@ -204,7 +223,8 @@ class RecordedSettings:
 
 
 class Context:
-    """What a stage is given besides its inputs: components, settings, events, and the seams if it asks for them."""
+    """What a stage is given besides its inputs: components, settings, events, and the seams if it asks for them.
+    ``cancel`` is looked at whenever it asks for a component and after each step."""
 
     def __init__(
         self,
@@ -215,8 +235,10 @@ class Context:
         stop_at_step: int | None = None,
         keep: Callable[[Mapping[str, Any]], None] | None = None,
         keep_every: int = 1,
+        cancel: Cancel | None = None,
     ):
         self.components, self.settings, self.events, self.stop_at_step = components, settings, events, stop_at_step
+        self.cancel = cancel or Cancel()
         self._seams, self._keep, self._every = seams or Seams(), keep, keep_every
         self.plugs: dict[str, list[str]] | None = None  # what is plugged into the seams, once they are asked for
         self.cacheable = True  # a stage sets it to False for a makeshift, which must not serve other runs
@@ -230,11 +252,15 @@ class Context:
         """A loop tells after each step but the last how it stands; a run that is kept keeps it, every few steps."""
         if self._keep is not None and step % self._every == 0:
             self._keep(fields())
+        self.cancel.check()
 
 
 class Stopped(Exception):
-    """Raised inside a looping stage when it is interrupted: carries the fields as they stood after the last step."""
+    """Raised inside a looping stage when it is interrupted: carries the fields as they stood after the last step, and
+    raised by a place elsewhere, its whole result."""
 
-    def __init__(self, fields: Mapping[str, Any]):
+    exit_code = 130
+
+    def __init__(self, fields: Any):
         super().__init__("interrupted")
         self.fields = fields

@@ -6,26 +6,13 @@ Source: Wan2.1 ``wan/modules/vace_model.py``, which makes all hints first; here 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ditkit.models.wan_block import Block, BlockContext, WanConfig, patchify
+from ditkit.models.wan_block import Block, BlockContext, Control, WanConfig, patchify
 from ditkit.nn.layers import Linear
-
-if TYPE_CHECKING:
-    from ditkit.models.wan import WanTransformer
-
-
-@dataclass
-class Control:
-    """The control branch of VACE during one forward pass: its tokens so far, and how much each hint counts."""
-
-    tokens: Tensor
-    scales: Sequence[float]
 
 
 class ControlBlock(Block):
@@ -60,28 +47,20 @@ class Controlled(nn.Module):
         return self.block(x, ctx) + hint.to(ctx.policy.residual_dtype) * branch.scales[self.number]
 
 
-def controlled(model: WanTransformer) -> list[nn.Module]:
-    """The main blocks, those that take a hint paired with their control block."""
-    numbers = {block: number for number, block in enumerate(model.config.vace_layers)}
+def controlled(blocks: Iterable[nn.Module], controls: Iterable[nn.Module], layers: Sequence[int]) -> list[nn.Module]:
+    """The main blocks, those that take a hint (``layers``) paired with their control block."""
+    numbers, pairs = {block: number for number, block in enumerate(layers)}, [*controls]
     return [
-        Controlled(block, model.vace_blocks[numbers[i]], numbers[i]) if i in numbers else block  # type: ignore[arg-type]
-        for i, block in enumerate(model.blocks)
+        Controlled(block, pairs[numbers[i]], numbers[i]) if i in numbers else block  # type: ignore[arg-type]
+        for i, block in enumerate(blocks)
     ]
 
 
 def begin_control(
-    model: WanTransformer, control: Tensor | None, scale: float | Sequence[float], latents: torch.Size
-) -> Control | None:
-    """``control`` [B, vace_in_dim, F, h, w] -> the branch at its beginning; None for a transformer without one."""
-    layers = model.config.vace_layers
-    if control is None and not layers:
-        return None
-    wanted = (latents[0], model.control_channels, *latents[2:])
-    if control is None or not layers or control.shape != wanted:
-        given = "none was" if control is None else f"one of shape {list(control.shape)} was"
-        takes = f"one of shape {list(wanted)}" if layers else "none"
-        raise ValueError(f"a control input: {given} given; this transformer takes {takes}")
+    embedding: nn.Conv3d, layers: Sequence[int], control: Tensor, scale: float | Sequence[float], dtype: torch.dtype
+) -> Control:
+    """``control`` [B, vace_in_dim, F, h, w] -> the branch at its beginning. Raises ValueError."""
     scales = [float(scale)] * len(layers) if isinstance(scale, int | float) else [float(s) for s in scale]
     if len(scales) != len(layers):
         raise ValueError(f"{len(scales)} control scales were given for {len(layers)} layers with hints")
-    return Control(patchify(control.to(model.device, model.policy.compute), model.vace_patch_embedding), scales)
+    return Control(patchify(control.to(embedding.weight.device, dtype), embedding), scales)

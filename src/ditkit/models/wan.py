@@ -11,19 +11,32 @@ Source: Wan2.1 and Wan2.2 ``wan/modules/model.py``; numerics of both conventions
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ditkit.contracts import Attend, RunBlocks, Step
+from ditkit.errors import StateError
+from ditkit.models.conditioning import FIELDS, Conditioning, Text, fitting, text_rows
 from ditkit.models.vace import ControlBlock, begin_control, controlled
-from ditkit.models.wan_block import Block, BlockContext, Modulation, Text, WanConfig, patchify
+from ditkit.models.wan_block import (
+    Block,
+    BlockContext,
+    Control,
+    CrossAttention,
+    Modulation,
+    Rope,
+    WanConfig,
+    patchify,
+)
 from ditkit.nn.attention import sdpa
 from ditkit.nn.dtype_policy import DtypePolicy, dtype_policy
 from ditkit.nn.layers import LayerNorm, Linear, modulation, timestep_embedding
-from ditkit.nn.rope import rope_table
+from ditkit.nn.loaded import Loaded
 
 TIMESTEP_SCALE = 1000.0  # timestep = 1000 sigma; the only place of this factor
 
@@ -73,18 +86,18 @@ def run_in_order(blocks: Iterable[nn.Module], x: Tensor, ctx: BlockContext) -> T
     return x
 
 
-class WanTransformer(nn.Module):
-    """``transformer(latents, timestep, text)``. Latents are [B, C, F, h, w] with h and w even; the velocity
+class WanTransformer(Loaded):
+    """``transformer(latents, timestep, conditioning)``. Latents are [B, C, F, h, w] with h and w even; the velocity
     (noise minus data) that comes back has their shape and is float32 (bfloat16 under the diffusers policy)."""
 
     timestep_scale = TIMESTEP_SCALE
+    reads = FIELDS
     run_blocks = staticmethod(run_in_order)
 
     def __init__(self, config: WanConfig | None = None, policy: DtypePolicy | None = None):
         super().__init__()
         self.config = config = config or WanConfig()
         self.policy = policy or dtype_policy("wan", torch.float32)
-        self.identify: Callable[[], str] = lambda: "not loaded from files"
         self.patch_embedding = nn.Conv3d(config.in_dim, config.dim, config.patch_size, config.patch_size)
         self.text_embedding = nn.Sequential(
             Linear(config.text_dim, config.dim), nn.GELU(approximate="tanh"), Linear(config.dim, config.dim)
@@ -102,15 +115,6 @@ class WanTransformer(nn.Module):
             self.vace_blocks = nn.ModuleList(ControlBlock(config, n) for n in range(len(config.vace_layers)))
 
     @property
-    def fingerprint(self) -> str:
-        """Stands for the weights and how they compute; whoever loads the module sets ``identify``."""
-        return self.identify()
-
-    @property
-    def device(self) -> torch.device:
-        return self.patch_embedding.weight.device
-
-    @property
     def latent_channels(self) -> int:
         return self.config.out_dim
 
@@ -122,11 +126,30 @@ class WanTransformer(nn.Module):
     def control_channels(self) -> int:
         return self.config.vace_in_dim if self.config.vace_layers else 0
 
-    def prepare_text(self, rows: Sequence[Tensor], remember: bool = True, image: Tensor | None = None) -> Text:
+    def prepare(
+        self, fields: Mapping[str, Any], settings: Any, branch: str = "cond", cache_text_kv: bool = True
+    ) -> Conditioning:
+        """The conditioning of one branch (``cond``, ``uncond``) from fields of a State: text rows, image features,
+        condition, known frames, control. ``settings``: those of the request, as attributes. Raises StateError where
+        they are not what this transformer takes."""
+        rows = text_rows(fields, branch)
+        condition = fitting(fields, "condition", self.condition_channels)
+        control = fitting(fields, "control", self.control_channels)
+        scale = 1.0 if control is None else settings.control_scale
+        clean = fields["clean_latents"].shape[2] if "clean_latents" in fields else 0
+        try:
+            text = self.prepare_text(rows, cache_text_kv, fields.get("image_embeds")).text
+        except ValueError as e:
+            raise StateError("conditioning on what a State holds", str(e), "Use the encoders of this model") from None
+        return Conditioning(text, condition, control, scale, clean)
+
+    def prepare_text(
+        self, rows: Sequence[Tensor], cache_text_kv: bool = True, image: Tensor | None = None
+    ) -> Conditioning:
         """``rows``: one [length, text_dim] for each sample. Zero rows fill up to ``text_len`` *after* the text encoder
         and *before* the embedding, and all of them are attended: that is what Wan was trained with.
 
-        ``image``: CLIP features [B, n, image_dim]; None attends to the text alone."""
+        ``image``: CLIP features [B, n, image_dim]; None attends to the text alone. Raises ValueError."""
         widths = {r.shape[-1] for r in rows}
         if widths != {self.config.text_dim}:
             raise ValueError(f"text rows of width {widths} were given; the transformer takes {self.config.text_dim}")
@@ -134,10 +157,15 @@ class WanTransformer(nn.Module):
         if longest > self.config.text_len:
             raise ValueError(f"{longest} rows of text were given; the transformer takes {self.config.text_len}")
         padded = torch.stack([F.pad(r, (0, 0, 0, self.config.text_len - len(r))) for r in rows])
-        device, compute = self.patch_embedding.weight.device, self.policy.compute
-        return Text(
-            self.text_embedding(padded.to(device, compute)), {} if remember else None, self._image(image, len(rows))
-        )
+        padded = padded.to(self.device, self.policy.compute)
+        text = Text(self.text_embedding(padded), None, self._image(image, len(rows)))
+        if not cache_text_kv:
+            return Conditioning(text)
+        known: dict[tuple[int, bool, str], tuple[Tensor, Tensor]] = {}
+        for module in self.modules():
+            if isinstance(module, CrossAttention):
+                known |= module.all_keys_values(text)
+        return Conditioning(replace(text, keys_values=known))
 
     def _image(self, image: Tensor | None, count: int) -> Tensor | None:
         if image is None:
@@ -154,23 +182,37 @@ class WanTransformer(nn.Module):
         self,
         latents: Tensor,
         timestep: Tensor,
-        text: Text,
+        conditioning: Conditioning,
         *,
-        control: Tensor | None = None,
-        control_scale: float | Sequence[float] = 1.0,
         run_blocks: RunBlocks = run_in_order,
         attend: Attend = sdpa,
         step: Step | None = None,
     ) -> Tensor:
         policy = self.policy
+        timestep, latents = conditioning.timesteps(timestep, latents), conditioning.latents(latents)
         grid = self._grid(latents)
         x = patchify(latents.to(policy.compute), self.patch_embedding)
         time, modulation = self._time(timestep, grid)
-        rope = rope_table(grid, self.config.head_dim, latents.device, policy.norm_dtype)
-        branch = begin_control(self, control, control_scale, latents.shape)
-        ctx = BlockContext(modulation, rope, text, attend, grid, policy, step, branch)
-        x = run_blocks(self.blocks if branch is None else controlled(self), x, ctx)
+        rope = Rope(grid, self.config.head_dim, latents.device, policy.norm_dtype)
+        control = self._control(conditioning, latents)
+        tokens = {"video": slice(0, x.shape[1])}
+        ctx = BlockContext(modulation, rope, conditioning.text, attend, grid, policy, step, control, tokens)
+        blocks = self.blocks if control is None else controlled(self.blocks, self.vace_blocks, self.config.vace_layers)
+        x = run_blocks(blocks, x, ctx)
         return self._unpatchify(self.head(x, time, policy), grid)
+
+    def _control(self, conditioning: Conditioning, latents: Tensor) -> Control | None:
+        """The control branch at its beginning; None for a transformer without one."""
+        given, layers = conditioning.control, self.config.vace_layers
+        if given is None and not layers:
+            return None
+        wanted = (len(latents), self.control_channels, *latents.shape[2:])
+        if given is None or not layers or given.shape != wanted:
+            found = "none was" if given is None else f"one of shape {list(given.shape)} was"
+            takes = f"one of shape {list(wanted)}" if layers else "none"
+            raise ValueError(f"a control input: {found} given; this transformer takes {takes}")
+        scale = conditioning.control_scale
+        return begin_control(self.vace_patch_embedding, layers, given, scale, self.policy.compute)
 
     def _grid(self, latents: Tensor) -> tuple[int, int, int]:
         size, patch = latents.shape[2:], self.config.patch_size

@@ -7,21 +7,20 @@ Source: Wan2.1 and Wan2.2 ``wan/modules/model.py``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ditkit.contracts import Attend, Site, Step
+from ditkit.models.conditioning import Text
 from ditkit.nn.dtype_policy import DtypePolicy
 from ditkit.nn.layers import LayerNorm, Linear, RMSNorm, modulation
-from ditkit.nn.rope import rotate
-
-if TYPE_CHECKING:
-    from ditkit.models.vace import Control
+from ditkit.nn.rope import rope_table, rotate
 
 
 @dataclass(frozen=True)
@@ -60,17 +59,6 @@ class WanConfig:
         return self.dim // self.num_heads
 
 
-@dataclass
-class Text:
-    """The text of one run, embedded: ``rows`` [B, 512, dim]; and the image, where there is one: ``image`` [B, n, dim].
-    ``keys_values`` keeps what each cross-attention made of them, because it is the same at every step; None makes it
-    anew each time. Equal results either way."""
-
-    rows: Tensor
-    keys_values: dict[tuple[nn.Module, str], tuple[Tensor, Tensor]] | None
-    image: Tensor | None = None
-
-
 @dataclass(frozen=True)
 class Modulation:
     """What the timestep does to blocks and head: ``values`` [B, n, dim], or one row for each different timestep and
@@ -86,17 +74,71 @@ class Modulation:
 
 
 @dataclass(frozen=True)
+class Rope:
+    """Rotary positions of the tokens of ``grid``: frames count from ``start``; ``index``: those of some rows only."""
+
+    grid: tuple[int, int, int]
+    head_dim: int
+    device: torch.device
+    dtype: torch.dtype
+    start: int = 0
+    index: slice = field(default_factory=lambda: slice(None))
+
+    @cached_property
+    def table(self) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, each [L, 1, d/2]."""
+        cos, sin = rope_table(self.grid, self.head_dim, self.device, self.dtype, self.start)
+        return cos[self.index], sin[self.index]
+
+
+@dataclass
+class Control:
+    """The control branch of VACE during one forward pass: its tokens so far, and how much each hint counts."""
+
+    tokens: Tensor
+    scales: Sequence[float]
+
+
+@dataclass(frozen=True)
 class BlockContext:
-    """What a block needs besides the tokens. ``rope`` is a pair of [L, 1, d/2]."""
+    """What a block needs besides the tokens x [B, L, dim].
+
+    ``tokens`` tells which rows of x are ``video``, ``text`` or ``control``; Wan's are all video. ``step``: the
+    denoising step, None outside of a run. Plugs at seam B narrow it with ``rows`` and move it with ``shifted``."""
 
     modulation: Modulation
-    rope: tuple[Tensor, Tensor]
+    positions: Rope
     text: Text
     attend: Attend
     grid: tuple[int, int, int]
     policy: DtypePolicy
     step: Step | None = None
     control: Control | None = None
+    tokens: Mapping[str, slice] = field(default_factory=dict)
+
+    @property
+    def rope(self) -> tuple[Tensor, Tensor]:
+        return self.positions.table
+
+    def rows(self, index: slice) -> BlockContext:
+        """The context of the rows ``x[:, index]``: positions, timesteps and control tokens of those."""
+        kept = range(math.prod(self.grid))[self.positions.index][index]
+        modulation, control = self.modulation, self.control
+        if modulation.token is not None:
+            modulation = replace(modulation, token=modulation.token[:, index])
+        if control is not None:
+            control = replace(control, tokens=control.tokens[:, index])
+        return replace(
+            self,
+            modulation=modulation,
+            control=control,
+            positions=replace(self.positions, index=slice(kept.start, kept.stop, kept.step)),
+            tokens={"video": slice(0, len(kept))},
+        )
+
+    def shifted(self, frames: int) -> BlockContext:
+        """The context of the same tokens as if they stood ``frames`` latent frames later."""
+        return replace(self, positions=replace(self.positions, start=self.positions.start + frames))
 
 
 class Attention(nn.Module):
@@ -135,23 +177,28 @@ class CrossAttention(Attention):
     def forward(self, x: Tensor, ctx: BlockContext) -> Tensor:
         x = x.to(ctx.policy.compute)
         q = self.split(self.norm_q(self.q(x))).to(x.dtype)
-        text = ctx.text
-        k, v = self.keys_values(text, "cross", text.rows, lambda rows: self.norm_k(self.k(rows)), self.v)
+        k, v = self.keys_values(ctx.text, "cross")
         out = ctx.attend(q, k, v, Site(self.block, "cross", ctx.grid, ctx.step, self.control)).flatten(2)
-        if text.image is not None:
-            k, v = self.keys_values(
-                text, "image", text.image, lambda rows: self.norm_k_img(self.k_img(rows)), self.v_img
-            )
+        if ctx.text.image is not None:
+            k, v = self.keys_values(ctx.text, "image")
             out = out + ctx.attend(q, k, v, Site(self.block, "image", ctx.grid, ctx.step, self.control)).flatten(2)
         return self.o(out)
 
-    def keys_values(self, text: Text, kind: str, rows: Tensor, key: Callable, value: Callable) -> tuple[Tensor, Tensor]:
-        known = text.keys_values.get((self, kind)) if text.keys_values is not None else None
-        if known is None:
-            known = self.split(key(rows)).to(rows.dtype), self.split(value(rows))
-            if text.keys_values is not None:
-                text.keys_values[self, kind] = known
-        return known
+    def keys_values(self, text: Text, kind: str) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, n, N, d] of the text (``cross``) or of the image rows (``image``)."""
+        known = None if text.keys_values is None else text.keys_values.get((self.block, self.control, kind))
+        if known is not None:
+            return known
+        if kind == "cross":
+            return self.split(self.norm_k(self.k(text.rows))).to(text.rows.dtype), self.split(self.v(text.rows))
+        rows = text.image
+        assert rows is not None
+        return self.split(self.norm_k_img(self.k_img(rows))).to(rows.dtype), self.split(self.v_img(rows))
+
+    def all_keys_values(self, text: Text) -> dict[tuple[int, bool, str], tuple[Tensor, Tensor]]:
+        """What ``Text.keys_values`` holds for this layer."""
+        kinds = ("cross",) if text.image is None else ("cross", "image")
+        return {(self.block, self.control, kind): self.keys_values(text, kind) for kind in kinds}
 
 
 class Block(nn.Module):
@@ -169,11 +216,15 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, ctx: BlockContext) -> Tensor:
         wide, stream, compute = ctx.policy.norm_dtype, ctx.policy.residual_dtype, ctx.policy.compute
-        part = ctx.modulation.parts(self.modulation, wide)  # shift, scale and gate, twice
-        y = self.self_attn(torch.addcmul(next(part), self.norm1(x), 1 + next(part)), ctx)  # shift + norm * (1 + scale)
-        x = torch.addcmul(x.to(wide), y.to(wide), next(part)).to(stream)
+        part = ctx.modulation.parts(self.modulation, wide)  # adaLN; made one by one, for each may be as large as x
+        shift, scale = next(part), next(part)
+        y = self.self_attn(torch.addcmul(shift, self.norm1(x), 1 + scale), ctx)
+        del shift, scale
+        x = torch.addcmul(x.to(wide), y.to(wide), next(part)).to(stream)  # + gate * y
         x = x + self.cross_attn(self.norm3(x), ctx).to(stream)
-        y = self.ffn(torch.addcmul(next(part), self.norm2(x), 1 + next(part)).to(compute))
+        shift, scale = next(part), next(part)
+        y = self.ffn(torch.addcmul(shift, self.norm2(x), 1 + scale).to(compute))
+        del shift, scale
         return torch.addcmul(x.to(wide), y.to(wide), next(part)).to(stream)
 
 

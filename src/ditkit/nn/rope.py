@@ -13,18 +13,20 @@ MAX_POSITIONS = 1024  # length of the official tables, on each axis
 
 
 def rope_table(
-    grid: tuple[int, int, int], head_dim: int, device: torch.device, dtype: torch.dtype
+    grid: tuple[int, int, int], head_dim: int, device: torch.device, dtype: torch.dtype, start: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines for the tokens of ``grid`` = (frames, rows, columns): each [L, 1, d/2] in ``dtype``,
-    computed in float64. Raises ValueError where an axis is longer than the official tables (1024)."""
-    if max(grid) > MAX_POSITIONS:
-        raise ValueError(f"a token grid of {grid} was asked for; rotary positions end at {MAX_POSITIONS} an axis")
+    """Cosines and sines for the tokens of ``grid`` = (frames, rows, columns), frames counted from ``start``: each
+    [L, 1, d/2] in ``dtype``, computed in float64. Raises ValueError beyond the official tables (1024 an axis)."""
+    if max(grid[0] + start, *grid[1:]) > MAX_POSITIONS:
+        found = f"{grid}" + (f" from frame {start} on" if start else "")
+        raise ValueError(f"a token grid of {found} was asked for; rotary positions end at {MAX_POSITIONS} an axis")
     side = 2 * (head_dim // 6)
     cosines: list[Tensor] = []
     sines: list[Tensor] = []
     for axis, (length, width) in enumerate(zip(grid, (head_dim - 2 * side, side, side), strict=True)):
         frequency = 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
-        angle = torch.outer(torch.arange(length, dtype=torch.float64), frequency)
+        first = 0 if axis else start
+        angle = torch.outer(torch.arange(first, first + length, dtype=torch.float64), frequency)
         shape = [1, 1, 1, width // 2]
         shape[axis] = length
         for parts, values in ((cosines, angle.cos()), (sines, angle.sin())):

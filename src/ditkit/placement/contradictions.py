@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 
-from ditkit.assembly.adapters import Wanted
-from ditkit.assembly.seams import plugs_of
+from ditkit.assembly.adapters import named_expert
+from ditkit.assembly.plugs import plugs_of
 from ditkit.errors import SetupError
 from ditkit.execution.stage_list import StageList
-from ditkit.placement.spec import EXPERTS, Spec, Target
+from ditkit.placement.spec import EXPERTS, Spec, Target, address
 from ditkit.setup import Setup
 
 HERE = Spec("here", "here")
@@ -62,17 +62,17 @@ def concerns(setup: Setup) -> Iterator[tuple[str, Iterable[str], Callable[[Spec]
     plain, every = Setup(), ("tokenizer", "text_encoder", "image_encoder", *EXPERTS, "vae")
     for setting in ("components", "dtypes", "backends"):
         for name, value in getattr(setup, setting).items():
-            if setting == "components" and value.startswith(("http://", "https://")):
+            if setting == "components" and address(value) is not None:
                 continue  # it says that the host's is meant
             yield f"{setting} with {name} = {value!r}", [name], elsewhere
     for name, device in setup.devices.items():
         yield f"devices with {name} = {device!r}", [name], partial(on_other_than, device)
     for text in setup.loras:
-        expert = Wanted.parse(text).expert
+        expert, _ = named_expert(text)
         yield f"loras with {text!r}", EXPERTS if expert in (None, "both") else [str(expert)], elsewhere
     for plug in plugs_of(setup.plugs):
         if plug.seam == "swap":
-            yield f"plugs with {plug.row.name!r}", EXPERTS, elsewhere
+            yield f"plugs with {plug.row.name!r}", getattr(plug.row.made, "components", EXPERTS), elsewhere
     for setting, names in (("dtype_policy", EXPERTS), ("dtype", every), ("variant", every)):
         if (value := getattr(setup, setting)) != getattr(plain, setting):
             yield f"{setting} = {value!r}", names, elsewhere

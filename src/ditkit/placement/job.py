@@ -1,4 +1,4 @@
-"""What travels: a Job and its inputs there, Frames back. Plain JSON and safetensors; nothing is ever pickled.
+"""What travels: a Job and its inputs there, Messages back. Plain JSON and safetensors; nothing is ever pickled.
 
 A Message is a kind and a payload: ``event`` (JSON, or a State where it holds tensors), ``kept`` and ``outcome``
 (States), ``error`` (JSON), ``alive`` (nothing: the other end is at work). Leaves out: how bytes travel.
@@ -10,12 +10,17 @@ import dataclasses
 import functools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from types import MappingProxyType
 from typing import Any
+
+from pydantic import ConfigDict, NonNegativeInt, PositiveInt, TypeAdapter
+from pydantic.dataclasses import dataclass as checked_dataclass
 
 from ditkit import errors
 from ditkit.contracts import Step
 from ditkit.errors import DitkitError, PlaceError, StateError
+from ditkit.event_table import is_a
 from ditkit.events import Event
 from ditkit.execution.place import StageResult
 from ditkit.execution.stage import Stage
@@ -24,25 +29,27 @@ from ditkit.state import State, kind_of
 WIRE = 2
 """The version of all that is in this file; two ends of another version refuse each other."""
 
+SAME = "Use the same version of ditkit on both machines"
+
 WORDS = 2000
 """Letters that are shown of each part of an error of another machine."""
 
 KINDS = ("event", "kept", "outcome", "error", "alive")
 
 
-@dataclass(frozen=True)
+@checked_dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid"))
 class Job:
-    """``options``: the stage's dataclass fields. ``weights``: fingerprints of its components, as the caller knows them;
-    the worker refuses to use others. ``keep_every``: None when nobody keeps. ``ignore``: events that nobody there
-    listens to. ``made_by``: the stage's class (``trust.py``); empty for whoever takes the one that is there. ``plugs``:
-    what is in the seams, as text (``assembly/seams.py``)."""
+    """A stage to run elsewhere. ``options``: the stage's dataclass fields. ``weights``: fingerprints of its components,
+    as the caller knows them; the worker refuses to use others. ``keep_every``: None when nobody keeps. ``ignore``:
+    events that nobody listens to. ``made_by``: the stage's class (``validation.py``); empty takes the one there.
+    ``plugs``: what is in the seams, as texts (``assembly/plugs.py``)."""
 
     id: str
     stage: str
     options: Mapping[str, Any] = field(default_factory=dict)
     weights: Mapping[str, str] = field(default_factory=dict)
-    stop_at_step: int | None = None
-    keep_every: int | None = None
+    stop_at_step: NonNegativeInt | None = None
+    keep_every: PositiveInt | None = None
     ignore: Sequence[str] = ()
     made_by: str = ""
     plugs: Sequence[str] = ()
@@ -55,20 +62,9 @@ class Job:
     def from_json(cls, text: str) -> Job:
         """Raises PlaceError."""
         try:
-            values = json.loads(text)
-            job = cls(**values)
-            sound = all(isinstance(x, str) for x in (job.id, job.stage)) and isinstance(job.options, dict)
-            sound = sound and isinstance(job.weights, dict)
-            sound = sound and isinstance(job.ignore, list) and isinstance(job.plugs, list)
-            texts = (job.made_by, *job.weights.values(), *job.ignore, *job.plugs)
-            sound = sound and all(isinstance(x, str) for x in texts)
-            numbers = (job.stop_at_step, job.keep_every)
-            sound = sound and all(n is None or (type(n) is int and n >= 0) for n in numbers) and job.keep_every != 0
-        except (TypeError, ValueError, RecursionError):
-            sound = False
-        if not sound:
-            raise PlaceError("reading a job", "it is not one of this version", "Use the same version of ditkit")
-        return job
+            return TypeAdapter(cls).validate_json(text)
+        except ValueError:
+            raise PlaceError("reading a job", "it is not one of this version", SAME) from None
 
 
 @dataclass(frozen=True)
@@ -108,11 +104,8 @@ def with_options(stage: Stage, options: Mapping[str, Any]) -> Stage:
     """``stage`` as the caller has it. Raises PlaceError for an option that this version of the stage lacks."""
     known = options_to_send(stage)
     if set(options) != set(known):
-        raise PlaceError(
-            f"running stage {stage.name!r} with the options {', '.join(sorted(options)) or 'none'}",
-            f"it has {', '.join(sorted(known)) or 'none'}",
-            "Use the same version of ditkit on both machines",
-        )
+        asked, has = (", ".join(sorted(names)) or "none" for names in (options, known))
+        raise PlaceError(f"running stage {stage.name!r} with the options {asked}", f"it has {has}", SAME)
     return dataclasses.replace(stage, **{k: _tuples(v) for k, v in options.items()}) if known else stage  # type: ignore[type-var]
 
 
@@ -137,11 +130,11 @@ def state_to_outcome(state: State) -> tuple[StageResult, float]:
     return StageResult(written, *told), about["seconds"]
 
 
-def event_to_frame(event: Event) -> Message:
+def event_to_message(event: Event) -> Message:
     """Values that are neither plain nor tensors (nor a Step) are sent as text."""
     tensors = {f"@{k}": v for k, v in event.values.items() if kind_of(v) == "tensor"}
     plain = {k: _plain(v) for k, v in event.values.items() if f"@{k}" not in tensors}
-    about = {"name": event.name, "values": plain}
+    about = {"name": event.name, "values": plain, "seconds": event.seconds, "span": event.span, "parent": event.parent}
     if not tensors:
         return Message("event", json.dumps(about).encode())
     return Message("event", State({**tensors, "event": about}).to_bytes())
@@ -156,23 +149,38 @@ def _plain(value: Any) -> Any:
         return str(value)
 
 
-def frame_to_event(frame: Message) -> tuple[str, dict[str, Any]]:
-    """Name and values. Raises StateError."""
-    data, tensors = bytes(frame.payload), {}
+def message_to_event(message: Message) -> Event:
+    """With the ids and the clock of its sender. Raises StateError."""
+    data, tensors = bytes(message.payload), {}
     try:
         if data[:1] == b"{":
             about = json.loads(data)
         else:
             state = State.from_bytes(data, "an event")
             about, tensors = state["event"], {k[1:]: state[k] for k in state if k.startswith("@")}
-        values = {k: Step(**v["@step"]) if isinstance(v, dict) and "@step" in v else v
+        values = {k: _step(v["@step"]) if isinstance(v, dict) and "@step" in v else v
                   for k, v in about["values"].items()}  # fmt: skip
-        return str(about["name"]), {**values, **tensors}
+        wrong = [key for key, kind in _ABOUT.items() if not is_a(about[key], kind)]
+        if wrong:
+            raise ValueError(wrong[0])
+        return Event(values=MappingProxyType({**values, **tensors}), **{key: about[key] for key in _ABOUT})
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
         raise StateError("reading an event", f"it is damaged ({e!r})", "Use the same version of ditkit") from None
 
 
-def error_to_frame(error: BaseException) -> Message:
+_ABOUT = {"name": "str", "seconds": "float", "span": "int", "parent": "int"}
+
+
+def _step(values: Mapping[str, Any]) -> Step:
+    window = values.get("frames")
+    step = Step(**{**values, "frames": None if window is None else tuple(window)})
+    plain = all(is_a(getattr(step, each.name), str(each.type)) for each in fields(Step) if each.name != "frames")
+    if not plain or [type(n) for n in step.frames or (0, 0)] != [int, int]:
+        raise TypeError("its step is another one")
+    return step
+
+
+def error_to_message(error: BaseException) -> Message:
     """An error of ditkit's keeps its kind and its three parts; of any other only its text travels."""
     if isinstance(error, DitkitError) and type(error).__reduce__ is DitkitError.__reduce__:
         about = {"kind": type(error).__name__, "asked": error.asked, "found": error.found, "do": error.do}
@@ -187,7 +195,7 @@ def _printable(text: Any) -> str:
     return "".join(letter if letter.isprintable() else " " for letter in str(text)[:WORDS])
 
 
-def frame_to_error(payload: bytes | bytearray | memoryview, place: str) -> DitkitError:
+def message_to_error(payload: bytes | bytearray | memoryview, place: str) -> DitkitError:
     """The same error, which names the place."""
     try:
         about = json.loads(bytes(payload))

@@ -1,7 +1,7 @@
 """Plugs and kernels of a stage that runs elsewhere: is the same code there?
 
 A host says what code it knows besides ditkit's own: files that it was started with and rows of installed packages.
-Leaves out: making plugs of what a job names (``assembly/seams.py``).
+Leaves out: making plugs of what a job names (``assembly/plugs.py``).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ditkit.assembly.seams import PLUGS, START_WITH, texts_of
+from ditkit.assembly.plugs import PLUGS, START_WITH, texts_of
 from ditkit.contracts import Seams
 from ditkit.errors import PlaceError
 from ditkit.execution.place import Segment

@@ -14,11 +14,11 @@ from typing import Any
 
 from ditkit.errors import PlaceError
 from ditkit.execution.stage import Stage
-from ditkit.placement.job import Job, Message, frame_to_error, options_to_send, state_to_outcome
+from ditkit.placement.job import Job, Message, message_to_error, options_to_send, state_to_outcome
 from ditkit.placement.spec import EXPERTS
 from ditkit.placement.worker import Worker
 from ditkit.request import Request
-from ditkit.state import State, digest
+from ditkit.state import State, digest, kind_of
 
 PROMPT = "A  “red” kite &amp; two dogs,\n一只猫 "
 """Cleaning changes it in each of its steps: double spaces, quotes, an entity, a line's end, a space at the end."""
@@ -38,7 +38,7 @@ def probe_of(worker: Worker, name: str) -> dict[str, Any]:
         job = Job("probe", name, options_to_send(stage), ignore=("prediction", "frames"))
         worker.run(job, inputs, frames.append, threading.Event())
         if frames[-1].kind != "outcome":
-            raise frame_to_error(frames[-1].payload, "the probe")
+            raise message_to_error(frames[-1].payload, "the probe")
         outcome, _ = state_to_outcome(frames[-1].state("the probe"))
         written.append(dict(outcome.written))
     return {"stage": name, "hash": digest(written_of(written)), "numbers": [numbers(fields) for fields in written]}
@@ -56,8 +56,6 @@ def written_of(written: list[dict[str, Any]]) -> list[Any]:
 
 def numbers(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Of each tensor what a person compares; of a plain field its value."""
-    from ditkit.state import kind_of
-
     return {
         name: figures(value) if kind_of(value) == "tensor" else value
         for name, value in fields.items()
@@ -96,9 +94,8 @@ def cases(stage: Stage, components: Mapping[str, Any]) -> Iterator[State]:
     names = {*stage.reads, *stage.triggers}
     unknown = [*sorted(names - set(makers)), *(n for n in stage.components if not has_probe([n]))]
     if unknown:
-        raise PlaceError(
-            f"probing stage {stage.name!r}", f"there is no fixed input for {', '.join(unknown)}", "Do without"
-        )
+        found = f"there is no fixed input for {', '.join(unknown)}"
+        raise PlaceError(f"probing stage {stage.name!r}", found, "Do without")
     yield State({name: makers[name]() for name in sorted(names)})
 
 

@@ -1,6 +1,6 @@
 """Ray: a Worker in an actor, on a cluster of this machine (``ray``) or on another one (``ray://HOST:PORT``).
 
-Ray starts the actor, finds it a GPU and tells when it died; plain text and bytes travel. Frames are asked for in turns
+Ray starts the actor, finds it a GPU and tells when it died; plain text and bytes travel. Messages are asked for in turn
 and not streamed by a generator, which a ``ray://`` connection does not offer. Leaves out: starting a cluster of many
 machines (``ray start``), and what has to lie there: this package and the model's files.
 """
@@ -18,7 +18,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from ditkit.errors import DitkitError, Lost, MissingDependency, PlaceError, SetupError
-from ditkit.placement.job import Job, Message, error_to_frame, frame_to_error
+from ditkit.placement.channel import Question
+from ditkit.placement.job import Job, Message, error_to_message, message_to_error
 from ditkit.setup import Setup
 from ditkit.state import State
 
@@ -32,7 +33,7 @@ START = 600.0
 """Seconds that Ray has to find a machine, which it may have to start first."""
 
 Answer = tuple[str, bytes]
-"""The kind of a frame, or ``value`` for JSON, and its payload."""
+"""The kind of a message, or ``value`` for JSON, and its payload."""
 
 
 class Actor:
@@ -55,61 +56,55 @@ class Actor:
 
         return _answer(opened)
 
-    def describe(self) -> Answer:
-        return _answer(self.worker.describe)
+    def ask(self, question: Question, name: str) -> Answer:
+        return _answer(lambda: self._told(question, name))
 
-    def probe(self, stage: str) -> Answer:
-        def made() -> dict[str, Any]:
-            from ditkit.placement.probe import probe_of
+    def _told(self, question: Question, name: str) -> dict[str, Any]:
+        from ditkit.placement.probe import probe_of
 
-            return probe_of(self.worker, stage)
-
-        return _answer(made)
+        if question == "probe":
+            return probe_of(self.worker, name)
+        if question == "cancel" and name in self.running:
+            self.running[name][1].set()
+        return self.worker.describe() if question == "describe" else {}
 
     def submit(self, job: str, inputs: bytes) -> Answer:
         def begun() -> dict[str, Any]:
             asked, state = Job.from_json(job), State.from_bytes(inputs, "the caller")
-            frames, cancelled = self.running[asked.id] = queue.SimpleQueue(), threading.Event()
-            threading.Thread(target=self._work, args=(asked, state, frames, cancelled), daemon=True).start()
+            messages, cancelled = self.running[asked.id] = queue.SimpleQueue(), threading.Event()
+            threading.Thread(target=self._work, args=(asked, state, messages, cancelled), daemon=True).start()
             return {}
 
         return _answer(begun)
 
-    def _work(self, job: Job, inputs: State, frames: queue.SimpleQueue[Message], cancelled: threading.Event) -> None:
+    def _work(self, job: Job, inputs: State, messages: queue.SimpleQueue[Message], cancelled: threading.Event) -> None:
         try:
-            self.worker.run(job, inputs, frames.put, cancelled)
+            self.worker.run(job, inputs, messages.put, cancelled)
         except Exception:  # its text has been sent; the log of the actor has the rest
             traceback.print_exc()
 
     def take(self, job: str) -> list[Answer]:
         """What has come since the last turn; nothing after ``TURN`` seconds without news."""
-        frames, found = self.running[job][0], list[Answer]()
+        messages, found = self.running[job][0], list[Answer]()
         with contextlib.suppress(queue.Empty):
-            frame = frames.get(timeout=TURN)
+            message = messages.get(timeout=TURN)
             while True:
-                found.append((frame.kind, bytes(frame.payload)))
-                if frame.kind in ("outcome", "error"):
+                found.append((message.kind, bytes(message.payload)))
+                if message.kind in ("outcome", "error"):
                     del self.running[job]
                     break
-                frame = frames.get_nowait()
+                message = messages.get_nowait()
         return found
-
-    def cancel(self, job: str) -> None:
-        if job in self.running:
-            self.running[job][1].set()
-
-    def alive(self) -> None:
-        pass
 
 
 def _answer(tell: Callable[[], dict[str, Any]]) -> Answer:
     try:
         return "value", json.dumps(tell()).encode()
     except DitkitError as e:
-        return "error", bytes(error_to_frame(e).payload)
+        return "error", bytes(error_to_message(e).payload)
     except Exception as e:
         traceback.print_exc()
-        return "error", bytes(error_to_frame(e).payload)
+        return "error", bytes(error_to_message(e).payload)
 
 
 class RayChannel:
@@ -134,11 +129,11 @@ class RayChannel:
         self._left: weakref.finalize[..., RayChannel] | None = None
         self._lock = threading.RLock()
 
-    def describe(self) -> dict[str, Any]:
-        return self._ask(f"asking {self.name} who it is", lambda actor: actor.describe.remote())
-
-    def probe(self, stage: str) -> dict[str, Any]:
-        return self._ask(f"probing {stage} at {self.name}", lambda actor: actor.probe.remote(stage))
+    def ask(self, question: Question, name: str = "") -> dict[str, Any]:
+        if question == "cancel" and self._actor is None:
+            return {}
+        actor, asked = self._started(), f"asking {self.name} for {question} {name}".rstrip()
+        return _value(self._wait(asked, actor, actor.ask.remote(question, name)), self.name)
 
     def submit(self, job: Job, inputs: State) -> Iterator[Message]:
         asked, actor = f"running stage {job.stage!r} at {self.name}", self._started()
@@ -150,12 +145,8 @@ class RayChannel:
                 ended = any(kind in ("outcome", "error") for kind, _ in found)
                 yield from (Message(kind, payload) for kind, payload in found or [("alive", b"")])
         finally:
-            if not ended:
-                self.cancel(job.id)
-
-    def cancel(self, job_id: str) -> None:
-        if self._actor is not None:
-            self._actor.cancel.remote(job_id)
+            if not ended and self._actor is not None:
+                self._actor.ask.remote("cancel", job.id)
 
     def close(self) -> None:
         with self._lock:
@@ -195,7 +186,7 @@ class RayChannel:
 
     def _start(self, ray: Any, actor: Any) -> None:
         asked = f"starting an actor at {self.name}"
-        self._get(asked, actor.alive.remote(), START)
+        self._get(asked, actor.ask.remote("health", ""), START)
         setup = self.setup.model_copy(update={"placement": {}, "expected_probes": {}, **self._devices(ray)})
         started = actor.start.remote(setup.model_dump_json(), self.stages, self._threads())
         _value(self._wait(asked, actor, started), self.name)
@@ -217,17 +208,13 @@ class RayChannel:
 
     # --- asking it
 
-    def _ask(self, asked: str, call: Callable[[Any], Any]) -> dict[str, Any]:
-        actor = self._started()
-        return _value(self._wait(asked, actor, call(actor)), self.name)
-
     def _wait(self, asked: str, actor: Any, answer: Any) -> Answer:
         """The answer, however long it takes, as long as the actor shows that it is alive."""
         while True:
             ready, _ = CLUSTER.ray.wait([answer], timeout=self.timeout)
             if ready:
                 return self._get(asked, answer)
-            self._get(asked, actor.alive.remote())
+            self._get(asked, actor.ask.remote("health", ""))
 
     def _get(self, asked: str, answer: Any, timeout: float | None = None) -> Any:
         """Raises Lost for an actor that has died or is silent; the next one who asks starts another."""
@@ -248,7 +235,7 @@ class RayChannel:
 def _value(answer: Answer, place: str) -> dict[str, Any]:
     kind, payload = answer
     if kind == "error":
-        raise frame_to_error(payload, place)
+        raise message_to_error(payload, place)
     return json.loads(payload)
 
 
@@ -278,11 +265,8 @@ class Cluster:
             if not self.ray.is_initialized():
                 self._begin(address)
             elif address != (self.address if self.ours else None):
-                raise PlaceError(
-                    f"running stages at {address or 'ray'}",
-                    f"this process is connected to {self.address or 'a cluster'} already",
-                    "Use one cluster in each process",
-                )
+                found = f"this process is connected to {self.address or 'a cluster'} already"
+                raise PlaceError(f"running stages at {address or 'ray'}", found, "Use one cluster in each process")
             self.users += new
             return self.ray
 

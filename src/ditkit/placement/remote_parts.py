@@ -17,15 +17,10 @@ from ditkit.errors import PlaceError, SetupError
 from ditkit.execution.place import Segment
 from ditkit.execution.stage_list import Stage, StageList
 from ditkit.placement.contradictions import uses
-from ditkit.placement.spec import EXPERTS, Spec, Target
+from ditkit.placement.spec import EXPERTS, Spec, Target, address
 
 if TYPE_CHECKING:
     from ditkit.placement.places import Places
-
-
-def address(text: str) -> Spec | None:
-    """The host that ``text`` (a model, a part) names, if it names one. Raises SetupError for a crooked address."""
-    return Spec.parse(text) if text.startswith(("http://", "https://")) else None
 
 
 def model_at(places: Places, spec: Spec) -> Mapping[str, Any]:

@@ -7,11 +7,13 @@ Right of it: ``here``, a device of this process (``cuda:0``), ``process`` or ``p
 
 from __future__ import annotations
 
+import functools
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
-from ditkit.errors import SetupError
+from ditkit.errors import SetupError, nearest
 
 DEVICE = re.compile(r"cpu|mps|cuda(:\d+)?")
 EXPERTS = ("transformer", "transformer_2")
@@ -20,25 +22,25 @@ FORMS = "here, cpu, cuda:N, mps, process[:DEVICE], http://HOST:PORT, ray[:DEVICE
 
 @dataclass(frozen=True)
 class Target:
-    """Which steps of which stage: all, those from ``step`` on, or those of ``expert``."""
+    """Which steps of which stage: all, those from ``step`` on, or those of ``expert``. ``text`` is what was written."""
 
     stage: str
     step: int | None = None
     expert: str | None = None
+    text: str = field(default="", compare=False)
 
     @classmethod
     def parse(cls, text: str) -> Target:
-        stage, at, step = text.partition("@")
+        """Raises SetupError."""
+        asked, (stage, at, step) = f"placement of {text!r}", text.partition("@")
         if at:
             if not step.isdigit() or not stage:
-                raise SetupError(f"placement of {text!r}", "it is not of the form STAGE@STEP", "Write denoise@10")
-            return cls(stage, int(step))
+                raise SetupError(asked, "it is not of the form STAGE@STEP", "Write denoise@10")
+            return cls(stage, int(step), None, text)
         stage, dot, expert = text.partition(".")
         if dot and expert not in EXPERTS:
-            raise SetupError(
-                f"placement of {text!r}", f"there is no expert {expert!r}", f"Name one of {', '.join(EXPERTS)}"
-            )
-        return cls(stage, None, expert or None)
+            raise SetupError(asked, f"there is no expert {expert!r}", f"Name one of {', '.join(EXPERTS)}")
+        return cls(stage, None, expert or None, text)
 
 
 @dataclass(frozen=True)
@@ -57,19 +59,12 @@ class Spec:
         asked = f"placement of {target} at {re.sub('(?<=//).*@', '...@', text)!r}"
         if text == "here" or DEVICE.fullmatch(text):
             return cls("here", text, None, None if text == "here" else text)
-        for kind in ("process", "ray"):
-            if text == kind:
-                return cls(kind, text)
-            if text.startswith(f"{kind}:") and DEVICE.fullmatch(text.removeprefix(f"{kind}:")):
-                return cls(kind, text, None, text.removeprefix(f"{kind}:"))
+        kind, _, device = text.partition(":")
+        if kind in ("process", "ray") and (text == kind or DEVICE.fullmatch(device)):
+            return cls(kind, text, None, device or None)
         parts = urlsplit(text)
-        if parts.scheme in ("http", "https", "ray"):
-            return cls._address(text, asked)
-        raise SetupError(asked, "nothing of that form is known", f"Give {FORMS}")
-
-    @classmethod
-    def _address(cls, text: str, asked: str) -> Spec:
-        parts = urlsplit(text)
+        if parts.scheme not in ("http", "https", "ray"):
+            raise SetupError(asked, "nothing of that form is known", f"Give {FORMS}")
         try:
             port = parts.port
         except ValueError:
@@ -77,11 +72,40 @@ class Spec:
         if not parts.hostname:
             raise SetupError(asked, "it names no host", "Write http://HOST:PORT")
         if parts.username or parts.password:
-            raise SetupError(
-                asked, "it holds a password, which would stand in every manifest", "Put it into DITKIT_HOST_TOKEN"
-            )
+            found = "it holds a password, which would stand in every manifest"
+            raise SetupError(asked, found, "Put it into DITKIT_HOST_TOKEN")
         if parts.query or parts.fragment:
             raise SetupError(asked, "it holds more than an address", "Write http://HOST:PORT")
         if parts.scheme == "ray" and port is None:
             raise SetupError(asked, "it has no port", "Write ray://HOST:10001")
         return cls("ray" if parts.scheme == "ray" else "http", text, text.rstrip("/"))
+
+
+@functools.cache
+def address(text: str) -> Spec | None:
+    """The host that ``text`` (a model, a part) names, if it names one. Raises SetupError for a crooked address."""
+    return Spec.parse(text) if text.startswith(("http://", "https://")) else None
+
+
+def specs_of(placement: Mapping[str, str]) -> dict[Target, Spec]:
+    """The setting, read. Raises SetupError."""
+    specs = {Target.parse(key): Spec.parse(value, key) for key, value in placement.items()}
+    if len(specs) < len(placement):
+        raise SetupError(f"placement of {', '.join(placement)}", "it names the same steps twice", "Leave one out")
+    return specs
+
+
+def expected_of(probes: Mapping[str, str], specs: Mapping[Target, Spec]) -> dict[Target, str]:
+    """The setting ``expected_probes``, which has the keys of ``placement``, and for each its probe's hash or the begin
+    of it. Raises SetupError."""
+    known = {target.text: target for target in specs}
+    for key, wanted in probes.items():
+        asked = f"expected_probes of {key!r}"
+        if key not in known:
+            raise SetupError(asked, f"it is placed nowhere{nearest(key, known)}", "Use the same key")
+        if specs[known[key]].kind == "here":
+            raise SetupError(asked, "it runs in this process", "Leave it out")
+        if not re.fullmatch("[0-9a-f]{8,64}", wanted):
+            found = "a probe's hash is 8 to 64 hexadecimal digits"
+            raise SetupError(f"{asked} as {wanted!r}", found, "Take it from `ditkit doctor --placement`")
+    return {known[key]: wanted for key, wanted in probes.items()}

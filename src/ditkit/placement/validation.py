@@ -1,40 +1,20 @@
 """What comes from a place is held against what was asked of it, before anything of it is used, kept or written down.
 
 A host may be another version, damaged or of bad will. Leaves out: whether what it computed is right, which only the
-probe tells (``handshake.py``), and the bytes themselves (``framing.py``, ``state.py``).
+probe tells (``handshake.py``), the bytes themselves (``framing.py``, ``state.py``), and events (``events.py``).
 """
 
 from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
 from ditkit.checking import check_counts, fault_of
-from ditkit.contracts import Step
 from ditkit.errors import StateError
 from ditkit.execution.place import StageCall, StageResult, checked
 from ditkit.execution.records import code_of
 from ditkit.execution.stage import Stage, known_settings
-from ditkit.state import kind_of
-
-STEP, NUMBER = {"step": Step}, (int, float)
-
-EVENTS: Mapping[str, Mapping[str, Any]] = {
-    "step.start": STEP,
-    "step.end": {**STEP, "elapsed": NUMBER},
-    "prediction": {**STEP, "x": 5, "velocity": 5},
-    "frames": {"frames": 4, "clip": int},
-    "load.start": {"component": str},
-    "load.end": {"component": str, "elapsed": NUMBER},
-    "prompt.truncated": {"field": str, "prompt": str, "tokens": int},
-    "prompt.fallback": {"clip": int, "prompt": str, "reason": str},
-}
-"""Events of ditkit's stages with what listeners count on: of each value its type, of a tensor its dimensions."""
-
-OURS = ("stage", "cache", "place", "travel", "run", "clip")
-"""First words of events that only the caller of a stage emits: no place tells where, and whether, a stage ran."""
 
 
 def made_by(stage: Stage) -> str:
@@ -42,25 +22,6 @@ def made_by(stage: Stage) -> str:
     have the same; of a class that is in no file nobody can tell, and then nothing equals it."""
     name = f"{type(stage).__module__}.{type(stage).__qualname__}"
     return name if name.startswith("ditkit.") else f"{name} {code_of(stage) or f'in no file {uuid.uuid4().hex}'}"
-
-
-def check_event(name: str, values: Mapping[str, Any], place: str) -> None:
-    """Raises StateError for an event that no stage emits, or that lacks what belongs to it."""
-    told, asked = EVENTS.get(name, {}), f"reading the event {name[:40]!r} from {place}"
-    if name.partition(".")[0] in OURS:
-        raise StateError(asked, "no stage emits that", "Look at its log")
-    for key, wanted in told.items():
-        if not _is(values.get(key), wanted):
-            raise StateError(asked, f"its {key} is not what belongs there", "Look at its log")
-
-
-def _is(value: Any, wanted: Any) -> bool:
-    if isinstance(wanted, int):
-        return kind_of(value) == "tensor" and value.dim() == wanted
-    if wanted is not Step:
-        return isinstance(value, wanted) and not isinstance(value, bool)
-    kinds = {"int": int, "float": NUMBER, "str": str}
-    return isinstance(value, Step) and all(_is(getattr(value, f.name), kinds[str(f.type)]) for f in fields(Step))
 
 
 def check_outcome(task: StageCall, outcome: StageResult, place: str, final: bool) -> None:

@@ -1,7 +1,7 @@
 """Worker: the end of a channel where stages are carried out. It knows its stages and its components, and no caller.
 
-One stage at a time, because they share a device. Leaves out: how jobs come and frames go (``host.py``, ``process.py``,
-``ray_actor.py``).
+One stage at a time, because they share a device. Leaves out: how jobs come and messages go (``http``, ``process``,
+``ray.py``).
 """
 
 from __future__ import annotations
@@ -12,18 +12,20 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from ditkit.assembly.seams import received
+from ditkit.assembly.plugs import received
+from ditkit.cancel import Cancel
 from ditkit.checking import fault_of
 from ditkit.errors import DitkitError, Lost, PlaceError, StateError, nearest
 from ditkit.events import Event, Events
 from ditkit.execution.place import Here, StageCall, StageResult, checked, readable
 from ditkit.execution.stage import Stage
 from ditkit.placement.job import (
+    SAME,
     WIRE,
     Job,
     Message,
-    error_to_frame,
-    event_to_frame,
+    error_to_message,
+    event_to_message,
     outcome_to_state,
     with_options,
 )
@@ -90,33 +92,26 @@ class Worker:
             self._check(stage, job, inputs)
             outcome, seconds = self._carry_out(stage, job, inputs, send, cancelled)
         except KeyboardInterrupt:  # cancelled where nothing can be kept
-            send(error_to_frame(Lost(f"running stage {job.stage!r}", "it was ended there", "Look at its log")))
+            send(error_to_message(Lost(f"running stage {job.stage!r}", "it was ended there", "Look at its log")))
         except DitkitError as e:
-            send(error_to_frame(e))
+            send(error_to_message(e))
         except Exception as e:
-            send(error_to_frame(e))
+            send(error_to_message(e))
             raise
         else:
             send(Message("outcome", outcome_to_state(outcome, seconds)))
 
     def _stage(self, job: Job) -> Stage:
+        asked = f"running stage {job.stage!r}"
         if job.wire != WIRE:
-            raise PlaceError(
-                f"running stage {job.stage!r}", f"the job has wire version {job.wire}, this end {WIRE}",
-                "Use the same version of ditkit on both machines",
-            )  # fmt: skip
+            raise PlaceError(asked, f"the job has wire version {job.wire}, this end {WIRE}", SAME)
         if job.stage not in self.stages:
-            raise PlaceError(
-                f"running stage {job.stage!r}",
-                f"it is not offered here{nearest(job.stage, self.stages)}",
-                f"Offered are {', '.join(self.stages)}",
-            )
+            found = f"it is not offered here{nearest(job.stage, self.stages)}"
+            raise PlaceError(asked, found, f"Offered are {', '.join(self.stages)}")
         stage = self.stages[job.stage]
         if job.made_by and job.made_by != made_by(stage):
-            raise PlaceError(
-                f"running stage {job.stage!r}", f"it is made by {made_by(stage)} here, and asked for is {job.made_by}",
-                "Run it where it is defined, or use the same version of ditkit on both machines",
-            )  # fmt: skip
+            found = f"it is made by {made_by(stage)} here, and asked for is {job.made_by}"
+            raise PlaceError(asked, found, f"Run it where it is defined, or {SAME[0].lower()}{SAME[1:]}")
         return with_options(stage, job.options)
 
     def _check(self, stage: Stage, job: Job, inputs: State) -> None:
@@ -136,19 +131,19 @@ class Worker:
                 raise PlaceError(asked, f"there is no {name} here", "Run these steps where it is")
             mine = self._fingerprint(name)
             if job.weights.get(name, mine) != mine:
-                raise StateError(
-                    asked, f"its {name} is {mine[:16]}, and the caller knows {job.weights[name][:16]}",
-                    "Start it with the weights, dtype and dtype_policy of that time",
-                )  # fmt: skip
+                found = f"its {name} is {mine[:16]}, and the caller knows {job.weights[name][:16]}"
+                raise StateError(asked, found, "Start it with the weights, dtype and dtype_policy of that time")
 
     def _carry_out(
         self, stage: Stage, job: Job, inputs: State, send: Send, cancelled: threading.Event
     ) -> tuple[StageResult, float]:
+        cancel = Cancel(cancelled)
+
         def listen(event: Event) -> None:
-            if cancelled.is_set():
-                raise KeyboardInterrupt
             if event.name not in job.ignore:
-                send(event_to_frame(event))
+                send(event_to_message(event))
+            if cancelled.is_set() and not event.name.endswith(".fail"):
+                raise KeyboardInterrupt
 
         def keep(outcome: StageResult) -> None:
             send(Message("kept", outcome_to_state(outcome).to_bytes()))
@@ -156,21 +151,20 @@ class Worker:
         events = Events(listen)
         listening = getattr(self.components, "listening", None)
         components = self.components if listening is None else listening(events)
-        with self._my_turn(cancelled):
+        with self._my_turn(cancel):
             begun = time.perf_counter()
             task = StageCall(stage, inputs, job.weights, events, received(job.plugs), job.stop_at_step,
-                        keep=keep if job.keep_every else None, keep_every=job.keep_every or 1)  # fmt: skip
+                        keep=keep if job.keep_every else None, keep_every=job.keep_every or 1,
+                        cancel=cancel)  # fmt: skip
             outcome = Here(components).run(task)
             return (outcome if outcome.stopped else checked(stage, outcome)), time.perf_counter() - begun
 
     @contextlib.contextmanager
-    def _my_turn(self, cancelled: threading.Event) -> Iterator[None]:
+    def _my_turn(self, cancel: Cancel) -> Iterator[None]:
         while not self._turn.acquire(timeout=TICK):
-            if cancelled.is_set():
-                raise KeyboardInterrupt
+            cancel.check()
         try:
-            if cancelled.is_set():
-                raise KeyboardInterrupt
+            cancel.check()
             yield
         finally:
             self._turn.release()

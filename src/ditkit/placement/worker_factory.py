@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from ditkit.assembly import STAGES, Components, Model, calls_of, pipeline_of, placed, stage_of
-from ditkit.assembly.seams import plugged
+from ditkit.assembly.plugs import plugged
 from ditkit.checkpoints.model.locate import Scope
 from ditkit.contracts import Seams
 from ditkit.errors import SetupError, nearest

@@ -35,7 +35,7 @@ class LocalExpander:
     @property
     def fingerprint(self) -> str:
         """Of all files that decide what it says, and of its dtype; it is not loaded for that."""
-        from ditkit.checkpoints.files.opening import file_hash
+        from ditkit.checkpoints.files.stored import file_hash
 
         with self._lock:
             if self._fingerprint is None:

@@ -1,12 +1,13 @@
 """Runs that are kept in a folder: they survive the end of their process, go on, and are forked.
 
 ``Run.create``, ``Run.open``, ``run.go``, ``run.fork``; ``listed`` for a folder of runs. Leaves out: the computing
-itself (``pipe.py``).
+itself (``pipeline.py``).
 """
 
 from ditkit.runs.description import Description, Parent
+from ditkit.runs.folder import located
 from ditkit.runs.kept import Kept
 from ditkit.runs.listing import Listed, listed
-from ditkit.runs.run import Run, located
+from ditkit.runs.run import Run
 
 __all__ = ["Description", "Kept", "Listed", "Parent", "Run", "listed", "located"]

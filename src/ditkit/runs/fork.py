@@ -2,12 +2,11 @@
 
 Without a step every stage whose record still fits the changed request is kept. With a step the loop goes on from the
 State after that many steps: what stands before it is made anew where it no longer fits and put in its place, and the
-steps that are behind it stay as they were taken. Leaves out: keeping and going on (``run.py``).
+steps that are behind it stay as they were taken. Leaves out: beginning and going on (``run.py``).
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +17,9 @@ from ditkit.execution.records import options_of
 from ditkit.pictures import IN_MEMORY
 from ditkit.request import Request
 from ditkit.runs.description import Parent
+from ditkit.runs.folder import RunFolder, given, opened
 from ditkit.runs.kept import WHOLE, Tell, clip
 from ditkit.runs.rewind import loop_of, taken_back
-from ditkit.runs.run import Run, given
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -29,35 +28,13 @@ if TYPE_CHECKING:
     from ditkit.pipeline import Pipeline
     from ditkit.state import State
 
-OPTIONS = ("clip", "pipe", "every", "keep_steps", "out", "sheet", "setup", "listeners", "tell")
 CALLERS = ("prompt", "negative_prompt", "seed", "request")
 SHAPES = ("width", "height", "frames")
 SOLVERS = ("scheduler", "scheduler_options")
 
 
-def forked(
-    parent: Run,
-    path: str | os.PathLike[str],
-    changes: Mapping[str, Any],
-    *,
-    at_step: int | None = None,
-    clip: int | None = None,
-    pixels: Mapping[str, Any] | None = None,
-    pipe: Pipeline | None = None,
-    listeners: Iterable[Listener] = (),
-    tell: Tell = lambda _: None,
-    **keeping: Any,
-) -> Run:
-    """The new run; it has not gone on yet. ``keeping``: as for ``Run.begin``; all else as for ``prepared``."""
-    pipe = pipe or parent.pipe
-    state, told = prepared(
-        parent, changes, at_step=at_step, clip=clip, pixels=pixels, pipe=pipe, listeners=listeners, tell=tell
-    )
-    return Run.begin(path, pipe, state, parent=told, **{**as_parent(parent), **keeping})
-
-
 def prepared(
-    parent: Run,
+    parent: RunFolder,
     changes: Mapping[str, Any],
     *,
     pipe: Pipeline,
@@ -73,7 +50,7 @@ def prepared(
 
     Raises RequestError, StateError for what cannot be put together."""
     clip = which_clip(parent, clip)
-    old = standing(parent, clip, tell)
+    old = standing(parent, pipe, clip, tell)
     before = request_of(parent, clip)
     request = pipe.request({**before, **changes})
     begun = pipe.begin(request, {**_pictures(old, request, before), **(pixels or {})})
@@ -92,12 +69,12 @@ def prepared(
     )
 
 
-def as_parent(parent: Run) -> dict[str, Any]:
+def as_parent(parent: RunFolder) -> dict[str, Any]:
     """How often the parent keeps a State, and which ones: a fork does so too, unless something else is said."""
     return {"every": parent.description.every, "keep_steps": parent.description.keep_steps}
 
 
-def which_clip(parent: Run, index: int | None) -> int | None:
+def which_clip(parent: RunFolder, index: int | None) -> int | None:
     """Raises RequestError unless one clip is meant: the number of one of several, or None of a run of one."""
     count, asked = parent.description.clips, f"forking {parent.path}"
     if count == 1 and index in (None, 0):
@@ -109,7 +86,7 @@ def which_clip(parent: Run, index: int | None) -> int | None:
     return index
 
 
-def request_of(parent: Run, index: int | None) -> dict[str, Any]:
+def request_of(parent: RunFolder, index: int | None) -> dict[str, Any]:
     """What the parent asked for; of one of several clips, as if that had been asked for alone."""
     request = parent.description.request
     if index is None:
@@ -118,17 +95,17 @@ def request_of(parent: Run, index: int | None) -> dict[str, Any]:
     return {**request, "prompt": prompt, "negative_prompt": negative, "seed": seed, "batched": False}
 
 
-def standing(parent: Run, index: int | None, tell: Tell) -> State:
+def standing(parent: RunFolder, pipe: Pipeline, index: int | None, tell: Tell) -> State:
     """The newest State of the run, or of that one of its clips."""
-    if index is not None and not parent.description.request["batched"]:
+    if index is not None and parent.apart:
         own = parent.clip_state(index, tell)
         if own is not None:
             return own
-    return _of_clip(parent, parent.state(tell), index)
+    return _of_clip(pipe, parent.state(tell), index)
 
 
-def _of_clip(parent: Run, state: State, index: int | None) -> State:
-    return state if index is None else samples.split(state, parent.pipe.stages.table)[index]
+def _of_clip(pipe: Pipeline, state: State, index: int | None) -> State:
+    return state if index is None else samples.split(state, pipe.stages.table)[index]
 
 
 def _pictures(old: State, request: Request, before: Mapping[str, Any]) -> dict[str, Any]:
@@ -173,7 +150,7 @@ def _kept_where_it_fits(pipe: Pipeline, state: State, computes_anew: bool, end: 
 
 
 def _at_step(
-    parent: Run,
+    parent: RunFolder,
     pipe: Pipeline,
     begun: State,
     changed: Mapping[str, Any],
@@ -191,7 +168,7 @@ def _at_step(
                            f"Give a number from 0 to {parent.description.steps - 1}")  # fmt: skip
     if step > 0:
         _check_goes_on(pipe, begun, changed, asked)
-        _check_weights(pipe, standing(parent, index, tell), asked)
+        _check_weights(pipe, standing(parent, pipe, index, tell), asked)
     state = after_steps(parent, pipe, step, index, listeners, tell)
     if step > 0:
         _check_levels(pipe, state, begun, asked)
@@ -199,30 +176,30 @@ def _at_step(
 
 
 def after_steps(
-    parent: Run, pipe: Pipeline, step: int, index: int | None, listeners: Iterable[Listener], tell: Tell
+    parent: RunFolder, pipe: Pipeline, step: int, index: int | None, listeners: Iterable[Listener], tell: Tell
 ) -> State:
     """The parent's State after ``step`` steps; from the nearest earlier one where that was not kept."""
     loop = loop_of(pipe.stages)
     assert loop is not None
     first = pipe.stages.stages[loop]
-    alone = index is not None and not parent.description.request["batched"]
+    alone = parent.apart and index is not None
     who = clip(index) if alone and index is not None else WHOLE
     near = parent.states.newest(who, tell, upto=step) if step > 0 else None
     above = parent.description.parent
     if near is None and step > 0 and above is not None and above.spliced:
         return after_steps(_ancestor(above), pipe, step, above.clip, listeners, tell)
     if near is None:
-        near = standing(parent, index, tell) if alone else parent.state(tell)
+        near = standing(parent, pipe, index, tell) if alone else parent.state(tell)
         near = taken_back(pipe.stages, near, [first.name])
     if step > near.get("step", 0):
         tell(f"the steps up to {step} are taken again from step {near.get('step', 0)} on, the nearest that was kept")
         near = pipe.run(near, until=first.name, stop_at_step=step, listeners=listeners).state
-    return near if alone else _of_clip(parent, near, index)
+    return near if alone else _of_clip(pipe, near, index)
 
 
-def _ancestor(above: Parent) -> Run:
+def _ancestor(above: Parent) -> RunFolder:
     try:
-        run = Run.open(above.path)
+        run = opened(above.path)
     except StateError as e:
         raise StateError(f"taking the first steps from the run that was forked in {above.path}", e.found,
                          "Bring it back, or fork at a later step") from None  # fmt: skip
@@ -265,7 +242,7 @@ def _check_levels(pipe: Pipeline, state: State, begun: State, asked: str) -> Non
                          "Fork at step 0, or keep steps, shift, convention and sigmas")  # fmt: skip
 
 
-def _spliced(parent: Run, pipe: Pipeline, state: State, at_step: int | None) -> bool:
+def _spliced(parent: RunFolder, pipe: Pipeline, state: State, at_step: int | None) -> bool:
     """Whether the loop has steps behind it that another request took. A batch rounds otherwise than a clip alone."""
     before, batch = parent.description.parent, parent.description.request["batched"] and parent.description.clips > 1
     loop = loop_of(pipe.stages)

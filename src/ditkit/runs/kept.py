@@ -122,7 +122,7 @@ class KeptStates:
 
 @dataclass
 class Journal:
-    """A Checkpointer (``running.py``) that writes to ``states``."""
+    """A Checkpointer that writes to ``states``."""
 
     states: KeptStates
     every: int

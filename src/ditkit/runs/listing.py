@@ -61,7 +61,7 @@ def _ordered(runs: list[Run]) -> list[Listed]:
 
 def progress(run: Run) -> str:
     description = run.description
-    if description.clips == 1 or description.request["batched"]:
+    if not run.apart:
         return _standing(run.states.of(WHOLE), description.steps)
     for i in range(description.clips):
         standing = _standing(run.states.of(clip(i)), description.steps)

@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from ditkit.execution.place import readable
-from ditkit.execution.stage import Stage
+from ditkit.execution.stage import Stage, readable, writes_of
 from ditkit.execution.stage_list import StageList
 from ditkit.state import State
 
@@ -25,9 +24,9 @@ def taken_back(pipeline: StageList, state: State, names: Collection[str], end: i
     stages = pipeline.stages[:end]
     gone = dependents(stages, names)
     while True:
-        lost = {name for stage in stages if stage.name in gone for name in _writes(stage)}
+        lost = {name for stage in stages if stage.name in gone for name in writes_of(stage)}
         ran = state.get("stages", [])
-        more = {s.name for s in stages if s.name in ran and s.name not in gone and lost & set(_writes(s))}
+        more = {s.name for s in stages if s.name in ran and s.name not in gone and lost & set(writes_of(s))}
         if not more:
             break
         gone = dependents(stages, gone | more)
@@ -44,9 +43,5 @@ def dependents(stages: Sequence[Stage], names: Collection[str]) -> set[str]:
     for stage in stages:
         if stage.name in gone or readable(stage) & changed:
             gone.add(stage.name)
-            changed |= set(_writes(stage))
+            changed |= set(writes_of(stage))
     return gone
-
-
-def _writes(stage: Stage) -> tuple[str, ...]:
-    return *stage.writes, *stage.may_write

@@ -33,6 +33,7 @@ class DecodeLatents(BaseStage):
             for chunk in vae.decode(latents.to(vae.device, vae.dtype), self.frames_per_chunk):
                 pixels = torch.from_numpy(to_uint8(chunk[0].float().cpu(), ctx.settings.rounding))
                 ctx.events.emit("frames", frames=pixels, clip=len(clips))
+                ctx.cancel.check()
                 frames.append(pixels)
             clips.append(torch.cat(frames))
         return {"video": torch.stack(clips)}

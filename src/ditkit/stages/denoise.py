@@ -1,53 +1,66 @@
 """The denoising loop: noise and text in, clean latents out. One screen of plain math.
 
-It can stop after any step and go on from the State, bit for bit: the sample, the step count and the scheduler's history
-are all that it remembers. Leaves out: what the transformer is told besides (``told.py``), and making it (``build``).
+It can stop after any step and go on from the State, bit for bit: the sample, the step count, the scheduler's history
+and what plugs remember are all that it remembers. Leaves out: what the transformer makes of its conditioning
+(``models/``), how plugs are put around it (``seams.py``), and making it (``assembly``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ditkit.contracts import Predict, Scheduler, Step, wrap
+from ditkit.contracts import Predict, Scheduler, Step
 from ditkit.errors import StateError
 from ditkit.execution.stage_list import BaseStage, Context, Stopped
 from ditkit.guidance.cfg import classifier_free_guidance
-from ditkit.guidance.experts import by_expert
+from ditkit.nn.attention import ATTENTION
 from ditkit.schedulers import make
 from ditkit.schedulers.noise import initial_noise, step_noise
-from ditkit.schedulers.sigmas import explicit, float32, timesteps
 from ditkit.schedulers.table import request_steps
-from ditkit.stages.told import CONDITIONING, forward_pass
+from ditkit.seams import RunPlugs
 from ditkit.state import State
+
+TEXT = ("prompt_embeds", "prompt_lengths")
+NEGATIVE = ("negative_prompt_embeds", "negative_prompt_lengths")
+CONDITIONS = ("image_embeds", "condition", "clean_latents", "control")
 
 
 @dataclass(frozen=True)
 class Denoise(BaseStage):
     """``strides``: pixels to latents, as (frames, height, width); frames as (T - 1) / stride + 1. ``experts``: the
     transformers of the run; with two, the second takes the steps below the request's boundary. ``timestep_scale`` is
-    theirs; where it is not known, a part of a run counts as calling both."""
+    theirs; where it is not known, a part of a run counts as calling both. ``conditions``: the fields that they may be
+    conditioned on besides the text. ``cfg``: whether a guidance scale other than 1 means a second pass; without it
+    the step's scale is for the network."""
 
     strides: tuple[int, int, int] = (4, 8, 8)
     attention: str = "sdpa"
     cache_text_kv: bool = field(default=True, compare=False)
     experts: tuple[str, ...] = ("transformer",)
     timestep_scale: float | None = field(default=None, compare=False)
+    conditions: tuple[str, ...] = field(default=CONDITIONS, compare=False)
+    cfg: bool = True
 
     name = "denoise"
-    reads = ("prompt_embeds", "prompt_lengths", "seed", "request")
-    optional = ("negative_prompt_embeds", "negative_prompt_lengths", *CONDITIONING, "latents")
+    reads = (*TEXT, "seed", "request")
     writes = ("latents", "sigmas", "step", "history")
-    loop = ("latents", "sigmas", "step", "history")
+    may_write = ("memory",)
+    loop = ("latents", "sigmas", "step", "history", "memory")
 
     @property
     def components(self) -> tuple[str, ...]:  # type: ignore[override]
         return self.experts
+
+    @property
+    def optional(self) -> tuple[str, ...]:  # type: ignore[override]
+        return (*NEGATIVE, *self.conditions, "latents")
 
     def done(self, state: State) -> bool:
         return "sigmas" in state and "step" in state and state["step"] == len(state["sigmas"]) - 1
@@ -63,37 +76,29 @@ class Denoise(BaseStage):
         return tuple(name for name in self.experts if name in used)
 
     def planned(self, state: Mapping[str, Any]) -> list[str]:
-        """The expert of each step, by the rule of the step table: its timestep, made of noise levels that are not yet
-        rounded. Empty where it cannot be told: noise levels that the request does not give."""
-        request = state["request"]
-        if len(self.experts) < 2 or request.get("boundary") is None or self.timestep_scale is None:
+        """The expert of each step; empty where it cannot be told: noise levels that the request does not give."""
+        request = SimpleNamespace(**state["request"])
+        if len(self.experts) < 2 or request.boundary is None or self.timestep_scale is None:
             return []
-        scheduler = make(request["scheduler"], **request["scheduler_options"])
-        own = request.get("sigmas")
-        sigmas = (
-            scheduler.sigmas(request["steps"], request["shift"], request["convention"])
-            if own is None
-            else explicit(own)
-        )
-        if state.get("sigmas") not in (None, [float32(sigma) for sigma in sigmas]):
-            return []
-        told = timesteps(sigmas, request["convention"], scheduler.name, self.timestep_scale)
-        return [self.experts[timestep < request["boundary"] * self.timestep_scale] for timestep in told]
+        steps = request_steps(make(request.scheduler, **request.scheduler_options), request, self.timestep_scale, 2)
+        return [step.expert for step in steps] if state.get("sigmas") in (None, noise_levels(steps)) else []
 
     def run(self, inputs: Mapping[str, Any], ctx: Context) -> Mapping[str, Any]:
         scheduler = ctx.seams.scheduler or make(ctx.settings.scheduler, **ctx.settings.scheduler_options)
-        transformer = ctx.components[self.needs(inputs, ctx.stop_at_step)[0]]
+        first = self.needs(inputs, ctx.stop_at_step)[0]
+        transformer = ctx.components[first]
         steps = request_steps(scheduler, ctx.settings, transformer.timestep_scale, len(self.experts))
-        sigmas = [*(s.sigma for s in steps), steps[-1].sigma_next]
+        sigmas = noise_levels(steps)
         if inputs.get("sigmas", sigmas) != sigmas:
             raise StateError("going on from a State", "it was begun with other noise levels than its request now gives",
                              "Keep its steps, shift, convention and scheduler, or begin anew")  # fmt: skip
         x, done, history = self.begin(inputs, ctx, transformer)
-        predict = self.predict(inputs, ctx, x)
+        plugs = RunPlugs(ctx.events, ctx.settings, len(x), inputs.get("memory"), x.device)
+        predict = self.predict(inputs, ctx, plugs, first)
         noise = self.noise(scheduler, inputs["seed"], x)
         last = len(steps) if ctx.stop_at_step is None else min(ctx.stop_at_step, len(steps))
 
-        reached = x, history, done
+        reached = x, history, plugs.remembered(), done
         try:
             for step in steps[done:last]:
                 with ctx.events.span("step", step=step):
@@ -101,13 +106,13 @@ class Denoise(BaseStage):
                     ctx.events.emit("prediction", step=step, x=x, velocity=velocity)
                     x_next, history_next = scheduler.solve(x, velocity, step, history, noise(step))
                     # One assignment, so that Ctrl-C finds all of them before the step or all of them after it.
-                    reached = with_known(x_next, inputs), history_next, step.index + 1
-                    x, history, done = reached
+                    reached = with_known(x_next, inputs), history_next, plugs.remembered(), step.index + 1
+                    x, history, _, done = reached
                 if done < last:
                     ctx.kept(done, partial(as_fields, sigmas, *reached))
         except KeyboardInterrupt:
             raise Stopped(as_fields(sigmas, *reached)) from None
-        return as_fields(sigmas, x, history, done)
+        return as_fields(sigmas, *reached)
 
     def begin(
         self, inputs: Mapping[str, Any], ctx: Context, transformer: Any
@@ -129,23 +134,63 @@ class Denoise(BaseStage):
         x = torch.stack([initial_noise(seed, shape) for seed in inputs["seed"]])
         return with_known(x.to(transformer.device), inputs), 0, {}
 
-    def predict(self, inputs: Mapping[str, Any], ctx: Context, x: Tensor) -> Predict:
-        """The transformers behind seam A: guidance inside, whatever plugs in around it."""
-        # Read now: fingerprints hold the settings that were read, also those of a run that stops before its first step.
-        scale = ctx.settings.control_scale if "control" in inputs else 1.0
-        makers = {
-            name: partial(forward_pass, name, inputs, ctx, self.attention, self.cache_text_kv, scale)
-            for name in self.experts
-        }
-        return wrap(classifier_free_guidance(by_expert(makers)), ctx.seams.predict)
+    def predict(self, inputs: Mapping[str, Any], ctx: Context, plugs: RunPlugs, first: str) -> Predict:
+        """The transformers behind seam A: guidance inside, whatever plugs in around it. Each expert has wrappers of its
+        own, and is asked for at the first of its steps."""
+        seams = ctx.seams
+        plugs.drop_strangers({"predict": seams.predict, "run_blocks": seams.run_blocks, "attend": seams.attend})
+        passes: dict[str, Predict] = {first: self.forward(first, inputs, ctx, plugs)}
 
-    def noise(self, scheduler: Scheduler, seeds: list[int], x: Tensor):
+        def one_pass(x: Tensor, step: Step) -> Tensor:
+            if step.expert not in passes:
+                passes[step.expert] = self.forward(step.expert, inputs, ctx, plugs)
+            return passes[step.expert](x, step)
+
+        inner = classifier_free_guidance(one_pass) if self.cfg else one_pass
+        if not seams.predict:
+            return inner
+        wrapped = {name: plugs.wrap(inner, "predict", seams.predict, name) for name in self.experts}
+        return lambda x, step: wrapped[step.expert](x, step)
+
+    def forward(self, name: str, inputs: Mapping[str, Any], ctx: Context, plugs: RunPlugs) -> Predict:
+        """``predict(x, step)`` of one transformer: one forward pass of the branch that the step names. What it is
+        conditioned on is made once for each branch, and so are the wrappers at the seams B and D."""
+        transformer, seams = ctx.components[name], ctx.seams
+
+        def prepare(branch: str) -> tuple[Any, Any, Any]:
+            with torch.inference_mode():
+                conditioning = transformer.prepare(inputs, ctx.settings, branch, self.cache_text_kv)
+            run_blocks = plugs.wrap(transformer.run_blocks, "run_blocks", seams.run_blocks, name, branch)
+            return conditioning, run_blocks, plugs.wrap(ATTENTION[self.attention], "attend", seams.attend, name, branch)
+
+        guided = self.cfg and ctx.settings.guided
+        branches = {branch: prepare(branch) for branch in (("cond", "uncond") if guided else ("cond",))}
+
+        @torch.inference_mode()
+        def predict(x: Tensor, step: Step) -> Tensor:
+            if step.branch not in branches:
+                branches[step.branch] = prepare(step.branch)
+            conditioning, run_blocks, attend = branches[step.branch]
+            if step.frames is not None:
+                conditioning = conditioning.frames(*step.frames)
+            timestep = torch.full((len(x),), step.timestep, dtype=torch.float64, device=x.device)
+            velocity = transformer(x, timestep, conditioning, run_blocks=run_blocks, attend=attend, step=step)
+            return velocity.to(x.dtype)
+
+        return predict
+
+    def noise(self, scheduler: Scheduler, seeds: list[int], x: Tensor) -> Callable[[Step], Tensor | None]:
         def draw(step: Step) -> Tensor | None:
             if not scheduler.needs_noise:
                 return None
             return torch.stack([step_noise(seed, step.index, x.shape[1:]) for seed in seeds]).to(x.device)
 
         return draw
+
+
+def noise_levels(steps: list[Step]) -> list[float]:
+    """The sigmas of a step table, with the last one."""
+    return [*(step.sigma for step in steps), steps[-1].sigma_next]
 
 
 def with_known(x: Tensor, inputs: Mapping[str, Any]) -> Tensor:
@@ -156,8 +201,14 @@ def with_known(x: Tensor, inputs: Mapping[str, Any]) -> Tensor:
     return torch.cat((known, x[:, :, known.shape[2] :]), 2)
 
 
-def as_fields(sigmas: list[float], x: Tensor, history: Mapping[str, Tensor], done: int) -> dict[str, Any]:
+def as_fields(
+    sigmas: list[float], x: Tensor, history: Mapping[str, Tensor], memory: Mapping[str, Tensor], done: int
+) -> dict[str, Any]:
     """How the loop stands, as the State holds it: on the CPU. One that has taken all its steps remembers nothing, also
     when Ctrl-C came right after the last one."""
-    remembered = {} if done == len(sigmas) - 1 else {name: tensor.cpu() for name, tensor in history.items()}
-    return {"latents": x.cpu(), "sigmas": sigmas, "step": done, "history": remembered}
+    fields = {"latents": x.cpu(), "sigmas": sigmas, "step": done, "history": {}}
+    if done < len(sigmas) - 1:
+        fields["history"] = {name: tensor.cpu() for name, tensor in history.items()}
+        if memory:
+            fields["memory"] = {name: tensor.detach().to("cpu", copy=True) for name, tensor in memory.items()}
+    return fields

@@ -19,6 +19,7 @@ class EncodeText(BaseStage):
     writes = ("prompt_embeds", "prompt_lengths")
     may_write = ("negative_prompt_embeds", "negative_prompt_lengths")
     components = ("tokenizer", "text_encoder")
+    together = True
 
     def run(self, inputs: Mapping[str, Any], ctx: Context) -> Mapping[str, Any]:
         rows, lengths = self.encode(inputs.get("expanded_prompt", inputs["prompt"]), "prompt", ctx)

@@ -29,6 +29,7 @@ class ExpandPrompt(BaseStage):
     optional = PICTURES
     writes = ("expanded_prompt", "expansion")
     components = ("prompt_expander",)
+    together = True
 
     def skip_reason(self, state: State) -> str:
         return "the request has expand=no" if state.get("request", {}).get("expand", "no") == "no" else ""

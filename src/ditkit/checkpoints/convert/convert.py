@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ditkit.checkpoints.convert.plan import LAYOUTS, Layout, Plan, config_of, plan
-from ditkit.checkpoints.files.opening import SIZES, some
+from ditkit.checkpoints.files.stored import SIZES
+from ditkit.checkpoints.files.text import some
 from ditkit.checkpoints.files.writing import SHARD_BYTES, WANTED, write_pickle, write_set
 from ditkit.checkpoints.model.find import parts_of
 from ditkit.checkpoints.model.locate import WITHOUT_WEIGHTS, ModelParts, Part, locate

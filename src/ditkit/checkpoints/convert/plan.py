@@ -14,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-from ditkit.checkpoints.files.opening import some
+from ditkit.checkpoints.files.text import some
 from ditkit.checkpoints.kinds import diffusers_folder as theirs
 from ditkit.checkpoints.kinds.keys import KeyTable, Side, clip_keys, table_of
 from ditkit.checkpoints.kinds.latents import STATISTICS

@@ -24,7 +24,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import torch
 
-from ditkit.checkpoints.files.opening import DTYPES, StoredTensors, TensorInfo, read
+from ditkit.checkpoints.files.stored import DTYPES, StoredTensors, TensorInfo, read
 from ditkit.checkpoints.views.source import Inspect, no_inspection
 from ditkit.errors import LoadError, MissingDependency, nearest
 

@@ -25,7 +25,9 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from ditkit.checkpoints.files.opening import DTYPES, HEADER_LIMIT, StoredTensors, TensorInfo, kind_of, read, some
+from ditkit.checkpoints.files.formats import HEADER_LIMIT, kind_of
+from ditkit.checkpoints.files.stored import DTYPES, StoredTensors, TensorInfo, read
+from ditkit.checkpoints.files.text import some
 from ditkit.checkpoints.views.source import Inspect, no_inspection
 from ditkit.errors import LoadError, nearest
 
@@ -163,9 +165,11 @@ def _skeleton(path: Path, asked: str) -> Any:
     try:
         with path.open("rb") as stream:
             loaded = torch.load(stream, map_location="meta", weights_only=True)
-        if all(hasattr(tensor.untyped_storage(), "_checkpoint_offset") for tensor in _tensors(loaded)):
-            return loaded
-        return _fake(path)
+        for other in (_fake, _mapped):
+            if all(hasattr(tensor.untyped_storage(), "_checkpoint_offset") for tensor in _tensors(loaded)):
+                break
+            loaded = other(path)
+        return loaded
     except pickle.UnpicklingError as error:
         match = re.search(r"GLOBAL (\S+)", str(error))
         needs = f"to run {match[1]}" if match else "more than tensors and names"
@@ -181,6 +185,20 @@ def _fake(path: Path) -> Any:
 
     with path.open("rb") as stream, FakeTensorMode():
         return torch.load(stream, weights_only=True)
+
+
+def _mapped(path: Path) -> Any:
+    """The same for torch 2.6, which tells no places: its tensors lie in a mapping of the file, so their addresses
+    do."""
+    from torch import _weights_only_unpickler, serialization
+
+    whole = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
+    with path.open("rb") as stream, serialization._open_zipfile_reader(stream) as archive:  # type: ignore[no-untyped-call]
+        loaded = serialization._load(archive, None, _weights_only_unpickler, overall_storage=whole)  # type: ignore[no-untyped-call]
+    for tensor in _tensors(loaded):
+        storage = tensor.untyped_storage()
+        storage._checkpoint_offset = storage.data_ptr() - whole.data_ptr()  # type: ignore[attr-defined]
+    return loaded
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

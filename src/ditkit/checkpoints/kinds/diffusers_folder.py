@@ -1,9 +1,7 @@
 """The folder layout of diffusers: ``model_index.json`` and one folder a component, read and written.
 
 Reading turns a component's ``config.json`` into the fields of our own config classes, as a plain dict, because this
-room knows no model. The rule for keys: those that shape the arithmetic are read or, where we have no such arithmetic,
-refused; those known to have no effect on inference, and all that begin with ``_``, are ignored; any other key is
-refused unless its value is null. Absent keys have diffusers' own defaults.
+room knows no model; ``configs.py`` has the rule for keys. Absent keys have diffusers' own defaults.
 Leaves out: tensors' names (keys.py), what shapes tell (sizes.py), schedulers' settings.
 Sources of names and defaults: diffusers ``transformer_wan.py``, ``transformer_wan_vace.py``,
 ``autoencoder_kl_wan.py``; transformers ``UMT5Config``, ``CLIPVisionConfig``.
@@ -12,20 +10,20 @@ Sources of names and defaults: diffusers ``transformer_wan.py``, ``transformer_w
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from ditkit.checkpoints.files.opening import read_json
+from ditkit.checkpoints.files.text import read_json
+from ditkit.checkpoints.kinds.configs import ConfigKeys, is_number
 from ditkit.checkpoints.kinds.sizes import Tensors, clip_sizes, settle, transformer_sizes, umt5_sizes, vae_sizes
-from ditkit.errors import LoadError, OutputError, nearest
+from ditkit.errors import LoadError, OutputError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +31,6 @@ if TYPE_CHECKING:
 DIFFUSERS_VERSION = "0.42.1"  # the release whose layout is written
 TRANSFORMER_CLASS, VACE_CLASS, VAE_CLASS = "WanTransformer3DModel", "WanVACETransformer3DModel", "AutoencoderKLWan"
 TEXT_ENCODER_CLASS, IMAGE_ENCODER_CLASS = "UMT5EncoderModel", "CLIPVisionModel"
-REQUIRED: Any = object()
 
 
 @dataclass(frozen=True)
@@ -81,79 +78,6 @@ def read_config(folder: str | Path, name: str = "config.json") -> dict[str, Any]
     return read_json(Path(folder) / name)
 
 
-class ConfigKeys:
-    """The keys of one config, taken one by one; ``done`` refuses what nobody took."""
-
-    def __init__(self, config: Mapping[str, Any], asked: str):
-        self.asked, self.rest = asked, {key: value for key, value in config.items() if not key.startswith("_")}
-        self.known: list[str] = []
-
-    def error(self, found: str, do: str = "Use a model of a supported kind") -> LoadError:
-        return LoadError(self.asked, found, do)
-
-    def any(self, key: str, default: Any) -> Any:
-        self.known.append(key)
-        value = self.rest.pop(key, default)
-        if value is REQUIRED:
-            raise self.error(f"the config has no {key}", "Use the config.json that belongs to the weights")
-        return value
-
-    def integer(self, key: str, default: Any, least: int = 1) -> int:
-        value = self.any(key, default)
-        if type(value) is not int or value < least:
-            raise self.error(f"{key} is {value!r}, not a whole number of at least {least}", "Correct the config")
-        return value
-
-    def integer_or_none(self, key: str) -> int | None:
-        value = self.any(key, None)
-        if value is not None and (type(value) is not int or value < 1):
-            raise self.error(f"{key} is {value!r}, neither null nor a whole number above 0", "Correct the config")
-        return value
-
-    def number(self, key: str, default: Any) -> float:
-        value = self.any(key, default)
-        if not _is_number(value):
-            raise self.error(f"{key} is {value!r}, not a finite number", "Correct the config")
-        return float(value)
-
-    def epsilon(self, key: str, default: float) -> float:
-        """What a norm adds to a variance: without it, or below 0, a row of zeros becomes undefined numbers."""
-        value = self.number(key, default)
-        if not 0 < value < 1:
-            raise self.error(f"{key} is {value!r}, not a number between 0 and 1", "Correct the config")
-        return value
-
-    def list_of(self, key: str, default: Sequence[Any], fits: Callable[[Any], bool], what: str) -> tuple[Any, ...]:
-        value = self.any(key, default)
-        if not isinstance(value, list | tuple) or not all(map(fits, value)):
-            raise self.error(f"{key} is {value!r}, not a list of {what}", "Correct the config")
-        return tuple(value)
-
-    def only(self, key: str, *supported: Any, default: Any = None) -> None:
-        """The key may only have one of these values; the first is the default."""
-        value = self.any(key, supported[0])
-        value = tuple(value) if isinstance(value, list) else value
-        if not any(value == option and type(value) is type(option) for option in supported):
-            listed = " or ".join(repr(option) for option in supported)
-            raise self.error(f"{key} is {value!r}, and only {listed} is supported")
-
-    def ignore(self, keys: Collection[str]) -> None:
-        for key in keys:
-            self.any(key, None)
-
-    def require(self, fine: bool, found: str) -> None:
-        """For values that are each possible and together are not."""
-        if not fine:
-            raise self.error(found, "Correct the config")
-
-    def done(self) -> None:
-        for key, value in self.rest.items():
-            if value is not None:
-                raise self.error(
-                    f"the key {key!r} is unknown{nearest(key, self.known)}", "Remove it if it has no effect"
-                )
-
-
 def require_transformer(keys: ConfigKeys, fields: Mapping[str, Any]) -> None:
     """What no shape tells, and a network of ours needs: heads that can be rotated in three parts, hints in order."""
     dim, heads, layers = fields["dim"], fields["num_heads"], fields["vace_layers"]
@@ -182,10 +106,6 @@ def require_clip(keys: ConfigKeys, fields: Mapping[str, Any]) -> None:
     keys.require(side % patch == 0, f"patches of {patch} pixels for pictures of {side}, which they do not divide")
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
-
-
 LONGEST_TEXT = 2**16  # rows of memory for each prompt
 IMAGE_CLAIM = "image_claim"
 """Rule: a config that claims an image branch is used for weights that have none (a 5B config with one is about)."""
@@ -198,13 +118,17 @@ VACE_LAYERS = (0, 5, 10, 15, 20, 25, 30, 35)  # diffusers' default
 
 
 def transformer_config(
-    config: Mapping[str, Any], tensors: Tensors | None = None, allow: Collection[str] = ()
+    config: Mapping[str, Any],
+    tensors: Tensors | None = None,
+    allow: Collection[str] = (),
+    notes: list[str] | None = None,
 ) -> dict[str, Any]:
     """The config of a ``WanTransformer3DModel`` or a ``WanVACETransformer3DModel`` -> the fields of ``WanConfig``.
 
     With ``tensors`` (facts under diffusers names) every field that shapes tell is compared. ``allow``: names of rules,
-    here ``image_claim``. Raises LoadError for unsupported, unknown and contradicting values."""
-    keys = ConfigKeys(config, "reading the transformer's config")
+    here ``image_claim``. ``notes`` grows by the unknown keys. Raises LoadError for unsupported and contradicting
+    values."""
+    keys = ConfigKeys(config, "reading the transformer's config", allow, notes)
     kind = config.get("_class_name", TRANSFORMER_CLASS)
     if kind not in (TRANSFORMER_CLASS, VACE_CLASS):
         raise keys.error(f"its class is {kind}, and only {TRANSFORMER_CLASS} and {VACE_CLASS} are supported")
@@ -235,6 +159,7 @@ def transformer_config(
         fields["vace_layers"] = keys.list_of("vace_layers", VACE_LAYERS, lambda x: type(x) is int, "whole numbers")
         fields["vace_in_dim"] = keys.integer("vace_in_channels", 96)
     else:
+        keys.only("vace_layers", None, ())
         fields["vace_layers"] = ()
     keys.ignore(["rope_max_seq_len"])  # the length of a table, not its values
     keys.done()
@@ -275,9 +200,14 @@ _SAID_BY_VAES = MappingProxyType({
 })  # fmt: skip
 
 
-def vae_config(config: Mapping[str, Any], tensors: Tensors | None = None) -> dict[str, Any]:
+def vae_config(
+    config: Mapping[str, Any],
+    tensors: Tensors | None = None,
+    allow: Collection[str] = (),
+    notes: list[str] | None = None,
+) -> dict[str, Any]:
     """The config of an ``AutoencoderKLWan`` of Wan 2.1 -> the fields of ``WanVAEConfig``; ``tensors`` as above."""
-    keys = _vae_keys(config)
+    keys = _vae_keys(config, allow, notes)
     keys.only("is_residual", False)
     keys.only("patch_size", None, 1)
     keys.only("in_channels", 3)
@@ -291,9 +221,14 @@ def vae_config(config: Mapping[str, Any], tensors: Tensors | None = None) -> dic
     return settle(keys.asked, vae_sizes(tensors, "diffusers"), fields, _SAID_BY_VAES)
 
 
-def vae22_config(config: Mapping[str, Any], tensors: Tensors | None = None) -> dict[str, Any]:
+def vae22_config(
+    config: Mapping[str, Any],
+    tensors: Tensors | None = None,
+    allow: Collection[str] = (),
+    notes: list[str] | None = None,
+) -> dict[str, Any]:
     """The config of an ``AutoencoderKLWan`` of Wan 2.2 -> the fields of ``WanVAE22Config``; ``tensors`` as above."""
-    keys = _vae_keys(config)
+    keys = _vae_keys(config, allow, notes)
     keys.only("is_residual", True)
     patch = keys.integer("patch_size", 2)
     for key in ("in_channels", "out_channels"):
@@ -312,8 +247,8 @@ def is_residual(config: Mapping[str, Any]) -> bool:
     return config.get("is_residual", False) is True
 
 
-def _vae_keys(config: Mapping[str, Any]) -> ConfigKeys:
-    keys = ConfigKeys(config, "reading the VAE's config")
+def _vae_keys(config: Mapping[str, Any], allow: Collection[str], notes: list[str] | None) -> ConfigKeys:
+    keys = ConfigKeys(config, "reading the VAE's config", allow, notes)
     if config.get("_class_name", VAE_CLASS) != VAE_CLASS:
         raise keys.error(f"its class is {config['_class_name']}, and only {VAE_CLASS} is supported")
     keys.only("attn_scales", ())
@@ -339,7 +274,7 @@ def _vae_fields(keys: ConfigKeys, usual: int) -> dict[str, Any]:
             if z_dim != usual:
                 raise keys.error(f"it has no {key}, and the usual one is for {usual} channels", "Add it to the config")
             continue  # our defaults are the official ones
-        values = keys.list_of(key, (), _is_number, "finite numbers")
+        values = keys.list_of(key, (), is_number, "finite numbers")
         if len(values) != z_dim:
             raise keys.error(f"{key} has {len(values)} values where z_dim is {z_dim}", "Correct the config")
         if key == "latents_std" and min(values) <= 0:
@@ -352,7 +287,8 @@ def _vae_fields(keys: ConfigKeys, usual: int) -> dict[str, Any]:
 UMT5_WITHOUT_EFFECT = (
     "architectures", "classifier_dropout", "decoder_start_token_id", "dropout_rate", "dtype", "eos_token_id",
     "initializer_factor", "is_decoder", "is_encoder_decoder", "num_decoder_layers", "output_past", "pad_token_id",
-    "scalable_attention", "tie_word_embeddings", "tokenizer_class", "torch_dtype", "transformers_version", "use_cache",
+    "scalable_attention", "scale_decoder_outputs", "tie_word_embeddings", "tokenizer_class", "torch_dtype",
+    "transformers_version", "use_cache",
 )  # fmt: skip
 UMT5_SIZES = {
     "vocab_size": 250112, "d_model": 512, "d_kv": 64, "d_ff": 1024, "num_layers": 8, "num_heads": 6,
@@ -360,9 +296,14 @@ UMT5_SIZES = {
 }  # fmt: skip
 
 
-def text_encoder_config(config: Mapping[str, Any], tensors: Tensors | None = None) -> dict[str, Any]:
+def text_encoder_config(
+    config: Mapping[str, Any],
+    tensors: Tensors | None = None,
+    allow: Collection[str] = (),
+    notes: list[str] | None = None,
+) -> dict[str, Any]:
     """The config of a transformers UMT5 model -> the fields of our UMT5 config; ``tensors`` as above."""
-    keys = ConfigKeys(config, "reading the text encoder's config")
+    keys = ConfigKeys(config, "reading the text encoder's config", allow, notes)
     keys.only("model_type", "umt5")
     keys.only("feed_forward_proj", "gated-gelu")
     keys.only("dense_act_fn", "gelu_new")
@@ -400,7 +341,12 @@ CLIP_SIZES = MappingProxyType({
 CLIP_ACTIVATIONS = ("quick_gelu", "gelu")  # the first is transformers' default
 
 
-def clip_config(config: Mapping[str, Any], tensors: Tensors | None = None) -> dict[str, Any]:
+def clip_config(
+    config: Mapping[str, Any],
+    tensors: Tensors | None = None,
+    allow: Collection[str] = (),
+    notes: list[str] | None = None,
+) -> dict[str, Any]:
     """The config of a transformers CLIP vision model, or of a whole CLIP model (its ``vision_config``) -> the fields
     of ``CLIPConfig``; ``tensors`` as above, under names without ``vision_model.``."""
     asked = "reading the image encoder's config"
@@ -409,7 +355,7 @@ def clip_config(config: Mapping[str, Any], tensors: Tensors | None = None) -> di
         if not isinstance(nested, Mapping):
             raise LoadError(asked, "it is of a whole CLIP model and has no vision_config", "Correct the config")
         config = nested
-    keys = ConfigKeys(config, asked)
+    keys = ConfigKeys(config, asked, allow, notes)
     keys.only("model_type", "clip_vision_model")
     keys.only("num_channels", 3)
     fields: dict[str, Any] = {key: keys.integer(key, default) for key, default in CLIP_SIZES.items()}

@@ -17,7 +17,7 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
-from ditkit.checkpoints.files.opening import some
+from ditkit.checkpoints.files.text import some
 from ditkit.errors import LoadError
 
 WB = ("weight", "bias")

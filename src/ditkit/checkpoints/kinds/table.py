@@ -14,7 +14,7 @@ from typing import Any
 
 from ditkit.checkpoints.kinds import diffusers_folder as theirs
 from ditkit.checkpoints.kinds import sizes
-from ditkit.checkpoints.kinds.diffusers_folder import REQUIRED, ConfigKeys
+from ditkit.checkpoints.kinds.configs import REQUIRED, ConfigKeys
 from ditkit.checkpoints.kinds.sizes import Sizes, Tensors, settle
 from ditkit.errors import LoadError
 
@@ -36,8 +36,10 @@ def task_of(fields: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _transformer(config: Mapping[str, Any], tensors: Tensors, allow: Collection[str]) -> dict[str, Any]:
-    keys = ConfigKeys(config, "reading the transformer's config")
+def _transformer(
+    config: Mapping[str, Any], tensors: Tensors, allow: Collection[str], notes: list[str]
+) -> dict[str, Any]:
+    keys = ConfigKeys(config, "reading the transformer's config", allow, notes)
     keys.only("patch_size", (1, 2, 2))
     keys.only("qk_norm", True)
     keys.only("cross_attn_norm", True)
@@ -60,6 +62,8 @@ def _transformer(config: Mapping[str, Any], tensors: Tensors, allow: Collection[
         if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
             raise keys.error(f"vace_layers is {layers!r}, not a list of whole numbers", "Correct the config")
         fields |= {"vace_layers": tuple(layers), "vace_in_dim": keys.integer("vace_in_dim", 96)}
+    else:
+        keys.only("vace_layers", None, ())
     keys.done()
     whole = settle(keys.asked, sizes.transformer_sizes(tensors), fields)
     theirs.require_transformer(keys, whole)
@@ -71,8 +75,10 @@ def _transformer(config: Mapping[str, Any], tensors: Tensors, allow: Collection[
     return whole
 
 
-def _vae(config: Mapping[str, Any], tensors: Tensors, allow: Collection[str], kind: str = "wan_vae") -> dict[str, Any]:
-    keys = ConfigKeys(config, "reading the VAE's config")
+def _vae(
+    config: Mapping[str, Any], tensors: Tensors, allow: Collection[str], notes: list[str], kind: str = "wan_vae"
+) -> dict[str, Any]:
+    keys = ConfigKeys(config, "reading the VAE's config", allow, notes)
     keys.only("attn_scales", ())
     keys.ignore(["dropout"])
     fields: dict[str, Any] = {key: keys.integer(key, REQUIRED) for key in ("dim", "z_dim", "num_res_blocks")}
@@ -86,8 +92,8 @@ def _vae(config: Mapping[str, Any], tensors: Tensors, allow: Collection[str], ki
     return settle(keys.asked, sizes.vae_sizes(tensors, "native", kind), fields)
 
 
-def _vae22(config: Mapping[str, Any], tensors: Tensors, allow: Collection[str]) -> dict[str, Any]:
-    return _vae(config, tensors, allow, "wan_vae22")
+def _vae22(config: Mapping[str, Any], tensors: Tensors, allow: Collection[str], notes: list[str]) -> dict[str, Any]:
+    return _vae(config, tensors, allow, notes, "wan_vae22")
 
 
 _UMT5 = MappingProxyType({
@@ -97,8 +103,8 @@ _UMT5 = MappingProxyType({
 })  # fmt: skip
 
 
-def _umt5(config: Mapping[str, Any], tensors: Tensors, allow: Collection[str]) -> dict[str, Any]:
-    keys = ConfigKeys(config, "reading the text encoder's config")
+def _umt5(config: Mapping[str, Any], tensors: Tensors, allow: Collection[str], notes: list[str]) -> dict[str, Any]:
+    keys = ConfigKeys(config, "reading the text encoder's config", allow, notes)
     keys.only("shared_pos", False)
     keys.ignore(["text_len", "dropout"])
     fields: dict[str, Any] = {ours: keys.integer(name, REQUIRED) for name, ours in _UMT5.items()}
@@ -118,8 +124,8 @@ _CLIP = MappingProxyType({
 _CLIP_BESIDE = ("embed_dim", "vocab_size", "max_text_len", "text_dim", "text_heads", "text_layers")
 
 
-def _clip(config: Mapping[str, Any], tensors: Tensors, allow: Collection[str]) -> dict[str, Any]:
-    keys = ConfigKeys(config, "reading the image encoder's config")
+def _clip(config: Mapping[str, Any], tensors: Tensors, allow: Collection[str], notes: list[str]) -> dict[str, Any]:
+    keys = ConfigKeys(config, "reading the image encoder's config", allow, notes)
     keys.only("vision_pool", "token")
     keys.ignore(_CLIP_BESIDE)
     fields: dict[str, Any] = {ours: keys.integer(name, REQUIRED) for name, ours in _CLIP.items()}
@@ -134,18 +140,18 @@ def _clip(config: Mapping[str, Any], tensors: Tensors, allow: Collection[str]) -
     return whole
 
 
-Reader = Callable[[Mapping[str, Any], Tensors, Collection[str]], dict[str, Any]]
+Reader = Callable[[Mapping[str, Any], Tensors, Collection[str], list[str]], dict[str, Any]]
 READERS: Mapping[tuple[str, str], Reader] = MappingProxyType({
     ("wan", "native"): _transformer,
     ("wan", "diffusers"): theirs.transformer_config,
     ("wan_vae", "native"): _vae,
-    ("wan_vae", "diffusers"): lambda config, tensors, allow: theirs.vae_config(config, tensors),
+    ("wan_vae", "diffusers"): theirs.vae_config,
     ("wan_vae22", "native"): _vae22,
-    ("wan_vae22", "diffusers"): lambda config, tensors, allow: theirs.vae22_config(config, tensors),
+    ("wan_vae22", "diffusers"): theirs.vae22_config,
     ("umt5", "native"): _umt5,
-    ("umt5", "transformers"): lambda config, tensors, allow: theirs.text_encoder_config(config, tensors),
+    ("umt5", "transformers"): theirs.text_encoder_config,
     ("clip", "native"): _clip,
-    ("clip", "transformers"): lambda config, tensors, allow: theirs.clip_config(config, tensors),
+    ("clip", "transformers"): theirs.clip_config,
 })  # fmt: skip
 SIZES: Mapping[tuple[str, str], Callable[[Tensors], Sizes]] = MappingProxyType({
     ("wan", "native"): sizes.transformer_sizes,
@@ -192,9 +198,11 @@ def config_of(
     config: Mapping[str, Any] | None,
     tensors: Tensors,
     allow: Collection[str] = (),
+    notes: list[str] | None = None,
 ) -> dict[str, Any]:
     """The keywords of the kind's config class: from ``config`` if there is one, held against the tensors; else from
-    their shapes. ``tensors`` are facts under the layout's names. Raises LoadError."""
+    their shapes. ``tensors`` are facts under the layout's names. ``notes`` grows by the unknown keys. Raises
+    LoadError."""
     if config is None:
         found = SIZES[kind, layout](tensors)
         return settle(f"telling the sizes of {kind} from its tensors", found, None)
@@ -206,4 +214,4 @@ def config_of(
             f"it is of {said!r}" if said else "it says no class",
             "Use the config.json of these weights",
         )
-    return READERS[kind, layout](config, tensors, allow)
+    return READERS[kind, layout](config, tensors, allow, [] if notes is None else notes)

@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ditkit.checkpoints.files.opening import some
+from ditkit.checkpoints.files.text import some
 from ditkit.checkpoints.lora.deltas import Decomposed, Delta, Full, Hadamard, Kronecker, LowRank, Product
 from ditkit.checkpoints.lora.names import EXPERTS, OTHER_NETWORKS, Key, Names, blocks_in, group, read_key, refused
 from ditkit.checkpoints.lora.scale import Scale, read_scale

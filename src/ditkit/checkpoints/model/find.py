@@ -6,7 +6,6 @@ Leaves out: what a folder's layout means (parts.py), manifests (manifest.py) and
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ditkit.checkpoints.files.opening import split_entry
+from ditkit.checkpoints.kinds.configs import STRICT, note_unknown
 from ditkit.errors import LoadError, SetupError, nearest
 from ditkit.setup import Setup
 
@@ -46,7 +46,7 @@ def find(name: str, setup: Setup | None = None, scope: Scope | None = None) -> F
     """The parts of the model ``name``, opened (headers only). ``setup`` says what stands in for single parts, which
     variant of a Diffusers folder, and whether the network may be used. ``scope``: which parts matter here; one that
     lies at a host is not fetched. Raises LoadError."""
-    from ditkit.checkpoints.files.opening import readable
+    from ditkit.checkpoints.files.text import readable
     from ditkit.checkpoints.model.locate import WHOLE
 
     with readable(f"model {name!r:.200}"):
@@ -61,7 +61,7 @@ def at_host(address: str, about: Mapping[str, Any], setup: Setup, scope: Scope) 
 
     hub = Hub(offline=setup.offline)
     parts = {
-        n: open_part(_place(w, hub, n), n, allow=setup.allow) for n, w in setup.components.items() if scope.opens(n)
+        n: open_part(_place(w, hub, n), n, allow=_rules(setup)) for n, w in setup.components.items() if scope.opens(n)
     }
     located = announced(address, parts, {"boundary_ratio": about.get("boundary")}, scope)
     tables = {name: about[name] for name in ("defaults", "preview") if about.get(name)}
@@ -85,7 +85,11 @@ def _find(name: str, setup: Setup, scope: Scope) -> FoundModel:
     manifest = _manifest(path)
     if manifest is not None:
         return _from_manifest(manifest, setup, instead, hub, scope)
-    return FoundModel(locate(path, setup.variant, allow=setup.allow, instead=instead, scope=scope), None, {}, path)
+    return FoundModel(locate(path, setup.variant, allow=_rules(setup), instead=instead, scope=scope), None, {}, path)
+
+
+def _rules(setup: Setup) -> tuple[str, ...]:
+    return (*setup.allow, *([STRICT] if setup.strict_config else []))
 
 
 def parts_of(path: Path, variant: str | None = None, *, verify: bool = False) -> ModelParts:
@@ -147,7 +151,8 @@ def _manifest(path: Path) -> Manifest | None:
 def _from_manifest(manifest: Manifest, setup: Setup, instead: Mapping[str, Path], hub: Hub, scope: Scope) -> FoundModel:
     from ditkit.checkpoints.model import lock
     from ditkit.checkpoints.model.locate import WITHOUT_WEIGHTS, assemble, locate
-    from ditkit.checkpoints.model.manifest import INDEX, MODULAR
+    from ditkit.checkpoints.model.manifest import INDEX, KNOWN, MODULAR
+    from ditkit.checkpoints.model.side_configs import flow_shift, processor_config
 
     folder = manifest.folder
     indexed = any((folder / one).is_file() for one in (INDEX, MODULAR))
@@ -157,25 +162,28 @@ def _from_manifest(manifest: Manifest, setup: Setup, instead: Mapping[str, Path]
     there = [name for name in wanted if not (indexed and _missing(named[name]))]  # the model says what it lacks
     places = {name: named[name].resolve(hub) for name in there}
     variants = {name: named[name].variant or setup.variant for name in places}
-    values = _values(manifest)
-    if indexed:
-        located = assemble(folder, "diffusers", {**places, **instead}, values, variants, setup.allow, weights, scope)
-    else:
-        variant = None if places else setup.variant
-        others = {**places, **instead}
-        located = locate(folder, variant, allow=setup.allow, instead=others, values=values, scope=scope)
     spare = scope.only is not None  # a host has what its stages need
-    notes = {
+    beside = {
         name: named[name].resolve(hub)
         for name in ("scheduler", "image_processor")
         if name in named and not (spare and _missing(named[name]))
     }
-    for name, place in notes.items():  # small files, read now
+    for name, place in beside.items():  # small files, read now
         if named[name].sha256:
             lock.verify(named[name], place)
     verify = {name: partial(lock.verify, named[name], place) for name, place in places.items() if named[name].sha256}
-    file, tables = manifest.file or folder, manifest.tables
-    return FoundModel(located, _flow_shift(notes.get("scheduler")), tables, file, _processor(notes), verify)
+    rules, notes = _rules(setup), list[str]()
+    asked = f"reading {manifest.index}"
+    notes += note_unknown(asked, manifest.index.name if manifest.index else "", manifest.unknown, KNOWN, rules)
+    shift = flow_shift(beside["scheduler"], rules, notes) if "scheduler" in beside else None
+    processor = processor_config(beside["image_processor"], rules, notes) if "image_processor" in beside else None
+    others, values = {**places, **instead}, manifest.values
+    if indexed:
+        located = assemble(folder, "diffusers", others, values, variants, rules, weights, scope, notes)
+    else:
+        variant = None if places else setup.variant
+        located = locate(folder, variant, allow=rules, instead=others, values=values, scope=scope, notes=notes)
+    return FoundModel(located, shift, manifest.tables, manifest.file or folder, processor, verify)
 
 
 def _missing(place: Location) -> bool:
@@ -183,37 +191,3 @@ def _missing(place: Location) -> bool:
     named, so their place has to be right."""
     beside = place.path is not None and place.names is None and place.written == f"./{place.component}"
     return beside and place.path is not None and not (place.path / place.subfolder / (place.file or "")).exists()
-
-
-def _processor(notes: Mapping[Any, Path]) -> Mapping[str, Any] | None:
-    from ditkit.checkpoints.kinds.diffusers_folder import read_config
-
-    place = notes.get("image_processor")
-    return None if place is None else read_config(place, "preprocessor_config.json")
-
-
-def _values(manifest: Manifest) -> dict[str, Any]:
-    """The notes on the whole model. A key that nobody here knows is refused, because it may matter."""
-    known = {"boundary": "boundary_ratio", "expand_timesteps": "expand_timesteps"}
-    unknown = sorted(k for k, v in manifest.model.items() if k not in known and v not in (None, False))
-    if unknown:
-        raise LoadError(
-            f"opening the model in {manifest.folder}",
-            f"its index has {', '.join(unknown)}, which this version does not know",
-            "Remove it if it does not matter",
-        )
-    return {known[k]: v for k, v in manifest.model.items() if k in known}
-
-
-def _flow_shift(scheduler: Path | None) -> float | None:
-    """The shift in the folder's scheduler_config.json, which is the default of the diffusers convention."""
-    from ditkit.checkpoints.kinds.diffusers_folder import read_config
-
-    if scheduler is None:
-        return None
-    config = read_config(scheduler, "scheduler_config.json")
-    shift = config.get("flow_shift", config.get("shift"))
-    if shift is not None and not (type(shift) in (int, float) and 0 < shift < math.inf):
-        found = f"its shift is {shift!r}, not a finite number above 0"
-        raise LoadError(f"reading {scheduler}/scheduler_config.json", found, "Correct it, or set it to null")
-    return None if shift is None else float(shift)

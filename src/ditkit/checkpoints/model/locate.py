@@ -10,26 +10,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from ditkit.checkpoints.files.opening import (
-    INDEX,
-    OTHERS,
-    open_source,
-    read_json,
-    read_shards,
-    readable,
-    some,
-    split_entry,
-)
+from ditkit.checkpoints.files.choosing import read_shards
+from ditkit.checkpoints.files.formats import INDEX, OTHERS
+from ditkit.checkpoints.files.opening import open_source, split_entry
+from ditkit.checkpoints.files.text import read_json, readable, some
+from ditkit.checkpoints.kinds.configs import note_unknown
 from ditkit.checkpoints.kinds.detect import Detected, bare, recognise
 from ditkit.checkpoints.kinds.diffusers_folder import read_index
 from ditkit.checkpoints.kinds.keys import table_of
 from ditkit.checkpoints.kinds.sizes import Tensors
 from ditkit.checkpoints.kinds.table import SIZES, config_of, kind_of_config, task_of
+from ditkit.checkpoints.model.side_configs import check_tokenizer, flow_shift, processor_config
 from ditkit.checkpoints.views.mapped import Mapped
 from ditkit.checkpoints.views.source import TensorSource, notes_of
 from ditkit.errors import LoadError, nearest
@@ -150,7 +146,7 @@ def _open_part(
     path: Path, component: str | None, variant: str | None, entry: str | None, allow: Collection[str]
 ) -> Part:
     if component == "tokenizer":
-        return _tokenizer(path)
+        return _tokenizer(path, allow)
     if component is not None and component not in KINDS:
         raise LoadError(
             f"opening {path} as {component!r}",
@@ -174,11 +170,12 @@ def _part(
     if found.problems:
         raise LoadError(asked, found.problems[0], "Use a model of a supported kind")
     tensors = bare(found.kind, view.tensors)
-    config = _config(found, view, tensors, beside, allow)
+    notes: list[str] = []
+    config = _config(found, view, tensors, beside, allow, notes)
     return Part(
         component or COMPONENT_OF[found.kind], found.kind, source.path, MappingProxyType(config),
         under_module_names(view, found.kind, found.layout, config), found.layout, found.quantization, found,
-        (*notes_of(view), *_assumed(found, beside)),
+        (*notes_of(view), *_assumed(found, beside), *notes),
     )  # fmt: skip
 
 
@@ -207,7 +204,7 @@ def _config_beside(path: Path, source: TensorSource) -> tuple[Path, dict[str, An
 
 def _config(
     found: Detected, view: TensorSource, tensors: Tensors, beside: tuple[Path, dict[str, Any], bool] | None,
-    allow: Collection[str],
+    allow: Collection[str], notes: list[str],
 ) -> dict[str, Any]:  # fmt: skip
     kind, layout = found.kind, found.layout
     if beside is None:
@@ -224,12 +221,12 @@ def _config(
     elif (belongs is None or belongs[0] != kind) and not own:
         return config_of(kind, layout, None, tensors, allow)
     try:
-        return config_of(kind, layout, config, tensors, allow)
+        return config_of(kind, layout, config, tensors, allow, notes)
     except LoadError as error:
         raise LoadError(f"{error.asked} ({file})", error.found, error.do) from None
 
 
-def _tokenizer(folder: Path) -> Part:
+def _tokenizer(folder: Path, rules: Collection[str]) -> Part:
     """Raises LoadError when there is no ``tokenizer.json``."""
     folder = folder.parent if folder.name == "tokenizer.json" else folder
     file = folder / "tokenizer.json"
@@ -237,7 +234,9 @@ def _tokenizer(folder: Path) -> Part:
         bare_model = (folder / "spiece.model").is_file()
         found = "it has only spiece.model and no tokenizer.json" if bare_model else "there is no tokenizer.json"
         raise LoadError(f"opening the tokenizer in {folder}", found, HOW["tokenizer"])
-    return Part("tokenizer", "tokenizer", folder, MappingProxyType({}), None, "tokenizers")
+    notes: list[str] = []
+    check_tokenizer(folder, rules, notes)
+    return Part("tokenizer", "tokenizer", folder, MappingProxyType({}), None, "tokenizers", notes=tuple(notes))
 
 
 # --- a whole model
@@ -251,17 +250,19 @@ def locate(
     values: Mapping[str, Any] = MappingProxyType({}),
     allow: Collection[str] = (),
     scope: Scope = WHOLE,
+    notes: Collection[str] = (),
 ) -> ModelParts:
     """All parts of the model in ``path``: a folder of diffusers, a native one, or one file of weights.
 
     ``variant`` selects among the weights of each folder of diffusers. ``instead``: component -> a file or folder that
     stands in for the model's own, or for one that it does not have. ``values`` go before those of the model's index
-    (``boundary_ratio``, ``expand_timesteps``). ``scope``: which parts matter here. Raises LoadError when nothing can be
-    opened, or when two files are the same part; whatever keeps the parts from running is in ``problems``."""
+    (``boundary_ratio``, ``expand_timesteps``). ``scope``: which parts matter here. ``notes``: what its
+    manifest left out. Raises LoadError when nothing can be opened, or when two files are the same part; whatever keeps
+    the parts from running is in ``problems``."""
     path = Path(os.path.expanduser(path))
     asked = f"opening the model in {path}"
     with readable(asked):
-        return _locate(path, variant, instead, values, allow, scope, asked)
+        return _locate(path, variant, instead, values, allow, scope, notes, asked)
 
 
 def _locate(
@@ -271,6 +272,7 @@ def _locate(
     values: Mapping[str, Any],
     allow: Collection[str],
     scope: Scope,
+    notes: Collection[str],
     asked: str,
 ) -> ModelParts:
     path, entry = split_entry(path)
@@ -286,15 +288,15 @@ def _locate(
     if path.is_dir() and any((path / name).is_dir() for name in scope.only or ()):  # some folders of a Diffusers model
         places = {name: path / name for name in scope.only or () if (path / name).is_dir()}
         variants = dict.fromkeys(places, variant)
-        return assemble(path, "diffusers", {**places, **instead}, values, variants, allow, scope=scope)
+        return assemble(path, "diffusers", {**places, **instead}, values, variants, allow, scope=scope, notes=notes)
     if variant is not None:
         raise LoadError(asked, f"variant {variant!r} was given and it has no model_index.json", "Leave it out")
     others = {name: open_part(place, name, allow=allow) for name, place in instead.items() if scope.opens(name)}
     if path.is_file():
         part = open_part(path, None, entry=entry, allow=allow)
-        return _located(path, "file", {part.component: part, **others}, values, scope=scope)
+        return _located(path, "file", {part.component: part, **others}, values, scope=scope, notes=notes)
     parts, unused = _native(path, others, allow, scope)
-    return _located(path, "native", parts, values, unused, scope=scope)
+    return _located(path, "native", parts, values, unused, scope=scope, notes=notes)
 
 
 def assemble(
@@ -306,16 +308,17 @@ def assemble(
     allow: Collection[str] = (),
     promised: Collection[str] = (),
     scope: Scope = WHOLE,
+    notes: Collection[str] = (),
 ) -> ModelParts:
     """The model whose components are in ``places``, with the ``values`` of its index or manifest (``boundary_ratio``,
     ``expand_timesteps``). ``path`` is what messages call it. ``promised``: the components that its index names; one
-    that is not in ``places`` is a problem. Raises LoadError."""
+    that is not in ``places`` is a problem. ``notes``: what the index has besides. Raises LoadError."""
     parts = {
         name: open_part(place, name, variants.get(name), allow=allow)
         for name, place in places.items()
         if name not in WITHOUT_WEIGHTS and scope.opens(name)
     }
-    return _located(path, layout, parts, values, promised=promised, scope=scope)
+    return _located(path, layout, parts, values, promised=promised, scope=scope, notes=notes)
 
 
 def announced(where: str, parts: Mapping[str, Part], values: Mapping[str, Any], scope: Scope) -> ModelParts:
@@ -333,17 +336,18 @@ def _diffusers(
 ) -> ModelParts:
     index = read_index(folder, require_folders=False)
     asked = f"opening the model in {folder}"
-    known = (*KINDS, "tokenizer", *WITHOUT_WEIGHTS)
-    for name in index.components:
-        if name not in known:
-            raise LoadError(
-                asked, f"its model_index.json names the component {name!r}{nearest(name, known)}", "Remove it"
-            )
-    places = {name: folder / name for name in index.components if (folder / name).is_dir()}
+    known = (*KINDS, "tokenizer", *WITHOUT_WEIGHTS, "boundary_ratio", "expand_timesteps")
+    unknown = {k: v for k, v in {**index.values, **index.components}.items() if k not in known and v is not None}
+    notes = [*note_unknown(asked, "model_index.json", unknown, known, allow)]
+    if (folder / "scheduler" / "scheduler_config.json").is_file():
+        flow_shift(folder / "scheduler", allow, notes)
+    if (folder / "image_processor" / "preprocessor_config.json").is_file():
+        processor_config(folder / "image_processor", allow, notes)
+    components = [name for name in index.components if name in known]
+    places = {name: folder / name for name in components if (folder / name).is_dir()}
     variants = dict.fromkeys(places.keys() - instead.keys(), variant)
     together = {**index.values, **values}
-    promised = index.components.keys()
-    return assemble(folder, "diffusers", {**places, **instead}, together, variants, allow, promised, scope)
+    return assemble(folder, "diffusers", {**places, **instead}, together, variants, allow, components, scope, notes)
 
 
 def _native(
@@ -386,7 +390,7 @@ def _native(
         and scope.opens("tokenizer")
         and (folder / NATIVE_TOKENIZER / "tokenizer.json").is_file()
     ):
-        parts["tokenizer"] = _tokenizer(folder / NATIVE_TOKENIZER)
+        parts["tokenizer"] = _tokenizer(folder / NATIVE_TOKENIZER, allow)
     if not parts:
         why = f" ({some(f'{name}: {reason}' for name, reason in unused.items())})" if unused else ""
         raise LoadError(f"opening the model in {folder}", f"it holds no part of a model{why}", "Check the path")
@@ -435,6 +439,7 @@ def _located(
     unused: Mapping[str, str] = MappingProxyType({}),
     promised: Collection[str] = (),
     scope: Scope = WHOLE,
+    notes: Collection[str] = (),
 ) -> ModelParts:
     parts = {name: part for name, part in parts.items() if scope.opens(name)}
     halves = layout == "native" and any((Path(path) / folder).is_dir() for folder in EXPERTS)
@@ -455,6 +460,9 @@ def _located(
     ]
     if expand and main and task != "ti2v":
         problems.append(look.problem(f"expand_timesteps is true and its transformer is {task}", "Correct the index"))
+    if notes and parts:  # on the whole: they go with its main part
+        name = next((name for name in EXPERTS.values() if name in parts), next(iter(parts)))
+        parts[name] = replace(parts[name], notes=(*parts[name].notes, *notes))
     ordered = [{n: some[n] for n in (*KINDS, "tokenizer") if n in some} for some in (parts, far)]
     return ModelParts(
         path, layout, MappingProxyType(ordered[0]), task, boundary, task == "ti2v" if expand is None else bool(expand),

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from ditkit.checkpoints.files.opening import read_json
+from ditkit.checkpoints.files.text import read_json
 from ditkit.checkpoints.model.hub import Hub
 from ditkit.checkpoints.model.manifest import Location, Manifest
 from ditkit.checkpoints.model.used import used

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import Any
 
-from ditkit.checkpoints.files.opening import read_json
+from ditkit.checkpoints.files.text import read_json
 from ditkit.checkpoints.model.hub import COMMIT, DATA, REPO, Hub, HubName, Listing, inside
 from ditkit.checkpoints.model.used import is_weights, used
 from ditkit.errors import LoadError, nearest
@@ -38,6 +38,8 @@ NOTES: Mapping[str, type] = MappingProxyType({"boundary": float, "expand_timeste
 """Keys of ``[model]``. ``boundary``: the share of the timesteps from which on the first of two experts works."""
 
 _PLACE = ("path", "repo", "subfolder", "revision", "variant", "file", "sha256")
+INDEX_NOTES = {"boundary_ratio": "boundary", "expand_timesteps": "expand_timesteps"}
+KNOWN = (*COMPONENTS, *MADE_HERE, *INDEX_NOTES)
 _SPEC = ("pretrained_model_name_or_path", "repo", "subfolder", "revision", "variant", "type_hint",
          "default_creation_method")  # fmt: skip
 
@@ -149,7 +151,8 @@ class Manifest:
     """``components`` by name, as far as the manifest names them; the rest is looked for in ``folder``.
 
     ``file`` is the manifest, ``index`` the index of diffusers that stands in it or beside it.
-    ``model`` has notes of the kind of NOTES; ``tables`` are the other tables of ``ditkit.toml``, unchecked."""
+    ``model`` has notes of the kind of NOTES; ``tables`` are the other tables of ``ditkit.toml``, unchecked.
+    ``unknown``: keys of the index that nobody here knows, such as components of newer pipelines."""
 
     folder: Path
     file: Path | None
@@ -158,6 +161,12 @@ class Manifest:
     model: Mapping[str, Any]
     tables: Mapping[str, Mapping[str, Any]]
     locked: bool = False
+    unknown: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The notes on the whole model, under their names in an index."""
+        return {name: self.model[note] for name, note in INDEX_NOTES.items() if note in self.model}
 
     @classmethod
     def open(cls, path: str | Path, lock: bool = True) -> Manifest:
@@ -245,14 +254,14 @@ def _read(folder: Path, name: str | None, base: _Local | _Remote, lock: bool) ->
     if name is not None and own is not None:  # a manifest that was named stands beside the index of its folder
         wanted += [one for one in there if not one.endswith(".toml")]
     index = next((one for one in wanted if one.endswith(".json")), None)
-    components, model = _read_index(folder / index, base) if index else ({}, {})
+    components, model, unknown = _read_index(folder / index, base) if index else ({}, {}, {})
     tables: dict[str, Any] = {}
     if own:
         tables = _read_toml(folder / own)
         components |= _places(tables.pop("components", {}), folder / own, base)
         model |= _notes(tables.pop("model", {}), folder / own)
     file = folder / (own or index) if own or index else None  # type: ignore[operator]
-    manifest = Manifest(folder, file, folder / index if index else None, components, model, tables)
+    manifest = Manifest(folder, file, folder / index if index else None, components, model, tables, unknown=unknown)
     if lock:
         from ditkit.checkpoints.model.lock import with_lock
 
@@ -373,42 +382,39 @@ def _written(keys: Mapping[str, str], path: str | None) -> str:
     return text + (f" (variant {keys['variant']})" if "variant" in keys else "")
 
 
-def _read_index(file: Path, base: _Local | _Remote) -> tuple[dict[str, Location], dict[str, Any]]:
-    """An index of diffusers, of either kind: a pair for a component beside it, a triple for one from anywhere."""
+def _read_index(file: Path, base: _Local | _Remote) -> tuple[dict[str, Location], dict[str, Any], dict[str, Any]]:
+    """An index of diffusers, of either kind: a pair for a component beside it, a triple for one from anywhere. Last
+    come the keys that are not known."""
     asked = f"reading {file}"
     components: dict[str, Location] = {}
     notes: dict[str, Any] = {}
+    unknown: dict[str, Any] = {}
     for name, value in read_json(file).items():
         if name == "auto_map":
             raise LoadError(asked, "it names code in the repository (auto_map)", "Use a model without code of its own")
-        if name.startswith("_") or name in MADE_HERE or value in ([None, None], (None, None)):
+        if name.startswith("_") or name in MADE_HERE or value in (None, [None, None]):
             continue
-        if isinstance(value, list):
-            _known(name, COMPONENTS, asked, "component")
-            components[name] = _indexed(name, value, asked, base)
+        if name in INDEX_NOTES:
+            _check_note(INDEX_NOTES[name], value, asked)
+            notes[INDEX_NOTES[name]] = value
+        elif name in COMPONENTS:
+            components[name] = _indexed(name, value, asked, base, unknown)
         else:
-            notes |= _index_note(name, value, asked)
-    return components, notes
+            unknown[name] = value
+    return components, notes, unknown
 
 
-def _index_note(name: str, value: Any, asked: str) -> dict[str, Any]:
-    note = {"boundary_ratio": "boundary", "expand_timesteps": "expand_timesteps"}.get(name)
-    if value is None:
-        return {}
-    if note is None:
-        return {name: value}  # whoever builds the model knows whether this key matters to it
-    _check_note(note, value, asked)
-    return {note: value}
-
-
-def _indexed(name: str, value: list[Any], asked: str, base: _Local | _Remote) -> Location:
-    if len(value) not in (2, 3) or not all(x is None or isinstance(x, str) for x in value[:2]):
+def _indexed(name: str, value: Any, asked: str, base: _Local | _Remote, unknown: dict[str, Any]) -> Location:
+    if (
+        not isinstance(value, list)
+        or len(value) not in (2, 3)
+        or not all(x is None or isinstance(x, str) for x in value[:2])
+    ):
         raise LoadError(asked, f"it gives {name} as {value}", "Write a library, a class and, if elsewhere, its place")
     spec = value[2] if len(value) == 3 else {"pretrained_model_name_or_path": ".", "subfolder": name}
     if not isinstance(spec, dict):
         raise LoadError(asked, f"the place of {name} is {spec!r}, not an object", "Correct it")
-    for key in spec:
-        _known(key, _SPEC, f"{asked}, {name}", "key")
+    unknown |= {f"{name}.{key}": found for key, found in spec.items() if key not in _SPEC and found is not None}
     hint = spec.get("type_hint") or [value[0]]
     library = hint[0] if isinstance(hint, list) and hint else value[0]
     for one in (value[0], library):

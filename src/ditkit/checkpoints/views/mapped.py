@@ -6,15 +6,25 @@ one joined tensor, at a time. Leaves out: the tables (keys.py), dequantisation a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ditkit.checkpoints.files.opening import some
+from ditkit.checkpoints.files.text import some
 from ditkit.checkpoints.kinds.keys import KeyTable, Rule, Side
-from ditkit.checkpoints.views.source import Facts, Inspect, TensorFacts, TensorSource, cast, no_inspection
+from ditkit.checkpoints.views.source import (
+    Facts,
+    Inspect,
+    Stored,
+    TensorFacts,
+    TensorSource,
+    View,
+    cast,
+    no_inspection,
+    not_stored,
+    stored,
+)
 from ditkit.errors import LoadError, nearest
 
 if TYPE_CHECKING:
@@ -34,7 +44,7 @@ class _Piece:
     share: int = 0
 
 
-class Mapped:
+class Mapped(View):
     """``source`` in the layout ``to`` of ``table``: its native side, or its other one. ``source`` is in the opposite
     one, or in the one that ``of`` says; in ``to`` itself it only loses what is ignored and what has two names.
 
@@ -45,7 +55,8 @@ class Mapped:
     names."""
 
     def __init__(self, source: TensorSource, table: KeyTable, to: Side, of: Side | None = None):
-        self.source, self.table, self.to = source, table, to
+        super().__init__(source)
+        self.table, self.to = table, to
         self._asked = f"mapping the names of {source.path}"
         side: Side = of or ("other" if to == "native" else "native")
         rules = table.by_name(side)
@@ -74,10 +85,6 @@ class Mapped:
             raise self._error(f"{len(self.unknown)} tensors are unknown ({some(self.unknown)}){hint}")
         return self
 
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        for name in self._pieces:
-            yield name, self[name]
-
     def __getitem__(self, name: str) -> Tensor:
         return self.cast(name)
 
@@ -89,6 +96,17 @@ class Mapped:
         if len(piece.members) == 1:
             return self._arranged(name, piece, cast(self.source, piece.members[0], dtype, look))
         return self._joined(name, piece, dtype, look)
+
+    def stored(self, name: str) -> Stored:
+        piece = self._pieces[name]
+        for member in piece.members:
+            self._check_twice(member)
+        found = [stored(self.source, member) for member in piece.members]
+        if piece.rule is None or piece.rule.renames:
+            return found[0]
+        if any(form.format != "plain" for form in found):
+            raise not_stored(self, name, f"it is made of {some(piece.members)} by cutting, joining or turning")
+        return Stored("plain", tuple(self.tensors[name].shape), self[name])
 
     def _arranged(self, name: str, piece: _Piece, member: Tensor) -> Tensor:
         rule = piece.rule
@@ -174,27 +192,3 @@ class Mapped:
 
     def _error(self, found: str) -> LoadError:
         return LoadError(self._asked, found, DO)
-
-    @property
-    def path(self) -> Path:
-        return self.source.path
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        return self.source.files
-
-    @property
-    def metadata(self) -> Mapping[str, Any]:
-        return self.source.metadata
-
-    @property
-    def sha256(self) -> dict[str, str]:
-        return self.source.sha256
-
-    @property
-    def fingerprint(self) -> str:
-        return self.source.fingerprint
-
-    @property
-    def sketch(self) -> str:
-        return self.source.sketch

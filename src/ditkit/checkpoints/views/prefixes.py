@@ -12,8 +12,18 @@ from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from ditkit.checkpoints.files.opening import some
-from ditkit.checkpoints.views.source import Facts, Inspect, TensorSource, View, cast, no_inspection, pieces
+from ditkit.checkpoints.files.text import some
+from ditkit.checkpoints.views.source import (
+    Facts,
+    Inspect,
+    Stored,
+    TensorSource,
+    View,
+    cast,
+    no_inspection,
+    pieces,
+    stored,
+)
 from ditkit.errors import LoadError
 
 if TYPE_CHECKING:
@@ -78,3 +88,6 @@ class Unprefixed(View):
 
     def pieces(self, name: str, unit: int, size: int) -> Iterator[Tensor]:
         return pieces(self.source, self._names[name], unit, size)
+
+    def stored(self, name: str) -> Stored:
+        return stored(self.source, self._names[name])

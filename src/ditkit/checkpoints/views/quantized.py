@@ -17,9 +17,21 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from ditkit.checkpoints.files.gguf import BLOCKS
-from ditkit.checkpoints.files.opening import DTYPES, converted, some
+from ditkit.checkpoints.files.stored import DTYPES, converted
+from ditkit.checkpoints.files.text import some
 from ditkit.checkpoints.views.prefixes import shared_prefix, unwrapped
-from ditkit.checkpoints.views.source import Facts, Inspect, TensorFacts, TensorSource, View, cast, no_inspection, pieces
+from ditkit.checkpoints.views.source import (
+    Facts,
+    Inspect,
+    Stored,
+    TensorFacts,
+    TensorSource,
+    View,
+    cast,
+    no_inspection,
+    pieces,
+    stored,
+)
 from ditkit.errors import LoadError
 
 if TYPE_CHECKING:
@@ -111,6 +123,23 @@ class Dequantized(View):
         scale = self._weights[name]
         factors = torch.ones(()) if scale is None else self._scale(scale)
         return self._from_codes(name, facts, factors, dtype or own, look)
+
+    def stored(self, name: str) -> Stored:
+        if name not in self.tensors:
+            raise KeyError(name)
+        if name not in self._weights:
+            return stored(self.source, name)
+        facts, scale = self.source.tensors[name], self._weights[name]
+        codes, shape = self.source[name], tuple(facts.shape)
+        if facts.dtype in BLOCKS:
+            from ditkit.checkpoints.files import gguf
+
+            return Stored(f"gguf {facts.dtype}", shape, codes.view(-1, gguf.block_bytes(facts.dtype)[1]))
+        if scale is None:
+            return Stored("fp8", shape, codes)
+        factors = self._scale(scale)
+        factors = factors.reshape(() if factors.numel() == 1 else (-1, *[1] * (len(shape) - 1)))
+        return Stored("int8" if facts.dtype == "I8" else "fp8_scaled", shape, codes, factors)
 
     def _from_blocks(self, name: str, facts: Facts, dtype: torch.dtype, look: Inspect) -> Tensor:
         from ditkit.checkpoints.files import gguf

@@ -12,13 +12,14 @@ import http.client
 import json
 import socket
 import ssl
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
 from ditkit.errors import DitkitError, Lost, PlaceError
+from ditkit.placement.channel import Question
 from ditkit.placement.http.framing import MEDIA_TYPE, checksum, fresh, pieces, unpack
-from ditkit.placement.job import Job, Message, frame_to_error
+from ditkit.placement.job import Job, Message, message_to_error
 from ditkit.state import State
 
 JOB, CRC = "X-Ditkit-Job", "X-Ditkit-Crc32"
@@ -27,9 +28,22 @@ CONNECT = 5.0
 """Seconds after which a host that does not take a connection counts as not there."""
 
 MOST_WORDS = 1 << 26
-"""Bytes of an answer that is no stream of frames: a model of a thousand files is described in a hundredth of it."""
+"""Bytes of an answer that is no stream of messages: a model of a thousand files is described in a hundredth of it."""
 
 LAST = ("outcome", "error")
+
+ANSWERS = {
+    401: ("it does not take our token", "Put the host's token into DITKIT_HOST_TOKEN"),
+    404: ("there is no ditkit host at that address (404)", "Check the address"),
+    413: ("so large a State is too much for it", "Raise its limit"),
+}
+
+ROUTES: Mapping[Question, tuple[str, str]] = {
+    "health": ("GET", "/health"),
+    "describe": ("GET", "/stages"),
+    "probe": ("GET", "/stages/{}/probe"),
+    "cancel": ("POST", "/jobs/{}/cancel"),
+}
 
 
 class HTTPChannel:
@@ -43,40 +57,10 @@ class HTTPChannel:
     def __repr__(self) -> str:
         return f"HTTPChannel({self.address!r})"
 
-    def describe(self) -> dict[str, Any]:
-        return self._json("GET", "/stages")
-
-    def health(self) -> dict[str, Any]:
-        """Whether it is there; needs no token."""
-        return self._json("GET", "/health")
-
-    def probe(self, stage: str) -> dict[str, Any]:
-        return self._json("GET", f"/stages/{stage}/probe")
-
-    def submit(self, job: Job, inputs: State) -> Iterator[Message]:
-        """Closed early, it closes the connection: the host sees that nobody waits any more, and stops."""
-        with contextlib.closing(self.connect()) as connection, self.faults():
-            response = self.send(connection, job, inputs)
-            with contextlib.closing(response):  # it holds the socket where the host closes after its answer
-                if response.status != 200:
-                    self.check(response, self.words(response))
-                if response.headers.get("Content-Type") != MEDIA_TYPE:
-                    raise self.stranger(response)
-                while True:
-                    frame = unpack(exactly(response), self.address)
-                    yield frame
-                    if frame.kind in LAST:
-                        return
-
-    def cancel(self, job_id: str) -> None:
-        self._json("POST", f"/jobs/{job_id}/cancel")
-
-    def close(self) -> None:
-        """Nothing stays open between two requests."""
-
-    # --- one request
-
-    def _json(self, method: str, path: str) -> dict[str, Any]:
+    def ask(self, question: Question, name: str = "") -> dict[str, Any]:
+        """``health`` needs no token, and answers with the number of ``jobs``."""
+        method, path = ROUTES[question]
+        path = path.format(name)
         with contextlib.closing(self.connect()) as connection, self.faults():
             connection.request(method, self._path(path), headers=self.headers(JOB, path))
             response = connection.getresponse()
@@ -89,6 +73,26 @@ class HTTPChannel:
         if not isinstance(said, dict):
             raise self.stranger(response)
         return said
+
+    def submit(self, job: Job, inputs: State) -> Iterator[Message]:
+        """Closed early, it closes the connection: the host sees that nobody waits any more, and stops."""
+        with contextlib.closing(self.connect()) as connection, self.faults():
+            response = self.send(connection, job, inputs)
+            with contextlib.closing(response):  # it holds the socket where the host closes after its answer
+                if response.status != 200:
+                    self.check(response, self.words(response))
+                if response.headers.get("Content-Type") != MEDIA_TYPE:
+                    raise self.stranger(response)
+                while True:
+                    message = unpack(exactly(response), self.address)
+                    yield message
+                    if message.kind in LAST:
+                        return
+
+    def close(self) -> None:
+        """Nothing stays open between two requests."""
+
+    # --- one request
 
     def words(self, response: http.client.HTTPResponse) -> bytes:
         """All of an answer that is no stream. Raises PlaceError where it has no end."""
@@ -174,20 +178,17 @@ class HTTPChannel:
             where = response.headers.get("Location", "nowhere")
             raise PlaceError(self.asked, f"it sends us on to {where!r}", "Give the address itself")
         if status in (502, 503, 504):
-            said = frame_to_error(data, self.address).found if _ours(data) else f"it answers {status} {response.reason}"
+            said = (
+                message_to_error(data, self.address).found if _ours(data) else f"it answers {status} {response.reason}"
+            )
             lost = Lost(self.asked, said, "Try again later")
             with contextlib.suppress(ValueError):
                 lost.after = float(response.headers.get("Retry-After", "0"))
             raise lost
         if _ours(data):
-            raise frame_to_error(data, self.address)
-        if status == 401:
-            raise PlaceError(self.asked, "it does not take our token", "Put the host's token into DITKIT_HOST_TOKEN")
-        if status == 413:
-            raise PlaceError(self.asked, "so large a State is too much for it", "Raise its limit")
-        if status == 404:
-            raise PlaceError(self.asked, "there is no ditkit host at that address (404)", "Check the address")
-        raise PlaceError(self.asked, f"it answers {status} {response.reason}", "Look at its log")
+            raise message_to_error(data, self.address)
+        found, do = ANSWERS.get(status, (f"it answers {status} {response.reason}", "Look at its log"))
+        raise PlaceError(self.asked, found, do)
 
     def stranger(self, response: http.client.HTTPResponse) -> PlaceError:
         kind = response.headers.get("Content-Type", "no type")

@@ -1,6 +1,6 @@
-"""Frames on a stream of bytes: one byte for the kind, 8 for the length, the payload, and 4 for its CRC-32.
+"""Messages on a stream of bytes: one byte for the kind, 8 for the length, the payload, and 4 for its CRC-32.
 
-The checksum finds content that changed on its way; it is no signature. Leaves out: what frames mean (``job.py``).
+The checksum finds content that changed on its way; it is no signature. Leaves out: what messages mean (``job.py``).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MEDIA_TYPE = "application/x-ditkit-frames"
 HEAD, TAIL = struct.Struct("<BQ"), struct.Struct("<I")
 
 FRAMING = HEAD.size + TAIL.size
-"""Bytes of a frame besides its payload."""
+"""Bytes of a message besides its payload."""
 
 PIECE = 1 << 20
 """Bytes that are handed to a socket at once."""
@@ -69,10 +69,10 @@ def pieces(buffers: Iterable[Buffer]) -> Iterator[memoryview]:
             yield view[at : at + PIECE]
 
 
-def pack(frame: Message) -> Iterator[bytes | memoryview]:
-    """The frame's bytes; a large one comes in pieces, without a copy."""
-    head, buffers = HEAD.pack(KINDS.index(frame.kind), frame.nbytes), frame.buffers()
-    if frame.nbytes < PIECE:
+def pack(message: Message) -> Iterator[bytes | memoryview]:
+    """The message's bytes; a large one comes in pieces, without a copy."""
+    head, buffers = HEAD.pack(KINDS.index(message.kind), message.nbytes), message.buffers()
+    if message.nbytes < PIECE:
         yield b"".join([head, *buffers, TAIL.pack(checksum(buffers))])
         return
     yield head
@@ -84,11 +84,11 @@ def pack(frame: Message) -> Iterator[bytes | memoryview]:
 
 
 def unpack(read: Callable[[int], bytearray | memoryview], source: str) -> Message:
-    """The next frame; ``read`` gives exactly so many bytes. Raises PlaceError for bytes that are none,
+    """The next message; ``read`` gives exactly so many bytes. Raises PlaceError for bytes that are none,
     and where there is no room for them."""
     kind, length = HEAD.unpack(read(HEAD.size))
     if kind >= len(KINDS) or length > LARGEST:
-        raise PlaceError(f"reading what {source} sent", "it is no frame", "Look at its log")
+        raise PlaceError(f"reading what {source} sent", "it is no message", "Look at its log")
     try:
         payload = read(length)  # at once: in pieces, each checked while it is in the cache, takes longer
     except MemoryError:  # the length is the other end's word

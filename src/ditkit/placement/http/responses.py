@@ -1,4 +1,4 @@
-"""What a host answers: frames as a job makes them, its outcome alone, or an error with its status.
+"""What a host answers: messages as a job makes them, its outcome alone, or an error with its status.
 
 The job runs in a thread of its own; what it sends goes through a short queue, so that it waits for a slow reader.
 Leaves out: which requests are taken (``host.py``).
@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 from fastapi import Request, Response
@@ -17,7 +17,7 @@ from fastapi import Request, Response
 from ditkit.errors import DitkitError, PlaceError, StateError, UserError
 from ditkit.placement.http.framing import FRAMING, MEDIA_TYPE, PIECE, pack
 from ditkit.placement.http.zero_copy import connection_of
-from ditkit.placement.job import Job, Message, error_to_frame, frame_to_error
+from ditkit.placement.job import Job, Message, error_to_message, message_to_error
 from ditkit.placement.worker import TICK, Worker
 from ditkit.state import State
 
@@ -25,44 +25,28 @@ RETRY_AFTER = 5
 """Seconds after which whoever found the queue full may ask again."""
 
 
-class Full(PlaceError):
-    """Too many jobs wait."""
+class Refused(PlaceError):
+    """A request that is not taken: 400 it means nothing, 401 who asks is not known, 404 there is no such thing, 413 a
+    State is too large, 503 too many jobs wait."""
 
-
-class TooLarge(PlaceError):
-    """A State is more than the host takes."""
-
-
-class Unknown(PlaceError):
-    """Who asks did not show the token."""
-
-
-class Absent(PlaceError):
-    """There is no such thing here."""
-
-
-class Wrong(PlaceError):
-    """A request that means nothing."""
-
-
-STATUS: Mapping[type[DitkitError], int] = {
-    Full: 503, TooLarge: 413, Unknown: 401, Absent: 404, Wrong: 400, UserError: 400,
-}  # fmt: skip
+    def __init__(self, status: int, asked: str, found: str, do: str):
+        super().__init__(asked, found, do)
+        self.status = status
 
 
 def refuse(request: Request, error: Exception) -> Response:
     """An error as JSON in its three parts."""
     assert isinstance(error, DitkitError)
-    return _error(error, error_to_frame(error))
+    return _error(error, error_to_message(error))
 
 
-def _error(error: DitkitError, frame: Message) -> Response:
-    status = next((code for kind, code in STATUS.items() if isinstance(error, kind)), 500)
+def _error(error: DitkitError, message: Message) -> Response:
+    status = getattr(error, "status", 400 if isinstance(error, UserError) else 500)
     more = {503: {"Retry-After": str(RETRY_AFTER)}, 401: {"WWW-Authenticate": "Bearer"}}.get(status)
-    return Response(bytes(frame.payload), status, more, "application/json")
+    return Response(bytes(message.payload), status, more, "application/json")
 
 
-class Begun:
+class RunningJob:
     """A job at work. ``admission`` is closed when it has ended. Made in the event loop that hears of it."""
 
     def __init__(
@@ -77,7 +61,7 @@ class Begun:
         self.worker, self.job, self.data = worker, job, data
         self.cancelled, self.alive, self.admission = cancelled, alive, admission
         self._left, self._loop = threading.Event(), asyncio.get_running_loop()
-        self._frames: asyncio.Queue[Message | None] = asyncio.Queue(4)
+        self._messages: asyncio.Queue[Message | None] = asyncio.Queue(4)
         threading.Thread(target=self._work, name=f"job {job.id}", daemon=True).start()
 
     def _work(self) -> None:
@@ -87,15 +71,15 @@ class Begun:
                     inputs = State.from_buffer(self.data, "the caller")
                     self.worker.run(self.job, inputs, self._send, self.cancelled)
             except StateError as e:
-                self._send(error_to_frame(e))
+                self._send(error_to_message(e))
             finally:
                 self._send(None)
 
-    def _send(self, frame: Message | None) -> None:
-        """Waits for room. Raises _Left when nobody takes frames any more."""
+    def _send(self, message: Message | None) -> None:
+        """Waits for room. Raises _Left when nobody takes messages any more."""
         if self._left.is_set():
             raise _Left
-        coroutine = self._frames.put(frame)
+        coroutine = self._messages.put(message)
         try:
             future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         except RuntimeError:  # the host has ended
@@ -108,20 +92,20 @@ class Begun:
                 future.cancel()
                 raise _Left
 
-    async def frames(self) -> AsyncIterator[Message]:
+    async def messages(self) -> AsyncIterator[Message]:
         """As they come, with ``alive`` between them. Whoever stops before the end stops the job."""
         getter: asyncio.Future[Message | None] | None = None
         try:
             while True:
-                getter = getter or asyncio.ensure_future(self._frames.get())
+                getter = getter or asyncio.ensure_future(self._messages.get())
                 done, _ = await asyncio.wait({getter}, timeout=self.alive)
                 if not done:
                     yield Message("alive")
                     continue
-                frame, getter = getter.result(), None
-                if frame is None:
+                message, getter = getter.result(), None
+                if message is None:
                     return
-                yield frame
+                yield message
         finally:
             self.cancelled.set()
             self._left.set()
@@ -130,7 +114,7 @@ class Begun:
 
     @contextlib.asynccontextmanager
     async def watched(self, receive: Any) -> AsyncIterator[AsyncIterator[Message]]:
-        """``frames``; the job is cancelled when the client goes away."""
+        """``messages``; the job is cancelled when the client goes away."""
 
         async def watch() -> None:
             while (await receive())["type"] != "http.disconnect":
@@ -139,50 +123,50 @@ class Begun:
 
         watcher = asyncio.create_task(watch())
         try:
-            async with contextlib.aclosing(self.frames()) as frames:  # type: ignore[type-var]
-                yield frames
+            async with contextlib.aclosing(self.messages()) as messages:  # type: ignore[type-var]
+                yield messages
         finally:
             watcher.cancel()
 
 
 class _Left(BaseException):
-    """Nobody takes frames any more."""
+    """Nobody takes messages any more."""
 
 
-class FramesAnswer(Response):
+class MessageStream(Response):
     media_type = MEDIA_TYPE
 
-    def __init__(self, begun: Begun):
+    def __init__(self, begun: RunningJob):
         super().__init__()
         del self.headers["content-length"]
         self.begun = begun
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        async with self.begun.watched(receive) as frames:
+        async with self.begun.watched(receive) as messages:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             connection = connection_of(scope)
-            async for frame in frames:
-                if connection is not None and frame.nbytes >= PIECE:
-                    await connection.write(_chunk(frame))
+            async for message in messages:
+                if connection is not None and message.nbytes >= PIECE:
+                    await connection.write(_chunk(message))
                     continue
-                for piece in pack(frame):
+                for piece in pack(message):
                     await send({"type": "http.response.body", "body": piece, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-def _chunk(frame: Message) -> Iterator[bytes | memoryview]:
-    """A frame as one chunk of an answer whose length is not known before."""
-    yield b"%x\r\n" % (FRAMING + frame.nbytes)
-    yield from pack(frame)
+def _chunk(message: Message) -> Iterator[bytes | memoryview]:
+    """A message as one chunk of an answer whose length is not known before."""
+    yield b"%x\r\n" % (FRAMING + message.nbytes)
+    yield from pack(message)
     yield b"\r\n"
 
 
-async def plain_answer(begun: Begun, request: Request) -> Response:
+async def plain_response(begun: RunningJob, request: Request) -> Response:
     """The outcome as a safetensors file, or the error."""
     last = Message("error")
-    async with begun.watched(request.receive) as frames:
-        async for frame in frames:
-            last = frame
+    async with begun.watched(request.receive) as messages:
+        async for message in messages:
+            last = message
     if last.kind == "error":
-        return _error(frame_to_error(last.payload, "the host"), last)
+        return _error(message_to_error(last.payload, "the host"), last)
     return Response(bytes(last.payload), 200, None, "application/octet-stream")

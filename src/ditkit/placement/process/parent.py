@@ -23,14 +23,15 @@ import sys
 import tempfile
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from ditkit.errors import Lost, PlaceError
+from ditkit.placement.channel import Question
 from ditkit.placement.http.client import HTTPChannel
-from ditkit.placement.job import Job, Message, frame_to_error
+from ditkit.placement.job import Job, Message, message_to_error
 from ditkit.setup import Setup
 from ditkit.state import State
 
@@ -42,8 +43,6 @@ PATH = 100
 
 START = 30.0
 """Seconds without a sign of life at least until a child that starts counts as hanging: imports stop all else in it."""
-
-Told = TypeVar("Told")
 
 
 class Words:
@@ -69,8 +68,7 @@ class Child:
     process: subprocess.Popen[bytes]
     channel: HTTPChannel
     words: Words
-    end: Callable[[], None]
-    """Ends it and takes its folder away; may be called twice."""
+    folder: Path
 
     def fate(self) -> str | None:
         """How it ended; None while it lives. It may need a moment to end after its socket is closed."""
@@ -82,6 +80,18 @@ class Child:
         words = self.words.last()
         return f"its process ended with {how}{f' and said: {words}' if words else ''}"
 
+    def end(self) -> None:
+        """It ends itself when its stdin is closed, and is killed where it does not. May be called twice."""
+        with contextlib.suppress(OSError):
+            if self.process.stdin is not None:
+                self.process.stdin.close()
+        try:
+            self.process.wait(5)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
 
 class ProcessChannel:
     """``device``: that of the child, None for those of the Setup. ``stages``: those that it shall offer. As many CPU
@@ -92,21 +102,23 @@ class ProcessChannel:
     def __init__(self, setup: Setup, device: str | None, stages: Sequence[str]):
         self.name = "process" if device is None else f"process:{device}"
         if not hasattr(socket, "AF_UNIX"):
-            raise PlaceError(
-                f"running stages at {self.name}", "this system has no Unix sockets, which a child is reached through",
-                "Start `ditkit host` and give its address, http://127.0.0.1:PORT",
-            )  # fmt: skip
+            found = "this system has no Unix sockets, which a child is reached through"
+            do = "Start `ditkit host` and give its address, http://127.0.0.1:PORT"
+            raise PlaceError(f"running stages at {self.name}", found, do)
         moved = {} if device is None else {"device": device, "devices": {}}
         self.setup = setup.model_copy(update={"placement": {}, "expected_probes": {}, **moved})
         self.stages = list(stages)
         self._child: Child | None = None
         self._lock = threading.RLock()
 
-    def describe(self) -> dict[str, Any]:
-        return self._ask(f"asking {self.name} who it is", lambda channel: channel.describe())
-
-    def probe(self, stage: str) -> dict[str, Any]:
-        return self._ask(f"probing {stage} at {self.name}", lambda channel: channel.probe(stage))
+    def ask(self, question: Question, name: str = "") -> dict[str, Any]:
+        if question == "cancel" and self._child is None:
+            return {}
+        child = self._started()
+        try:
+            return child.channel.ask(question, name)
+        except Lost as e:
+            raise self._lost(f"asking {self.name} for {question} {name}".rstrip(), child, e) from None
 
     def submit(self, job: Job, inputs: State) -> Iterator[Message]:
         child = self._started()
@@ -114,12 +126,6 @@ class ProcessChannel:
             yield from child.channel.submit(job, inputs)
         except Lost as e:
             raise self._lost(f"running stage {job.stage!r} at {self.name}", child, e) from None
-
-    def cancel(self, job_id: str) -> None:
-        child = self._child
-        if child is not None:
-            with contextlib.suppress(PlaceError):  # it has ended, or whoever waits for it hears why not
-                child.channel.cancel(job_id)
 
     def close(self) -> None:
         with self._lock:
@@ -132,13 +138,6 @@ class ProcessChannel:
         """Of the child that is there now."""
         child = self._child
         return None if child is None else child.process.pid
-
-    def _ask(self, asked: str, call: Callable[[HTTPChannel], Told]) -> Told:
-        child = self._started()
-        try:
-            return call(child.channel)
-        except Lost as e:
-            raise self._lost(asked, child, e) from None
 
     def _lost(self, asked: str, child: Child, why: Lost) -> Lost:
         """The child is ended, also one that lives and does not answer."""
@@ -168,8 +167,8 @@ def _born(setup: Setup, stages: Sequence[str], name: str) -> Child:
     folder, token = Path(tempfile.mkdtemp(prefix="ditkit-")), secrets.token_urlsafe(32)
     address, asked = folder / "child", f"starting a child process for {name}"
     process, words = _spawned()
-    child = Child(process, HTTPChannel("http://process", setup.timeout, token=token, uds=str(address)), words,
-                  _Once(process, folder))  # fmt: skip
+    channel = HTTPChannel("http://process", setup.timeout, token=token, uds=str(address))
+    child = Child(process, channel, words, folder)
     try:
         if len(str(address).encode()) > PATH:
             raise PlaceError(asked, f"the name {address} is too long for a socket", "Set TMPDIR to a shorter one")
@@ -184,7 +183,7 @@ def _born(setup: Setup, stages: Sequence[str], name: str) -> Child:
         if not said:
             raise Lost(asked, child.fate() or "it said nothing", "Look at what it said")
         if said != b"\n":
-            raise frame_to_error(said, name)
+            raise message_to_error(said, name)
     except BaseException:
         child.end()
         raise
@@ -230,21 +229,3 @@ def _spawned() -> tuple[subprocess.Popen[bytes], Words]:
     if isinstance(found, BaseException):
         raise Lost("starting a child process", str(found), "Free some memory")
     return found, words
-
-
-class _Once:
-    """Ends a child: it ends itself when its stdin is closed, and is killed where it does not."""
-
-    def __init__(self, process: subprocess.Popen[bytes], folder: Path):
-        self.process, self.folder = process, folder
-
-    def __call__(self) -> None:
-        with contextlib.suppress(OSError):
-            if self.process.stdin is not None:
-                self.process.stdin.close()
-        try:
-            self.process.wait(5)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        shutil.rmtree(self.folder, ignore_errors=True)

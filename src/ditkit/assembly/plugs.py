@@ -76,7 +76,8 @@ class Plug:
         try:
             counting = self.text({name: value for name, value in every.items() if known[name].compare})
             if self.seam == "swap" and not isinstance(plug, Swap):
-                plug = Swap(self.row.name, _named(plug.match, counting), _named(plug.make, counting))
+                named = self.row.name, _named(plug.match, counting), _named(plug.make, counting)
+                plug = Swap(*named, *([plug.components] if hasattr(plug, "components") else []))
             object.__setattr__(plug, "plug", self.text(every))
             if self.seam != "swap":
                 object.__setattr__(plug, "fingerprint", counting)

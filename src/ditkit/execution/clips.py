@@ -1,0 +1,88 @@
+"""Clips: the clips of one run, one after the other. What they share is made first, for all of them.
+
+Leaves out: how a State is divided (``samples.py``), and batches: these are one Execution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from ditkit import samples
+from ditkit.execution.execution import Execution, table_of
+from ditkit.execution.place import Interrupted
+from ditkit.execution.stage import Stage, readable, writes_of
+from ditkit.state import State
+
+
+class Clips:
+    """``with clips: for part in clips: part.run()`` takes a run to its end; then ``state`` holds all clips.
+
+    ``whole``: the run as if it were one Execution. ``begun``: the States of clips that an earlier run began or
+    finished, by number. Within ``with``, Ctrl-C raises Interrupted that knows the clips."""
+
+    def __init__(self, whole: Execution, begun: Mapping[int, State]):
+        self.whole, self.begun, self.part = whole, begun, whole
+        self.finished: list[State] = []
+        self.clip: int | None = None
+
+    @property
+    def state(self) -> State:
+        """How far it came; of all clips once it is at its end."""
+        return self.part.state
+
+    @property
+    def together(self) -> bool:
+        return self.whole.state["request"]["batched"] or samples.count(self.whole.state) == 1
+
+    def prepare(self) -> None:
+        """Load what the rest of the run calls (``Execution.prepare``)."""
+        waiting = self.together or len(self.begun) < samples.count(self.whole.state)
+        for state in (*([self.whole.state] if waiting else []), *self.begun.values()):
+            try:
+                replace(self.whole, state=state).prepare()
+            except Interrupted as e:
+                e.state = self.whole.state  # and not that of one clip
+                raise
+
+    def __iter__(self) -> Iterator[Execution]:
+        if self.together:
+            yield self.whole
+            return
+        table, due, names = table_of(self.whole.stages), self.whole.due, shared_by_all(self.whole.stages)
+        if shared := [stage for stage in due if stage.name in names]:
+            self.part = replace(self.whole, due=shared)
+            yield self.part
+            if len(shared) == len(due):
+                return
+            due = [stage for stage in due if stage.name not in names] if self.whole.asked else due
+        keep, clips = self.whole.keep, samples.split(self.state, table)
+        for i, state in enumerate(clips):
+            self.clip = i
+            self.part = replace(self.whole, state=self.begun.get(i, state), due=due, keep=keep and keep.of_clip(i))
+            self.part.events.emit("clip", index=i, count=len(clips))
+            yield self.part
+            self.finished.append(self.state)
+        self.part = replace(self.whole, state=samples.join(self.finished, table))
+
+    def __enter__(self) -> Clips:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if isinstance(error, KeyboardInterrupt):  # between two of them
+            error = Interrupted(self.part.due[0].name, self.state)
+        if isinstance(error, Interrupted):
+            error.clip, error.finished = self.clip, self.finished[: self.clip]
+            raise error from None
+
+
+def shared_by_all(stages: Sequence[Stage]) -> set[str]:
+    """Names of the stages that run for all clips at once: those that say so (``Stage.together``), unless they look at
+    what an earlier one makes for each clip."""
+    found, apart = set[str](), set[str]()
+    for stage in stages:
+        if stage.together and not apart & readable(stage):
+            found.add(stage.name)
+        else:
+            apart |= {*writes_of(stage)}
+    return found

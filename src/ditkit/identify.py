@@ -1,0 +1,213 @@
+"""Names for what is plugged in: equal only for what computes the same, so that they can stand in fingerprints.
+
+A name holds the class, the options and the code of everything that is not ditkit's own. Leaves out: stages, which are
+named by the files that hold them (``execution/records.py``).
+"""
+
+from __future__ import annotations
+
+import builtins
+import hashlib
+import sys
+import sysconfig
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import CodeType, FunctionType, ModuleType
+from typing import Any
+from uuid import uuid4
+
+from ditkit.state import digest
+
+FORGETS = "forgets its memory: "
+
+_unnamed: dict[int, tuple[Any, str]] = {}
+
+
+class _Unknowable(Exception):
+    """Something that code depends on has no name that would tell it from others."""
+
+
+def identify(plug: Any) -> str:
+    """Return a name for ``plug``; two plugs have equal names only if they compute the same.
+
+    A ``fingerprint`` attribute is believed. A frozen dataclass is its class, its options and, outside of ditkit, its
+    code; a function its name and its code; a class its name and its code. Code counts with the functions, classes,
+    plain values and files of modules that it reads by global names. Plain values and tensors are their content.
+    Whatever else could hide a difference (a closure, a mutable object) gets a name that no other object and no other
+    process has."""
+    given = getattr(plug, "fingerprint", None)
+    if isinstance(given, str):
+        return given
+    try:
+        return _named(plug, ())
+    except _Unknowable:
+        name = f"{getattr(plug, '__module__', '?')}.{getattr(plug, '__qualname__', type(plug).__qualname__)}"
+        # The object is kept, so that its id is never given to another.
+        return _unnamed.setdefault(id(plug), (plug, f"{name}#{uuid4().hex}"))[1]
+
+
+def described(plug: Any) -> str:
+    """The name of a plug, and whether it cannot save what it remembers (``saves_memory = False``)."""
+    return ("" if getattr(plug, "saves_memory", True) else FORGETS) + identify(plug)
+
+
+def forgets(plugs: Mapping[str, Any]) -> bool:
+    """Whether one of these descriptions, by seam, is of a plug that cannot save what it remembers."""
+    return any(name.startswith(FORGETS) for names in plugs.values() for name in names)
+
+
+def _named(value: Any, seen: tuple[Any, ...]) -> str:
+    """``seen``: the functions and classes that are being looked at; a name within its own code stands for itself."""
+    given = None if isinstance(value, type) else getattr(value, "fingerprint", None)
+    if isinstance(given, str):
+        return given
+    if value is None or isinstance(value, str | bytes | int | float | complex | bool):
+        return repr(value)
+    if isinstance(value, tuple | list | frozenset):
+        items = [_named(item, seen) for item in value]
+        return f"{type(value).__name__}[{', '.join(sorted(items) if isinstance(value, frozenset) else items)}]"
+    if type(value).__module__.startswith("torch"):
+        return digest(value) if hasattr(value, "untyped_storage") else repr(value)
+    if isinstance(value, FunctionType):
+        return f"{value.__module__}.{value.__qualname__}@{_short(_function(value, seen))}"
+    if isinstance(value, type):
+        return _class(value, seen)
+    if is_dataclass(value) and type(value).__dataclass_params__.frozen:  # type: ignore[attr-defined,union-attr]
+        names = {f.name for f in fields(value)}
+        if {*getattr(value, "__dict__", {})} - names:  # set behind the back of its fields
+            raise _Unknowable
+        options = ", ".join(f"{f.name}={_named(getattr(value, f.name), seen)}" for f in fields(value))
+        return f"{_class(type(value), seen)}({options})"
+    raise _Unknowable
+
+
+def _class(cls: type, seen: tuple[Any, ...]) -> str:
+    """Its name, and its code and that of its bases, where they are not ditkit's own or of a package that it rests
+    on."""
+    name, package = f"{cls.__module__}.{cls.__qualname__}", cls.__module__.partition(".")[0]
+    bases = () if _is_ours(cls.__module__) else cls.__mro__
+    own = [b for b in bases if b.__module__.partition(".")[0] == package or not _is_installed(b.__module__)]
+    if not own or cls in seen:
+        return name
+    said = {f"{base.__qualname__}.{n}": _member(v, (*seen, cls)) for base in own for n, v in sorted(vars(base).items())
+            if n not in _SKIPPED}  # fmt: skip
+    return f"{name}@{_short(said)}"
+
+
+_SKIPPED = {"__module__", "__qualname__", "__doc__", "__dict__", "__weakref__", "__firstlineno__", "__annotations__",
+            "__static_attributes__", "__dataclass_fields__", "__dataclass_params__", "__match_args__",
+            "__annotate__", "__annotate_func__", "__annotations_cache__", "__abstractmethods__", "_abc_impl",
+            "__replace__", "__parameters__", "__orig_bases__"}  # fmt: skip
+_MADE = {
+    "__init__",
+    "__repr__",
+    "__eq__",
+    "__hash__",
+    "__setattr__",
+    "__delattr__",
+    "__lt__",
+    "__le__",
+    "__gt__",
+    "__ge__",
+}
+"""Methods that the dataclass decorator makes out of the fields; they have no file."""
+
+
+def _member(value: Any, seen: tuple[Any, ...]) -> Any:
+    if isinstance(value, staticmethod | classmethod):
+        value = value.__func__
+    if isinstance(value, property):
+        return [_member(part, seen) for part in (value.fget, value.fset) if part is not None]
+    value = getattr(value, "__wrapped__", value)  # functools.wraps, and dataclass' recursive repr
+    value = getattr(value, "func", value) if type(value).__name__ == "cached_property" else value
+    if isinstance(value, FunctionType):
+        made = value.__name__ in _MADE and value.__code__.co_filename == "<string>"
+        return "" if made else _function(value, seen)
+    if type(value).__name__ in ("member_descriptor", "getset_descriptor"):  # slots
+        return ""
+    return _named(value, seen)
+
+
+def _function(function: FunctionType, seen: tuple[Any, ...]) -> Any:
+    """Its code, its defaults and what it reads of the world. A closure may hold anything, but for the class of
+    super()."""
+    if function in seen:
+        return "itself"
+    seen = (*seen, function)
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    if any(name != "__class__" for name, _ in cells):
+        raise _Unknowable
+    defaults = [_named(value, seen) for value in function.__defaults__ or ()]
+    more = {name: _named(value, seen) for name, value in sorted((function.__kwdefaults__ or {}).items())}
+    world = {name: _global(function.__globals__[name], seen) for name in sorted(_names(function.__code__))
+             if name in function.__globals__ and not hasattr(builtins, name)}  # fmt: skip
+    return [_code(function.__code__), defaults, more, world]
+
+
+def _global(value: Any, seen: tuple[Any, ...]) -> Any:
+    if isinstance(value, ModuleType):
+        installed = _is_installed(value.__name__)
+        return [value.__name__, _version(value.__name__) if installed else _file_hash(value)]
+    module = getattr(value, "__module__", None) or type(value).__module__
+    if _is_installed(module) and not _is_plain(value) and not hasattr(value, "untyped_storage"):
+        return f"{module}.{getattr(value, '__qualname__', type(value).__qualname__)} {_version(module)}"
+    if isinstance(value, Mapping):
+        return {repr(key): _global(entry, seen) for key, entry in value.items()}
+    return _named(value, seen)
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, str | bytes | int | float | complex | tuple | list | frozenset | dict)
+
+
+def _names(code: CodeType) -> set[str]:
+    """Global names and attributes that ``code`` and the functions in it mention."""
+    inner = [c for c in code.co_consts if isinstance(c, CodeType)]
+    return {*code.co_names}.union(*(_names(c) for c in inner))
+
+
+def _code(code: CodeType) -> list[Any]:
+    """What a function does, as plain values; where it stands in its file does not count."""
+    constants = [_code(c) if isinstance(c, CodeType) else _constant(c) for c in code.co_consts]
+    return [code.co_code.hex(), list(code.co_names), list(code.co_varnames), constants]
+
+
+def _constant(value: Any) -> str:
+    return f"frozenset{sorted(map(repr, value))}" if isinstance(value, frozenset) else repr(value)
+
+
+def _is_ours(module: str) -> bool:
+    """Whether a module is ditkit's or Python's own: its version stands in the receipt."""
+    return module.partition(".")[0] in ("ditkit", "builtins", *sys.stdlib_module_names) and module != "__main__"
+
+
+@cache
+def _is_installed(module: str) -> bool:
+    """Whether a module is ours or an installed package's."""
+    file = getattr(sys.modules.get(module), "__file__", None)
+    places = {sysconfig.get_paths()[key] for key in ("purelib", "platlib", "stdlib")}
+    inside = file is not None and any(Path(file).is_relative_to(place) for place in places)
+    return module != "__main__" and (_is_ours(module) or inside)
+
+
+@cache
+def _version(module: str) -> str:
+    package = module.partition(".")[0]
+    try:
+        return "" if _is_ours(module) else version(package)
+    except PackageNotFoundError:
+        return str(getattr(sys.modules.get(package), "__version__", ""))
+
+
+def _file_hash(module: ModuleType) -> str:
+    file = getattr(module, "__file__", None)
+    if file is None or not Path(file).is_file():
+        raise _Unknowable
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+
+
+def _short(said: Any) -> str:
+    return digest(said)[:16]
