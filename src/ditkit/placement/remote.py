@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from ditkit.assembly.plugs import texts_of
 from ditkit.errors import Lost, PlaceError
 from ditkit.events import Events
 from ditkit.execution.place import Call, StageCall, StageResult
@@ -58,7 +59,7 @@ class Remote:
     def run(self, task: StageCall) -> StageResult:
         self.handshake.check(task.stage, task.events)
         attempt = Attempt(self.name, self.channel, task)
-        if task.seams.describe() and task.stage.loop:
+        if texts_of(task.seams) is None and task.stage.loop:
             raise plugged(attempt.asked, task)
         try:
             for count in range(self.retries + 1):

@@ -197,7 +197,7 @@ def _mapped(path: Path) -> Any:
         loaded = serialization._load(archive, "cpu", _weights_only_unpickler, overall_storage=whole)
     for tensor in _tensors(loaded):
         storage = tensor.untyped_storage()
-        storage._checkpoint_offset = storage.data_ptr() - whole.data_ptr()  # type: ignore[attr-defined]
+        storage._checkpoint_offset = storage.data_ptr() - whole.data_ptr()
     return loaded
 
 
