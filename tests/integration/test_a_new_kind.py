@@ -28,9 +28,8 @@ MODULE = Path(__file__).parents[1] / "toy_family.py"
 @pytest.fixture(scope="module")
 def toy():
     """The module, handed over as a file and forgotten afterwards: to all other tests the kind is unknown."""
-    brought = bring(str(MODULE))
-    yield brought.module
-    KINDS.remove(brought.module.__name__)
+    yield bring(str(MODULE)).module
+    KINDS.remove(KINDS.origin("toy_joint"))
 
 
 @pytest.fixture
@@ -94,7 +93,7 @@ def test_it_is_recognised_by_its_tensors_and_by_its_config(toy, native, model):
 
 def test_it_is_unknown_without_its_module(toy, native, tmp_path):
     """What makes it known is the row: nothing else of ditkit speaks of it."""
-    KINDS.remove(toy.__name__)
+    KINDS.remove(KINDS.origin("toy_joint"))
     try:
         with pytest.raises(LoadError, match="nothing fits its 22 tensors"):
             open_part(native)

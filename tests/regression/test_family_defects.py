@@ -18,8 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 import ditkit
-from ditkit.assembly.defaults import OFFICIAL as DEFAULTS
-from ditkit.assembly.defaults import official
+from ditkit.assembly import TASKS
 from ditkit.checkpoints.kinds.kind import KINDS
 from ditkit.checkpoints.kinds.wan import VACE_LAYERS
 from ditkit.checkpoints.model.locate import locate
@@ -219,13 +218,13 @@ SAMPLING = {  # (shift, steps, guidance, frames, fps) of the official generate.p
 @pytest.mark.parametrize(("task", "experts"), SAMPLING)
 def test_f25_defaults_are_those_of_the_model(task, experts):
     """One set of defaults for all of them: 50 steps, guidance 5 and shift 3 for a model that was tuned for others."""
-    request = Request(**official(task, experts, {}))
+    request = Request(**TASKS[task].sampling(experts, {}))
     told = (request.shift, request.steps, request.guidance_scale, request.frames, request.fps)
     assert told == SAMPLING[task, experts]
     assert (request.width, request.height) == ((1280, 704) if task == "ti2v" else (832, 480))
-    large = official(task, experts, {"width": 1280, "height": 720})
+    large = TASKS[task].sampling(experts, {"width": 1280, "height": 720})
     assert large["shift"] == (5.0 if (task, experts) == ("i2v", 1) else SAMPLING[task, experts][0])
-    assert {f"{task}_experts" if n == 2 else task for task, n in SAMPLING} == set(DEFAULTS)
+    assert {*SAMPLING} == {(task, 1) for task in TASKS} | {(task, 2) for task in TASKS if TASKS[task].experts}
 
 
 def test_f25_a_loaded_model_uses_them(pipe):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ditkit.contracts import Swap
 from ditkit.errors import LoadError, SetupError
+from ditkit.registry import PlugSpec
 
 if TYPE_CHECKING:
     from ditkit.checkpoints.lora.read import Adapter
@@ -58,10 +59,13 @@ class Wanted:
 
 
 def placed(setup: Setup) -> Setup:
-    """``setup`` with whole paths of stand-in parts and LoRAs, so that a clip finds them from every folder."""
+    """``setup`` with whole paths of stand-in parts, LoRAs and plugs, so that a clip finds them from every folder; a
+    plug's code with its sha256. Raises SetupError."""
     there = {name: Path(os.path.expanduser(where)) for name, where in setup.components.items()}
     parts = {name: str(path.absolute()) if path.exists() else setup.components[name] for name, path in there.items()}
-    return setup.model_copy(update={"components": parts, "loras": [Wanted.parse(text).placed for text in setup.loras]})
+    loras = [Wanted.parse(text).placed for text in setup.loras]
+    plugs = [str(PlugSpec.parse(text).placed()) for text in setup.plugs]
+    return setup.model_copy(update={"components": parts, "loras": loras, "plugs": plugs})
 
 
 def _number(text: str) -> float | None:

@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ditkit.assembly.defaults import official
 from ditkit.assembly.notes import LatentsRgb, check_defaults, check_preview
-from ditkit.assembly.pipelines import INPUTS, NEEDED
+from ditkit.assembly.tasks import TASKS
 from ditkit.checkpoints.kinds.kind import KINDS
 from ditkit.checkpoints.model.find import at_host, find
 from ditkit.checkpoints.model.part import FoundModel, Part, Scope, main_of
 from ditkit.errors import LoadError, RequestError
+from ditkit.pictures import FIELDS as PICTURES
 from ditkit.registry import resolve
 from ditkit.request import Request
 
@@ -132,7 +132,7 @@ class Model:
     def family_defaults_for(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """The official ones of the task, without the model's own."""
         own = self.own_defaults
-        found = official(self.task, len(self.experts), {**own, **values})
+        found = TASKS[self.task].sampling(len(self.experts), {**own, **values})
         if self.boundary is not None:
             found["boundary"] = self.boundary
         if values.get("convention", own.get("convention")) == "diffusers" and self.flow_shift is not None:
@@ -188,21 +188,21 @@ class Model:
     def check(self, request: Request) -> None:
         """Raises RequestError for inputs that the task has no use for, and for settings that would be ignored."""
         asked = f"a run of {self.name}"
-        known = {name for names in INPUTS.values() for name in names}
-        for name in sorted(known):
-            if getattr(request, name) and name not in INPUTS[self.task]:
-                takes = ", ".join(INPUTS[self.task]) or "text alone"
+        task = TASKS[self.task]
+        for name in PICTURES:
+            if getattr(request, name) and name not in task.inputs:
+                takes = ", ".join(task.inputs) or "text alone"
                 raise RequestError(f"{asked} with {name}", f"its model takes {takes}", f"Leave {name} out")
-        for name in NEEDED[self.task]:
+        for name in task.needed:
             if not getattr(request, name):
                 raise RequestError(f"{asked} without {name}", f"its model goes on from {name}", f"Give {name}=FILE")
         if request.image_processing == "diffusers" and self.processor is not None and self.has_image_branch:
             from ditkit.models.clip import check_processor
 
             check_processor(self.processor, self.known["image_encoder"].config["image_size"])
-        if request.size_from == "image" and "image" not in INPUTS[self.task]:
+        if request.size_from == "image" and "image" not in task.inputs:
             raise RequestError(f"{asked} with size_from=image", "its model takes no image", "Give width and height")
-        if request.control_scale != 1 and self.task != "vace":
+        if request.control_scale != 1 and "control_video" not in task.inputs:
             raise RequestError(f"{asked} with control_scale", "its model takes no control", "Leave it out")
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ditkit.cli import show
-from ditkit.cli.flags import to_path
+from ditkit.cli.flags import Plugs, bring_plugs, to_path
 from ditkit.cli.located import located as find_parts
 from ditkit.cli.located import packaged
 from ditkit.errors import DitkitError, LoadError
@@ -41,8 +41,10 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     variant: Annotated[str | None, typer.Option(help="Which weights of a Diffusers folder, such as fp16.")] = None,
     model: Annotated[str | None, typer.Option(help="For a LoRA: the model that it is for.")] = None,
+    plugs: Plugs = None,
 ) -> int:
     """Tell what weights are and what they lack; exit with 0 only if they can be used."""
+    bring_plugs(plugs)
     try:
         report = examine(path, variant, model)
     except DitkitError as error:

@@ -41,7 +41,8 @@ KINDS = ("event", "kept", "outcome", "error", "alive")
 class Job:
     """A stage to run elsewhere. ``options``: the stage's dataclass fields. ``weights``: fingerprints of its components,
     as the caller knows them; the worker refuses to use others. ``keep_every``: None when nobody keeps. ``ignore``:
-    events that nobody listens to. ``made_by``: the stage's class (``validation.py``); empty takes the one there."""
+    events that nobody listens to. ``made_by``: the stage's class (``validation.py``); empty takes the one there.
+    ``plugs``: what is in the seams, as texts (``assembly/plugs.py``)."""
 
     id: str
     stage: str
@@ -51,6 +52,7 @@ class Job:
     keep_every: PositiveInt | None = None
     ignore: Sequence[str] = ()
     made_by: str = ""
+    plugs: Sequence[str] = ()
     wire: int = WIRE
 
     def to_json(self) -> str:

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ditkit.assembly import CALLS, Model
+from ditkit.assembly import STAGES, Model, calls_of
 from ditkit.checkpoints.kinds.kind import KINDS
 from ditkit.checkpoints.model.part import Part, Scope, component_names
 from ditkit.errors import PlaceError, SetupError
@@ -41,13 +41,13 @@ def scope_of(places: Places, parts: Mapping[str, str]) -> Scope:
     hosts: dict[str, list[Spec]] = {}
     for target, spec in places.specs.items():
         if spec.kind == "http":
-            names: Iterable[str] = [target.expert] if target.expert else CALLS.get(target.stage, ())
+            names: Iterable[str] = [target.expert] if target.expert else calls_of(target.stage)
             for name in names:
                 hosts.setdefault(name, []).insert(0 if target.expert else len(hosts[name]), spec)
     meant = {name: host for name, text in parts.items() if (host := address(text)) is not None}
     for name, host in meant.items():
         if host.address not in [spec.address for spec in hosts.get(name, ())]:
-            stage = next((stage for stage, names in CALLS.items() if name in names), "STAGE")
+            stage = next((stage for stage in STAGES if name in calls_of(stage)), "STAGE")
             raise SetupError(
                 f"parts with {name} = {host.text!r}", "no stage that calls it is placed there",
                 f"Place one: placement = {{{stage} = {host.text!r}}}",

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from ditkit.assembly.plugs import received
 from ditkit.cancel import Cancel
 from ditkit.checking import fault_of
 from ditkit.errors import DitkitError, Lost, PlaceError, StateError, nearest
@@ -152,7 +153,7 @@ class Worker:
         components = self.components if listening is None else listening(events)
         with self._my_turn(cancel):
             begun = time.perf_counter()
-            task = StageCall(stage, inputs, job.weights, events, stop_at_step=job.stop_at_step,
+            task = StageCall(stage, inputs, job.weights, events, received(job.plugs), job.stop_at_step,
                         keep=keep if job.keep_every else None, keep_every=job.keep_every or 1,
                         cancel=cancel)  # fmt: skip
             outcome = Here(components).run(task)

@@ -193,11 +193,11 @@ def _mapped(path: Path) -> Any:
     from torch import _weights_only_unpickler, serialization
 
     whole = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
-    with path.open("rb") as stream, serialization._open_zipfile_reader(stream) as archive:  # type: ignore[no-untyped-call]
-        loaded = serialization._load(archive, None, _weights_only_unpickler, overall_storage=whole)  # type: ignore[no-untyped-call]
+    with path.open("rb") as stream, serialization._open_zipfile_reader(stream) as archive:
+        loaded = serialization._load(archive, "cpu", _weights_only_unpickler, overall_storage=whole)
     for tensor in _tensors(loaded):
         storage = tensor.untyped_storage()
-        storage._checkpoint_offset = storage.data_ptr() - whole.data_ptr()  # type: ignore[attr-defined]
+        storage._checkpoint_offset = storage.data_ptr() - whole.data_ptr()
     return loaded
 
 

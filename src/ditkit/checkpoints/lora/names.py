@@ -80,7 +80,9 @@ class Names:
         or joins only the native name is known."""
         dotted: dict[str, str] = {}
         rules = targets.names(blocks).rules
-        for other, native in ((rule.other[0] if rule.renames else name, name) for rule in rules for name in rule.native):
+        for other, native in (
+            (rule.other[0] if rule.renames else name, name) for rule in rules for name in rule.native
+        ):
             for theirs, ours in ((other, native), (native, native), (_owner(native), _owner(native))):
                 dotted[theirs] = ours
                 if _leaf(theirs) in ("weight", "bias"):
