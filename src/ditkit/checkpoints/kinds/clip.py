@@ -158,17 +158,17 @@ CLIP = Kind(
     {
         "native": Layout(
             (("visual.patch_embedding.weight", "visual.transformer.0.attn.to_qkv.weight"),),
-            lambda tensors: clip_sizes(tensors, "native"), NATIVE, ("XLMRobertaCLIP",),
+            NATIVE, ("XLMRobertaCLIP",),
             file="models_clip_open-clip-xlm-roberta-large-vit-huge-14", pickle=True,
             remark="the image encoder has no text half; the official code loads one, though it never uses it",
         ),
         "transformers": Layout(
             tuple((f"{prefix}embeddings.patch_embedding.weight", f"{prefix}encoder.layers.0.self_attn.q_proj.weight")
                   for prefix in ("", FILE_PREFIX)),
-            clip_sizes, TRANSFORMERS, model_types=("clip_vision_model", "clip"), file="model", library="transformers",
+            TRANSFORMERS, model_types=("clip_vision_model", "clip"), file="model", library="transformers",
         ),
     },
-    lambda fields: clip_keys(fields["num_hidden_layers"]), own="other",
+    clip_sizes, lambda fields: clip_keys(fields["num_hidden_layers"]), own="other",
     file_keys=lambda fields, layout: clip_keys(fields["num_hidden_layers"], prefixed=layout != "native"),
     config_class="ditkit.models.clip:CLIPConfig", module="ditkit.models.clip:build",
     load="ditkit.assembly.loaders:load_clip",

@@ -105,15 +105,15 @@ UMT5 = Kind(
     {
         "native": Layout(
             (("token_embedding.weight", "blocks.0.pos_embedding.embedding.weight"),),
-            lambda tensors: umt5_sizes(tensors, "native"), NATIVE, ("umt5_encoder",),
+            NATIVE, ("umt5_encoder",),
             file="models_t5_umt5-xxl-enc-bf16", pickle=True,
         ),
         "transformers": Layout(
-            (("encoder.final_layer_norm.weight", BIAS.format(0)),), umt5_sizes, TRANSFORMERS, model_types=("umt5",),
+            (("encoder.final_layer_norm.weight", BIAS.format(0)),), TRANSFORMERS, model_types=("umt5",),
             file="model", library="transformers",
         ),
     },
-    lambda fields: umt5_keys(fields["num_layers"]), own="other", aliases=UMT5_ALIASES,
+    umt5_sizes, lambda fields: umt5_keys(fields["num_layers"]), own="other", aliases=UMT5_ALIASES,
     config_class="ditkit.models.umt5:UMT5Config", module="ditkit.models.umt5:build",
     load="ditkit.assembly.loaders:load_umt5",
     get="Take models_t5_umt5-xxl-enc-bf16.pth of a native Wan repository or text_encoder/ of a -Diffusers one",

@@ -271,16 +271,15 @@ WAN_VAE = Kind(
     "wan_vae", "Wan 2.1", "a Wan VAE", ("vae",),
     {
         "native": Layout(
-            ((DECODER, "encoder.downsamples.0.residual.0.gamma"),), vae_sizes, _native(), ("WanVAE",),
-            file="Wan2.1_VAE", pickle=True,
+            ((DECODER, "encoder.downsamples.0.residual.0.gamma"),), _native(), ("WanVAE",), file="Wan2.1_VAE", pickle=True,
         ),
         "diffusers": Layout(
-            ((DECODER_DIFFUSERS, "encoder.down_blocks.0.norm1.gamma"),),
-            partial(vae_sizes, layout="diffusers"), _diffusers(False), (VAE_CLASS,),
+            ((DECODER_DIFFUSERS, "encoder.down_blocks.0.norm1.gamma"),), _diffusers(False), (VAE_CLASS,),
             mine=lambda config: not _is_residual(config),
         ),
     },
-    lambda fields: vae_keys(len(fields["dim_mult"]), fields["num_res_blocks"]), optional_keys=True,
+    vae_sizes, lambda fields: vae_keys(len(fields["dim_mult"]), fields["num_res_blocks"]),
+    optional_keys=True,
     config_class="ditkit.models.wan_vae:WanVAEConfig", module="ditkit.models.wan_vae:WanVAE",
     load="ditkit.assembly.loaders:load_wan_vae",
     get="Take Wan2.1_VAE.pth of a native Wan repository or vae/ of a -Diffusers one",
@@ -291,15 +290,16 @@ WAN_VAE22 = Kind(
     "wan_vae22", "Wan 2.2", "a Wan VAE", ("vae",),
     {
         "native": Layout(
-            ((DECODER, "encoder.downsamples.0.downsamples.0.residual.0.gamma"),), partial(vae_sizes, kind="wan_vae22"),
-            _native(dec_dim=Key("dec_dim")), ("Wan2_2_VAE",), file="Wan2.2_VAE", pickle=True,
+            ((DECODER, "encoder.downsamples.0.downsamples.0.residual.0.gamma"),), _native(dec_dim=Key("dec_dim")),
+            ("Wan2_2_VAE",), file="Wan2.2_VAE", pickle=True,
         ),
         "diffusers": Layout(
-            ((DECODER_DIFFUSERS, "encoder.down_blocks.0.resnets.0.norm1.gamma"),),
-            partial(vae_sizes, layout="diffusers", kind="wan_vae22"), _diffusers(True), (VAE_CLASS,), mine=_is_residual,
+            ((DECODER_DIFFUSERS, "encoder.down_blocks.0.resnets.0.norm1.gamma"),), _diffusers(True), (VAE_CLASS,),
+            mine=_is_residual,
         ),
     },
-    lambda fields: vae22_keys(len(fields["dim_mult"]), fields["num_res_blocks"]), optional_keys=True,
+    partial(vae_sizes, kind="wan_vae22"), lambda fields: vae22_keys(len(fields["dim_mult"]), fields["num_res_blocks"]),
+    optional_keys=True,
     config_class="ditkit.models.wan_vae22:WanVAE22Config", module="ditkit.models.wan_vae22:WanVAE22",
     load="ditkit.assembly.loaders:load_wan_vae22",
     get="Take Wan2.2_VAE.pth of Wan-AI/Wan2.2-TI2V-5B or vae/ of Wan-AI/Wan2.2-TI2V-5B-Diffusers",

@@ -95,7 +95,7 @@ def _config(
             raise LoadError(asked, wrong, "Use the config.json of these weights")
         if belongs[1] != layout and row.keys:  # native weights, the other's config
             layout = belongs[1]
-            tensors = Mapped(view, row.keys(row.sizes(found.layout, tensors).guess), side_of(layout)).tensors
+            tensors = Mapped(view, row.keys(row.sizes(tensors, found.layout).guess), side_of(layout)).tensors
         return row.read_config(layout, beside.config, tensors, rules, notes)
     except LoadError as error:
         raise LoadError(f"{error.asked} ({beside.file})", error.found, error.do) from None
