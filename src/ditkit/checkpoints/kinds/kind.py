@@ -35,8 +35,9 @@ class Layout:
 
     ``has``: sets of tensor names; one set that is there tells the kind, unless a name of ``lacks`` is there too.
     ``config``: its config.json; None where there is none. ``classes`` and ``model_types``: what a config says it is of,
-    the first one usual; ``mine``: whether such a config is of this kind. ``file``: base name of the weights; ``pickle``: a ``.pth``
-    among others, without config. ``library``: of the class in an index. ``remark``: what is lost when it is written."""
+    the first one usual; ``mine``: whether such a config is of this kind. ``file``: base name of the weights;
+    ``pickle``: a ``.pth`` among others, without config. ``library``: of the class in an index. ``remark``: what is lost
+    when it is written."""
 
     has: tuple[tuple[str, ...], ...] = ()
     config: ConfigFormat | None = None
@@ -102,17 +103,18 @@ class Kind(Row):
     """``family`` and ``noun``: for people ("Wan 2.1", "a Wan transformer"); ``get``: where to take one from.
     ``components``: what it may be in a model, the usual one first; none: it is known and cannot be used.
 
-    ``layouts``: by name, ``native`` and one other. ``sizes``: names and shapes, layout -> sizes. ``keys``: config -> the table between the two; ``own``: the side
-    whose names the module has; ``aliases``: its second names of tensors; ``optional_keys``: not every network has all
-    names of its table; ``file_keys``: config, layout -> the table for writing, where that is another one.
+    ``layouts``: by name, ``native`` and one other. ``sizes``: tensors, layout -> sizes. ``keys``: fields -> the table
+    between the two layouts; ``own``: the side whose names the module has; ``aliases``: its second names of tensors;
+    ``optional_keys``: not every network has all names of its table; ``file_keys``: fields, layout -> the table for
+    writing, where that is another one.
     ``config_class``, ``module``, ``load``: class of the config, what makes the module of it, and the loader.
 
     ``tell``: layout, tensors, sizes -> more for ``Detected``. ``check``: raises for fields that each are possible and
     together are not. ``unsaid``: fields that native files leave out because all have them. ``claims``: by rule.
     ``task`` of its fields, one of ``tasks``. ``needs``: fields -> the components beside it and their kinds.
-    ``ports``, ``strides`` (pixels to latents: frames, height, width), ``patch`` (latents to tokens): of a config object.
-    ``preview``: latent channels -> colours. ``beside``: fields, task -> components without weights
-    that an index has for it: (library, class, file, content). ``lora``: what a LoRA may change, if anything."""
+    ``ports``, ``strides`` (pixels to latents: frames, height, width), ``patch`` (latents to tokens): of the config.
+    ``preview``: latent channels -> colours. ``beside``: fields, task -> components without weights that an index has
+    for it: (library, class, file, content). ``lora``: what a LoRA may change, if anything."""
 
     name: str
     family: str

@@ -13,7 +13,16 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from ditkit.checkpoints.kinds.configs import DIFFUSERS_VERSION, ConfigFormat, ConfigKeys, Key, same
+from ditkit.checkpoints.kinds.configs import (
+    COUNT_OR_NONE,
+    COUNTS,
+    DIFFUSERS_VERSION,
+    EPSILON,
+    ConfigFormat,
+    ConfigKeys,
+    Key,
+    same,
+)
 from ditkit.checkpoints.kinds.kind import Claim, Fields, Kind, Layout, LoraTargets, Port, Published
 from ditkit.checkpoints.kinds.sizes import SizeReader, Sizes, Tensors, count
 from ditkit.checkpoints.views.key_table import WB, KeyTable, Pairs, Rule, leaves
@@ -226,9 +235,9 @@ def _tell(layout: str, tensors: Tensors, sizes: Sizes) -> dict[str, Any]:
     possible, decides, two = _possible(variant, size, config["image_dim"] is not None)
     versions = {version for name in possible for version in re.findall(r"Wan 2\.\d", name)}
     return {
-        "family": " or ".join(sorted(versions)) or "Wan", "variant": relatives[0] if relatives else variant, "size_name": size,
-        "possible": () if problems else possible, "decides": None if problems else decides, "problems": problems,
-        "two_experts": two and not problems,
+        "family": " or ".join(sorted(versions)) or "Wan", "variant": relatives[0] if relatives else variant,
+        "size_name": size, "possible": () if problems else possible, "decides": None if problems else decides,
+        "problems": problems, "two_experts": two and not problems,
     }  # fmt: skip
 
 
@@ -283,9 +292,9 @@ def _read_native(keys: ConfigKeys, fields: dict[str, Any]) -> None:
         raise keys.error(f"its model_type is {task!r}, and only {', '.join(TASKS)} are supported")
     if keys.config.get("_class_name") == "VaceWanModel":
         given = keys.config.get("vace_layers") is not None
-        layers = keys.integers("vace_layers") if given else keys.any("vace_layers", None)
+        layers = keys.take("vace_layers", check=COUNTS) if given else keys.any("vace_layers", None)
         every_second = tuple(range(0, fields["num_layers"], 2))  # what the class itself takes
-        fields |= {"vace_layers": layers if given else every_second, "vace_in_dim": keys.integer("vace_in_dim", 96)}
+        fields |= {"vace_layers": layers if given else every_second, "vace_in_dim": keys.take("vace_in_dim", 96)}
     else:
         keys.only("vace_layers", None, ())
 
@@ -300,10 +309,10 @@ def _write_native(fields: Fields) -> dict[str, Any]:
 
 
 def _read_diffusers(keys: ConfigKeys, fields: dict[str, Any]) -> None:
-    width = keys.integer("attention_head_dim", 128)
+    width = keys.take("attention_head_dim", 128)
     dim = fields["num_heads"] * width
     keys.said["dim"] = f"num_attention_heads {fields['num_heads']} x attention_head_dim {width}"
-    out, added = keys.integer_or_none("out_channels", 16), keys.integer_or_none("added_kv_proj_dim")
+    out, added = keys.take("out_channels", 16, COUNT_OR_NONE), keys.take("added_kv_proj_dim", None, COUNT_OR_NONE)
     image, tokens = fields["image_dim"], fields["image_tokens"]
     if added not in (None, dim):
         raise keys.error(f"added_kv_proj_dim is {added}, and only the width {dim} is supported")
@@ -313,8 +322,8 @@ def _read_diffusers(keys: ConfigKeys, fields: dict[str, Any]) -> None:
     fields |= {"dim": dim, "out_dim": fields["in_dim"] if out is None else out, "patch_size": PATCH, "text_len": 512}
     keys.said |= {"out_dim": "out_channels", "vace_in_dim": "vace_in_channels"}
     if keys.config.get("_class_name") == VACE_CLASS:
-        fields["vace_layers"] = keys.integers("vace_layers", VACE_LAYERS)
-        fields["vace_in_dim"] = keys.integer("vace_in_channels", 96)
+        fields["vace_layers"] = keys.take("vace_layers", VACE_LAYERS, COUNTS)
+        fields["vace_in_dim"] = keys.take("vace_in_channels", 96)
     else:
         keys.only("vace_layers", None, ())
         fields["vace_layers"] = ()
@@ -331,16 +340,16 @@ def _write_diffusers(fields: Fields) -> dict[str, Any]:
 
 NATIVE = ConfigFormat(
     same(dim=2048, ffn_dim=8192, num_heads=16, num_layers=32, in_dim=16, out_dim=16, text_dim=4096, freq_dim=256,
-         text_len=512) | same("epsilon", eps=1e-6),
+         text_len=512) | same(EPSILON, eps=1e-6),
     {"patch_size": (PATCH,), "qk_norm": (True,), "cross_attn_norm": (True,), "window_size": ((-1, -1),)},
     _read_native, _write_native,
     silent={"text_dim": 4096, "patch_size": PATCH, "qk_norm": True, "cross_attn_norm": True, "window_size": (-1, -1)},
 )  # fmt: skip
 DIFFUSERS = ConfigFormat(
-    same(ffn_dim=13824, num_layers=40, text_dim=4096, freq_dim=256) | same("epsilon", eps=1e-6) | {
+    same(ffn_dim=13824, num_layers=40, text_dim=4096, freq_dim=256) | same(EPSILON, eps=1e-6) | {
         "num_attention_heads": Key("num_heads", 40), "in_channels": Key("in_dim", 16),
-        "image_dim": Key("image_dim", None, "integer_or_none"),
-        "pos_embed_seq_len": Key("image_tokens", None, "integer_or_none"),
+        "image_dim": Key("image_dim", None, COUNT_OR_NONE),
+        "pos_embed_seq_len": Key("image_tokens", None, COUNT_OR_NONE),
     },
     {"patch_size": (PATCH,), "qk_norm": ("rms_norm_across_heads",), "cross_attn_norm": (True,)},
     _read_diffusers, _write_diffusers, written={"rope_max_seq_len": 1024},  # the length of a table, not its values

@@ -10,7 +10,16 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any
 
-from ditkit.checkpoints.kinds.configs import DIFFUSERS_VERSION, ConfigFormat, ConfigKeys, Key, same
+from ditkit.checkpoints.kinds.configs import (
+    COUNTS,
+    DIFFUSERS_VERSION,
+    NUMBERS,
+    TRUTHS,
+    ConfigFormat,
+    ConfigKeys,
+    Key,
+    same,
+)
 from ditkit.checkpoints.kinds.kind import Fields, Kind, Layout, Port
 from ditkit.checkpoints.kinds.sizes import SizeReader, Sizes, Tensors
 from ditkit.checkpoints.views.key_table import KeyTable, Pairs, leaves
@@ -193,7 +202,7 @@ def _read(keys: ConfigKeys, fields: dict[str, Any], residual: bool) -> None:
     for key in ("in_channels", "out_channels"):
         keys.only(key, 3 * patch**2)
     if residual:
-        fields["dec_dim"] = keys.integer("decoder_base_dim", fields["dim"])
+        fields["dec_dim"] = keys.take("decoder_base_dim", fields["dim"])
         keys.said["dec_dim"] = "decoder_base_dim"
     else:
         keys.only("patch_size", None, 1)
@@ -205,7 +214,7 @@ def _read(keys: ConfigKeys, fields: dict[str, Any], residual: bool) -> None:
             if z_dim != usual:
                 raise keys.error(f"it has no {key}, and the usual one is for {usual} channels", "Add it to the config")
             continue  # our defaults are the official ones
-        fields[key] = keys.numbers(key)
+        fields[key] = keys.take(key, check=NUMBERS)
         keys.require(len(fields[key]) == z_dim, f"{key} has {len(fields[key])} values where z_dim is {z_dim}")
         least = min(fields[key], default=1.0)
         keys.require(key == "latents_mean" or least > 0, f"latents_std has the value {least}")
@@ -228,8 +237,8 @@ def _diffusers(residual: bool) -> ConfigFormat:
     return ConfigFormat(
         {
             "base_dim": Key("dim", 96), "z_dim": Key("z_dim", 16), "num_res_blocks": Key("num_res_blocks", 2),
-            "dim_mult": Key("dim_mult", (1, 2, 4, 4), "integers"),
-            "temperal_downsample": Key("temporal_downsample", (False, True, True), "truths"),
+            "dim_mult": Key("dim_mult", (1, 2, 4, 4), COUNTS),
+            "temperal_downsample": Key("temporal_downsample", (False, True, True), TRUTHS),
         } | (same(patch_size=2) if residual else {}),
         {"attn_scales": ((),), "is_residual": (residual,)},
         partial(_read, residual=residual), partial(_write, residual=residual), written={"dropout": 0.0},
@@ -240,8 +249,8 @@ def _native(**more: Key) -> ConfigFormat:
     return ConfigFormat(
         {
             "dim": Key("dim"), "z_dim": Key("z_dim"), "num_res_blocks": Key("num_res_blocks"),
-            "dim_mult": Key("dim_mult", read="integers"),
-            "temperal_downsample": Key("temporal_downsample", read="truths"), **more,
+            "dim_mult": Key("dim_mult", check=COUNTS),
+            "temperal_downsample": Key("temporal_downsample", check=TRUTHS), **more,
         },
         {"attn_scales": ((),)}, ignored=("dropout",),
     )  # fmt: skip
@@ -271,7 +280,8 @@ WAN_VAE = Kind(
     "wan_vae", "Wan 2.1", "a Wan VAE", ("vae",),
     {
         "native": Layout(
-            ((DECODER, "encoder.downsamples.0.residual.0.gamma"),), _native(), ("WanVAE",), file="Wan2.1_VAE", pickle=True,
+            ((DECODER, "encoder.downsamples.0.residual.0.gamma"),), _native(), ("WanVAE",),
+            file="Wan2.1_VAE", pickle=True,
         ),
         "diffusers": Layout(
             ((DECODER_DIFFUSERS, "encoder.down_blocks.0.norm1.gamma"),), _diffusers(False), (VAE_CLASS,),
