@@ -89,7 +89,7 @@ class Model:
 
     def describe(self) -> dict[str, Any]:
         """What a host says of its model, in plain values: ``model``, the whole, and ``parts``, of each that is here its
-        kind, its sizes and an identity that is told in milliseconds. ``elsewhere.py`` reads it."""
+        kind, its sizes and an identity that is told in milliseconds. ``remote_parts.py`` reads it."""
         preview = None if self.latents_rgb is None else dict(zip(("factors", "bias"), self.latents_rgb, strict=True))
         parts = {
             name: {"kind": part.row.pinned, "config": dict(part.config), "layout": part.layout,

@@ -1,7 +1,7 @@
 """Parts that lie at hosts: what a host says of them, made into parts of a model that nobody can load here.
 
 A host is asked only for what is not on this machine. Leaves out: what a host says of itself otherwise
-(``handshake.py``), and how the parts are held against each other (``checkpoints/model/locate.py``).
+(``handshake.py``), and how the parts are held against each other (``checkpoints/model/fits.py``).
 """
 
 from __future__ import annotations
