@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+EXPERTS = ("transformer", "transformer_2")
+"""The transformers that a model may have; of two, the first is the one for high noise."""
+
 History = Mapping[str, "Tensor"]
 """What a scheduler remembers between steps; named tensors only, so that it can be saved in a State."""
 
@@ -91,7 +94,7 @@ class Swap:
     name: str
     match: Callable[[str, nn.Module], bool]
     make: Callable[[nn.Module], nn.Module]
-    components: tuple[str, ...] = ("transformer", "transformer_2")
+    components: tuple[str, ...] = EXPERTS
 
     @property
     def fingerprint(self) -> str:

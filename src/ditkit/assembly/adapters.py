@@ -12,15 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ditkit.contracts import Swap
+from ditkit.contracts import EXPERTS, Swap
 from ditkit.errors import LoadError, SetupError
 
 if TYPE_CHECKING:
     from ditkit.checkpoints.lora.read import Adapter
     from ditkit.checkpoints.model.locate import Part
     from ditkit.setup import Setup
-
-EXPERTS = ("transformer", "transformer_2")
 
 
 @dataclass(frozen=True)
