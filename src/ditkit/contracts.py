@@ -98,8 +98,9 @@ class Swap:
 
     @property
     def fingerprint(self) -> str:
-        """Its name and components, and what its functions are (``identify``)."""
-        return f"{self.name} {','.join(self.components)} {identify(self.match)} {identify(self.make)}"
+        """Its name, what its functions are (``identify``), and whom it is for, if not the transformers."""
+        whom = "" if self.components == EXPERTS else f" {','.join(self.components)}"
+        return f"{self.name} {identify(self.match)} {identify(self.make)}{whom}"
 
 
 class Scheduler(Protocol):
