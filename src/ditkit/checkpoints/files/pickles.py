@@ -89,13 +89,6 @@ class PickleFile(StoredTensors):
         return hashlib.sha256("".join(about).encode()).hexdigest()
 
 
-def entries(path: str | Path) -> dict[str, int]:
-    """Each state dict of a torch checkpoint -> how many tensors it has. Raises LoadError."""
-    path = Path(path)
-    _records(path, f"opening {path}")
-    return {name: len(tensors) for name, tensors in _state_dicts(_skeleton(path, f"opening {path}"))}
-
-
 def _select(known: tuple[str, ...], entry: str | None, asked: str) -> tuple[str, tuple[str, ...]]:
     if not known:
         raise LoadError(asked, "it holds no dictionary that has names and tensors only", "Give a file of weights")
