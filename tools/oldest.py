@@ -6,13 +6,14 @@ import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
 FOR_DEVELOPERS = {"test", "oracles", "lint"}
 REQUIREMENT = re.compile(r"(?P<name>[\w.-]+)(\[[\w,-]+\])?>=(?P<bound>[\d.]+)(; .+)?")
 
 
-def oldest(project: dict) -> dict[str, str]:
+def oldest(project: dict[str, Any]) -> dict[str, str]:
     """The lower bound of each package that a user installs, with every extra that is meant for users."""
     extras = project["optional-dependencies"]
     users = [extras[name] for name in sorted(extras.keys() - FOR_DEVELOPERS)]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import contextvars
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from acting import check_spans
@@ -196,6 +198,19 @@ def test_the_table_names_every_span_three_times():
     assert {name for name in EVENTS if name.startswith("step.")} == {"step.start", "step.end", "step.fail"}
     assert len(EVENTS) == len(ROWS) + 2 * sum(row.span for row in ROWS)
     assert {by for row in ROWS for by in row.by} == {"here", "elsewhere", "plugs"}
+
+
+def test_the_table_has_what_is_emitted_and_nothing_else():
+    """By the text of the package; a name made of parts (``cache.{...}``) stands for all that begin so."""
+    found = set()
+    for file in Path(ditkit.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.args:
+                first = node.args[0].values[0] if isinstance(node.args[0], ast.JoinedStr) else node.args[0]
+                if node.func.attr in ("emit", "span") and isinstance(first, ast.Constant):
+                    starts = first.value if first is not node.args[0] else None
+                    found |= {row.name for row in ROWS if starts and row.name.startswith(starts)} or {first.value}
+    assert found == {row.name for row in ROWS}
 
 
 def test_what_no_listener_wants_does_not_travel():

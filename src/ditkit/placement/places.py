@@ -117,11 +117,9 @@ class Places:
         stage = pipeline[target.stage]
         for swap in seams.swaps:
             if spec.kind != "here" and not stage.loop and {*stage.components} & {*swap.components}:
-                raise SetupError(
-                    f"swap {swap.name!r} for {', '.join(swap.components)}",
-                    f"{stage.name} runs at {spec.text}, and Python objects do not travel",
-                    "Run the stage here, or take the swap out",
-                )
+                found = f"{stage.name} runs at {spec.text}, and Python objects do not travel"
+                asked = f"swap {swap.name!r} for {', '.join(swap.components)}"
+                raise SetupError(asked, found, "Run the stage here, or take the swap out")
 
     def remote(self, spec: Spec) -> Remote:
         with self._lock:

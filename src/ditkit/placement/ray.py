@@ -280,7 +280,7 @@ class Cluster:
                 self.ray.init(address, **quiet)
         except (ValueError, ImportError) as e:  # Ray Client is a package of its own
             if "ray[client]" in str(e):
-                raise _missing() from None
+                raise MissingDependency(*MISSING) from None
             raise
         except (ConnectionError, RuntimeError) as e:
             where = address or "a cluster on this machine"
@@ -299,13 +299,12 @@ class Cluster:
 CLUSTER = Cluster()
 
 
+MISSING = "running a stage on Ray", "Ray is not installed", 'Install it: pip install "ditkit[ray]"'
+
+
 def _ray() -> Any:
     try:
         import ray
     except ImportError:
-        raise _missing() from None
+        raise MissingDependency(*MISSING) from None
     return ray
-
-
-def _missing() -> MissingDependency:
-    return MissingDependency("running a stage on Ray", "Ray is not installed", 'Install it: pip install "ditkit[ray]"')

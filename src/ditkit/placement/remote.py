@@ -14,6 +14,7 @@ from ditkit.errors import Lost, PlaceError
 from ditkit.events import Events
 from ditkit.execution.place import Call, StageCall, StageResult
 from ditkit.execution.stage import Stage, Stopped
+from ditkit.identify import forgets
 from ditkit.placement.attempt import Attempt, plugged
 from ditkit.placement.channel import Channel
 from ditkit.placement.handshake import Handshake, pause, times
@@ -71,7 +72,9 @@ class Remote:
                     about = {"place": self.name, "stage": task.stage.name, "attempt": count + 1, "why": str(e)}
                     task.events.emit("place.retry", **about)
                     pause(e, count, task.cancel)
-                attempt = Attempt(self.name, self.channel, task, attempt.reached)
+                # A plug that cannot save its memory makes another result where it is cut: then all of it once more.
+                again = None if forgets(task.seams.describe()) else attempt.reached
+                attempt = Attempt(self.name, self.channel, task, again)
         except KeyboardInterrupt:
             if attempt.reached is None:
                 raise

@@ -39,7 +39,7 @@ class Rule:
     ones: int = 0
     transpose: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         changes = (len(self.native) + len(self.other) > 2) + (self.ones > 0) + self.transpose
         if min(len(self.native), len(self.other)) != 1 or changes > 1:
             raise ValueError(f"a rule for {self.native} and {self.other} does one thing, to one tensor of one side")
@@ -63,7 +63,7 @@ class KeyTable:
     ignored_native: tuple[str, ...] = ()
     ignored_other: tuple[str, ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for side in ("native", "other"):
             names = [name for rule in self.rules for name in rule.names(side)]
             if len(set(names)) != len(names):

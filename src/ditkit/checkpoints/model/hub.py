@@ -209,7 +209,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 def _no_bar() -> type:
     from tqdm import tqdm
 
-    class NoBar(tqdm):
+    class NoBar(tqdm):  # type: ignore[misc]  # it comes without types
         def __init__(self, *args: Any, **more: Any):
             more.pop("name", None)  # the library's own bars have a name, tqdm's do not
             super().__init__(*args, **(more | {"disable": True}))

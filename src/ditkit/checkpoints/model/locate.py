@@ -15,8 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from ditkit.checkpoints.files.choosing import read_shards
-from ditkit.checkpoints.files.formats import INDEX, OTHERS
+from ditkit.checkpoints.files.formats import INDEX, OTHERS, read_shards
 from ditkit.checkpoints.files.opening import open_source, split_entry
 from ditkit.checkpoints.files.text import read_json, readable, some
 from ditkit.checkpoints.kinds.configs import note_unknown

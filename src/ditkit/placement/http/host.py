@@ -12,8 +12,9 @@ import ipaddress
 import json
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any
 
 from ditkit.errors import DitkitError, MissingDependency, PlaceError, StateError
@@ -21,7 +22,8 @@ from ditkit.placement.http.client import CRC, JOB
 from ditkit.placement.http.framing import Checksum, fresh
 from ditkit.placement.http.tokens import same
 from ditkit.placement.job import Job, options_to_send
-from ditkit.placement.worker import Worker
+from ditkit.placement.worker import Send, Worker
+from ditkit.state import State
 
 try:
     from fastapi import Depends, FastAPI, Header, Request
@@ -53,21 +55,19 @@ class Jobs:
     def __init__(self, limits: Limits):
         self.limits, self._flags, self._lock = limits, dict[str, threading.Event](), threading.Lock()
 
-    @contextlib.contextmanager
-    def admitted(self, job_id: str) -> Iterator[threading.Event]:
-        """A place among them until the block ends. Raises Refused, PlaceError."""
+    def admit(self, job_id: str) -> threading.Event:
+        """What is set to cancel it. Raises Refused, PlaceError."""
         with self._lock:
             if len(self._flags) > self.limits.queue:
                 found = f"{len(self._flags)} jobs are waiting already"
                 raise Refused(503, "offering a stage", found, "Try again later")
             if job_id in self._flags:
                 raise PlaceError(f"taking job {job_id}", "it is here already", "Give each job an id of its own")
-            flag = self._flags[job_id] = threading.Event()
-        try:
-            yield flag
-        finally:
-            with self._lock:
-                del self._flags[job_id]
+            return self._flags.setdefault(job_id, threading.Event())
+
+    def forget(self, job_id: str) -> None:
+        with self._lock:
+            del self._flags[job_id]
 
     def cancel(self, job_id: str) -> bool:
         with self._lock:
@@ -148,12 +148,12 @@ def _jobs(app: FastAPI, worker: Worker, jobs: Jobs, known: Any) -> None:
         """Run a stage. The header is a job as JSON; of ``{}`` everything is filled in. The body is a State with what
         the stage reads; the answer is its outcome, or messages to whoever accepts them."""
         parsed = job_of(job, worker, name)
-        admission = contextlib.ExitStack()
-        cancelled = admission.enter_context(jobs.admitted(parsed.id))
+        cancelled = jobs.admit(parsed.id)
         with contextlib.ExitStack() as leave:
-            leave.push(admission)
+            leave.callback(jobs.forget, parsed.id)
             data = await read_body(request, jobs.limits.max_bytes)
-            begun = RunningJob(worker, parsed, data, cancelled, jobs.limits.alive, leave.pop_all())
+            work = partial(_work, worker, parsed, data, cancelled, leave.pop_all())
+        begun = RunningJob(work, f"job {parsed.id}", cancelled, jobs.limits.alive)
         if MessageStream.media_type in request.headers.get("accept", ""):
             return MessageStream(begun)
         return await plain_response(begun, request)
@@ -162,6 +162,11 @@ def _jobs(app: FastAPI, worker: Worker, jobs: Jobs, known: Any) -> None:
     def cancel(job_id: str, asked: Annotated[str, Header(alias=JOB)]) -> dict[str, Any]:
         """Stop a job at its next event; what it has is still sent. One that has ended is not missed."""
         return {"found": jobs.cancel(job_id)}
+
+
+def _work(worker: Worker, job: Job, data: Any, cancelled: threading.Event, admission: Any, send: Send) -> None:
+    with admission:
+        worker.run(job, State.from_buffer(data, "the caller"), send, cancelled)
 
 
 _BODY = {"requestBody": {"required": True, "content": {"application/octet-stream": {"schema": {

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 from fastapi import Request, Response
@@ -17,9 +17,8 @@ from fastapi import Request, Response
 from ditkit.errors import DitkitError, PlaceError, StateError, UserError
 from ditkit.placement.http.framing import FRAMING, MEDIA_TYPE, PIECE, pack
 from ditkit.placement.http.zero_copy import connection_of
-from ditkit.placement.job import Job, Message, error_to_message, message_to_error
-from ditkit.placement.worker import TICK, Worker
-from ditkit.state import State
+from ditkit.placement.job import Message, error_to_message, message_to_error
+from ditkit.placement.worker import TICK, Send
 
 RETRY_AFTER = 5
 """Seconds after which whoever found the queue full may ask again."""
@@ -47,29 +46,19 @@ def _error(error: DitkitError, message: Message) -> Response:
 
 
 class RunningJob:
-    """A job at work. ``admission`` is closed when it has ended. Made in the event loop that hears of it."""
+    """``work`` in a thread of its own, which is given what takes its messages. ``cancelled`` is set when nobody waits
+    for them any more; ``alive``: seconds of silence between signs of life. Made in the event loop that hears of it."""
 
-    def __init__(
-        self,
-        worker: Worker,
-        job: Job,
-        data: bytearray | memoryview,
-        cancelled: threading.Event,
-        alive: float,
-        admission: Any,
-    ):
-        self.worker, self.job, self.data = worker, job, data
-        self.cancelled, self.alive, self.admission = cancelled, alive, admission
+    def __init__(self, work: Callable[[Send], None], name: str, cancelled: threading.Event, alive: float):
+        self.work, self.cancelled, self.alive = work, cancelled, alive
         self._left, self._loop = threading.Event(), asyncio.get_running_loop()
         self._messages: asyncio.Queue[Message | None] = asyncio.Queue(4)
-        threading.Thread(target=self._work, name=f"job {job.id}", daemon=True).start()
+        threading.Thread(target=self._work, name=name, daemon=True).start()
 
     def _work(self) -> None:
         with contextlib.suppress(_Left):
             try:
-                with self.admission:
-                    inputs = State.from_buffer(self.data, "the caller")
-                    self.worker.run(self.job, inputs, self._send, self.cancelled)
+                self.work(self._send)
             except StateError as e:
                 self._send(error_to_message(e))
             finally:
