@@ -13,7 +13,7 @@ from reference import rel
 from safetensors.torch import load_file, save_file
 
 from ditkit.checkpoints.files.safetensors import TensorFiles
-from ditkit.checkpoints.kinds.keys import clip_keys
+from ditkit.checkpoints.kinds.clip import clip_keys
 from ditkit.checkpoints.views.mapped import Mapped
 from ditkit.contracts import ImageEncoder
 from ditkit.errors import LoadError, RequestError

@@ -24,7 +24,7 @@ PUBLIC = {
 MILLISECONDS = {"media", "cli", "mlx"}
 LIGHT = [
     "ditkit", "errors", "events", "request", "setup", "state", "config", "contracts", "media", "shapes.draw",
-    "shapes.measure", "schedulers", "schedulers.sigmas", "schedulers.table", "checkpoints.kinds.keys", "pipeline",
+    "shapes.measure", "schedulers", "schedulers.sigmas", "schedulers.table", "checkpoints.kinds.wan", "pipeline",
     "samples",
     "receipt", "assembly", "replay",
 ]  # fmt: skip

@@ -15,8 +15,8 @@ from torch import nn
 from ditkit.checkpoints.files import stored as files
 from ditkit.checkpoints.files.opening import open_source
 from ditkit.checkpoints.files.safetensors import TensorFiles
-from ditkit.checkpoints.kinds.keys import KeyTable, Rule
 from ditkit.checkpoints.load import load_into
+from ditkit.checkpoints.views.key_table import KeyTable, Rule
 from ditkit.checkpoints.views.mapped import Mapped
 from ditkit.checkpoints.views.prefixes import Unprefixed
 from ditkit.checkpoints.views.source import cast, pieces

@@ -10,9 +10,9 @@ from test_quantized import E4, E5, coded, dense
 
 from ditkit.checkpoints.files.opening import open_source
 from ditkit.checkpoints.files.safetensors import TensorFiles
-from ditkit.checkpoints.kinds.keys import KeyTable, Rule
 from ditkit.checkpoints.lora.merge import Merged
 from ditkit.checkpoints.lora.read import read_lora
+from ditkit.checkpoints.views.key_table import KeyTable, Rule
 from ditkit.checkpoints.views.mapped import Mapped
 from ditkit.checkpoints.views.prefixes import Unprefixed
 from ditkit.checkpoints.views.quantized import Dequantized

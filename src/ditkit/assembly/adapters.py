@@ -18,7 +18,7 @@ from ditkit.registry import PlugSpec
 
 if TYPE_CHECKING:
     from ditkit.checkpoints.lora.read import Adapter
-    from ditkit.checkpoints.model.locate import Part
+    from ditkit.checkpoints.model.part import Part
     from ditkit.setup import Setup
 
 
@@ -92,13 +92,13 @@ class Adapters:
         there = [name for name in EXPERTS if name in parts]
         for wanted in map(Wanted.parse, setup.loras):
             source = open_source(wanted.path)
-            named = experts_of(source)
+            named = experts_of(source, parts[there[0]].kind) if there else ()
             for expert in _experts(wanted, named, there):
                 part = parts[expert]
                 assert part.source is not None
                 targets = {name: tuple(facts.shape) for name, facts in part.source.tensors.items()}
                 section = expert if named else None
-                adapter = read_lora(source, targets, expert=section, allow=tuple(setup.lora_allow))
+                adapter = read_lora(source, targets, kind=part.kind, expert=section, allow=tuple(setup.lora_allow))
                 found.setdefault(expert, []).append((adapter, wanted.strength))
         return cls(setup.lora_mode, found)
 

@@ -16,13 +16,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ditkit.assembly.adapters import Adapters
-from ditkit.assembly.loaders import LOADERS, LoadOptions
+from ditkit.assembly.loaders import LoadOptions
 from ditkit.assembly.model import Model, vocabulary
 from ditkit.contracts import EXPERTS, Swap, identify
 from ditkit.errors import LoadError, SetupError
 from ditkit.events import SILENT, Events
 from ditkit.mlx import exact_name
 from ditkit.prompting import open_expander
+from ditkit.registry import resolve
 from ditkit.setup import PARTS, Setup
 from ditkit.shared import Holder, Shared
 from ditkit.store.cache import remember_hashes
@@ -30,7 +31,7 @@ from ditkit.store.cache import remember_hashes
 if TYPE_CHECKING:
     import torch
 
-    from ditkit.checkpoints.model.locate import Part
+    from ditkit.checkpoints.model.part import Part
 
 EXPANDER = "prompt_expander"
 """Of the setup, not of the model: it is held beside the model's parts, and told of in the State's ``expansion``."""
@@ -127,7 +128,7 @@ class Components(Mapping[str, Any]):
         device_of = None if self.device_of is None else partial(self.device_of, name)
         policy, backend = self.setup.dtype_policy, self.setup.backend_of(name)
         how = LoadOptions(*self.place(name), self.swaps(name), device_of, policy, backend)
-        component = LOADERS[part.kind](replace(part, source=self.source(part)), how)
+        component = resolve(part.row.load)(replace(part, source=self.source(part)), how)
         component.identify = self._identity(name)
         return component
 

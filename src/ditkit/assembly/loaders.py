@@ -7,9 +7,8 @@ and its identity (components.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from ditkit.assembly.model import vocabulary
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from ditkit.checkpoints.load import Device
-    from ditkit.checkpoints.model.locate import Part
+    from ditkit.checkpoints.model.part import Part
     from ditkit.nn.loaded import Loaded
 
 
@@ -118,15 +117,3 @@ def filled(
     )  # fmt: skip
     module.loaded(how.device, how.dtype)
     return module
-
-
-LOADERS: Mapping[str, Callable[[Part, LoadOptions], Any]] = MappingProxyType({
-    "tokenizer": load_tokenizer,
-    "umt5": load_umt5,
-    "clip": load_clip,
-    "wan": load_wan,
-    "wan_vae": load_wan_vae,
-    "wan_vae22": load_wan_vae22,
-    "taehv": load_taehv,
-})  # fmt: skip
-"""Kind of a part -> its loader."""

@@ -51,7 +51,7 @@ def convert(
     src = packaged(src)
     with _progress(quiet) as progress:
         done = run(
-            src, dst, layout, dtype,  # type: ignore[arg-type]
+            src, dst, layout, dtype,
             located=located(src, variant, verify=True), shard_bytes=to_bytes(max_shard_size), overwrite=overwrite,
             progress=progress,
         )  # fmt: skip

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ditkit.checkpoints.kinds.keys import UMT5_ALIASES
+from ditkit.checkpoints.kinds.umt5 import UMT5_ALIASES
 from ditkit.checkpoints.load import fit, identify_weights, read, two_names_differ
 from ditkit.checkpoints.views.source import TensorSource
 from ditkit.errors import LoadError, RequestError, SetupError

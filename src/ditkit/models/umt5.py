@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ditkit.checkpoints.kinds.keys import UMT5_ALIASES
+from ditkit.checkpoints.kinds.umt5 import UMT5_ALIASES
 from ditkit.checkpoints.load import Device, identify_weights, load_into
 from ditkit.checkpoints.views.source import TensorSource
 from ditkit.contracts import Swap

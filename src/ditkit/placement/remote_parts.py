@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ditkit.assembly import STAGES, Model, calls_of
-from ditkit.checkpoints.model.locate import KINDS, Part, Scope
+from ditkit.checkpoints.kinds.kind import KINDS
+from ditkit.checkpoints.model.part import Part, Scope, component_names
 from ditkit.errors import PlaceError, SetupError
 from ditkit.execution.place import Segment
 from ditkit.execution.stage_list import Stage, StageList
@@ -59,7 +60,7 @@ def scope_of(places: Places, parts: Mapping[str, str]) -> Scope:
 def scope_at(places: Places, spec: Spec, parts: Mapping[str, str]) -> Scope:
     """That of a model all of whose parts lie at ``spec``, but for those that other settings name."""
     scope = scope_of(places, parts)
-    whole: dict[str, Callable[[], Part | None]] = {n: partial(_first, places, n, [spec]) for n in (*KINDS, "tokenizer")}
+    whole: dict[str, Callable[[], Part | None]] = {n: partial(_first, places, n, [spec]) for n in component_names()}
     return Scope(None, {**whole, **scope.elsewhere}, scope.meant, scope.experts)
 
 
@@ -78,11 +79,11 @@ def part_of(name: str, told: Any, place: str) -> Part:
     """What a host says of a part, checked. Raises PlaceError."""
     try:
         kind, config, identity = told["kind"], told["config"], told["identity"]
-        if kind not in KINDS.get(name, ("tokenizer",)) or not isinstance(identity, str):
+        if name not in KINDS[kind].components or not isinstance(identity, str):
             raise ValueError(f"kind {kind!r}")
         config = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
-        if kind != "tokenizer":
-            _configs()[kind](**config)
+        if KINDS[kind].config_class:
+            KINDS[kind].config(config)
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise PlaceError(
             f"asking {place} for its {name}", f"it describes it in a way that is not known here ({e})",
@@ -91,18 +92,6 @@ def part_of(name: str, told: Any, place: str) -> Part:
     notes = tuple(map(str, told.get("notes", ())))
     layout, quantization = str(told.get("layout")), told.get("quantization")
     return Part(name, kind, Path(name), config, None, layout, quantization, None, notes, place, told)
-
-
-def _configs() -> dict[str, Any]:
-    from ditkit.models.clip import CLIPConfig
-    from ditkit.models.taehv import TAEHVConfig
-    from ditkit.models.umt5 import UMT5Config
-    from ditkit.models.wan import WanConfig
-    from ditkit.models.wan_vae import WanVAEConfig
-    from ditkit.models.wan_vae22 import WanVAE22Config
-
-    return {"wan": WanConfig, "wan_vae": WanVAEConfig, "wan_vae22": WanVAE22Config, "taehv": TAEHVConfig,
-            "umt5": UMT5Config, "clip": CLIPConfig}  # fmt: skip
 
 
 def _told(places: Places, spec: Spec) -> Mapping[str, Any]:

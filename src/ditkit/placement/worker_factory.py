@@ -11,7 +11,7 @@ from typing import Any
 
 from ditkit.assembly import STAGES, Components, Model, calls_of, pipeline_of, placed, stage_of
 from ditkit.assembly.plugs import plugged
-from ditkit.checkpoints.model.locate import Scope
+from ditkit.checkpoints.model.part import Scope
 from ditkit.contracts import Seams
 from ditkit.errors import SetupError, nearest
 from ditkit.events import SILENT, Events

@@ -9,20 +9,17 @@ from __future__ import annotations
 import hashlib
 import json
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
-from ditkit.checkpoints.files.text import read_json
 from ditkit.checkpoints.model.hub import Hub
-from ditkit.checkpoints.model.manifest import Location, Manifest
-from ditkit.checkpoints.model.used import used
+from ditkit.checkpoints.model.place import AGAIN, Location, check_names, files_at
 from ditkit.errors import LoadError
 
-AGAIN = "Lock the manifest again with `ditkit lock` if that is meant"
 INDEX = "index"
 HEAD = "# Written by `ditkit lock`. Lock again instead of editing.\n"
 
@@ -39,7 +36,23 @@ class Entry:
 Lock = Mapping[str, Entry]
 
 
-def lock_file(manifest: Manifest) -> Path:
+class Named(Protocol):
+    """What a lock is for: the manifest's file, its index of diffusers, and the places that it names."""
+
+    @property
+    def folder(self) -> Path: ...
+    @property
+    def file(self) -> Path | None: ...
+    @property
+    def index(self) -> Path | None: ...
+    @property
+    def components(self) -> Mapping[str, Location]: ...
+
+
+M = TypeVar("M", bound=Named)
+
+
+def lock_file(manifest: Named) -> Path:
     """``ditkit.lock`` beside the manifest; ``NAME.lock`` for a manifest with another name."""
     name = manifest.file.name if manifest.file and manifest.file.suffix == ".toml" else "ditkit.toml"
     return manifest.folder / Path(name).with_suffix(".lock").name
@@ -84,7 +97,7 @@ def _text(value: str) -> str:
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # a TOML string is written like a JSON one
 
 
-def with_lock(manifest: Manifest) -> Manifest:
+def with_lock(manifest: M) -> M:
     """The manifest with what its lock pins. Raises LoadError when the two are about different places."""
     file = lock_file(manifest)
     lock = read_lock(file)
@@ -97,7 +110,7 @@ def with_lock(manifest: Manifest) -> Manifest:
     for name in sorted(lock.keys() ^ manifest.components.keys()):
         raise LoadError(asked, f"only {'the lock' if name in lock else 'the manifest'} names {name}", AGAIN)
     places = {name: _pinned(place, lock[name], asked) for name, place in manifest.components.items()}
-    return replace(manifest, components=MappingProxyType(places), locked=True)
+    return replace(manifest, components=MappingProxyType(places), locked=True)  # type: ignore[type-var]
 
 
 def _pinned(place: Location, entry: Entry, asked: str) -> Location:
@@ -114,39 +127,6 @@ def _pinned(place: Location, entry: Entry, asked: str) -> Location:
         sizes=MappingProxyType({name: size for name, (size, _) in entry.files.items()}),
         names=tuple(entry.files),
     )
-
-
-def files_at(place: Location, at: Path) -> dict[str, Path]:
-    """The files that make the component that lies ``at`` a folder or file, under the names that a lock uses."""
-    if at.is_file():
-        names: Iterable[str] = [at.name, *_beside(at)]
-        folder = at.parent
-    else:
-        folder = at
-        names = used([file.name for file in at.iterdir() if file.is_file()], place.variant, str(at))
-    return {place.prefix + name: folder / name for name in names}
-
-
-def _beside(file: Path) -> list[str]:
-    """What a loader reads beside a file of weights: the config there, and the shards that an index names."""
-    config = ["config.json"] if (file.parent / "config.json").is_file() else []
-    if not file.name.endswith(".index.json"):
-        return config
-    return [*config, *sorted({str(name) for name in read_json(file).get("weight_map", {}).values()})]
-
-
-def check_names(place: Location, at: Path) -> None:
-    """Whether all pinned files are there with their sizes and, when locked, no others. Raises LoadError."""
-    if not place.sha256:
-        return
-    files, asked = files_at(place, at), f"opening the {place.component} at {at}"
-    if lost := sorted(place.sha256.keys() - files.keys()):
-        raise LoadError(asked, f"{lost[0]} is pinned and is not there", "Get it again, or lock the manifest again")
-    if place.names is not None and (new := sorted(files.keys() - set(place.names))):
-        raise LoadError(asked, f"{new[0]} is there and is not locked", AGAIN)
-    for name, size in place.sizes.items():
-        if (found := files[name].stat().st_size) != size:
-            raise LoadError(asked, f"{name} has {found} bytes and had {size} when it was locked", AGAIN)
 
 
 def verify(place: Location, at: Path) -> int:
@@ -180,7 +160,7 @@ def _digest(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def make_lock(manifest: Manifest, hub: Hub | None = None) -> dict[str, Entry]:
+def make_lock(manifest: Named, hub: Hub | None = None) -> dict[str, Entry]:
     """Resolve every component of a manifest that was opened without its lock, and hash all of its files.
 
     A branch or tag becomes the commit that it means now. Raises LoadError."""
@@ -194,7 +174,7 @@ def make_lock(manifest: Manifest, hub: Hub | None = None) -> dict[str, Entry]:
     return entries | ({INDEX: index} if index else {})
 
 
-def _index_entry(manifest: Manifest) -> Entry | None:
+def _index_entry(manifest: Named) -> Entry | None:
     """The index that diffusers wrote is locked like a component: it has notes of its own, such as the boundary."""
     if manifest.index is None:
         return None

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from ditkit.checkpoints.files.text import some
-from ditkit.checkpoints.kinds.keys import KeyTable, Rule, Side
+from ditkit.checkpoints.views.key_table import KeyTable, Rule, Side
 from ditkit.checkpoints.views.source import Facts, Inspect, Stored, TensorFacts, TensorSource, View, cast, stored
 from ditkit.errors import LoadError, nearest
 
