@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+EXPERTS = ("transformer", "transformer_2")
+"""The transformers that a model may have; of two, the first is the one for high noise."""
+
 History = Mapping[str, "Tensor"]
 """What a scheduler remembers between steps; named tensors only, so that it can be saved in a State."""
 
@@ -118,12 +121,13 @@ class Swap:
     name: str
     match: Callable[[str, nn.Module], bool]
     make: Callable[[nn.Module], nn.Module]
-    components: tuple[str, ...] = ("transformer", "transformer_2")
+    components: tuple[str, ...] = EXPERTS
 
     @property
     def fingerprint(self) -> str:
-        """Its name and components, and what its functions are (``identify``)."""
-        return f"{self.name} {','.join(self.components)} {identify(self.match)} {identify(self.make)}"
+        """Its name, what its functions are (``identify``), and whom it is for, if not the transformers."""
+        whom = "" if self.components == EXPERTS else f" {','.join(self.components)}"
+        return f"{self.name} {identify(self.match)} {identify(self.make)}{whom}"
 
 
 class Scheduler(Protocol):

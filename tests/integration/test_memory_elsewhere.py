@@ -1,4 +1,4 @@
-"""What plugs remember travels: a run that is cut goes on in a child process and at a host to the bits of a whole one."""
+"""What plugs remember travels: cut anywhere, a run goes on in a child process or at a host to the same bits."""
 
 import shutil
 import signal
@@ -21,7 +21,19 @@ pytestmark = pytest.mark.usefixtures("forgotten")
 @pytest.fixture(scope="module")
 def host(tmp_path_factory):
     file = shutil.copy(FILE, tmp_path_factory.mktemp("host"))
-    command = [sys.executable, "-m", "ditkit", "host", "--port", "0", "--threads", "1", "--lazy", "--plug", file]
+    command = [
+        sys.executable,
+        "-m",
+        "ditkit",
+        "host",
+        "--port",
+        "0",
+        "--threads",
+        "1",
+        "--lazy",
+        "--plug",
+        f"{file}:FirstBlockCache",
+    ]
     process = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                env={**alone(), "DITKIT_HOST_TOKEN": TOKEN})  # fmt: skip
     line = process.stdout.readline()

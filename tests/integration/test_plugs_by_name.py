@@ -98,10 +98,12 @@ def test_a_child_does_not_take_a_file_that_was_edited_meanwhile(tiny_model, mine
 
 
 def test_python_objects_stay_here(tiny_model, mine):
+    heard = []
     pipe = ditkit.load(tiny_model, plugs=[f"{mine}:Skip"], seams=Seams(predict=(lambda predict: predict,)),
-                       placement={"denoise": "process"}, threads=1)  # fmt: skip
+                       placement={"denoise": "process"}, threads=1, listeners=[heard.append])  # fmt: skip
     with pytest.raises(PlaceError, match="predict, run_blocks is changed here by Python objects, which do not travel"):
         pipe(PROMPT, seed=3)
+    assert "step.start" not in [event.name for event in heard]
 
 
 def started(model, *words):

@@ -261,7 +261,11 @@ def test_a_fingerprint_holds_name_options_and_code(tiny_model, tmp_path, mine):
     assert of("Skip:block=0") != first
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    assert of("Skip", shutil.copy(mine, elsewhere)) == first, "where the file lies says nothing"
+    copied = shutil.copy(mine, elsewhere)
+    assert of("Skip", copied) == first, "where the file lies says nothing"
+    registry.BROUGHT.clear()  # as in another process
+    one, two = (prints(tiny_model, [f"{file}:Sharpness"])["sharpness"] for file in (mine, copied))
+    assert one == two
     edit(mine, "Leaves one block out.", "Leaves out one block.")
     assert of("Skip") != first
 

@@ -90,7 +90,9 @@ def test_what_is_joined_has_a_form_only_if_it_is_plain(tmp_path):
     assert (form.format, form.shape) == ("plain", (12, 8))
     assert torch.equal(form.codes, source["joined.weight"])
     source = view(tmp_path, {"q.weight": dense().to(E4), "k.weight": dense().to(E4)})
-    with pytest.raises(LoadError, match=r"keeping joined\.weight of .* by cutting, joining or turning"):
+    with pytest.raises(
+        LoadError, match=r"keeping joined\.weight of .* as it is stored: Mapped made it of other tensors"
+    ):
         stored(source, "joined.weight")
 
 

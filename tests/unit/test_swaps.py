@@ -106,10 +106,11 @@ def test_a_swap_without_a_match_in_its_component_is_an_error(i2v, name):
         components(i2v, Swap("nothing", at("nowhere"), itself, (name,)))[name]
 
 
-@pytest.mark.parametrize("name", ["image_encoder", "text_encodr", "tokenizer"])
-def test_a_swap_for_a_component_that_is_not_there_is_an_error(tiny_model, name):
-    with pytest.raises(SetupError, match=f"swap 'x' for {name}: .* has no such component with weights; it has "):
-        components(tiny_model, Swap("x", at("y"), itself, (name,)))
+@pytest.mark.parametrize("names", [("image_encoder",), ("transformer", "text_encodr"), ("text_encoder", "tokenizer")])
+def test_a_swap_for_a_component_that_is_not_there_is_an_error(tiny_model, names):
+    found = f"swap 'x' for {', '.join(names)}: .* has no such component with weights; it has "
+    with pytest.raises(SetupError, match=found):
+        components(tiny_model, Swap("x", at("y"), itself, names))
 
 
 def test_a_swap_that_would_have_no_effect_where_its_stage_runs_is_an_error(tiny_model):

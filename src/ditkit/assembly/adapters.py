@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ditkit.contracts import Swap
+from ditkit.contracts import EXPERTS, Swap
 from ditkit.errors import LoadError, SetupError
 from ditkit.registry import PlugSpec
 
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from ditkit.checkpoints.lora.read import Adapter
     from ditkit.checkpoints.model.part import Part
     from ditkit.setup import Setup
-
-EXPERTS = ("transformer", "transformer_2")
 
 
 def named_expert(text: str) -> tuple[str | None, str]:

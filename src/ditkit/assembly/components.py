@@ -15,16 +15,16 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ditkit.assembly.adapters import EXPERTS, Adapters
+from ditkit.assembly.adapters import Adapters
 from ditkit.assembly.loaders import LoadOptions
 from ditkit.assembly.model import Model, vocabulary
-from ditkit.contracts import Swap, identify
+from ditkit.contracts import EXPERTS, Swap, identify
 from ditkit.errors import LoadError, SetupError
 from ditkit.events import SILENT, Events
 from ditkit.mlx import exact_name
 from ditkit.prompting import open_expander
 from ditkit.registry import resolve
-from ditkit.setup import Setup
+from ditkit.setup import PARTS, Setup
 from ditkit.shared import Holder, Shared
 from ditkit.store.cache import remember_hashes
 
@@ -54,13 +54,14 @@ class Components(Mapping[str, Any]):
         device_of: Callable[[str, str], torch.device | str] | None = None,
     ):
         self.model, self.setup, self.own_swaps, self.device_of = model, setup, swaps, device_of
+        there = [name for name in model.known if name != "tokenizer"]
         for swap in swaps:
-            if not {*swap.components} - {"tokenizer"} & {*model.known}:
+            named = {*swap.components}
+            if not named & {*there} or not named <= {*there, *PARTS} - {"tokenizer"}:
                 raise SetupError(
                     f"swap {swap.name!r} for {', '.join(swap.components)}",
-                    f"{model.name} has no such component with weights; it has {', '.join(model.known)}",
-                    "Name one of these",
-                )
+                    f"{model.name} has no such component with weights; it has {', '.join(there)}", "Name one of these",
+                )  # fmt: skip
         remember_hashes(setup)
         self.adapters = Adapters.open(setup, model.parts)
         self.holder = Holder(

@@ -94,8 +94,8 @@ def apply_swaps(module: nn.Module, swaps: Iterable[Swap]) -> None:
             told = f"it matches no module of {type(module).__name__}"
             raise SetupError(f"swap {swap.name!r}", told, "Compare with named_modules()")
         for name in found:
-            owner, leaf = _parent(module, name)
-            setattr(owner, leaf, swap.make(module.get_submodule(name)))
+            path, _, leaf = name.rpartition(".")
+            setattr(module.get_submodule(path), leaf, swap.make(module.get_submodule(name)))
 
 
 @dataclass
@@ -190,23 +190,32 @@ def _compare(
     wanted: Mapping[str, Tensor], source: TensorSource, names: Mapping[str, str] | None, aliases: Mapping[str, str]
 ) -> tuple[dict[str, str], list[str]]:
     """(source name -> wanted name, what does not fit)."""
-    target, unknown, doubled = _match(source, wanted, names, aliases)
-    missing = wanted.keys() - target.values()
+    target: dict[str, str] = {}
+    unknown, doubled, taken = set(), [], set()
+    for key in source.tensors:
+        name = key if names is None else names.get(key, "")
+        if aliases.get(name, name) not in wanted:
+            unknown.add(key)
+        elif name in taken:
+            doubled.append(key)
+        else:
+            taken.add(name)
+            target[key] = aliases.get(name, name)
+    pairs = [(key, source.tensors[key], wanted[name]) for key, name in target.items()]
     shapes = [
-        f"{name} has {list(info.shape)} where the model has {list(wanted[target[name]].shape)}"
-        for name, info in source.tensors.items()
-        if name in target and info.shape != tuple(wanted[target[name]].shape)
+        f"{key} has {list(info.shape)} where the model has {list(tensor.shape)}"
+        for key, info, tensor in pairs
+        if info.shape != tuple(tensor.shape)
     ]
     kinds = [
-        f"{name} is {info.dtype}"
-        for name, info in source.tensors.items()
-        if name in target
-        and getattr(torch, DTYPES[info.dtype]).is_floating_point != wanted[target[name]].dtype.is_floating_point
+        f"{key} is {info.dtype}"
+        for key, info, tensor in pairs
+        if getattr(torch, DTYPES[info.dtype]).is_floating_point != tensor.dtype.is_floating_point
     ]
     return target, [
         f"{len(items)} {text} ({some(items)})"
         for items, text in (
-            (missing, "tensors are missing"),
+            (wanted.keys() - target.values(), "tensors are missing"),
             (unknown, "tensors are unknown to the model"),
             (doubled, "tensors come twice under two names"),
             (shapes, "tensors have another shape"),
@@ -232,25 +241,6 @@ class _Seen:
             part = part.float()
         if not math.isfinite(part.sum().item()):
             self.all_finite = bool(part.isfinite().all())
-
-
-def _match(
-    source: TensorSource, wanted: Mapping[str, Tensor], names: Mapping[str, str] | None, aliases: Mapping[str, str]
-) -> tuple[dict[str, str], set[str], list[str]]:
-    """(source name -> module name, unknown source names, source names whose module name is taken)."""
-    target: dict[str, str] = {}
-    unknown, doubled, taken = set(), [], set()
-    for key in source.tensors:
-        name = key if names is None else names.get(key, "")
-        first = aliases.get(name, name)
-        if first not in wanted:
-            unknown.add(key)
-        elif name in taken:
-            doubled.append(key)
-        else:
-            taken.add(name)
-            target[key] = first
-    return target, unknown, doubled
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
@@ -323,8 +313,3 @@ def _move(slot: Slot, device: torch.device) -> None:
 def _like(old: Tensor, new: Tensor) -> Tensor:
     """``new``, a parameter where ``old`` was one."""
     return nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
-
-
-def _parent(module: nn.Module, name: str) -> tuple[nn.Module, str]:
-    path, _, leaf = name.rpartition(".")
-    return module.get_submodule(path), leaf

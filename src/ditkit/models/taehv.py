@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ditkit.checkpoints.load import Device, identify_weights, load_into
-from ditkit.checkpoints.views.source import Facts, Stored, TensorFacts, TensorSource, View, stored
+from ditkit.checkpoints.views.source import Facts, Inspect, TensorFacts, TensorSource, View
 from ditkit.contracts import Swap
 from ditkit.models.vae_layers import FeatureCache
 from ditkit.nn.loaded import Loaded
@@ -190,12 +190,13 @@ class LastRows(View):
     def _is_longer(facts: Facts | None, rows: int) -> bool:
         return facts is not None and facts.shape[0] > rows and facts.shape[0] % rows == 0
 
-    def __getitem__(self, name: str) -> Tensor:
-        tensor = self.source[name]
-        return tensor[-self.rows[name] :].clone() if name in self.rows else tensor
+    def same(self, name: str) -> str | None:
+        return None if name in self.rows else name
 
-    def stored(self, name: str) -> Stored:
-        return super().stored(name) if name in self.rows else stored(self.source, name)
+    def made(self, name: str, dtype: torch.dtype | None, look: Inspect) -> Tensor:
+        tensor = self.source[name][-self.rows[name] :].to(dtype, copy=True)
+        look(tensor.reshape(-1))
+        return tensor
 
 
 class TAEHV(Loaded):

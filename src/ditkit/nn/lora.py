@@ -176,43 +176,32 @@ def _layer(root: nn.Module, path: str, name: str) -> nn.Module:
 
 
 def _merge(owner: nn.Module, leaf: str, name: str, adapters: Adapters) -> None:
-    """A new parameter in the place of the shared one; one that is still to be read is changed then."""
-    old, merge = owner._parameters.get(leaf), Merge(leaf, name, type(owner).__name__, adapters)
-    if old is None or hasattr(owner, f"load_{leaf}"):
-        raise merge.error()
-    if old.is_meta:
-        setattr(owner, f"load_{leaf}", lambda tensor: merge(tensor.read()))
-    else:
-        owner._parameters[leaf] = nn.Parameter(merge(old.detach()), requires_grad=old.requires_grad)
+    """A new parameter in the place of the shared one, rounded to its dtype; one without data is changed when it is
+    read."""
+    old, fill = owner._parameters.get(leaf), f"load_{leaf}"
+    wrong = SetupError(
+        f"a LoRA beside the weights that changes {name} other than by low rank",
+        f"{type(owner).__name__} has no plain floating-point {leaf} there",
+        "Merge the LoRA (mode fused), or leave that layer unquantized",
+    )
 
-
-@dataclass(frozen=True)
-class Merge:
-    """The parameter ``name``, ``leaf`` of a layer of the type ``owner`` -> the same with ``adapters`` added, rounded to
-    its dtype."""
-
-    leaf: str
-    name: str
-    owner: str
-    adapters: Adapters
-
-    def __call__(self, old: Tensor) -> Tensor:
-        if not old.is_floating_point() or old.dtype.itemsize < 2:
-            raise self.error()
-        plain = old.to(at_least_float32(old.dtype))
+    def merged(weight: Tensor) -> Tensor:
+        if not weight.is_floating_point() or weight.dtype.itemsize < 2:
+            raise wrong
+        plain = weight.to(at_least_float32(weight.dtype))
         total = plain.clone()
-        for adapter, strength in self.adapters:
-            if self.name in adapter.deltas:
-                total.add_(adapter.added(self.name, plain), alpha=strength)
-        _check_finite(self.name, total)
-        return total.to(old.dtype)
+        for adapter, strength in adapters:
+            if name in adapter.deltas:
+                total.add_(adapter.added(name, plain), alpha=strength)
+        _check_finite(name, total)
+        return total.to(weight.dtype)
 
-    def error(self) -> SetupError:
-        return SetupError(
-            f"a LoRA beside the weights that changes {self.name} other than by low rank",
-            f"{self.owner} has no plain floating-point {self.leaf} there",
-            "Merge the LoRA (mode fused), or leave that layer unquantized",
-        )
+    if old is None or hasattr(owner, fill):
+        raise wrong
+    if old.is_meta:
+        setattr(owner, fill, lambda tensor: merged(tensor.read()))
+    else:
+        owner._parameters[leaf] = nn.Parameter(merged(old.detach()), requires_grad=old.requires_grad)
 
 
 def _replaced(root: nn.Module, path: str, pairs: list[tuple[Tensor, Tensor, float]]) -> nn.Module:

@@ -137,14 +137,23 @@ class Denoise(BaseStage):
     def predict(self, inputs: Mapping[str, Any], ctx: Context, plugs: RunPlugs, first: str) -> Predict:
         """The transformers behind seam A: guidance inside, whatever plugs in around it. Each expert has wrappers of its
         own, and is asked for at the first of its steps."""
-        seams = ctx.seams
+        seams, guided = ctx.seams, self.cfg and ctx.settings.guided
         plugs.drop_strangers({"predict": seams.predict, "run_blocks": seams.run_blocks, "attend": seams.attend})
-        passes: dict[str, Predict] = {first: self.forward(first, inputs, ctx, plugs)}
+        branches = ("cond", "uncond") if guided else ("cond",)
+        ready = {(first, branch): self.prepare(first, branch, inputs, ctx, plugs) for branch in branches}
 
+        @torch.inference_mode()
         def one_pass(x: Tensor, step: Step) -> Tensor:
-            if step.expert not in passes:
-                passes[step.expert] = self.forward(step.expert, inputs, ctx, plugs)
-            return passes[step.expert](x, step)
+            """One forward pass: that expert and that branch which the step names."""
+            key = step.expert, step.branch
+            if key not in ready:
+                ready[key] = self.prepare(*key, inputs, ctx, plugs)
+            transformer, conditioning, run_blocks, attend = ready[key]
+            if step.frames is not None:
+                conditioning = conditioning.frames(*step.frames)
+            timestep = torch.full((len(x),), step.timestep, dtype=torch.float64, device=x.device)
+            velocity = transformer(x, timestep, conditioning, run_blocks=run_blocks, attend=attend, step=step)
+            return velocity.to(x.dtype)
 
         inner = classifier_free_guidance(one_pass) if self.cfg else one_pass
         if not seams.predict:
@@ -152,32 +161,16 @@ class Denoise(BaseStage):
         wrapped = {name: plugs.wrap(inner, "predict", seams.predict, name) for name in self.experts}
         return lambda x, step: wrapped[step.expert](x, step)
 
-    def forward(self, name: str, inputs: Mapping[str, Any], ctx: Context, plugs: RunPlugs) -> Predict:
-        """``predict(x, step)`` of one transformer: one forward pass of the branch that the step names. What it is
-        conditioned on is made once for each branch, and so are the wrappers at the seams B and D."""
+    def prepare(
+        self, name: str, branch: str, inputs: Mapping[str, Any], ctx: Context, plugs: RunPlugs
+    ) -> tuple[Any, Any, Any, Any]:
+        """Once for each branch: a transformer, what it is conditioned on, and what is called at the seams B and D."""
         transformer, seams = ctx.components[name], ctx.seams
-
-        def prepare(branch: str) -> tuple[Any, Any, Any]:
-            with torch.inference_mode():
-                conditioning = transformer.prepare(inputs, ctx.settings, branch, self.cache_text_kv)
-            run_blocks = plugs.wrap(transformer.run_blocks, "run_blocks", seams.run_blocks, name, branch)
-            return conditioning, run_blocks, plugs.wrap(ATTENTION[self.attention], "attend", seams.attend, name, branch)
-
-        guided = self.cfg and ctx.settings.guided
-        branches = {branch: prepare(branch) for branch in (("cond", "uncond") if guided else ("cond",))}
-
-        @torch.inference_mode()
-        def predict(x: Tensor, step: Step) -> Tensor:
-            if step.branch not in branches:
-                branches[step.branch] = prepare(step.branch)
-            conditioning, run_blocks, attend = branches[step.branch]
-            if step.frames is not None:
-                conditioning = conditioning.frames(*step.frames)
-            timestep = torch.full((len(x),), step.timestep, dtype=torch.float64, device=x.device)
-            velocity = transformer(x, timestep, conditioning, run_blocks=run_blocks, attend=attend, step=step)
-            return velocity.to(x.dtype)
-
-        return predict
+        with torch.inference_mode():
+            conditioning = transformer.prepare(inputs, ctx.settings, branch, self.cache_text_kv)
+        run_blocks = plugs.wrap(transformer.run_blocks, "run_blocks", seams.run_blocks, name, branch)
+        attend = plugs.wrap(ATTENTION[self.attention], "attend", seams.attend, name, branch)
+        return transformer, conditioning, run_blocks, attend
 
     def noise(self, scheduler: Scheduler, seeds: list[int], x: Tensor) -> Callable[[Step], Tensor | None]:
         def draw(step: Step) -> Tensor | None:

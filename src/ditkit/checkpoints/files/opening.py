@@ -8,8 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ditkit.checkpoints.files.choosing import chosen
-from ditkit.checkpoints.files.formats import kind_of
+from ditkit.checkpoints.files.formats import chosen, kind_of
 from ditkit.checkpoints.files.safetensors import TensorFiles
 from ditkit.checkpoints.files.stored import StoredTensors
 from ditkit.errors import LoadError

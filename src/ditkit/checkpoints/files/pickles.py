@@ -89,13 +89,6 @@ class PickleFile(StoredTensors):
         return hashlib.sha256("".join(about).encode()).hexdigest()
 
 
-def entries(path: str | Path) -> dict[str, int]:
-    """Each state dict of a torch checkpoint -> how many tensors it has. Raises LoadError."""
-    path = Path(path)
-    _records(path, f"opening {path}")
-    return {name: len(tensors) for name, tensors in _state_dicts(_skeleton(path, f"opening {path}"))}
-
-
 def _select(known: tuple[str, ...], entry: str | None, asked: str) -> tuple[str, tuple[str, ...]]:
     if not known:
         raise LoadError(asked, "it holds no dictionary that has names and tensors only", "Give a file of weights")
@@ -163,13 +156,12 @@ def _begin(stream: IO[bytes], member: zipfile.ZipInfo) -> int:
 def _skeleton(path: Path, asked: str) -> Any:
     """What was saved, with tensors that have no data; their storages know their place in the file."""
     try:
+        if torch.__version__ < "2.7":
+            return _mapped(path)
+        if torch.__version__ < "2.11":  # there the meta device reads all data, and does not tell where it lay
+            return _fake(path)
         with path.open("rb") as stream:
-            loaded = torch.load(stream, map_location="meta", weights_only=True)
-        for other in (_fake, _mapped):
-            if all(hasattr(tensor.untyped_storage(), "_checkpoint_offset") for tensor in _tensors(loaded)):
-                break
-            loaded = other(path)
-        return loaded
+            return torch.load(stream, map_location="meta", weights_only=True)
     except pickle.UnpicklingError as error:
         match = re.search(r"GLOBAL (\S+)", str(error))
         needs = f"to run {match[1]}" if match else "more than tensors and names"
@@ -180,7 +172,7 @@ def _skeleton(path: Path, asked: str) -> Any:
 
 
 def _fake(path: Path) -> Any:
-    """The same for torch before 2.11, which tells places in this mode only."""
+    """The same for an older torch, which tells places in this mode only (2.7 or later)."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with path.open("rb") as stream, FakeTensorMode():
@@ -195,15 +187,11 @@ def _mapped(path: Path) -> Any:
     whole = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
     with path.open("rb") as stream, serialization._open_zipfile_reader(stream) as archive:
         loaded = serialization._load(archive, "cpu", _weights_only_unpickler, overall_storage=whole)
-    for tensor in _tensors(loaded):
-        storage = tensor.untyped_storage()
-        storage._checkpoint_offset = storage.data_ptr() - whole.data_ptr()
+    for _, found in _state_dicts(loaded):
+        for tensor in found.values():
+            storage = tensor.untyped_storage()
+            storage._checkpoint_offset = storage.data_ptr() - whole.data_ptr()
     return loaded
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    for _, found in _state_dicts(value):
-        yield from found.values()
 
 
 def _info(path: Path, name: str, tensor: Tensor, records: Mapping[int, int], asked: str) -> TensorInfo:

@@ -11,10 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ditkit.checkpoints.files.choosing import chosen, read_shards
-from ditkit.checkpoints.files.formats import HEADER_LIMIT, KINDS, kind_of
+from ditkit.checkpoints.files.formats import HEADER_LIMIT, KINDS, chosen, kind_of, read_shards
 from ditkit.checkpoints.files.stored import DTYPES, SIZES, StoredTensors, TensorInfo
-from ditkit.checkpoints.files.text import printable, some
+from ditkit.checkpoints.files.text import printable, readable, some
 from ditkit.errors import LoadError
 
 
@@ -44,18 +43,15 @@ def _header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     again = "Download the file again, it is damaged or incomplete"
     if (kind := kind_of(file)) in KINDS:
         raise LoadError(asked, f"it is {KINDS[kind]}, not safetensors", "Convert it to safetensors")
-    try:
+    with readable(asked), file.open("rb") as stream:
         size = file.stat().st_size
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if size < 8:
-                raise LoadError(asked, f"it has only {size} bytes", again)
-            if length > min(size - 8, HEADER_LIMIT):
-                found = f"it has {size} bytes, too few for a header of {length}"
-                raise LoadError(asked, f"it is no safetensors file, or it is damaged ({found})", again)
-            raw = stream.read(length)
-    except OSError as error:
-        raise LoadError(asked, f"it cannot be read ({error.strerror})", "Check the file and its permissions") from None
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8:
+            raise LoadError(asked, f"it has only {size} bytes", again)
+        if length > min(size - 8, HEADER_LIMIT):
+            found = f"it has {size} bytes, too few for a header of {length}"
+            raise LoadError(asked, f"it is no safetensors file, or it is damaged ({found})", again)
+        raw = stream.read(length)
     try:
         header = json.loads(raw, object_pairs_hook=_no_duplicates)
         metadata = dict(header.pop("__metadata__", None) or {})

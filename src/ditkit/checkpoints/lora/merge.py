@@ -15,18 +15,7 @@ from typing import TYPE_CHECKING
 from ditkit.checkpoints.files.text import some
 from ditkit.checkpoints.lora.deltas import wide
 from ditkit.checkpoints.lora.read import Adapter
-from ditkit.checkpoints.views.source import (
-    Facts,
-    Inspect,
-    Stored,
-    TensorFacts,
-    TensorSource,
-    View,
-    cast,
-    no_inspection,
-    not_stored,
-    stored,
-)
+from ditkit.checkpoints.views.source import Facts, Inspect, Stored, TensorFacts, TensorSource, View, not_stored
 from ditkit.errors import LoadError
 
 if TYPE_CHECKING:
@@ -57,24 +46,23 @@ class Merged(View):
         }
         self.tensors: Mapping[str, Facts] = MappingProxyType(tensors)
 
-    def __getitem__(self, name: str) -> Tensor:
-        return self.cast(name)
+    def same(self, name: str) -> str | None:
+        return None if self._changes(name) else name
 
-    def cast(self, name: str, dtype: torch.dtype | None = None, look: Inspect = no_inspection) -> Tensor:
-        if not (changes := self._changes(name)):
-            return cast(self.source, name, dtype, look)
+    def made(self, name: str, dtype: torch.dtype | None, look: Inspect) -> Tensor:
         tensor = self.source[name]
         plain = tensor.to(wide(tensor.dtype))
         total = plain.clone()
-        for adapter, strength in changes:
+        for adapter, strength in self._changes(name):
             total.add_(adapter.added(name, plain), alpha=strength)
-        look((total := total.to(dtype)).reshape(-1))
+        total = total.to(dtype)
+        look(total.reshape(-1))
         return total
 
     def stored(self, name: str) -> Stored:
         if self._changes(name):
             raise not_stored(self, name, "a LoRA is merged into it (lora_mode=side puts it beside the weights)")
-        return stored(self.source, name)
+        return super().stored(name)
 
     def _changes(self, name: str) -> list[tuple[Adapter, float]]:
         return [(adapter, strength) for adapter, strength in self.adapters if name in adapter.deltas]

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from ditkit.checkpoints.kinds.kind import LoraTargets
+from ditkit.contracts import EXPERTS
 
-EXPERTS = ("transformer", "transformer_2")
 MOST_BLOCKS = 500  # of a network that a file may speak of; far above any that exists
 
 ROLES: Mapping[str, str] = MappingProxyType(

@@ -24,9 +24,10 @@ from torch import Tensor
 from ditkit.checkpoints.files.text import some
 from ditkit.checkpoints.kinds.kind import KINDS, LoraTargets
 from ditkit.checkpoints.lora.deltas import Decomposed, Delta, Full, Hadamard, Kronecker, LowRank, Product
-from ditkit.checkpoints.lora.names import EXPERTS, OTHER_NETWORKS, Key, Names, blocks_in, read_key, refused
+from ditkit.checkpoints.lora.names import OTHER_NETWORKS, Key, Names, blocks_in, read_key, refused
 from ditkit.checkpoints.lora.scale import Scale, read_scale
 from ditkit.checkpoints.views.source import TensorSource
+from ditkit.contracts import EXPERTS
 from ditkit.errors import LoadError, nearest
 
 Shape = tuple[int, ...]

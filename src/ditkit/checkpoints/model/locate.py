@@ -15,9 +15,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from ditkit.checkpoints.files.choosing import read_shards
 from ditkit.checkpoints.files.formats import INDEX as SHARD_INDEX
-from ditkit.checkpoints.files.formats import OTHERS
+from ditkit.checkpoints.files.formats import OTHERS, read_shards
 from ditkit.checkpoints.files.opening import split_entry
 from ditkit.checkpoints.files.text import readable, some
 from ditkit.checkpoints.kinds.configs import note_unknown

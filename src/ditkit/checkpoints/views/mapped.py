@@ -13,18 +13,7 @@ from typing import TYPE_CHECKING
 
 from ditkit.checkpoints.files.text import some
 from ditkit.checkpoints.views.key_table import KeyTable, Rule, Side
-from ditkit.checkpoints.views.source import (
-    Facts,
-    Inspect,
-    Stored,
-    TensorFacts,
-    TensorSource,
-    View,
-    cast,
-    no_inspection,
-    not_stored,
-    stored,
-)
+from ditkit.checkpoints.views.source import Facts, Inspect, Stored, TensorFacts, TensorSource, View, cast, stored
 from ditkit.errors import LoadError, nearest
 
 if TYPE_CHECKING:
@@ -85,33 +74,28 @@ class Mapped(View):
             raise self._error(f"{len(self.unknown)} tensors are unknown ({some(self.unknown)}){hint}")
         return self
 
-    def __getitem__(self, name: str) -> Tensor:
-        return self.cast(name)
-
-    def cast(self, name: str, dtype: torch.dtype | None = None, look: Inspect = no_inspection) -> Tensor:
-        """Each member is cast while it is read; what is done to them afterwards moves numbers and changes none."""
+    def same(self, name: str) -> str | None:
         piece = self._pieces[name]
         for member in piece.members:
             self._check_twice(member)
+        return piece.members[0] if piece.rule is None or piece.rule.renames else None
+
+    def made(self, name: str, dtype: torch.dtype | None, look: Inspect) -> Tensor:
+        """Each member is cast while it is read; what is done to them afterwards moves numbers and changes none."""
+        piece = self._pieces[name]
         if len(piece.members) == 1:
             return self._arranged(name, piece, cast(self.source, piece.members[0], dtype, look))
         return self._joined(name, piece, dtype, look)
 
     def stored(self, name: str) -> Stored:
-        piece = self._pieces[name]
-        for member in piece.members:
-            self._check_twice(member)
-        found = [stored(self.source, member) for member in piece.members]
-        if piece.rule is None or piece.rule.renames:
-            return found[0]
-        if any(form.format != "plain" for form in found):
-            raise not_stored(self, name, f"it is made of {some(piece.members)} by cutting, joining or turning")
-        return Stored("plain", tuple(self.tensors[name].shape), self[name])
+        members = self._pieces[name].members
+        if self.same(name) is None and all(stored(self.source, m).format == "plain" for m in members):
+            return Stored("plain", tuple(self.tensors[name].shape), self[name])
+        return super().stored(name)
 
     def _arranged(self, name: str, piece: _Piece, member: Tensor) -> Tensor:
         rule = piece.rule
-        if rule is None or rule.renames:
-            return member
+        assert rule is not None
         if len(self._to(rule)) > 1:
             return member.chunk(len(self._to(rule)))[piece.share].clone()  # the rest of the rows can go
         if rule.transpose:

@@ -8,27 +8,12 @@ Sources: Self-Forcing ``inference.py``, ComfyUI ``model_detection.py``, torch ``
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING
 
 from ditkit.checkpoints.files.text import some
-from ditkit.checkpoints.views.source import (
-    Facts,
-    Inspect,
-    Stored,
-    TensorSource,
-    View,
-    cast,
-    no_inspection,
-    pieces,
-    stored,
-)
+from ditkit.checkpoints.views.source import Facts, TensorSource, View
 from ditkit.errors import LoadError
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
 
 WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "transformer.", "module.")
@@ -80,14 +65,5 @@ class Unprefixed(View):
     def __repr__(self) -> str:
         return f"Unprefixed({self.source!r}, prefix={self.prefix!r})"
 
-    def __getitem__(self, name: str) -> Tensor:
-        return self.source[self._names[name]]
-
-    def cast(self, name: str, dtype: torch.dtype | None = None, look: Inspect = no_inspection) -> Tensor:
-        return cast(self.source, self._names[name], dtype, look)
-
-    def pieces(self, name: str, unit: int, size: int) -> Iterator[Tensor]:
-        return pieces(self.source, self._names[name], unit, size)
-
-    def stored(self, name: str) -> Stored:
-        return stored(self.source, self._names[name])
+    def same(self, name: str) -> str:
+        return self._names[name]

@@ -161,7 +161,8 @@ def not_stored(source: TensorSource, name: str, why: str) -> LoadError:
 
 
 class View:
-    """A source seen in another way: same place, same files, same hashes. Subclasses give ``tensors`` and the data.
+    """A source seen in another way: same place, same files, same hashes. A subclass gives ``tensors``, tells with
+    ``same`` which of them are only called differently, and makes the others.
 
     ``notes`` says in plain words what was left out or chosen on the way, innermost first."""
 
@@ -170,6 +171,33 @@ class View:
     def __init__(self, source: TensorSource, notes: tuple[str, ...] = ()):
         self.source = source
         self.notes: tuple[str, ...] = (*notes_of(source), *notes)
+
+    def same(self, name: str) -> str | None:
+        """What ``source`` calls the very same tensor; None for one that is made here."""
+        raise NotImplementedError
+
+    def made(self, name: str, dtype: torch.dtype | None, look: Inspect) -> Tensor:
+        raise NotImplementedError
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.cast(name)
+
+    def cast(self, name: str, dtype: torch.dtype | None = None, look: Inspect = no_inspection) -> Tensor:
+        same = self.same(name)
+        return self.made(name, dtype, look) if same is None else cast(self.source, same, dtype, look)
+
+    def pieces(self, name: str, unit: int, size: int) -> Iterator[Tensor]:
+        import torch
+
+        if (same := self.same(name)) is None:
+            yield self[name].contiguous().reshape(-1).view(torch.uint8)
+        else:
+            yield from pieces(self.source, same, unit, size)
+
+    def stored(self, name: str) -> Stored:
+        if (same := self.same(name)) is None:
+            raise not_stored(self, name, f"{type(self).__name__} made it of other tensors")
+        return stored(self.source, same)
 
     @property
     def path(self) -> Path:
@@ -186,12 +214,6 @@ class View:
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         for name in self.tensors:
             yield name, self[name]
-
-    def __getitem__(self, name: str) -> Tensor:
-        raise NotImplementedError
-
-    def stored(self, name: str) -> Stored:
-        raise not_stored(self, name, f"{type(self).__name__} made it of other tensors")
 
     @property
     def sha256(self) -> dict[str, str]:
