@@ -150,16 +150,15 @@ JOINT = Kind(
     "toy_joint", "Toy", "a joint transformer", ("transformer",),
     {
         "native": Layout(
-            (("img_in.weight", "double_blocks.0.txt_qkv.weight"),), joint_sizes,
+            (("img_in.weight", "double_blocks.0.txt_qkv.weight"),),
             _config("JointModel", "width", "heads"), ("JointModel",),
         ),
         "diffusers": Layout(
             (("x_embedder.weight", "transformer_blocks.0.attn.add_q_proj.weight"),),
-            lambda tensors: joint_sizes(tensors, "diffusers"),
             _config("JointTransformer2DModel", "inner_dim", "num_attention_heads"), ("JointTransformer2DModel",),
         ),
     },
-    lambda fields: joint_keys(fields["layers"]),
+    joint_sizes, lambda fields: joint_keys(fields["layers"]),
     config_class=f"{__name__}:JointConfig", module=f"{__name__}:JointTransformer", load=f"{__name__}:load_joint",
     task=lambda fields: "t2i", tasks={"t2i": Published("JointPipeline", optional=())},
     needs=lambda fields: {"tokenizer": "tokenizer", "text_encoder": "umt5", "vae": "wan_vae"},

@@ -110,10 +110,16 @@ class Components(Mapping[str, Any]):
         if part.source is None:
             from ditkit.models.text import tokenizer_fingerprint
 
-            about: list[Any] = [part.kind, tokenizer_fingerprint(vocabulary(part))]
+            about: list[Any] = [part.row.pinned, tokenizer_fingerprint(vocabulary(part))]
         else:
             dtype = str(self.place(part.component)[0])
-            about = [part.kind, self.source(part).fingerprint, dtype, dict(part.config), *self._how(part.component)]
+            about = [
+                part.row.pinned,
+                self.source(part).fingerprint,
+                dtype,
+                dict(part.config),
+                *self._how(part.component),
+            ]
             if (backend := self.setup.backend_of(part.component)) != "torch":
                 about.append(exact_name(backend))
         return hashlib.sha256(json.dumps(about, sort_keys=True, default=list).encode()).hexdigest()
@@ -160,7 +166,7 @@ class Components(Mapping[str, Any]):
         source = self.source(part)
         files = source.files if source else [vocabulary(part)]
         stats = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-        told = [part.kind, dict(part.config), stats, source.sketch if source else "", *self._how(name)]
+        told = [part.row.pinned, dict(part.config), stats, source.sketch if source else "", *self._how(name)]
         if source:
             told += [*map(str, self.place(name)), self.setup.backend_of(name), identify(self.device_of)]
         return json.dumps(told, sort_keys=True, default=list)

@@ -89,10 +89,10 @@ class Model:
 
     def describe(self) -> dict[str, Any]:
         """What a host says of its model, in plain values: ``model``, the whole, and ``parts``, of each that is here its
-        kind, its sizes and an identity that is told in milliseconds. ``elsewhere.py`` reads it."""
+        kind, its sizes and an identity that is told in milliseconds. ``remote_parts.py`` reads it."""
         preview = None if self.latents_rgb is None else dict(zip(("factors", "bias"), self.latents_rgb, strict=True))
         parts = {
-            name: {"kind": part.kind, "config": dict(part.config), "layout": part.layout,
+            name: {"kind": part.row.pinned, "config": dict(part.config), "layout": part.layout,
                    "quantization": part.quantization, "notes": list(part.notes), "identity": self.identities[name]}
             for name, part in self.parts.items()
         }  # fmt: skip
@@ -160,7 +160,7 @@ class Model:
                 found[name] = str(part.told["identity"])
                 continue
             sketch = part.source.sketch if part.source else file_sample(vocabulary(part))
-            about = json.dumps([part.kind, dict(part.config), sketch], sort_keys=True)
+            about = json.dumps([part.row.pinned, dict(part.config), sketch], sort_keys=True)
             found[name] = hashlib.sha256(about.encode()).hexdigest()
         return found
 

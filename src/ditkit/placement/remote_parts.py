@@ -1,7 +1,7 @@
 """Parts that lie at hosts: what a host says of them, made into parts of a model that nobody can load here.
 
 A host is asked only for what is not on this machine. Leaves out: what a host says of itself otherwise
-(``handshake.py``), and how the parts are held against each other (``checkpoints/model/locate.py``).
+(``handshake.py``), and how the parts are held against each other (``checkpoints/model/fits.py``).
 """
 
 from __future__ import annotations
@@ -78,12 +78,12 @@ def part_at(places: Places, spec: Spec, name: str) -> Part | None:
 def part_of(name: str, told: Any, place: str) -> Part:
     """What a host says of a part, checked. Raises PlaceError."""
     try:
-        kind, config, identity = told["kind"], told["config"], told["identity"]
-        if name not in KINDS[kind].components or not isinstance(identity, str):
-            raise ValueError(f"kind {kind!r}")
+        row, config, identity = KINDS[str(told["kind"])], told["config"], told["identity"]
+        if name not in row.components or not isinstance(identity, str):
+            raise ValueError(f"kind {row.name!r}")
         config = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
-        if KINDS[kind].config_class:
-            KINDS[kind].config(config)
+        if row.config_class:
+            row.config(config)
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise PlaceError(
             f"asking {place} for its {name}", f"it describes it in a way that is not known here ({e})",
@@ -91,7 +91,7 @@ def part_of(name: str, told: Any, place: str) -> Part:
         ) from None  # fmt: skip
     notes = tuple(map(str, told.get("notes", ())))
     layout, quantization = str(told.get("layout")), told.get("quantization")
-    return Part(name, kind, Path(name), config, None, layout, quantization, None, notes, place, told)
+    return Part(name, row.name, Path(name), config, None, layout, quantization, None, notes, place, told)
 
 
 def _told(places: Places, spec: Spec) -> Mapping[str, Any]:

@@ -9,7 +9,7 @@ import math
 from types import MappingProxyType
 from typing import Any
 
-from ditkit.checkpoints.kinds.configs import ConfigFormat, ConfigKeys, Key, same
+from ditkit.checkpoints.kinds.configs import EPSILON, ConfigFormat, ConfigKeys, Key, same
 from ditkit.checkpoints.kinds.kind import Fields, Kind, Layout, Port
 from ditkit.checkpoints.kinds.sizes import SizeReader, Sizes, Tensors
 from ditkit.checkpoints.views.key_table import WB, KeyTable, Rule, leaves
@@ -94,7 +94,7 @@ def clip_sizes(tensors: Tensors, layout: str = "transformers") -> Sizes:
 
 
 def _read_native(keys: ConfigKeys, fields: dict[str, Any]) -> None:
-    fields["intermediate_size"] = fields["hidden_size"] * keys.integer("vision_mlp_ratio", 4)
+    fields["intermediate_size"] = fields["hidden_size"] * keys.take("vision_mlp_ratio", 4)
     keys.said["intermediate_size"] = "vision_dim x vision_mlp_ratio"
     fields["hidden_act"] = keys.only("activation", "gelu", "quick_gelu")
 
@@ -139,14 +139,14 @@ NATIVE = ConfigFormat(
     {
         "vision_dim": Key("hidden_size"), "vision_layers": Key("num_hidden_layers"),
         "vision_heads": Key("num_attention_heads"), "image_size": Key("image_size"), "patch_size": Key("patch_size"),
-        "norm_eps": Key("layer_norm_eps", 1e-5, "epsilon"),
+        "norm_eps": Key("layer_norm_eps", 1e-5, EPSILON),
     },
     {"vision_pool": ("token",)}, _read_native,
     ignored=("embed_dim", "vocab_size", "max_text_len", "text_dim", "text_heads", "text_layers"),
 )  # fmt: skip
 TRANSFORMERS = ConfigFormat(
     same(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, image_size=224,
-         patch_size=32) | same("epsilon", layer_norm_eps=1e-5),
+         patch_size=32) | same(EPSILON, layer_norm_eps=1e-5),
     {"model_type": ("clip_vision_model",), "num_channels": (3,)}, _read_transformers,
     lambda fields: {"hidden_act": fields["hidden_act"]},
     {"architectures": ["CLIPVisionModel"], "attention_dropout": 0.0},
@@ -158,17 +158,17 @@ CLIP = Kind(
     {
         "native": Layout(
             (("visual.patch_embedding.weight", "visual.transformer.0.attn.to_qkv.weight"),),
-            lambda tensors: clip_sizes(tensors, "native"), NATIVE, ("XLMRobertaCLIP",),
+            NATIVE, ("XLMRobertaCLIP",),
             file="models_clip_open-clip-xlm-roberta-large-vit-huge-14", pickle=True,
             remark="the image encoder has no text half; the official code loads one, though it never uses it",
         ),
         "transformers": Layout(
             tuple((f"{prefix}embeddings.patch_embedding.weight", f"{prefix}encoder.layers.0.self_attn.q_proj.weight")
                   for prefix in ("", FILE_PREFIX)),
-            clip_sizes, TRANSFORMERS, model_types=("clip_vision_model", "clip"), file="model", library="transformers",
+            TRANSFORMERS, model_types=("clip_vision_model", "clip"), file="model", library="transformers",
         ),
     },
-    lambda fields: clip_keys(fields["num_hidden_layers"]), own="other",
+    clip_sizes, lambda fields: clip_keys(fields["num_hidden_layers"]), own="other",
     file_keys=lambda fields, layout: clip_keys(fields["num_hidden_layers"], prefixed=layout != "native"),
     config_class="ditkit.models.clip:CLIPConfig", module="ditkit.models.clip:build",
     load="ditkit.assembly.loaders:load_clip",

@@ -40,6 +40,35 @@ def note_unknown(
     )
 
 
+def is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 1
+
+
+@dataclass(frozen=True)
+class Check:
+    """What a value has to be (``fits``), in words for an error (``wanted``), and what is made of it."""
+
+    fits: Callable[[Any], bool]
+    wanted: str
+    make: Callable[[Any], Any] = lambda value: value
+
+
+def _list(fits: Callable[[Any], bool], what: str, make: Callable[[Any], Any] = tuple) -> Check:
+    return Check(lambda value: isinstance(value, list | tuple) and all(map(fits, value)), f"not a list of {what}", make)
+
+
+COUNT = Check(_is_count, "not a whole number of at least 1")
+COUNT_OR_NONE = Check(lambda value: value is None or _is_count(value), "neither null nor a whole number above 0")
+COUNTS, TRUTHS = _list(lambda x: type(x) is int, "whole numbers"), _list(lambda x: type(x) is bool, "true and false")
+NUMBERS = _list(is_number, "finite numbers", lambda value: tuple(map(float, value)))
+EPSILON = Check(lambda value: is_number(value) and 0 < value < 1, "not a finite number between 0 and 1", float)
+"""What a norm adds to a variance: without it, or below 0, a row of zeros becomes undefined numbers."""
+
+
 class ConfigKeys:
     """The keys of one config, taken one by one. ``rules``: named exceptions, such as ``strict_config``.
     ``notes`` grows by what is unknown; ``said``: field -> what the config calls it, for messages."""
@@ -65,40 +94,11 @@ class ConfigKeys:
             raise self.error(f"the config has no {key}", "Use the config.json that belongs to the weights")
         return value
 
-    def _checked(self, key: str, default: Any, fits: Callable[[Any], bool], wanted: str) -> Any:
+    def take(self, key: str, default: Any = REQUIRED, check: Check = COUNT) -> Any:
         value = self.any(key, default)
-        if not fits(value):
-            raise self.error(f"{key} is {value!r}, {wanted}", "Correct the config")
-        return value
-
-    def integer(self, key: str, default: Any = REQUIRED) -> int:
-        return self._checked(key, default, is_count, "not a whole number of at least 1")
-
-    def integer_or_none(self, key: str, default: Any = None) -> int | None:
-        wanted = "neither null nor a whole number above 0"
-        return self._checked(key, default, lambda value: value is None or is_count(value), wanted)
-
-    def epsilon(self, key: str, default: float) -> float:
-        """What a norm adds to a variance: without it, or below 0, a row of zeros becomes undefined numbers."""
-        value = self._checked(key, default, is_number, "not a finite number")
-        if not 0 < value < 1:
-            raise self.error(f"{key} is {value!r}, not a number between 0 and 1", "Correct the config")
-        return float(value)
-
-    def integers(self, key: str, default: Any = REQUIRED) -> tuple[int, ...]:
-        return self._list(key, default, lambda value: type(value) is int, "whole numbers")
-
-    def truths(self, key: str, default: Any = REQUIRED) -> tuple[bool, ...]:
-        return self._list(key, default, lambda value: type(value) is bool, "true and false")
-
-    def numbers(self, key: str, default: Any = REQUIRED) -> tuple[float, ...]:
-        return tuple(map(float, self._list(key, default, is_number, "finite numbers")))
-
-    def _list(self, key: str, default: Any, fits: Callable[[Any], bool], what: str) -> tuple[Any, ...]:
-        value = self.any(key, default)
-        if not isinstance(value, list | tuple) or not all(map(fits, value)):
-            raise self.error(f"{key} is {value!r}, not a list of {what}", "Correct the config")
-        return tuple(value)
+        if not check.fits(value):
+            raise self.error(f"{key} is {value!r}, {check.wanted}", "Correct the config")
+        return check.make(value)
 
     def only(self, key: str, *supported: Any) -> Any:
         """The key may only have one of these values; the first is the default."""
@@ -124,26 +124,18 @@ class ConfigKeys:
         self.notes += note_unknown(self.asked, file, unknown, self.known, self.rules)
 
 
-def is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
-
-
-def is_count(value: Any) -> bool:
-    return type(value) is int and value >= 1
-
-
 @dataclass(frozen=True)
 class Key:
-    """The field that a key of a config gives. ``read``: the method of ``ConfigKeys`` that checks it."""
+    """The field that a key of a config gives."""
 
     field: str
     default: Any = REQUIRED
-    read: str = "integer"
+    check: Check = COUNT
 
 
-def same(read: str = "integer", **defaults: Any) -> dict[str, Key]:
+def same(check: Check = COUNT, **defaults: Any) -> dict[str, Key]:
     """Keys that are called like their fields."""
-    return {name: Key(name, default, read) for name, default in defaults.items()}
+    return {name: Key(name, default, check) for name, default in defaults.items()}
 
 
 @dataclass(frozen=True)
@@ -175,7 +167,7 @@ class ConfigFormat:
     def fields(self, keys: ConfigKeys) -> dict[str, Any]:
         for name, values in self.fixed.items():
             keys.only(name, *values)
-        fields = {key.field: getattr(keys, key.read)(name, key.default) for name, key in self.keys.items()}
+        fields = {key.field: keys.take(name, key.default, key.check) for name, key in self.keys.items()}
         keys.said.update({key.field: name for name, key in self.keys.items()})
         self.read(keys, fields)
         keys.ignore([*self.written, *self.ignored])

@@ -70,20 +70,20 @@ def recognise(source: TensorSource) -> tuple[Detected, TensorSource]:
         listed = " and ".join(f"{kind} ({layout})" for kind, layout in fitting)
         raise LoadError(asked, f"its tensors fit {listed}", "Give one component at a time")
     if not fitting:
-        known = {(*key, names): names for key, form in layouts.items() for names in form.has}
+        known = [(*key, names) for key, form in layouts.items() for names in form.has]
         raise LoadError(asked, _unknown(tensors, known), "Give weights of a supported model")
     ((name, layout),) = fitting
     kind = KINDS[name]
-    sizes = kind.sizes(layout, tensors)
+    sizes = kind.sizes(tensors, layout)
     about = {"family": kind.family, "config": sizes.guess, **kind.tell(layout, tensors, sizes)}
     return Detected(name, layout, unprefixed.prefix, view.quantization, **about), view
 
 
-def _unknown(tensors: Tensors, known: Mapping[tuple[str, str, tuple[str, ...]], tuple[str, ...]]) -> str:
+def _unknown(tensors: Tensors, known: list[tuple[str, str, tuple[str, ...]]]) -> str:
     """The layout that comes nearest, and which of its names is not there; else what the names begin with."""
-    best = max(known, key=lambda key: sum(name in tensors for name in known[key]) / len(known[key]))
-    absent = [name for name in known[best] if name not in tensors]
-    if len(absent) < len(known[best]):
-        return f"nothing fits; the nearest is {best[0]} ({best[1]}), which has {absent[0] if absent else '?'}"
+    kind, layout, names = max(known, key=lambda one: sum(name in tensors for name in one[2]) / len(one[2]))
+    absent = [name for name in names if name not in tensors]
+    if len(absent) < len(names):
+        return f"nothing fits; the nearest is {kind} ({layout}), which has {absent[0] if absent else '?'}"
     begin = sorted({name.split(".")[0] for name in tensors})
     return f"nothing fits its {len(tensors)} tensors, whose names begin with {', '.join(begin[:6])}"

@@ -34,13 +34,12 @@ class Layout:
     """How one layout spells a kind of network.
 
     ``has``: sets of tensor names; one set that is there tells the kind, unless a name of ``lacks`` is there too.
-    ``sizes``: names and shapes -> sizes. ``config``: its config.json; None where there is none. ``classes`` and
-    ``model_types``: what a config says it is of, the first one usual; ``mine``: whether such a config is of this kind.
-    ``file``: base name of the weights; ``pickle``: a ``.pth`` among others, without config. ``library``: of the class
-    in an index. ``remark``: what is lost when it is written."""
+    ``config``: its config.json; None where there is none. ``classes`` and ``model_types``: what a config says it is of,
+    the first one usual; ``mine``: whether such a config is of this kind. ``file``: base name of the weights;
+    ``pickle``: a ``.pth`` among others, without config. ``library``: of the class in an index. ``remark``: what is lost
+    when it is written."""
 
     has: tuple[tuple[str, ...], ...] = ()
-    sizes: Callable[[Tensors], Sizes] | None = None
     config: ConfigFormat | None = None
     classes: tuple[str, ...] = ()
     model_types: tuple[str, ...] = ()
@@ -104,23 +103,25 @@ class Kind(Row):
     """``family`` and ``noun``: for people ("Wan 2.1", "a Wan transformer"); ``get``: where to take one from.
     ``components``: what it may be in a model, the usual one first; none: it is known and cannot be used.
 
-    ``layouts``: by name, ``native`` and one other. ``keys``: config -> the table between the two; ``own``: the side
-    whose names the module has; ``aliases``: its second names of tensors; ``optional_keys``: not every network has all
-    names of its table; ``file_keys``: config, layout -> the table for writing, where that is another one.
+    ``layouts``: by name, ``native`` and one other. ``sizes``: tensors, layout -> sizes. ``keys``: fields -> the table
+    between the two layouts; ``own``: the side whose names the module has; ``aliases``: its second names of tensors;
+    ``optional_keys``: not every network has all names of its table; ``file_keys``: fields, layout -> the table for
+    writing, where that is another one.
     ``config_class``, ``module``, ``load``: class of the config, what makes the module of it, and the loader.
 
     ``tell``: layout, tensors, sizes -> more for ``Detected``. ``check``: raises for fields that each are possible and
     together are not. ``unsaid``: fields that native files leave out because all have them. ``claims``: by rule.
     ``task`` of its fields, one of ``tasks``. ``needs``: fields -> the components beside it and their kinds.
-    ``ports``, ``strides`` (pixels to latents: frames, height, width), ``patch`` (latents to tokens) and ``tokens``: of
-    a config object. ``preview``: latent channels -> colours. ``beside``: fields, task -> components without weights
-    that an index has for it: (library, class, file, content). ``lora``: what a LoRA may change, if anything."""
+    ``ports``, ``strides`` (pixels to latents: frames, height, width), ``patch`` (latents to tokens): of the config.
+    ``preview``: latent channels -> colours. ``beside``: fields, task -> components without weights that an index has
+    for it: (library, class, file, content). ``lora``: what a LoRA may change, if anything."""
 
     name: str
     family: str
     noun: str
     components: tuple[str, ...]
     layouts: Mapping[str, Layout] = field(default_factory=dict)
+    sizes: Callable[[Tensors, str], Sizes] = lambda tensors, layout: Sizes({}, {})
     keys: Callable[[Fields], KeyTable] | None = None
     own: Side = "native"
     aliases: Mapping[str, str] = field(default_factory=dict)
@@ -158,6 +159,11 @@ class Kind(Row):
             return resolve(self.module)(self.config(fields))
 
     @property
+    def pinned(self) -> str:
+        """Its name, with its code where it is not ditkit's own: what is equal computes the same."""
+        return KINDS.pinned(self.name)
+
+    @property
     def other(self) -> str | None:
         """The name of the layout that is not native, if there is one."""
         return next((name for name in self.layouts if name != "native"), None)
@@ -166,24 +172,16 @@ class Kind(Row):
         """The name of its own layout for a model in ``layout``: transformers' networks lie in folders of diffusers."""
         return layout if layout in self.layouts else None if layout == "native" else self.other
 
-    def sizes(self, layout: str, tensors: Tensors) -> Sizes:
-        read = self.layouts[layout].sizes
-        return Sizes({}, {}) if read is None else read(tensors)
-
     def read_config(
-        self,
-        layout: str,
-        config: Fields | None,
-        tensors: Tensors | None = None,
-        rules: Collection[str] = (),
+        self, layout: str, config: Fields | None, tensors: Tensors | None = None, rules: Collection[str] = (),
         notes: list[str] | None = None,
-    ) -> dict[str, Any]:
+    ) -> dict[str, Any]:  # fmt: skip
         """The fields of the config class: from ``config``, held against the tensors where there are some; from their
         shapes where there is no config. ``tensors``: facts under the layout's names. ``rules``: names of ``claims``,
         and ``strict_config``. ``notes`` grows by unknown keys. Raises LoadError."""
         if config is None:
             assert tensors is not None
-            return settle(f"telling the sizes of {self.name} from its tensors", self.sizes(layout, tensors), None)
+            return settle(f"telling the sizes of {self.name} from its tensors", self.sizes(tensors, layout), None)
         form = self.layouts[layout].config
         asked = f"reading the config of {self.noun}"
         said = config.get("_class_name", config.get("model_type"))
@@ -194,14 +192,12 @@ class Kind(Row):
         fields = form.fields(keys)
         if tensors is None:
             return fields
-        sizes = self.sizes(layout, tensors)
-        advice: dict[str, str] = {}
+        sizes = self.sizes(tensors, layout)
+        do, advice = "Use the config of these weights", dict[str, str]()
         for rule, claim in self.claims.items():
+            advice[claim.fields[0]] = f"{do}; if they are whole, {claim.advice}, or allow {rule}"
             if rule in rules and sizes.fields[claim.fields[0]] is None:
                 fields |= dict.fromkeys(claim.fields)
-            advice[claim.fields[0]] = (
-                f"Use the config of these weights; if they are whole, {claim.advice}, or allow {rule}"
-            )
         whole = settle(asked, sizes, fields, keys.said, advice)
         self.check(keys, whole)
         return whole

@@ -10,10 +10,10 @@ from ditkit.checkpoints.kinds.sizes import SizeReader, Sizes, Tensors
 from ditkit.checkpoints.kinds.wan_vae import PREVIEW, ports, strides
 
 
-def taehv_sizes(tensors: Tensors) -> Sizes:
+def taehv_sizes(tensors: Tensors, layout: str = "native") -> Sizes:
     """Fields of ``TAEHVConfig``. Which levels of the decoder double the frames is not told: a file may have more rows
     there than are used, so the official choice stands."""
-    read = SizeReader(tensors, "native")
+    read = SizeReader(tensors, layout)
     big = "decoder.0.weight" in tensors
     read.tell("variant", "super" if big else "base", "decoder.0" if big else "decoder.1")
     read.axis("encoder_width", "encoder.0.weight", 0, 4)
@@ -35,9 +35,9 @@ TAEHV = Kind(
                 ("encoder.17.weight", "decoder.1.weight", "decoder.3.conv.0.weight"),
                 ("encoder.17.weight", "decoder.0.weight", "decoder.1.conv.3.weight"),
             ),
-            taehv_sizes,
         ),
     },
+    taehv_sizes,
     config_class="ditkit.models.taehv:TAEHVConfig", module="ditkit.models.taehv:TAEHV",
     load="ditkit.assembly.loaders:load_taehv", get="Take taew2_1 or taew2_2 of madebyollin/taehv",
     ports=ports, strides=strides, preview=PREVIEW,

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from ditkit.checkpoints.kinds.configs import ConfigFormat, ConfigKeys, Key, same
+from ditkit.checkpoints.kinds.configs import EPSILON, ConfigFormat, ConfigKeys, Key, same
 from ditkit.checkpoints.kinds.kind import Fields, Kind, Layout, Port
 from ditkit.checkpoints.kinds.sizes import SizeReader, Sizes, Tensors
 from ditkit.checkpoints.views.key_table import KeyTable
@@ -65,7 +65,7 @@ def _tell(layout: str, tensors: Tensors, sizes: Sizes) -> dict[str, Any]:
 
 
 def _read_native(keys: ConfigKeys, fields: dict[str, Any]) -> None:
-    fields["d_kv"] = keys.integer("dim_attn") // fields["num_heads"]
+    fields["d_kv"] = keys.take("dim_attn") // fields["num_heads"]
     keys.said["d_kv"] = "dim_attn / num_heads"
 
 
@@ -80,14 +80,14 @@ NATIVE = ConfigFormat(
     {
         "vocab_size": Key("vocab_size"), "dim": Key("d_model"), "dim_ffn": Key("d_ff"), "num_heads": Key("num_heads"),
         "num_layers": Key("num_layers"), "num_buckets": Key("relative_attention_num_buckets"),
-        "max_distance": Key("relative_attention_max_distance"), "eps": Key("layer_norm_epsilon", 1e-6, "epsilon"),
+        "max_distance": Key("relative_attention_max_distance"), "eps": Key("layer_norm_epsilon", 1e-6, EPSILON),
     },
     {"shared_pos": (False,)}, _read_native, ignored=("text_len", "dropout"),
 )  # fmt: skip
 TRANSFORMERS = ConfigFormat(
     same(vocab_size=250112, d_model=512, d_kv=64, d_ff=1024, num_layers=8, num_heads=6,
          relative_attention_num_buckets=32, relative_attention_max_distance=128)
-    | same("epsilon", layer_norm_epsilon=1e-6),
+    | same(EPSILON, layer_norm_epsilon=1e-6),
     {"model_type": ("umt5",), "feed_forward_proj": ("gated-gelu",), "dense_act_fn": ("gelu_new",),
      "is_gated_act": (True,)},
     written={
@@ -105,15 +105,15 @@ UMT5 = Kind(
     {
         "native": Layout(
             (("token_embedding.weight", "blocks.0.pos_embedding.embedding.weight"),),
-            lambda tensors: umt5_sizes(tensors, "native"), NATIVE, ("umt5_encoder",),
+            NATIVE, ("umt5_encoder",),
             file="models_t5_umt5-xxl-enc-bf16", pickle=True,
         ),
         "transformers": Layout(
-            (("encoder.final_layer_norm.weight", BIAS.format(0)),), umt5_sizes, TRANSFORMERS, model_types=("umt5",),
+            (("encoder.final_layer_norm.weight", BIAS.format(0)),), TRANSFORMERS, model_types=("umt5",),
             file="model", library="transformers",
         ),
     },
-    lambda fields: umt5_keys(fields["num_layers"]), own="other", aliases=UMT5_ALIASES,
+    umt5_sizes, lambda fields: umt5_keys(fields["num_layers"]), own="other", aliases=UMT5_ALIASES,
     config_class="ditkit.models.umt5:UMT5Config", module="ditkit.models.umt5:build",
     load="ditkit.assembly.loaders:load_umt5",
     get="Take models_t5_umt5-xxl-enc-bf16.pth of a native Wan repository or text_encoder/ of a -Diffusers one",

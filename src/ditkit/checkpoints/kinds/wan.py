@@ -9,11 +9,20 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from ditkit.checkpoints.kinds.configs import DIFFUSERS_VERSION, ConfigFormat, ConfigKeys, Key, same
+from ditkit.checkpoints.kinds.configs import (
+    COUNT_OR_NONE,
+    COUNTS,
+    DIFFUSERS_VERSION,
+    EPSILON,
+    ConfigFormat,
+    ConfigKeys,
+    Key,
+    same,
+)
 from ditkit.checkpoints.kinds.kind import Claim, Fields, Kind, Layout, LoraTargets, Port, Published
 from ditkit.checkpoints.kinds.sizes import SizeReader, Sizes, Tensors, count
 from ditkit.checkpoints.views.key_table import WB, KeyTable, Pairs, Rule, leaves
@@ -21,33 +30,24 @@ from ditkit.errors import LoadError
 
 # --- names of tensors: native, diffusers
 
-TRUNK = (
-    ("patch_embedding", "patch_embedding"),
-    ("text_embedding.0", "condition_embedder.text_embedder.linear_1"),
-    ("text_embedding.2", "condition_embedder.text_embedder.linear_2"),
-    ("time_embedding.0", "condition_embedder.time_embedder.linear_1"),
-    ("time_embedding.2", "condition_embedder.time_embedder.linear_2"),
-    ("time_projection.1", "condition_embedder.time_proj"),
-    ("head.head", "proj_out"),
-)
-IMAGE_EMBEDDING = (
-    ("img_emb.proj.0", "condition_embedder.image_embedder.norm1"),
-    ("img_emb.proj.1", "condition_embedder.image_embedder.ff.net.0.proj"),
-    ("img_emb.proj.3", "condition_embedder.image_embedder.ff.net.2"),
-    ("img_emb.proj.4", "condition_embedder.image_embedder.norm2"),
-)
-POSITIONS = ("img_emb.emb_pos", "condition_embedder.image_embedder.pos_embed")
-BLOCK = (
-    ("norm3", "norm2"),  # native norm1 and norm2, and diffusers' norm1 and norm3, hold nothing
-    ("ffn.0", "ffn.net.0.proj"),
-    ("ffn.2", "ffn.net.2"),
-    ("self_attn.o", "attn1.to_out.0"),
-    ("cross_attn.q", "attn2.to_q"),
-    ("cross_attn.o", "attn2.to_out.0"),
-)
-SELF = (("self_attn.q", "attn1.to_q"), ("self_attn.k", "attn1.to_k"), ("self_attn.v", "attn1.to_v"))
-CROSS = (("cross_attn.k", "attn2.to_k"), ("cross_attn.v", "attn2.to_v"))
-CROSS_IMAGE = (("cross_attn.k_img", "attn2.add_k_proj"), ("cross_attn.v_img", "attn2.add_v_proj"))
+TEXT, TIME, IMAGE = (f"condition_embedder.{what}_embedder" for what in ("text", "time", "image"))
+TRUNK = {
+    "patch_embedding": "patch_embedding", "head.head": "proj_out", "time_projection.1": "condition_embedder.time_proj",
+    "text_embedding.0": f"{TEXT}.linear_1", "text_embedding.2": f"{TEXT}.linear_2",
+    "time_embedding.0": f"{TIME}.linear_1", "time_embedding.2": f"{TIME}.linear_2",
+}  # fmt: skip
+IMAGE_EMBEDDING = {
+    "img_emb.proj.0": f"{IMAGE}.norm1", "img_emb.proj.1": f"{IMAGE}.ff.net.0.proj",
+    "img_emb.proj.3": f"{IMAGE}.ff.net.2", "img_emb.proj.4": f"{IMAGE}.norm2",
+}  # fmt: skip
+POSITIONS = ("img_emb.emb_pos", f"{IMAGE}.pos_embed")
+BLOCK = {  # native norm1 and norm2, and diffusers' norm1 and norm3, hold nothing
+    "norm3": "norm2", "ffn.0": "ffn.net.0.proj", "ffn.2": "ffn.net.2", "self_attn.o": "attn1.to_out.0",
+    "cross_attn.q": "attn2.to_q", "cross_attn.o": "attn2.to_out.0",
+}  # fmt: skip
+SELF = {f"self_attn.{x}": f"attn1.to_{x}" for x in "qkv"}
+CROSS = {f"cross_attn.{x}": f"attn2.to_{x}" for x in "kv"}
+CROSS_IMAGE = {f"cross_attn.{x}_img": f"attn2.add_{x}_proj" for x in "kv"}
 
 
 def transformer_keys(
@@ -58,7 +58,8 @@ def transformer_keys(
     ``image``: it has the branch for CLIP features. ``image_positions``: that has learned positions (first and last
     frame). ``vace``: the number of control blocks. ``fused``: the diffusers file holds the fused projections
     (``to_qkv``, ``to_kv``, ``to_added_kv``) in place of the single ones."""
-    pairs: Pairs = [pair for names in (*TRUNK, *(IMAGE_EMBEDDING if image else ())) for pair in leaves(*names)]
+    trunk = TRUNK | (IMAGE_EMBEDDING if image else {})
+    pairs: Pairs = [pair for names in trunk.items() for pair in leaves(*names)]
     pairs += [("head.modulation", "scale_shift_table"), *([POSITIONS] if image_positions else [])]
     rules: list[Rule] = []
     for n in range(num_layers):
@@ -74,7 +75,7 @@ def transformer_keys(
 
 def _block(block: str, image: bool, fused: bool, pairs: Pairs, rules: list[Rule]) -> None:
     pairs.append((f"{block}.modulation", f"{block}.scale_shift_table"))
-    pairs += [pair for native, other in BLOCK for pair in leaves(f"{block}.{native}", f"{block}.{other}")]
+    pairs += [pair for native, other in BLOCK.items() for pair in leaves(f"{block}.{native}", f"{block}.{other}")]
     for native, other in (("self_attn", "attn1"), ("cross_attn", "attn2")):
         pairs += [(f"{block}.{native}.norm_{x}.weight", f"{block}.{other}.norm_{x}.weight") for x in "qk"]
     groups = [(SELF, "attn1.to_qkv"), (CROSS, "attn2.to_kv")]
@@ -84,10 +85,10 @@ def _block(block: str, image: bool, fused: bool, pairs: Pairs, rules: list[Rule]
     for members, together in groups:
         if fused:
             for leaf in WB:
-                names = tuple(f"{block}.{native}.{leaf}" for native, _ in members)
+                names = tuple(f"{block}.{native}.{leaf}" for native in members)
                 rules.append(Rule(names, (f"{block}.{together}.{leaf}",)))
         else:
-            pairs += [pair for native, other in members for pair in leaves(f"{block}.{native}", f"{block}.{other}")]
+            pairs += [pair for names in members.items() for pair in leaves(*(f"{block}.{name}" for name in names))]
 
 
 def _keys(fields: Fields) -> KeyTable:
@@ -119,18 +120,19 @@ SIZE_NAMES = MappingProxyType({(1536, 8960, 30): "1.3B", (3072, 14336, 30): "5B"
 def transformer_sizes(tensors: Tensors, layout: str = "native") -> Sizes:
     """Fields of ``WanConfig``. Optional branches are there when their tensors are. ``layout``: native or diffusers."""
     native, read = layout == "native", SizeReader(tensors, layout)
-    embedder = "condition_embedder."
-    first, text = "patch_embedding.weight", "text_embedding.0" if native else f"{embedder}text_embedder.linear_1"
-    time = "time_embedding.0" if native else f"{embedder}time_embedder.linear_1"
-    image = "img_emb.proj.0.weight" if native else f"{embedder}image_embedder.norm1.weight"
-    image_keys, positions = ".cross_attn.k_img.weight" if native else ".attn2.add_k_proj.weight", POSITIONS[not native]
+    first, positions = "patch_embedding.weight", POSITIONS[not native]
+    text, time, image, head, ffn = (
+        f"{name if native else (TRUNK | IMAGE_EMBEDDING | BLOCK)[name]}.weight"
+        for name in ("text_embedding.0", "time_embedding.0", "img_emb.proj.0", "head.head", "ffn.0")
+    )
+    image_keys = ".cross_attn.k_img.weight" if native else ".attn2.add_k_proj.weight"
     patch = read.tell("patch_size", tuple(read.shape(first, 5)[2:]), first)
     dim = read.axis("dim", first, 0, 5)
     read.axis("in_dim", first, 1, 5)
-    read.axis("text_dim", f"{text}.weight", 1, 2)
-    read.axis("freq_dim", f"{time}.weight", 1, 2)
-    read.axis("ffn_dim", f"blocks.0.ffn.{'0' if native else 'net.0.proj'}.weight", 0, 2)
-    read.axis("out_dim", "head.head.weight" if native else "proj_out.weight", 0, 2, math.prod(patch))
+    read.axis("text_dim", text, 1, 2)
+    read.axis("freq_dim", time, 1, 2)
+    read.axis("ffn_dim", f"blocks.0.{ffn}", 0, 2)
+    read.axis("out_dim", head, 0, 2, math.prod(patch))
     layers = read.count("num_layers", r"blocks\.(\d+)\.", "the names of the blocks")
     if any(name == image or name.endswith(image_keys) for name in tensors):
         read.axis("image_dim", image, 0, 1)
@@ -153,14 +155,11 @@ def transformer_sizes(tensors: Tensors, layout: str = "native") -> Sizes:
 
 # --- tasks
 
+OPTIONAL = ("transformer_2", "image_encoder", "image_processor")
 TASKS: Mapping[str, Published] = MappingProxyType({
     "t2v": Published("WanPipeline", boundary=0.875),
-    "i2v": Published(
-        "WanImageToVideoPipeline", boundary=0.9, optional=("transformer_2", "image_encoder", "image_processor")
-    ),
-    "flf2v": Published(
-        "WanImageToVideoPipeline", 16.0, optional=("transformer_2", "image_encoder", "image_processor")
-    ),
+    "i2v": Published("WanImageToVideoPipeline", boundary=0.9, optional=OPTIONAL),
+    "flf2v": Published("WanImageToVideoPipeline", 16.0, optional=OPTIONAL),
     "vace": Published("WanVACEPipeline"),
     "ti2v": Published("WanPipeline", 5.0, expand_timesteps=True),
 })  # fmt: skip
@@ -206,17 +205,12 @@ def _scheduler(fields: Fields, task: str) -> dict[str, tuple[str, str, str, Fiel
 
 # --- what a file of it could be
 
-RELATIVES: tuple[tuple[str, str], ...] = (
-    (r"face_adapter\.", "Animate"),
-    (r"motion_encoder\.", "Animate"),
-    (r"casual_audio_encoder\.", "S2V"),
-    (r"audio_proj\.", "HuMo"),
-    (r"control_adapter\.", "Fun-Camera"),
-    (r"ref_conv\.", "Fun-Reference"),
-    (r"dwpose_embedding\.", "UniAnimate"),
-    (r"\w*(vae_)?pose_patch_embedding\.", "Animate"),
-)
-"""Beginnings of names -> the relative of Wan that has such tensors. None of them runs here."""
+RELATIVES = MappingProxyType({
+    "face_adapter": "Animate", "motion_encoder": "Animate", r"\w*pose_patch_embedding": "Animate",
+    "casual_audio_encoder": "S2V", "audio_proj": "HuMo", "control_adapter": "Fun-Camera", "ref_conv": "Fun-Reference",
+    "dwpose_embedding": "UniAnimate",
+})  # fmt: skip
+"""First segments of names -> the relative of Wan that has such tensors. None of them runs here."""
 
 CHANNEL_RELATIVES = MappingProxyType({(48, 16): "Fun-Control", (32, 16): "control by extra channels"})
 """(in_dim, out_dim) of transformers whose condition is not the official one."""
@@ -230,18 +224,20 @@ EXPERTS = (
 def _tell(layout: str, tensors: Tensors, sizes: Sizes) -> dict[str, Any]:
     config = sizes.guess
     variant, size = task_of(config), SIZE_NAMES.get((config["dim"], config["ffn_dim"], config["num_layers"]))
-    relatives = tuple(dict.fromkeys(r for name in tensors for pattern, r in RELATIVES if re.match(pattern, name)))
-    if variant is None and not relatives and (config["in_dim"], config["out_dim"]) in CHANNEL_RELATIVES:
-        relatives = (CHANNEL_RELATIVES[config["in_dim"], config["out_dim"]],)
+    firsts = dict.fromkeys(name.partition(".")[0] for name in tensors)
+    relatives = list(dict.fromkeys(r for name in firsts for what, r in RELATIVES.items() if re.fullmatch(what, name)))
+    channels = config["in_dim"], config["out_dim"]
+    if variant is None and not relatives and channels in CHANNEL_RELATIVES:
+        relatives = [CHANNEL_RELATIVES[channels]]
     problems = tuple(f"it is {name}, a relative of Wan that ditkit does not run" for name in relatives)
     if variant is None and not problems:
-        channels = f"{config['in_dim']} input and {config['out_dim']} output channels"
-        problems = (f"its {channels} are those of no task that ditkit runs",)
+        problems = ("its {} input and {} output channels are those of no task that ditkit runs".format(*channels),)
     possible, decides, two = _possible(variant, size, config["image_dim"] is not None)
+    versions = {version for name in possible for version in re.findall(r"Wan 2\.\d", name)}
     return {
-        "family": _family(possible), "variant": relatives[0] if relatives else variant, "size_name": size,
-        "possible": () if problems else possible, "decides": None if problems else decides, "problems": problems,
-        "two_experts": two and not problems,
+        "family": " or ".join(sorted(versions)) or "Wan", "variant": relatives[0] if relatives else variant,
+        "size_name": size, "possible": () if problems else possible, "decides": None if problems else decides,
+        "problems": problems, "two_experts": two and not problems,
     }  # fmt: skip
 
 
@@ -262,11 +258,6 @@ def _possible(variant: str | None, size: str | None, image: bool) -> tuple[tuple
     if variant is None:
         return (), None, False
     return (f"Wan 2.{2 if variant == 'ti2v' else 1} {variant.upper()} {name}",), None, False
-
-
-def _family(possible: Iterable[str]) -> str:
-    versions = {version for name in possible for version in re.findall(r"Wan 2\.\d", name)}
-    return " or ".join(sorted(versions)) or "Wan"
 
 
 # --- configs
@@ -301,9 +292,9 @@ def _read_native(keys: ConfigKeys, fields: dict[str, Any]) -> None:
         raise keys.error(f"its model_type is {task!r}, and only {', '.join(TASKS)} are supported")
     if keys.config.get("_class_name") == "VaceWanModel":
         given = keys.config.get("vace_layers") is not None
-        layers = keys.integers("vace_layers") if given else keys.any("vace_layers", None)
+        layers = keys.take("vace_layers", check=COUNTS) if given else keys.any("vace_layers", None)
         every_second = tuple(range(0, fields["num_layers"], 2))  # what the class itself takes
-        fields |= {"vace_layers": layers if given else every_second, "vace_in_dim": keys.integer("vace_in_dim", 96)}
+        fields |= {"vace_layers": layers if given else every_second, "vace_in_dim": keys.take("vace_in_dim", 96)}
     else:
         keys.only("vace_layers", None, ())
 
@@ -318,10 +309,10 @@ def _write_native(fields: Fields) -> dict[str, Any]:
 
 
 def _read_diffusers(keys: ConfigKeys, fields: dict[str, Any]) -> None:
-    width = keys.integer("attention_head_dim", 128)
+    width = keys.take("attention_head_dim", 128)
     dim = fields["num_heads"] * width
     keys.said["dim"] = f"num_attention_heads {fields['num_heads']} x attention_head_dim {width}"
-    out, added = keys.integer_or_none("out_channels", 16), keys.integer_or_none("added_kv_proj_dim")
+    out, added = keys.take("out_channels", 16, COUNT_OR_NONE), keys.take("added_kv_proj_dim", None, COUNT_OR_NONE)
     image, tokens = fields["image_dim"], fields["image_tokens"]
     if added not in (None, dim):
         raise keys.error(f"added_kv_proj_dim is {added}, and only the width {dim} is supported")
@@ -331,8 +322,8 @@ def _read_diffusers(keys: ConfigKeys, fields: dict[str, Any]) -> None:
     fields |= {"dim": dim, "out_dim": fields["in_dim"] if out is None else out, "patch_size": PATCH, "text_len": 512}
     keys.said |= {"out_dim": "out_channels", "vace_in_dim": "vace_in_channels"}
     if keys.config.get("_class_name") == VACE_CLASS:
-        fields["vace_layers"] = keys.integers("vace_layers", VACE_LAYERS)
-        fields["vace_in_dim"] = keys.integer("vace_in_channels", 96)
+        fields["vace_layers"] = keys.take("vace_layers", VACE_LAYERS, COUNTS)
+        fields["vace_in_dim"] = keys.take("vace_in_channels", 96)
     else:
         keys.only("vace_layers", None, ())
         fields["vace_layers"] = ()
@@ -349,16 +340,16 @@ def _write_diffusers(fields: Fields) -> dict[str, Any]:
 
 NATIVE = ConfigFormat(
     same(dim=2048, ffn_dim=8192, num_heads=16, num_layers=32, in_dim=16, out_dim=16, text_dim=4096, freq_dim=256,
-         text_len=512) | same("epsilon", eps=1e-6),
+         text_len=512) | same(EPSILON, eps=1e-6),
     {"patch_size": (PATCH,), "qk_norm": (True,), "cross_attn_norm": (True,), "window_size": ((-1, -1),)},
     _read_native, _write_native,
     silent={"text_dim": 4096, "patch_size": PATCH, "qk_norm": True, "cross_attn_norm": True, "window_size": (-1, -1)},
 )  # fmt: skip
 DIFFUSERS = ConfigFormat(
-    same(ffn_dim=13824, num_layers=40, text_dim=4096, freq_dim=256) | same("epsilon", eps=1e-6) | {
+    same(ffn_dim=13824, num_layers=40, text_dim=4096, freq_dim=256) | same(EPSILON, eps=1e-6) | {
         "num_attention_heads": Key("num_heads", 40), "in_channels": Key("in_dim", 16),
-        "image_dim": Key("image_dim", None, "integer_or_none"),
-        "pos_embed_seq_len": Key("image_tokens", None, "integer_or_none"),
+        "image_dim": Key("image_dim", None, COUNT_OR_NONE),
+        "pos_embed_seq_len": Key("image_tokens", None, COUNT_OR_NONE),
     },
     {"patch_size": (PATCH,), "qk_norm": ("rms_norm_across_heads",), "cross_attn_norm": (True,)},
     _read_diffusers, _write_diffusers, written={"rope_max_seq_len": 1024},  # the length of a table, not its values
@@ -371,24 +362,21 @@ WAN = Kind(
     {
         "native": Layout(
             (("patch_embedding.weight", "head.modulation", "blocks.0.self_attn.q.weight"),),
-            transformer_sizes, NATIVE, ("WanModel", "VaceWanModel"),
+            NATIVE, ("WanModel", "VaceWanModel"),
         ),
         "diffusers": Layout(
             (("patch_embedding.weight", "condition_embedder.text_embedder.linear_1.weight",
               "blocks.0.attn1.to_q.weight"),),
-            lambda tensors: transformer_sizes(tensors, "diffusers"), DIFFUSERS, (TRANSFORMER_CLASS, VACE_CLASS),
+            DIFFUSERS, (TRANSFORMER_CLASS, VACE_CLASS),
         ),
     },
-    _keys,
-    config_class="ditkit.models.wan:WanConfig", module="ditkit.models.wan:WanTransformer",
+    transformer_sizes, _keys, config_class="ditkit.models.wan:WanConfig", module="ditkit.models.wan:WanTransformer",
     load="ditkit.assembly.loaders:load_wan",
     get="Give the transformer, or download a whole model such as Wan-AI/Wan2.1-T2V-1.3B",
     tell=_tell, check=_check,
     claims={IMAGE_CLAIM: Claim(("image_dim", "image_tokens"), "set image_dim and added_kv_proj_dim to null in it")},
     task=task_of, tasks=TASKS, needs=_needs, ports=_ports, patch=lambda config: config.patch_size, beside=_scheduler,
-    lora=LoraTargets(
-        lambda blocks: transformer_keys(blocks, image=True, image_positions=True, vace=blocks), group=lora_group
-    ),
+    lora=LoraTargets(lambda n: transformer_keys(n, image=True, image_positions=True, vace=n), group=lora_group),
 )  # fmt: skip
 VACE_MODULE = Kind(
     "vace_module", "Wan 2.1", "VACE's control branch", (),

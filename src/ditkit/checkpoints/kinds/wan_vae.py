@@ -10,7 +10,16 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any
 
-from ditkit.checkpoints.kinds.configs import DIFFUSERS_VERSION, ConfigFormat, ConfigKeys, Key, same
+from ditkit.checkpoints.kinds.configs import (
+    COUNTS,
+    DIFFUSERS_VERSION,
+    NUMBERS,
+    TRUTHS,
+    ConfigFormat,
+    ConfigKeys,
+    Key,
+    same,
+)
 from ditkit.checkpoints.kinds.kind import Fields, Kind, Layout, Port
 from ditkit.checkpoints.kinds.sizes import SizeReader, Sizes, Tensors
 from ditkit.checkpoints.views.key_table import KeyTable, Pairs, leaves
@@ -193,7 +202,7 @@ def _read(keys: ConfigKeys, fields: dict[str, Any], residual: bool) -> None:
     for key in ("in_channels", "out_channels"):
         keys.only(key, 3 * patch**2)
     if residual:
-        fields["dec_dim"] = keys.integer("decoder_base_dim", fields["dim"])
+        fields["dec_dim"] = keys.take("decoder_base_dim", fields["dim"])
         keys.said["dec_dim"] = "decoder_base_dim"
     else:
         keys.only("patch_size", None, 1)
@@ -205,7 +214,7 @@ def _read(keys: ConfigKeys, fields: dict[str, Any], residual: bool) -> None:
             if z_dim != usual:
                 raise keys.error(f"it has no {key}, and the usual one is for {usual} channels", "Add it to the config")
             continue  # our defaults are the official ones
-        fields[key] = keys.numbers(key)
+        fields[key] = keys.take(key, check=NUMBERS)
         keys.require(len(fields[key]) == z_dim, f"{key} has {len(fields[key])} values where z_dim is {z_dim}")
         least = min(fields[key], default=1.0)
         keys.require(key == "latents_mean" or least > 0, f"latents_std has the value {least}")
@@ -228,8 +237,8 @@ def _diffusers(residual: bool) -> ConfigFormat:
     return ConfigFormat(
         {
             "base_dim": Key("dim", 96), "z_dim": Key("z_dim", 16), "num_res_blocks": Key("num_res_blocks", 2),
-            "dim_mult": Key("dim_mult", (1, 2, 4, 4), "integers"),
-            "temperal_downsample": Key("temporal_downsample", (False, True, True), "truths"),
+            "dim_mult": Key("dim_mult", (1, 2, 4, 4), COUNTS),
+            "temperal_downsample": Key("temporal_downsample", (False, True, True), TRUTHS),
         } | (same(patch_size=2) if residual else {}),
         {"attn_scales": ((),), "is_residual": (residual,)},
         partial(_read, residual=residual), partial(_write, residual=residual), written={"dropout": 0.0},
@@ -240,8 +249,8 @@ def _native(**more: Key) -> ConfigFormat:
     return ConfigFormat(
         {
             "dim": Key("dim"), "z_dim": Key("z_dim"), "num_res_blocks": Key("num_res_blocks"),
-            "dim_mult": Key("dim_mult", read="integers"),
-            "temperal_downsample": Key("temporal_downsample", read="truths"), **more,
+            "dim_mult": Key("dim_mult", check=COUNTS),
+            "temperal_downsample": Key("temporal_downsample", check=TRUTHS), **more,
         },
         {"attn_scales": ((),)}, ignored=("dropout",),
     )  # fmt: skip
@@ -271,16 +280,16 @@ WAN_VAE = Kind(
     "wan_vae", "Wan 2.1", "a Wan VAE", ("vae",),
     {
         "native": Layout(
-            ((DECODER, "encoder.downsamples.0.residual.0.gamma"),), vae_sizes, _native(), ("WanVAE",),
+            ((DECODER, "encoder.downsamples.0.residual.0.gamma"),), _native(), ("WanVAE",),
             file="Wan2.1_VAE", pickle=True,
         ),
         "diffusers": Layout(
-            ((DECODER_DIFFUSERS, "encoder.down_blocks.0.norm1.gamma"),),
-            partial(vae_sizes, layout="diffusers"), _diffusers(False), (VAE_CLASS,),
+            ((DECODER_DIFFUSERS, "encoder.down_blocks.0.norm1.gamma"),), _diffusers(False), (VAE_CLASS,),
             mine=lambda config: not _is_residual(config),
         ),
     },
-    lambda fields: vae_keys(len(fields["dim_mult"]), fields["num_res_blocks"]), optional_keys=True,
+    vae_sizes, lambda fields: vae_keys(len(fields["dim_mult"]), fields["num_res_blocks"]),
+    optional_keys=True,
     config_class="ditkit.models.wan_vae:WanVAEConfig", module="ditkit.models.wan_vae:WanVAE",
     load="ditkit.assembly.loaders:load_wan_vae",
     get="Take Wan2.1_VAE.pth of a native Wan repository or vae/ of a -Diffusers one",
@@ -291,15 +300,16 @@ WAN_VAE22 = Kind(
     "wan_vae22", "Wan 2.2", "a Wan VAE", ("vae",),
     {
         "native": Layout(
-            ((DECODER, "encoder.downsamples.0.downsamples.0.residual.0.gamma"),), partial(vae_sizes, kind="wan_vae22"),
-            _native(dec_dim=Key("dec_dim")), ("Wan2_2_VAE",), file="Wan2.2_VAE", pickle=True,
+            ((DECODER, "encoder.downsamples.0.downsamples.0.residual.0.gamma"),), _native(dec_dim=Key("dec_dim")),
+            ("Wan2_2_VAE",), file="Wan2.2_VAE", pickle=True,
         ),
         "diffusers": Layout(
-            ((DECODER_DIFFUSERS, "encoder.down_blocks.0.resnets.0.norm1.gamma"),),
-            partial(vae_sizes, layout="diffusers", kind="wan_vae22"), _diffusers(True), (VAE_CLASS,), mine=_is_residual,
+            ((DECODER_DIFFUSERS, "encoder.down_blocks.0.resnets.0.norm1.gamma"),), _diffusers(True), (VAE_CLASS,),
+            mine=_is_residual,
         ),
     },
-    lambda fields: vae22_keys(len(fields["dim_mult"]), fields["num_res_blocks"]), optional_keys=True,
+    partial(vae_sizes, kind="wan_vae22"), lambda fields: vae22_keys(len(fields["dim_mult"]), fields["num_res_blocks"]),
+    optional_keys=True,
     config_class="ditkit.models.wan_vae22:WanVAE22Config", module="ditkit.models.wan_vae22:WanVAE22",
     load="ditkit.assembly.loaders:load_wan_vae22",
     get="Take Wan2.2_VAE.pth of Wan-AI/Wan2.2-TI2V-5B or vae/ of Wan-AI/Wan2.2-TI2V-5B-Diffusers",

@@ -17,14 +17,14 @@ from typing import Any
 
 from ditkit.checkpoints.files.formats import INDEX as SHARD_INDEX
 from ditkit.checkpoints.files.formats import OTHERS, read_shards
-from ditkit.checkpoints.files.opening import open_source, split_entry
-from ditkit.checkpoints.files.text import read_json, readable, some
+from ditkit.checkpoints.files.opening import split_entry
+from ditkit.checkpoints.files.text import readable, some
 from ditkit.checkpoints.kinds.configs import note_unknown
 from ditkit.checkpoints.model import lock
 from ditkit.checkpoints.model.fits import NATIVE_TOKENIZER, model_parts
 from ditkit.checkpoints.model.hub import Hub
 from ditkit.checkpoints.model.manifest import INDEX, INDEX_NOTES, MODULAR, Manifest
-from ditkit.checkpoints.model.open_part import Beside, open_part, open_tokenizer, part_of
+from ditkit.checkpoints.model.open_part import open_tokenizer, opened
 from ditkit.checkpoints.model.part import (
     EXPERTS,
     WHOLE,
@@ -82,7 +82,7 @@ def _locate(path: Path, how: Options, values: Mapping[str, Any], notes: Collecti
         raise LoadError(asked, f"variant {how.variant!r} was given and it has no model_index.json", "Leave it out")
     others = _opened(how.instead, {}, how)
     if path.is_file():
-        part = open_part(path, None, entry=entry, allow=how.rules)
+        part = opened(path, None, None, entry, how.rules)
         return model_parts(path, "file", _noted({part.component: part, **others}, notes), values, scope=scope)
     parts, unused = _native(path, others, how.rules, scope)
     return model_parts(path, "native", _noted(parts, notes), values, unused, scope=scope)
@@ -124,7 +124,7 @@ SIDE = ("scheduler", "image_processor")
 
 def _opened(places: Mapping[str, Path], variants: Mapping[str, str | None], how: Options) -> dict[str, Part]:
     return {
-        name: open_part(place, name, variants.get(name), allow=how.rules)
+        name: opened(place, name, variants.get(name), None, how.rules)
         for name, place in places.items()
         if name not in WITHOUT_WEIGHTS and how.scope.opens(name)
     }
@@ -148,12 +148,10 @@ def _native(
     experts = [name for name, part in EXPERTS.items() if part not in others and (folder / name).is_dir()]
     for name in experts:
         if scope.opens(EXPERTS[name]):
-            parts[EXPERTS[name]] = open_part(folder / name, EXPERTS[name], allow=rules)
-    config = folder / "config.json"
+            parts[EXPERTS[name]] = opened(folder / name, EXPERTS[name], rules=rules)
     for file in weight_files(folder):
         try:
-            beside = Beside(config, read_json(config), False) if config.is_file() else None
-            part = part_of(open_source(file), None, beside, rules)
+            part = opened(file, None, rules=rules)
         except LoadError as error:
             unused[file.name] = error.found
             continue

@@ -18,7 +18,7 @@ from ditkit.checkpoints.files.text import read_json
 from ditkit.checkpoints.model.hub import DATA, REPO, Hub, HubName
 from ditkit.checkpoints.model.lock import with_lock
 from ditkit.checkpoints.model.part import component_names
-from ditkit.checkpoints.model.place import Base, LocalBase, Location, RemoteBase, check_known, location, short
+from ditkit.checkpoints.model.place import Base, LocalBase, Location, Places, RemoteBase, check_known, location, short
 from ditkit.errors import LoadError
 
 MANIFEST, MODULAR, INDEX = "ditkit.toml", "modular_model_index.json", "model_index.json"
@@ -40,20 +40,14 @@ SPEC = ("pretrained_model_name_or_path", "repo", "subfolder", "revision", "varia
 
 
 @dataclass(frozen=True)
-class Manifest:
+class Manifest(Places):
     """``components`` by name, as far as the manifest names them; the rest is looked for in ``folder``.
 
-    ``file`` is the manifest, ``index`` the index of diffusers that stands in it or beside it.
     ``model`` has notes of the kind of NOTES; ``tables`` are the other tables of ``ditkit.toml``, unchecked.
     ``unknown``: keys of the index that nobody here knows, such as components of newer pipelines."""
 
-    folder: Path
-    file: Path | None
-    index: Path | None
-    components: Mapping[str, Location]
-    model: Mapping[str, Any]
-    tables: Mapping[str, Mapping[str, Any]]
-    locked: bool = False
+    model: Mapping[str, Any] = field(default_factory=dict)
+    tables: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     unknown: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -124,9 +118,8 @@ def _read(folder: Path, name: str | None, base: Base) -> Manifest:
         tables = _read_toml(folder / own)
         components |= _places(tables.pop("components", {}), folder / own, base)
         model |= _notes(tables.pop("model", {}), folder / own)
-    file = own or index
-    return Manifest(folder, folder / file if file else None, folder / index if index else None, components, model,
-                    tables, unknown=unknown)  # fmt: skip
+    at, beside = (folder / name if name else None for name in (own or index, index))
+    return Manifest(folder, at, beside, components, False, model, tables, unknown)
 
 
 def _read_toml(file: Path) -> dict[str, Any]:

@@ -45,19 +45,25 @@ def open_part(
     folder of their own another one is an error. Raises LoadError."""
     path = Path(os.path.expanduser(path))
     with readable(f"opening {path}"):
-        if component == "tokenizer":
-            return open_tokenizer(path, allow)
-        if component is not None and component not in (known := component_names()):
-            found = f"there is no such component{nearest(component, known)}"
-            raise LoadError(f"opening {path} as {component!r}", found, f"Choose one of {', '.join(known)}")
-        source = open_source(path, variant, entry)
-        file = (path if path.is_dir() else source.path.parent) / "config.json"
-        return part_of(
-            source, component, Beside(file, read_json(file), path.is_dir()) if file.is_file() else None, allow
-        )
+        return opened(path, component, variant, entry, allow)
 
 
-def part_of(source: TensorSource, component: str | None, beside: Beside | None, rules: Collection[str]) -> Part:
+def opened(
+    path: Path, component: str | None, variant: str | None = None, entry: str | None = None, rules: Collection[str] = ()
+) -> Part:
+    """``open_part`` within a look at a whole model."""
+    if component == "tokenizer":
+        return open_tokenizer(path, rules)
+    if component is not None and component not in (known := component_names()):
+        found = f"there is no such component{nearest(component, known)}"
+        raise LoadError(f"opening {path} as {component!r}", found, f"Choose one of {', '.join(known)}")
+    source = open_source(path, variant, entry)
+    file = (path if path.is_dir() else source.path.parent) / "config.json"
+    beside = Beside(file, read_json(file), path.is_dir()) if file.is_file() else None
+    return _part(source, component, beside, rules)
+
+
+def _part(source: TensorSource, component: str | None, beside: Beside | None, rules: Collection[str]) -> Part:
     asked = f"opening {source.path}" + (f" as {component}" if component else "")
     found, view = recognise(source)
     if found.kind not in KINDS or not KINDS[found.kind].components:
@@ -95,7 +101,7 @@ def _config(
             raise LoadError(asked, wrong, "Use the config.json of these weights")
         if belongs[1] != layout and row.keys:  # native weights, the other's config
             layout = belongs[1]
-            tensors = Mapped(view, row.keys(row.sizes(found.layout, tensors).guess), side_of(layout)).tensors
+            tensors = Mapped(view, row.keys(row.sizes(tensors, found.layout).guess), side_of(layout)).tensors
         return row.read_config(layout, beside.config, tensors, rules, notes)
     except LoadError as error:
         raise LoadError(f"{error.asked} ({beside.file})", error.found, error.do) from None

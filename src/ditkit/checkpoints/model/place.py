@@ -120,6 +120,18 @@ class Location:
         return tuple(start + name for name in names)
 
 
+@dataclass(frozen=True)
+class Places:
+    """Where the components of one model come from. ``file``: what names them; ``index``: the index of diffusers that
+    stands in it or beside it. ``locked``: a lock pins their files."""
+
+    folder: Path
+    file: Path | None
+    index: Path | None
+    components: Mapping[str, Location]
+    locked: bool = False
+
+
 def files_at(place: Location, at: Path) -> dict[str, Path]:
     """The files that make the component that lies ``at`` a folder or file, under the names that a lock uses."""
     if at.is_file():
