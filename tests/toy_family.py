@@ -13,10 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ditkit.assembly.tasks import TaskRow
 from ditkit.checkpoints.kinds.configs import ConfigFormat, Key, same
 from ditkit.checkpoints.kinds.kind import Kind, Layout, LoraTargets, Port, Published
 from ditkit.checkpoints.kinds.sizes import SizeReader, Sizes, Tensors
 from ditkit.checkpoints.views.key_table import KeyTable, Rule, leaves
+from ditkit.contracts import Site
+from ditkit.nn.attention import sdpa
+from ditkit.nn.loaded import Loaded
 
 
 @dataclass(frozen=True)
@@ -32,35 +36,77 @@ class JointConfig:
 class JointBlock(nn.Module):
     """Each stream has projections of its own; attention is over both."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int, number: int):
         super().__init__()
-        self.heads = heads
+        self.heads, self.number = heads, number
         self.img_qkv, self.txt_qkv = nn.Linear(width, 3 * width), nn.Linear(width, 3 * width)
         self.img_out, self.txt_out = nn.Linear(width, width), nn.Linear(width, width)
 
-    def forward(self, img: Tensor, txt: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, ctx: JointContext) -> Tensor:
+        txt, img = x[:, ctx.tokens["text"]], x[:, ctx.tokens["video"]]
         qkv = torch.cat((self.txt_qkv(txt), self.img_qkv(img)), 1).unflatten(2, (3, self.heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        out = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return img + self.img_out(out[:, txt.shape[1] :]), txt + self.txt_out(out[:, : txt.shape[1]])
+        out = ctx.attend(*qkv.unbind(2), Site(self.number, "joint", ctx.grid, ctx.step)).flatten(2)
+        return x + torch.cat((self.txt_out(out[:, ctx.tokens["text"]]), self.img_out(out[:, ctx.tokens["video"]])), 1)
 
 
-class JointTransformer(nn.Module):
-    """[B, C, 1, h, w] and text [B, n, d] -> velocity of the latents' shape."""
+@dataclass(frozen=True)
+class JointContext:
+    attend: Any
+    grid: tuple[int, int, int]
+    tokens: Mapping[str, slice]
+    step: Any = None
+
+
+@dataclass(frozen=True)
+class JointConditioning:
+    text: Tensor
+
+    def frames(self, start: int, stop: int) -> JointConditioning:
+        return self
+
+
+def in_order(blocks, x, ctx):
+    for block in blocks:
+        x = block(x, ctx)
+    return x
+
+
+class JointTransformer(Loaded):
+    """[B, C, 1, h, w] and text [B, n, d] -> velocity of the latents' shape. The guidance scale is an input of it."""
+
+    timestep_scale, reads, cfg = 1.0, (), False
+    run_blocks = staticmethod(in_order)
 
     def __init__(self, config: JointConfig):
         super().__init__()
         self.config, pixels = config, config.channels * config.patch**2
         self.img_in, self.txt_in = nn.Linear(pixels, config.width), nn.Linear(config.text_width, config.width)
-        self.double_blocks = nn.ModuleList(JointBlock(config.width, config.heads) for _ in range(config.layers))
+        self.double_blocks = nn.ModuleList(JointBlock(config.width, config.heads, i) for i in range(config.layers))
         self.final = nn.Linear(config.width, pixels)
 
-    def forward(self, x: Tensor, text: Tensor) -> Tensor:
-        p, (height, width) = self.config.patch, x.shape[3:]
+    @property
+    def latent_channels(self) -> int:
+        return self.config.channels
+
+    @property
+    def patch(self) -> tuple[int, int, int]:
+        return 1, self.config.patch, self.config.patch
+
+    def prepare(self, fields, settings, branch="cond", cache_text_kv=True):
+        rows = fields["prompt_embeds"].split(fields["prompt_lengths"])
+        return JointConditioning(self.txt_in(torch.stack([row[:1].to(self.device) for row in rows])))
+
+    def probe_fields(self, noise, rows):
+        return {"prompt_embeds": noise(1, 1, rows, self.config.text_width)[0, 0, 0], "prompt_lengths": [rows]}
+
+    def forward(self, x, timestep, conditioning, *, run_blocks=in_order, attend=sdpa, step=None):
+        p, (height, width), text = self.config.patch, x.shape[3:], conditioning.text
         img = self.img_in(nn.functional.pixel_unshuffle(x[:, :, 0], p).flatten(2).transpose(1, 2))
-        txt = self.txt_in(text)
-        for block in self.double_blocks:
-            img, txt = block(img, txt)
+        scale = 1.0 if step is None else step.guidance_scale
+        img = img + timestep.to(img)[:, None, None] + 0.1 * scale
+        tokens = {"text": slice(0, text.shape[1]), "video": slice(text.shape[1], None)}
+        ctx = JointContext(attend, (1, height // p, width // p), tokens, step)
+        img = run_blocks(self.double_blocks, torch.cat((text, img), 1), ctx)[:, tokens["video"]]
         out = self.final(img).transpose(1, 2).unflatten(2, (height // p, width // p))
         return nn.functional.pixel_shuffle(out, p)[:, :, None]
 
@@ -120,6 +166,12 @@ JOINT = Kind(
                           "width of the text": Port(config.text_width, "text_width")},
     patch=lambda config: (1, config.patch, config.patch), get="Write one with tests/toy_family.py",
     lora=LoraTargets(joint_keys, "(?:double|transformer)_blocks", lambda name: name.split(".")[-2]),
+)  # fmt: skip
+
+
+TASK = TaskRow(
+    "t2i", ("encode_text", "denoise", "decode_latents"), help="text to image",
+    defaults={"frames": 1, "steps": 2, "guidance_scale": 3.5, "shift": 1.0, "width": 32, "height": 32},
 )  # fmt: skip
 
 

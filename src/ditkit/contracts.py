@@ -208,6 +208,7 @@ class Transformer(Protocol):
     timestep_scale: float  # timestep = timestep_scale * sigma
     latent_channels: int
     reads: tuple[str, ...]  # fields of a State that it is conditioned on besides the text
+    cfg: bool  # whether guidance is a second pass; without it the step's scale is for the network itself
     device: torch.device
     run_blocks: RunBlocks  # seam B at its neutral setting
 

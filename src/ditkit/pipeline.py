@@ -140,12 +140,11 @@ class Pipeline:
 
     def steps(self, request: Request) -> list[Step]:
         """The step table of a run, before it runs; no weights are loaded."""
-        from ditkit.models.wan import TIMESTEP_SCALE
         from ditkit.schedulers import make
         from ditkit.schedulers.table import request_steps
 
         scheduler = self.seams.scheduler or make(request.scheduler, **request.scheduler_options)
-        return request_steps(scheduler, request, TIMESTEP_SCALE, len(self.model.experts))
+        return request_steps(scheduler, request, self.model.network.timestep_scale, len(self.model.experts))
 
     def look(self) -> Callable[[Tensor], np.ndarray] | None:
         """What turns clean normalised latents [1, C, 1, h, w] into a picture uint8 [y, x, 3]: the tiny decoder, where

@@ -117,6 +117,13 @@ class Model:
         return main_of(self.known) or self.known["transformer"]
 
     @property
+    def network(self) -> Any:
+        """The class of the transformer, for what it says of itself without weights: ``timestep_scale``, ``reads``,
+        ``cfg``. Wan's where no transformer is known."""
+        part = main_of(self.known)
+        return resolve((KINDS["wan"] if part is None else part.row).module)
+
+    @property
     def has_image_branch(self) -> bool:
         return "image_encoder" in self.main.row.needs(self.main.config)
 

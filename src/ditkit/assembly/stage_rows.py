@@ -49,14 +49,14 @@ def calls_of(stage: str) -> tuple[str, ...]:
 def _denoise(model: Any, setup: Any) -> Mapping[str, Any]:
     """Raises SetupError for a kernel that is not there."""
     from ditkit.errors import SetupError
-    from ditkit.models.wan import TIMESTEP_SCALE
     from ditkit.nn.attention import ATTENTION
 
     if why := ATTENTION[setup.attention].lacks():
         raise SetupError(f"attention={setup.attention!r}", why, "Install what it needs, or choose another kernel")
     kernel = ATTENTION.pinned(setup.attention)
     return {"strides": model.strides, "attention": kernel, "cache_text_kv": setup.cache_text_kv,
-            "experts": model.experts, "timestep_scale": TIMESTEP_SCALE}  # fmt: skip
+            "experts": model.experts, "timestep_scale": model.network.timestep_scale,
+            "conditions": model.network.reads, "cfg": model.network.cfg}  # fmt: skip
 
 
 for row in (
@@ -64,7 +64,10 @@ for row in (
         "expand_prompt", "ditkit.stages.expand_prompt:ExpandPrompt", ("prompt_expander",),
         wanted=lambda model, setup: setup.expander is not None,
     ),
-    StageRow("encode_text", "ditkit.stages.encode_text:EncodeText", ("tokenizer", "text_encoder")),
+    StageRow(
+        "encode_text", "ditkit.stages.encode_text:EncodeText", ("tokenizer", "text_encoder"),
+        lambda model, setup: {"cfg": model.network.cfg},
+    ),
     StageRow(
         "encode_image", "ditkit.stages.encode_image:EncodeImage", ("image_encoder",),
         wanted=lambda model, setup: model.has_image_branch,

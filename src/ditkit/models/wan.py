@@ -11,7 +11,7 @@ Source: Wan2.1 and Wan2.2 ``wan/modules/model.py``; numerics of both conventions
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -91,7 +91,7 @@ class WanTransformer(Loaded):
     (noise minus data) that comes back has their shape and is float32 (bfloat16 under the diffusers policy)."""
 
     timestep_scale = TIMESTEP_SCALE
-    reads = FIELDS
+    reads, cfg = FIELDS, True
     run_blocks = staticmethod(run_in_order)
 
     def __init__(self, config: WanConfig | None = None, policy: DtypePolicy | None = None):
@@ -115,6 +115,10 @@ class WanTransformer(Loaded):
             self.vace_blocks = nn.ModuleList(ControlBlock(config, n) for n in range(len(config.vace_layers)))
 
     @property
+    def patch(self) -> tuple[int, int, int]:
+        return self.config.patch_size
+
+    @property
     def latent_channels(self) -> int:
         return self.config.out_dim
 
@@ -125,6 +129,21 @@ class WanTransformer(Loaded):
     @property
     def control_channels(self) -> int:
         return self.config.vace_in_dim if self.config.vace_layers else 0
+
+    def probe_fields(self, noise: Callable[..., Tensor], rows: int) -> dict[str, Any]:
+        """Fields of a State to try it with: ``rows`` rows of text, two latent frames of two patches each way.
+        ``noise(channels, frames, height, width, seed=0)`` gives float32 [1, channels, frames, height, width]."""
+        config, size = self.config, (2, 2 * self.config.patch_size[1], 2 * self.config.patch_size[2])
+        found: dict[str, Any] = {}
+        for name in ("prompt", "negative_prompt"):
+            text = noise(1, 1, rows, config.text_dim, len(name))[0, 0, 0]
+            found |= {f"{name}_embeds": text, f"{name}_lengths": [rows]}
+        if config.image_dim is not None:
+            found["image_embeds"] = noise(1, 1, config.image_tokens or rows, config.image_dim)[0, 0]
+        for name, channels in (("condition", self.condition_channels), ("control", self.control_channels)):
+            if channels:
+                found[name] = noise(channels, *size)
+        return found
 
     def prepare(
         self, fields: Mapping[str, Any], settings: Any, branch: str = "cond", cache_text_kv: bool = True

@@ -142,8 +142,6 @@ class Worker:
         def listen(event: Event) -> None:
             if event.name not in job.ignore:
                 send(event_to_message(event))
-            if cancelled.is_set() and not event.name.endswith(".fail"):
-                raise KeyboardInterrupt
 
         def keep(outcome: StageResult) -> None:
             send(Message("kept", outcome_to_state(outcome).to_bytes()))
