@@ -9,6 +9,7 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
+from ditkit.assembly import Model
 from ditkit.checkpoints.convert.convert import convert
 from ditkit.checkpoints.files.opening import open_source
 from ditkit.checkpoints.kinds.detect import detect
@@ -20,7 +21,7 @@ from ditkit.checkpoints.model.open_part import open_part
 from ditkit.cli.inspect import examine
 from ditkit.cli.main import main
 from ditkit.errors import LoadError
-from ditkit.registry import bring
+from ditkit.registry import Registry, bring
 
 MODULE = Path(__file__).parents[1] / "toy_family.py"
 
@@ -29,7 +30,13 @@ MODULE = Path(__file__).parents[1] / "toy_family.py"
 def toy():
     """The module, handed over as a file and forgotten afterwards: to all other tests the kind is unknown."""
     yield bring(str(MODULE)).module
-    KINDS.remove(KINDS.origin("toy_joint"))
+    forget()
+
+
+def forget():
+    origin = KINDS.origin("toy_joint")
+    for registry in Registry.every:
+        registry.remove(origin)
 
 
 @pytest.fixture
@@ -93,13 +100,30 @@ def test_it_is_recognised_by_its_tensors_and_by_its_config(toy, native, model):
 
 def test_it_is_unknown_without_its_module(toy, native, tmp_path):
     """What makes it known is the row: nothing else of ditkit speaks of it."""
-    KINDS.remove(KINDS.origin("toy_joint"))
+    forget()
     try:
         with pytest.raises(LoadError, match="nothing fits its 22 tensors"):
             open_part(native)
     finally:
         bring(str(MODULE))
     assert open_part(native).kind == "toy_joint"
+
+
+def test_its_code_is_in_the_identity_of_the_part(toy, model, tmp_path):
+    """The same weights under changed code are another transformer; what the code says nothing of stays what it is."""
+    before = Model.open(str(model)).identities
+    assert Model.open(str(model)).describe()["parts"]["transformer"]["kind"].startswith("toy_joint@")
+    other = tmp_path / "toy_family.py"
+    other.write_text(MODULE.read_text().replace("0.1 * scale", "0.2 * scale"))
+    forget()
+    try:
+        bring(str(other))
+        after = Model.open(str(model)).identities
+        forget()
+    finally:
+        bring(str(MODULE))
+    assert {name for name in before if before[name] != after[name]} == {"transformer"}
+    assert Model.open(str(model)).identities == before
 
 
 def test_it_opens_in_both_layouts_and_loads_strictly(toy, native, model):
@@ -110,7 +134,8 @@ def test_it_opens_in_both_layouts_and_loads_strictly(toy, native, model):
         assert equal(dict(part.source), tensors)
         module = part.row.skeleton(part.config)
         load_into(module, part.source)
-        assert module(torch.randn(1, 16, 1, 4, 6), torch.randn(1, 3, 32)).shape == (1, 16, 1, 4, 6)
+        told = toy.JointConditioning(module.txt_in(torch.randn(1, 3, 32)))
+        assert module(torch.randn(1, 16, 1, 4, 6), torch.ones(1), told).shape == (1, 16, 1, 4, 6)
 
 
 def test_configs_are_held_against_the_tensors_and_age_well(native):
