@@ -70,8 +70,8 @@ def vae(folder: Path, dim: int, clip: tuple[int, int, int], repeats: int, clock:
     """``clip``: frames, height, width."""
     from diffusers import AutoencoderKLWan
 
-    from ditkit.checkpoints.files.opening import TensorFiles
-    from ditkit.checkpoints.kinds.keys import vae_keys
+    from ditkit.checkpoints.files.safetensors import TensorFiles
+    from ditkit.checkpoints.kinds.wan_vae import vae_keys
     from ditkit.checkpoints.load import load_into
     from ditkit.models.wan_vae import WanVAE
 

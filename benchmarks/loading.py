@@ -23,8 +23,8 @@ import torch
 from benchmarks.measure import Row, compared
 from benchmarks.process import run
 from ditkit.checkpoints.files.writing import write_file, write_pickle, write_set
-from ditkit.checkpoints.kinds import diffusers_folder as folders
-from ditkit.checkpoints.kinds.keys import transformer_keys
+from ditkit.checkpoints.kinds.kind import KINDS
+from ditkit.checkpoints.kinds.wan import transformer_keys
 from ditkit.checkpoints.views.mapped import Mapped
 from ditkit.checkpoints.views.source import TensorFacts, View
 from ditkit.models.wan import WanConfig, WanTransformer
@@ -74,7 +74,7 @@ from ditkit.checkpoints import load
 from ditkit.checkpoints.kinds import detect
 from ditkit.checkpoints.files import gguf
 from ditkit.checkpoints.files import pickles
-from ditkit.checkpoints.model.locate import open_part
+from ditkit.checkpoints.model.open_part import open_part
 from ditkit.models import wan
 from ditkit.setup import Setup
 if {library!r}:
@@ -177,7 +177,7 @@ def shards(folder: Path, source: View, config: WanConfig) -> Path:
     size = sum(2 * math.prod(facts.shape) for facts in source.tensors.values())
     other = Mapped(source, transformer_keys(config.num_layers), "other")
     write_set(place, "diffusion_pytorch_model", other, limit=size * 51 // 100)
-    (place / "config.json").write_text(json.dumps(folders.transformer_config_out(asdict(config))))
+    (place / "config.json").write_text(json.dumps(KINDS["wan"].write_config("diffusers", asdict(config))))
     return place
 
 
@@ -284,7 +284,7 @@ def measured(layout: Layout, folder: Path, source: View, config: WanConfig, repe
     path = layout.write(folder, source, config)
     beside = folder / "config"
     beside.mkdir()
-    (beside / "config.json").write_text(json.dumps(folders.transformer_config_out(asdict(config))))
+    (beside / "config.json").write_text(json.dumps(KINDS["wan"].write_config("diffusers", asdict(config))))
     held = sum(2 * math.prod(facts.shape) for facts in source.tensors.values())
     values = {"path": str(path), "config": str(beside), "threads": threads, "library": layout.library}
     values["ballast"] = held * 9 // 4 // 4096 * 4096

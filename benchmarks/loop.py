@@ -27,7 +27,7 @@ class Timed:
     """A transformer that knows how long its calls took. ``inner`` None: a multiplication instead of a network."""
 
     timestep_scale, latent_channels, device = 1000.0, 16, torch.device("cpu")
-    reads = ()
+    reads, cfg = (), True
 
     def __init__(self, inner: Any = None):
         self.inner, self.seconds = inner, 0.0

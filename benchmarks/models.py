@@ -8,8 +8,11 @@ from pathlib import Path
 
 import torch
 
-from ditkit.checkpoints.kinds import diffusers_folder as folders
-from ditkit.checkpoints.kinds.keys import rename, transformer_keys, vae_keys
+from ditkit.checkpoints.convert import folders
+from ditkit.checkpoints.kinds.kind import KINDS
+from ditkit.checkpoints.kinds.wan import transformer_keys
+from ditkit.checkpoints.kinds.wan_vae import vae_keys
+from ditkit.checkpoints.views.key_table import rename
 from ditkit.models import umt5
 from ditkit.models.wan import WanConfig, WanTransformer
 from ditkit.models.wan_vae import WanVAE, WanVAEConfig
@@ -45,7 +48,7 @@ def write(folder: Path, name: str) -> Path:
     )
     write_part(
         folder / "transformer",
-        folders.transformer_config_out(asdict(config)),
+        KINDS["wan"].write_config("diffusers", asdict(config)),
         randomise(WanTransformer(config), 1),
         transformer_keys(config.num_layers).to_other,
     )
@@ -54,7 +57,7 @@ def write(folder: Path, name: str) -> Path:
     encoder.pop("encoder.embed_tokens.weight")
     folders.write_component(
         folder / "text_encoder",
-        folders.text_encoder_config_out(asdict(text)),
+        KINDS["umt5"].write_config("transformers", asdict(text)),
         encoder,
         weights_name="model.safetensors",
     )
@@ -80,7 +83,7 @@ def write(folder: Path, name: str) -> Path:
 
 def write_vae(folder: Path, config: WanVAEConfig) -> None:
     table = vae_keys(len(config.dim_mult), config.num_res_blocks).to_other
-    write_part(folder, folders.vae_config_out(asdict(config)), randomise(WanVAE(config), 2), table)
+    write_part(folder, KINDS["wan_vae"].write_config("diffusers", asdict(config)), randomise(WanVAE(config), 2), table)
 
 
 def write_part(folder: Path, config: dict, module: torch.nn.Module, table: dict[str, str]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ditkit.checkpoints.files.opening import DTYPES
+from ditkit.checkpoints.files.stored import DTYPES
 from ditkit.checkpoints.views.source import TensorFacts
 
 SPELLED = {getattr(torch, ours): theirs for theirs, ours in DTYPES.items()}

@@ -15,8 +15,10 @@ import tiny_names as names
 import torch
 from safetensors.torch import load_file, save_file
 
-from ditkit.checkpoints.kinds import diffusers_folder as folders
-from ditkit.checkpoints.kinds.keys import rename, vae_keys
+from ditkit.checkpoints.convert import folders
+from ditkit.checkpoints.kinds.kind import KINDS
+from ditkit.checkpoints.kinds.wan_vae import vae_keys
+from ditkit.checkpoints.views.key_table import rename
 from ditkit.models import umt5
 from ditkit.models.wan import WanConfig, WanTransformer
 from ditkit.models.wan_vae import WanVAE, WanVAEConfig
@@ -142,7 +144,12 @@ def image_encoder(seed: int = 5) -> torch.nn.Module:
     """transformers' CLIPVisionModel, of which Wan uses all blocks but the last."""
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
-    return randomise(CLIPVisionModel(CLIPVisionConfig(**CLIP)), seed)
+    return randomise(bare(CLIPVisionModel(CLIPVisionConfig(**CLIP))), seed)
+
+
+def bare(model: torch.nn.Module) -> torch.nn.Module:
+    """transformers 4 has inside of its vision model what is the model itself in 5."""
+    return getattr(model, "vision_model", model)
 
 
 def write(folder: Path, task: str = "t2v", layout: str = "diffusers") -> Path:
@@ -170,9 +177,11 @@ def _write_diffusers(folder: Path, task: str) -> None:
     else:
         v = vae()
         table = vae_keys(len(VAE.dim_mult), VAE.num_res_blocks).to_other
-        folders.write_component(folder / "vae", folders.vae_config_out(asdict(v.config)), rename(v.state_dict(), table))
+        folders.write_component(
+            folder / "vae", KINDS["wan_vae"].write_config("diffusers", asdict(v.config)), rename(v.state_dict(), table)
+        )
     classes["vae"] = ("diffusers", "AutoencoderKLWan")
-    text = folders.text_encoder_config_out(asdict(TEXT))
+    text = KINDS["umt5"].write_config("transformers", asdict(TEXT))
     folders.write_component(folder / "text_encoder", text, _text_tensors(), weights_name="model.safetensors")
     classes["text_encoder"] = ("transformers", "UMT5EncoderModel")
     write_tokenizer(folder / "tokenizer")
@@ -192,7 +201,9 @@ def _write_diffusers(folder: Path, task: str) -> None:
 
 def transformer_json(sizes: WanConfig, kind: str) -> dict:
     """As diffusers' own ``save_pretrained`` writes it, a VACE config without the usual one's defaults included."""
-    config = folders.transformer_config_out(asdict(replace(sizes, image_dim=None, image_tokens=None, vace_layers=())))
+    config = KINDS["wan"].write_config(
+        "diffusers", asdict(replace(sizes, image_dim=None, image_tokens=None, vace_layers=()))
+    )
     branch = {"image_dim": sizes.image_dim, "pos_embed_seq_len": sizes.image_tokens}
     branch["added_kv_proj_dim"] = None if sizes.image_dim is None else sizes.dim
     if sizes.vace_layers:

@@ -1,6 +1,6 @@
 """What tensors are called in the official files and in those of diffusers and transformers, as substitutions.
 
-It is written from the classes' own names, for tests only, and shares nothing with ``ditkit.checkpoints.kinds.keys``: a
+It is written from the classes' own names, for tests only, and shares nothing with ``ditkit.checkpoints.kinds``: a
 folder that is written with these names and read with those tables checks the tables.
 """
 

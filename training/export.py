@@ -10,8 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ditkit.checkpoints.kinds import diffusers_folder as folders
-from ditkit.checkpoints.kinds.keys import rename, transformer_keys, vae_keys
+from ditkit.checkpoints.convert import folders
+from ditkit.checkpoints.kinds.configs import DIFFUSERS_VERSION
+from ditkit.checkpoints.kinds.kind import KINDS
+from ditkit.checkpoints.kinds.wan import transformer_keys
+from ditkit.checkpoints.kinds.wan_vae import vae_keys
+from ditkit.checkpoints.views.key_table import rename
 from ditkit.shapes.draw import FRAMES, HEIGHT, WIDTH, draw
 from vae import to_pixels
 
@@ -43,11 +47,13 @@ def write(out: Path, vae, model, work: Path, scenes: list, latents: Tensor) -> N
     new.mkdir(parents=True)
     config = vae.config
     names = vae_keys(len(config.dim_mult), config.num_res_blocks).to_other
-    folders.write_component(new / "vae", folders.vae_config_out(asdict(config)), rename(vae.state_dict(), names))
+    folders.write_component(
+        new / "vae", KINDS["wan_vae"].write_config("diffusers", asdict(config)), rename(vae.state_dict(), names)
+    )
 
     transformer = model.transformer
     names = transformer_keys(transformer.config.num_layers).to_other
-    fields = folders.transformer_config_out(asdict(transformer.config))
+    fields = KINDS["wan"].write_config("diffusers", asdict(transformer.config))
     folders.write_component(new / "transformer", fields, rename(transformer.state_dict(), names))
 
     theirs = model.text_encoder.config
@@ -56,11 +62,11 @@ def write(out: Path, vae, model, work: Path, scenes: list, latents: Tensor) -> N
         "relative_attention_max_distance", "layer_norm_epsilon",
     )}  # fmt: skip
     tensors = {k: v for k, v in model.text_encoder.state_dict().items() if k != "encoder.embed_tokens.weight"}
-    config_out = folders.text_encoder_config_out(fields)
+    config_out = KINDS["umt5"].write_config("transformers", fields)
     folders.write_component(new / "text_encoder", config_out, tensors, weights_name="model.safetensors")
 
     folders.write_component(new / "tokenizer", None, files=sorted((work / "tokenizer").iterdir()))
-    scheduler = {"_class_name": "UniPCMultistepScheduler", "_diffusers_version": folders.DIFFUSERS_VERSION,
+    scheduler = {"_class_name": "UniPCMultistepScheduler", "_diffusers_version": DIFFUSERS_VERSION,
                  "prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": DEFAULTS["shift"],
                  "num_train_timesteps": 1000}  # fmt: skip
     folders.write_component(new / "scheduler", scheduler, config_name="scheduler_config.json")

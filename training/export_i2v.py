@@ -9,8 +9,10 @@ import tomllib
 from dataclasses import asdict
 from pathlib import Path
 
-from ditkit.checkpoints.kinds import diffusers_folder as folders
-from ditkit.checkpoints.kinds.keys import rename, transformer_keys
+from ditkit.checkpoints.convert import folders
+from ditkit.checkpoints.kinds.kind import KINDS
+from ditkit.checkpoints.kinds.wan import transformer_keys
+from ditkit.checkpoints.views.key_table import rename
 from ditkit.models.wan import WanTransformer
 from export import DEFAULTS
 from image import CLIP, CLIP_MEAN, CLIP_STD
@@ -24,7 +26,7 @@ def write(out: Path, model: WanTransformer, reader) -> None:
     new.mkdir(parents=True)
     config = model.config
     names = transformer_keys(config.num_layers, image=True).to_other
-    fields = folders.transformer_config_out(asdict(config))
+    fields = KINDS["wan"].write_config("diffusers", asdict(config))
     tensors = {name: tensor.half() for name, tensor in model.state_dict().items()}
     folders.write_component(new / "transformer", fields, rename(tensors, names))
 

@@ -92,10 +92,22 @@ def settle(*layers: Layer) -> Settled:
         for key, value in layer.values.items():
             if isinstance(value, Entries):
                 below = values.get(key, FIELDS[key].get_default())
-                value = {**(below if isinstance(below, dict) else {}), **value}
+                value = _joined(below if isinstance(below, dict) else {}, value, nested=key == "stage_settings")
             values[key], origins[key] = value, layer.origins[key]
             said[key] = (*said.get(key, ()), (layer.origins[key], value))
     return Settled(values, origins, said)
+
+
+def _joined(below: dict[str, Any], entries: Entries, nested: bool) -> dict[str, Any]:
+    """``entries`` over ``below``; of a ``nested`` table ``a.b`` is the entry b of its table a."""
+    found = dict(below)
+    for name, value in entries.items():
+        outer, dot, inner = name.partition(".")
+        if nested and dot:
+            found[outer] = {**found.get(outer, {}), inner: value}
+        else:
+            found[name] = value
+    return found
 
 
 def build(cls: type[Settings], values: Mapping[str, Any], origins: Mapping[str, str], error: type[UserError]) -> Any:
@@ -135,6 +147,8 @@ def text_layer(given: Iterable[tuple[str, str, str, bool]]) -> Layer:
     for key, text, origin, literal in given:
         name, _, entry = key.partition(".")
         name = OLD_NAMES.get(name, name)
+        if entry and name not in FIELDS:  # SHARPNESS.AMOUNT: what a stage of that name makes of it, shows later
+            name, entry = "stage_settings", key
         check_key(name, origin)
         annotation = FIELDS[name].annotation
         table = typing.get_origin(annotation) is dict
@@ -144,7 +158,8 @@ def text_layer(given: Iterable[tuple[str, str, str, bool]]) -> Layer:
         if name in values and not (entry and isinstance(entries, Entries) and entry not in entries):
             raise SetupError(origin, f"it was given before, by {origins[name]}", "Give it once")
         if entry:
-            value = from_text(text, typing.get_args(annotation)[1], literal)
+            nested = name == "stage_settings" and "." in entry
+            value = from_text(text, Any if nested else typing.get_args(annotation)[1], literal)
             values[name] = Entries({**(entries or {}), entry: value})
         else:
             values[name] = from_text(text, annotation, literal)
@@ -169,6 +184,8 @@ def from_text(text: str, annotation: Any, literal: bool = False) -> Any:
         meanings = [text == "1"]
     if text.lower() == "none" and type(None) in typing.get_args(annotation):
         return None
+    if typing.get_origin(annotation) is list and not text.lstrip().startswith("["):  # its only entry
+        return [from_text(text, typing.get_args(annotation)[0], literal)]
     for meaning in meanings:
         if _fits(meaning, annotation):
             return meaning

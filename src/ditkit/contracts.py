@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+EXPERTS = ("transformer", "transformer_2")
+"""The transformers that a model may have; of two, the first is the one for high noise."""
+
 History = Mapping[str, "Tensor"]
 """What a scheduler remembers between steps; named tensors only, so that it can be saved in a State."""
 
@@ -103,17 +106,28 @@ class Attend(Protocol):
 
 @dataclass(frozen=True)
 class Swap:
-    """Seam C. When a model is built, every module whose dotted path and type satisfy ``match`` is replaced by
-    ``make(module)``. A swap that matches nothing is an error."""
+    """Seam C. Before a component's weights are read, every module whose dotted path and type satisfy ``match`` is
+    replaced by ``make(module)``. All that is there then is on the meta device: shapes and types without data.
+
+    A parameter that the new module takes over from the old one, wherever it puts it, is filled from the files as it
+    would have been, and so is a new one of the same name and shape. A method ``load_weight(tensor)`` (``load_NAME`` for
+    the parameter NAME) fills it in another way: it is given a ``checkpoints.load.SourceTensor``, which has the numbers
+    (``read``) and the stored form (``stored``: codes, scales, format). What it returns becomes the parameter; after
+    None there is none. Tensors with data of their own are moved to where the component is. Every tensor of the files
+    has to be read, every parameter filled.
+
+    ``components``: those that it is for. One in which it matches nothing is an error, and so is a model without any."""
 
     name: str
     match: Callable[[str, nn.Module], bool]
     make: Callable[[nn.Module], nn.Module]
+    components: tuple[str, ...] = EXPERTS
 
     @property
     def fingerprint(self) -> str:
-        """Its name, and what its functions are (``identify``)."""
-        return f"{self.name} {identify(self.match)} {identify(self.make)}"
+        """Its name, what its functions are (``identify``), and whom it is for, if not the transformers."""
+        whom = "" if self.components == EXPERTS else f" {','.join(self.components)}"
+        return f"{self.name} {identify(self.match)} {identify(self.make)}{whom}"
 
 
 class Scheduler(Protocol):
@@ -194,6 +208,7 @@ class Transformer(Protocol):
     timestep_scale: float  # timestep = timestep_scale * sigma
     latent_channels: int
     reads: tuple[str, ...]  # fields of a State that it is conditioned on besides the text
+    cfg: bool  # whether guidance is a second pass; without it the step's scale is for the network itself
     device: torch.device
     run_blocks: RunBlocks  # seam B at its neutral setting
 

@@ -15,7 +15,7 @@ class DitkitError(Exception):
         super().__init__(f"{asked}: {found}. {do}.")
         self.asked, self.found, self.do = asked, found, do
 
-    def __reduce__(self):  # survives pickling between processes
+    def __reduce__(self) -> tuple[type[DitkitError], tuple[str, str, str]]:  # survives pickling between processes
         return type(self), (self.asked, self.found, self.do)
 
 

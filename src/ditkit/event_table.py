@@ -76,6 +76,8 @@ ROWS = (
     EventRow("prompt.truncated", "a prompt loses its end", {"field": "str", "prompt": "str", "tokens": "int"}, BOTH),
     EventRow("prompt.fallback", "a prompt is not expanded", {"clip": "int", "prompt": "str", "reason": "str"}, BOTH),
     EventRow("plug", "a plug decides something, such as a cache's hit", PLUG, (*BOTH, PLUGS), more=True),
+    EventRow("plug.changed", "a half-finished loop goes on with something else plugged in", {"stage": "str",
+             "text": "str"}),
     EventRow("memory.dropped", "the State's memory of a plug has no use", {"plug": "str", "names": "list"}, BOTH),
     EventRow("load.note", "a component is loaded with a remark, such as an unknown key of its config",
              {"component": "str", "note": "str"}, BOTH),

@@ -41,6 +41,9 @@ class Event:
 
 Listener = Callable[[Event], None]
 
+_IDS = itertools.count(1)
+"""Ids of spans, unique in this process: a listener may hear several runs."""
+
 _Open = tuple["Events", int, Any]
 _OPEN: ContextVar[_Open | None] = ContextVar("open spans", default=None)
 """Of this thread or task: whose span is open, its id, and what was open before."""
@@ -55,7 +58,6 @@ class Events:
 
     def __init__(self, *listeners: Listener):
         self.listeners = listeners
-        self._ids = itertools.count(1)
 
     @property
     def inside(self) -> int:
@@ -92,7 +94,7 @@ class Events:
             yield
             return
         _check(f"{name}.start", values)
-        span, parent, before, begun = self.new_id(), self.inside, _OPEN.get(), time.perf_counter()
+        span, parent, before, begun = next(_IDS), self.inside, _OPEN.get(), time.perf_counter()
         try:
             self._tell(f"{name}.start", values, span, parent)
             _OPEN.set((self, span, before))
@@ -107,9 +109,6 @@ class Events:
 
     def _tell(self, name: str, values: Mapping[str, Any], span: int, parent: int) -> None:
         self.send(Event(name, MappingProxyType(values), span=span, parent=parent))
-
-    def new_id(self) -> int:
-        return next(self._ids)
 
 
 def _check(name: str, values: Mapping[str, Any]) -> None:
@@ -157,7 +156,7 @@ class Relay:
         """``theirs``, which was checked, as an event of this run."""
         begun, parent = self._open.pop(theirs.span, None), self._ids[theirs.parent]
         if theirs.span and begun is None:
-            self._ids[theirs.span] = self.events.new_id()
+            self._ids[theirs.span] = next(_IDS)
         ours = replace(
             theirs,
             seconds=time.perf_counter(),

@@ -75,7 +75,7 @@ def _named(value: Any, seen: tuple[Any, ...]) -> str:
         return f"{value.__module__}.{value.__qualname__}@{_short(_function(value, seen))}"
     if isinstance(value, type):
         return _class(value, seen)
-    if is_dataclass(value) and type(value).__dataclass_params__.frozen:  # type: ignore[attr-defined,union-attr]
+    if is_dataclass(value) and type(value).__dataclass_params__.frozen:  # type: ignore[union-attr]
         names = {f.name for f in fields(value)}
         if {*getattr(value, "__dict__", {})} - names:  # set behind the back of its fields
             raise _Unknowable

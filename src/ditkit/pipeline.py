@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ditkit import media, pictures
-from ditkit.assembly import Components, Model, pipeline_of, placed
+from ditkit.assembly import Components, Model, calls_of, pipeline_of, placed
+from ditkit.assembly.plugs import check_scheduler, plugged, stages_of, told
 from ditkit.assembly.resume_checks import check_begun, model_field
 from ditkit.cancel import Cancel
 from ditkit.checking import check_state
@@ -24,8 +25,9 @@ from ditkit.events import Events, Listener
 from ditkit.execution.clips import Clips
 from ditkit.execution.execution import Execution
 from ditkit.execution.place import Checkpointer, ResultCache
+from ditkit.execution.stage import with_own_defaults, with_stage_settings
 from ditkit.execution.stage_list import StageList
-from ditkit.placement import Places
+from ditkit.placement import Places, plugs
 from ditkit.placement.remote_parts import address, check_agree, check_here, facts_of, model_at, scope_at, scope_of
 from ditkit.prompting import templates
 from ditkit.receipt import Recorder, manifests
@@ -106,7 +108,11 @@ class Pipeline:
     ) -> Result:
         """Pictures (``image``, ``last_image``, ...) may be paths, PIL images, arrays or tensors. Raises Interrupted."""
         values, pixels = pictures.take({"prompt": prompt, **request})
-        return self.run(self.begin(self.model.request(values), pixels), listeners=listeners, cancel=cancel)
+        return self.run(self.begin(self.request(values), pixels), listeners=listeners, cancel=cancel)
+
+    def request(self, values: Mapping[str, Any]) -> Request:
+        """A Request with the model's defaults; settings of a stage may stand under its name. Raises RequestError."""
+        return self.model.request(with_stage_settings(self.stages.stages, values))
 
     @staticmethod
     def check(request: Request) -> list[tuple[str, str, int]]:
@@ -121,6 +127,8 @@ class Pipeline:
         """The State that a run starts from. Its request has everything filled in, the size that follows from an image
         too. ``pixels``: pictures that the request names by their hash (``pictures.take``); files are read here."""
         self.model.check(request)
+        check_scheduler(self.seams, request)
+        request = with_own_defaults(self.stages.stages, request)
         request = templates.placed(pictures.placed(request))
         found = pictures.read(request, pixels or {})
         request = self.model.fit(request, found)
@@ -132,12 +140,11 @@ class Pipeline:
 
     def steps(self, request: Request) -> list[Step]:
         """The step table of a run, before it runs; no weights are loaded."""
-        from ditkit.models.wan import TIMESTEP_SCALE
         from ditkit.schedulers import make
         from ditkit.schedulers.table import request_steps
 
         scheduler = self.seams.scheduler or make(request.scheduler, **request.scheduler_options)
-        return request_steps(scheduler, request, TIMESTEP_SCALE, len(self.model.experts))
+        return request_steps(scheduler, request, self.model.network.timestep_scale, len(self.model.experts))
 
     def look(self) -> Callable[[Tensor], np.ndarray] | None:
         """What turns clean normalised latents [1, C, 1, h, w] into a picture uint8 [y, x, 3]: the tiny decoder, where
@@ -169,7 +176,9 @@ class Pipeline:
         Raises Interrupted, with the State so far, on Ctrl-C and Cancel."""
         asked = check_state(state, self.stages.table)
         asked.check_size(self.model.strides[1] * self.model.patch[1], self.model.strides[0])
-        if {*state["request"]} != {*Request.model_fields}:  # an older State knows fewer settings
+        asked = with_own_defaults(self.stages.stages, asked)
+        if {*state["request"]} != {*Request.model_fields} or state["request"]["stage_settings"] != asked.stage_settings:
+            # an older State knows fewer settings, and so does one of a pipeline with fewer stages
             state = state.with_fields({"request": asked.model_dump()})
         planned = self.stages.planned(state, start, until)
         check_begun(state, self.setup.model, self.model, self.stages, planned)
@@ -179,6 +188,7 @@ class Pipeline:
         components = parts.listening(events) if isinstance(parts, Components) else parts
         places = self.places.of_run(self.stages, components, self.seams, lambda: self.steps(asked))
         check_agree(self.model, self.places, planned, places)
+        plugs.check(planned, places, self.seams, state["request"])
         run = Execution(
             self.stages.stages, state, components, self.stages.slice(start, until), start is not None, stop_at_step,
             events=events, seams=self.seams, debug=self.setup.debug, places=places, keep=keep, results=self.results,
@@ -197,6 +207,7 @@ class Pipeline:
         facts = facts_of(self.places, recorder.places, weights)
         facts |= self.components.describe() if isinstance(self.components, Components) else {}
         receipt = recorder.receipt(facts, weights, self.places.describe(), self.seams.describe(), self.stages.names)
+        receipt["plugged"] = told(self.setup.plugs)
         return Result(final, receipt, tuple(manifests(self.setup, final, receipt)) if "video" in final else ())
 
 
@@ -230,13 +241,15 @@ def open_model(setup: Setup) -> Opened:
     ``setup`` with whole paths; and where the model is a host's, every stage is placed there for which nothing else
     is said. Raises LoadError, SetupError, and PlaceError or Lost where a host is asked."""
     setup = placed(setup)
+    plugged_in = [plug.row.name for plug in stages_of(setup)]  # from now on all rows are known
     places, host = Places(setup), address(setup.model)
     if host is None:
         return Opened(setup, Model.open(setup.model, setup, scope=scope_of(places, setup.components)), places)
     model = Model.at(setup.model, model_at(places, host), setup, scope_at(places, host, setup.components))
     own = [name for name in setup.components if name in model.parts]
     stages = pipeline_of(model, setup).stages
-    there = {s.name: host.text for s in stages if s.name != ExpandPrompt.name and not {*s.components} & {*own}}
+    here = {ExpandPrompt.name, *(name for name in plugged_in if not calls_of(name))}
+    there = {s.name: host.text for s in stages if s.name not in here and not {*s.components} & {*own}}
     setup = setup.model_copy(update={"placement": {**there, **setup.placement}})
     return Opened(setup, model, places.also(setup))
 
@@ -253,13 +266,13 @@ def assembled(
         import torch
 
         torch.set_num_threads(setup.threads)
-    seams, stages = seams or Seams(), pipeline_of(model, setup)
+    (seams, heard), stages = plugged(setup, seams or Seams()), pipeline_of(model, setup)
     setup = setup.model_copy(update={"devices": places.devices(stages)})
     check_here(model, places, stages)
     theirs = share_with.components if share_with else None
     shared = theirs.holder.shared if isinstance(theirs, Components) else None
     components = Components(model, setup, seams.swaps, shared)
-    return Pipeline(model, setup, components, stages, seams, listeners, open_cache(setup), places)
+    return Pipeline(model, setup, components, stages, seams, (*heard, *listeners), open_cache(setup), places)
 
 
 def switch(old: Pipeline, new: Pipeline) -> Switch:

@@ -6,16 +6,18 @@ and a person's file or module that is handed over by name (``bring``). Leaves ou
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import importlib.util
+import re
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any, ClassVar, Generic, TypeVar
 
 from ditkit.errors import SetupError, nearest
@@ -24,58 +26,105 @@ R = TypeVar("R", bound="Row")
 
 
 class Row:
-    """Base of all rows. A subclass names the registry that it belongs to, and is a frozen dataclass with a ``name``."""
+    """Base of all rows. A subclass names the registry that it belongs to, and is a frozen dataclass with a ``name``.
+    ``make``, where there is one: what it stands for, or ``module:attribute`` of that. ``help``: one line."""
 
     registry: ClassVar[Registry[Any]]
     name: str
+    make: Any = None
+    help: str = ""
+
+    @property
+    def made(self) -> Any:
+        return resolve(self.make) if isinstance(self.make, str) else self.make
 
 
 class Registry(Mapping[str, R], Generic[R]):
     """Rows by name. ``own``: name -> ``module:attribute`` of ditkit's rows, imported when first asked for. ``group``:
-    the entry points of other packages, each of which names a row. ``noun`` is what messages call one."""
+    the entry points of other packages, each of which names a row. ``noun`` is what messages call one.
 
-    def __init__(self, noun: str, group: str, own: Mapping[str, str]):
+    ``NAME@SHA256`` is the row of that name if its code is that one (``pinned``)."""
+
+    every: ClassVar[list[Registry[Any]]] = []
+
+    def __init__(self, noun: str, group: str, own: Mapping[str, str] = MappingProxyType({})):
         self.noun, self.group, self._own = noun, group, dict(own)
         self._rows: dict[str, R] = {}
-        self._origins: dict[str, str] = {}
+        self._origins: dict[str, tuple[str, str]] = dict.fromkeys(own, ("ditkit", ""))
+        self.every.append(self)
 
     @cached_property
-    def _installed(self) -> dict[str, EntryPoint]:
-        return {point.name: point for point in entry_points(group=self.group) if point.name not in self._own}
+    def _installed(self) -> dict[str, list[EntryPoint]]:
+        found: dict[str, list[EntryPoint]] = {}
+        for point in entry_points(group=self.group):
+            found.setdefault(point.name, []).append(point)
+        return found
 
     def __getitem__(self, name: str) -> R:
-        """Raises SetupError for a name that nobody brought."""
+        """Raises SetupError for a name that nobody brought, or whose code is another one."""
+        name, at, pinned = str(name).partition("@")
+        if name not in self:
+            known = ", ".join(self)
+            raise SetupError(f"the {self.noun} {name!r}", f"there is none of that name{nearest(name, self)}",
+                             f"Choose one of {known}, or bring it with --plug FILE.py")  # fmt: skip
+        if at and pinned != self.code(name):
+            found = f"its code is {self.code(name)[:16] or 'of ditkit'}, and {pinned[:16]} is asked for"
+            raise SetupError(f"the {self.noun} {name!r}", found, "Use the same code as there")
         if name not in self._rows:
-            if name in self._own:
-                self._rows[name] = resolve(self._own[name])
-            elif name in self._installed:
-                self._rows[name] = self._installed[name].load()
-            else:
-                known = ", ".join(self)
-                raise SetupError(f"the {self.noun} {name!r}", f"there is none of that name{nearest(name, self)}",
-                                 f"Choose one of {known}, or bring it with --plug FILE.py")  # fmt: skip
+            self._rows[name] = resolve(self._own[name]) if name in self._own else self._point(name).load()
         return self._rows[name]
 
+    def _point(self, name: str) -> EntryPoint:
+        if len(points := self._installed[name]) > 1:
+            whose = " and ".join(str(point.dist and point.dist.name) for point in points)
+            raise SetupError(f"the {self.noun} {name!r}", f"{whose} bring one of that name", "Uninstall one of them")
+        return points[0]
+
     def __contains__(self, name: object) -> bool:  # a Mapping's own one would import the row
-        return name in self._own or name in self._rows or name in self._installed
+        return name in self._origins or name in self._installed
 
     def __iter__(self) -> Iterator[str]:
-        return iter(dict.fromkeys((*self._own, *self._installed, *self._rows)))
+        return iter(dict.fromkeys((*self._origins, *self._installed)))
 
     def __len__(self) -> int:
-        return len([*self])
+        return sum(1 for _ in self)  # a list would ask for the length
 
-    def add(self, row: R, origin: str) -> None:
-        """Make ``row`` known. The same origin may bring it again, changed; another one may not take its name."""
-        if row.name in self and self._origins.get(row.name) != origin:
-            whose = self._origins.get(row.name, "ditkit" if row.name in self._own else "an installed package")
-            raise SetupError(f"the {self.noun} {row.name!r} of {origin}", f"{whose} has one of that name", "Rename it")
-        self._rows[row.name], self._origins[row.name] = row, origin
+    def add(self, row: R, origin: str, code: str = "") -> None:
+        """Make ``row`` known. The same origin may bring it again, changed; another one may not take its name. ``code``:
+        the sha256 of what it was made from; a copy of the same is the same."""
+        known = row.name in self and self.origin(row.name) != origin
+        if known and not (code and code == self.code(row.name)):
+            asked = f"the {self.noun} {row.name!r} of {origin}"
+            raise SetupError(asked, f"{self.origin(row.name)} has one of that name", "Rename it")
+        self._rows[row.name], self._origins[row.name] = row, (origin, code)
 
-    def remove(self, origin: str) -> None:
-        """Forget all rows of ``origin``."""
-        for name in [name for name, whose in self._origins.items() if whose == origin]:
-            del self._rows[name], self._origins[name]
+    def remove(self, origin: str, but: str | None = None) -> None:
+        """Forget all rows of ``origin``, but for those with the code ``but``."""
+        for name in [name for name, (whose, code) in self._origins.items() if whose == origin and code != but]:
+            del self._origins[name]
+            self._rows.pop(name, None)
+
+    def origin(self, name: str) -> str:
+        """Who brought it: ``ditkit``, a package with its version, a file or a module."""
+        if name in self._origins:
+            return self._origins[name][0]
+        dist = self._point(name).dist
+        return f"{dist.name} {dist.version}" if dist else "an installed package"
+
+    def code(self, name: str) -> str:
+        """The sha256 of the code that a row was brought with; of an installed one that of its module's file and its
+        package's version. Empty for ditkit's own rows and for a name that nobody brought."""
+        if name in self._origins or name not in self:
+            return self._origins.get(name, ("", ""))[1]
+        return hashlib.sha256(f"{self.origin(name)} {module_sha256(self._point(name).module)}".encode()).hexdigest()
+
+    def pinned(self, name: str) -> str:
+        """``name``, with its code where it is not ditkit's own: equal names compute the same."""
+        return f"{name}@{code}" if (code := self.code(name)) else name
+
+    def codes(self) -> dict[str, str]:
+        """The code of each row that is not ditkit's own."""
+        return {name: code for name in self if (code := self.code(name))}
 
 
 def resolve(text: str) -> Any:
@@ -84,9 +133,79 @@ def resolve(text: str) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
+@functools.cache
+def module_sha256(name: str) -> str:
+    """Of a module's file, which is not imported for that (the packages around it are). Raises ModuleNotFoundError."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(f"No module named {name!r}")
+    return hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()
+
+
+# --- what a person hands over
+
+
+@dataclass(frozen=True)
+class PlugSpec:
+    """One entry of the setting ``plugs``. ``code``: the name of a row, a file that ends in .py, or a module;
+    ``attribute``: what is meant of it, empty for all of its rows; ``sha256``: what its code must be, empty for any."""
+
+    code: str
+    sha256: str = ""
+    attribute: str = ""
+    options: str = ""
+
+    _FORM: ClassVar[re.Pattern[str]] = re.compile(
+        r"([\w.+-]+|.+?\.py)(?:@([0-9a-f]{8,64}))?(?::([^\W\d]\w*)(?=:|$))?(?::(\s*[^\W\d]\w*\s*=.*))?", re.S
+    )
+
+    @classmethod
+    def parse(cls, text: str) -> PlugSpec:
+        """Raises SetupError."""
+        if (found := cls._FORM.fullmatch(text)) is None:
+            raise SetupError(f"the plug {text!r}", f"{text!r} has none of the forms of a plug",
+                             "Write NAME, FILE.py, FILE.py:NAME or module:NAME, with :OPTION=VALUE,...")  # fmt: skip
+        return cls(*(part or "" for part in found.groups()))
+
+    @property
+    def is_code(self) -> bool:
+        """Whether it names code to import, and not a row that is known here."""
+        return bool(self.attribute) or "." in self.code
+
+    @property
+    def is_file(self) -> bool:
+        return self.code.endswith(".py")
+
+    def __str__(self) -> str:
+        return "".join((self.code, *(f"{sign}{part}" for sign, part in
+                        (("@", self.sha256), (":", self.attribute), (":", self.options)) if part)))  # fmt: skip
+
+    @property
+    def short(self) -> str:
+        """As a person writes it."""
+        return str(replace(self, sha256=""))
+
+    def placed(self) -> PlugSpec:
+        """The same code, wherever it is asked for: with the whole path, and its sha256. Nothing is imported. Raises
+        SetupError."""
+        if not self.is_code:
+            return self
+        asked = f"bringing {self.code}"
+        path = Path(self.code).expanduser().absolute()
+        try:
+            sha256 = hashlib.sha256(path.read_bytes()).hexdigest() if self.is_file else module_sha256(self.code)
+        except (OSError, ModuleNotFoundError) as e:
+            found = (e.strerror or str(e)).lower() if isinstance(e, OSError) else str(e)
+            raise SetupError(asked, found, "Give a file that ends in .py, or an installed module") from None
+        if not sha256.startswith(self.sha256):
+            found = f"its sha256 is {sha256[:16]}, and {self.sha256[:16]} is asked for"
+            raise SetupError(asked, found, "Look at what has changed, and name it without a hash if you trust it")
+        return replace(self, code=str(path) if self.is_file else self.code, sha256=sha256)
+
+
 @dataclass(frozen=True)
 class Brought:
-    """A module that a person named: its code, and the sha256 of its file (empty for an installed module)."""
+    """A module that a person named: its code, and the sha256 of its file."""
 
     name: str
     module: ModuleType
@@ -98,47 +217,45 @@ class Brought:
         return list({id(value): value for value in vars(self.module).values() if isinstance(value, Row)}.values())
 
 
-def bring(name: str) -> Brought:
-    """Import ``name``, a file (``my_kind.py``) or an installed module, and make all of its rows known.
+BROUGHT: dict[str, Brought] = {}
+"""What was brought in this process, by sha256; an edited file counts once for each of its contents."""
+
+
+def bring(name: str, sha256: str = "") -> Brought:
+    """Import ``name``, a file (``my_kind.py``) or an installed module, and make all of its rows known. ``sha256``: what
+    it has to be, looked at before it is run; a whole one that was brought before is not looked for again.
 
     This runs code: only what a person names on the command line, in the environment, in a config of theirs or in
     Python may come here, never what a State, a manifest or a model's folder says. Raises SetupError."""
-    path = Path(name).expanduser()
-    asked = f"bringing {name}"
-    if path.suffix != ".py":
-        try:
-            found = Brought(name, importlib.import_module(name), "")
-        except ModuleNotFoundError as e:
-            raise SetupError(asked, f"{e}", "Give a file that ends in .py, or an installed module") from None
-    else:
-        if not path.is_file():
-            raise SetupError(asked, "there is no such file", "Check the path")
-        found = _from_file(name, path.resolve(), asked)
+    spec = PlugSpec(name, sha256)
+    if sha256 not in BROUGHT:
+        spec = spec.placed()
+    found = BROUGHT.get(spec.sha256) or Brought(name, _imported(spec), spec.sha256)
+    for registry in Registry.every:
+        registry.remove(spec.code, but=spec.sha256)
     for row in found.rows:
-        row.registry.add(row, found.module.__name__)
-    return found
+        row.registry.add(row, spec.code, spec.sha256)
+    return BROUGHT.setdefault(spec.sha256, found)
 
 
-def _from_file(name: str, path: Path, asked: str) -> Brought:
-    """One import for one content: a file that was changed is read anew."""
-    data = path.read_bytes()
-    sha256, module_name = hashlib.sha256(data).hexdigest(), f"ditkit_plug_{path.stem}_{_short(str(path))}"
-    module = sys.modules.get(module_name)
-    if module is not None and getattr(module, "__sha256__", None) == sha256:
-        return Brought(name, module, sha256)
-    spec = importlib.util.spec_from_file_location(module_name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    module.__sha256__ = sha256  # type: ignore[attr-defined]
-    sys.modules[module_name] = module
+def _imported(spec: PlugSpec) -> ModuleType:
+    """A file's module has a name that tells its content and not its place: two machines call its classes the same."""
     try:
-        exec(compile(data, str(path), "exec"), module.__dict__)
+        if not spec.is_file:
+            return importlib.import_module(spec.code)
+        data = Path(spec.code).read_bytes()
+        if hashlib.sha256(data).hexdigest() != spec.sha256:
+            raise OSError("it was changed a moment ago")
+        name = f"ditkit_plug_{Path(spec.code).stem}_{spec.sha256[:16]}"
+        about = importlib.util.spec_from_file_location(name, spec.code)
+        assert about is not None
+        module = sys.modules[name] = importlib.util.module_from_spec(about)
+        module.__sha256__ = spec.sha256  # type: ignore[attr-defined]
+        try:
+            exec(compile(data, spec.code, "exec"), module.__dict__)
+        except BaseException:
+            del sys.modules[name]
+            raise
+        return module
     except Exception as e:
-        del sys.modules[module_name]
-        raise SetupError(asked, f"it fails with {type(e).__name__}: {e}", "Correct the file") from e
-    return Brought(name, module, sha256)
-
-
-def _short(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
+        raise SetupError(f"bringing {spec.code}", f"it fails with {type(e).__name__}: {e}", "Correct it") from e

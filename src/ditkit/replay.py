@@ -7,19 +7,22 @@ threads; then the frames are compared by hash. Leaves out: files (``media``) and
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ditkit import pictures
 from ditkit.assembly import MODELS, Components
+from ditkit.assembly.plugs import told
 from ditkit.errors import DitkitError, LoadError, StateError
 from ditkit.events import Listener
 from ditkit.pipeline import Pipeline, Result, load
 from ditkit.placement.remote_parts import address, files_at
 from ditkit.receipt import versions
+from ditkit.registry import PlugSpec
 from ditkit.request import Request
 from ditkit.setup import COMPONENTS, Setup
 from ditkit.stages.expand_prompt import ExpandPrompt
@@ -81,7 +84,7 @@ def replay(
     found, recorded = frames_sha256(video), script.manifest["output_sha256"]
     if found != recorded:
         differences.append(f"the frames hash to {found[:16]}, recorded is {recorded[:16]}")
-        differences += picture_differences(script.file, video)
+        differences += [*plug_differences(script, pipe), *picture_differences(script.file, video)]
     return Replayed(result, (*differences, *file_differences(script)))
 
 
@@ -109,6 +112,9 @@ def read(path: str | os.PathLike[str]) -> Script:
     for key, kind in _NEEDED.items():
         if not isinstance(manifest.get(key), kind):
             raise StateError(asked, f"its manifest has no usable {key!r}", "Use an untouched file")
+    plugs = manifest.get("plugged", [])
+    if not isinstance(plugs, list) or not all(isinstance(plug, dict) for plug in plugs):
+        raise StateError(asked, "its manifest has no usable 'plugged'", "Use an untouched file")
     if not _usable(manifest["components"], manifest["machine"]):
         raise StateError(asked, "its manifest has no usable 'components' or 'machine'", "Use an untouched file")
     expanded = manifest.get("expanded", {})
@@ -122,7 +128,7 @@ def read(path: str | os.PathLike[str]) -> Script:
         raise StateError(
             asked, f"it is clip {clip!r} of a run that makes {len(request.samples())}", "Use an untouched file"
         )
-    if any(manifest["seams"].values()):
+    if not setup.plugs and any(manifest["seams"].values()):
         plugs = [str(plug) for plugged in manifest["seams"].values() for plug in plugged]
         raise StateError(
             asked, f"its run was changed by {', '.join(plugs)}", "Repeat it from Python, with the same parts"
@@ -147,10 +153,11 @@ def _usable(components: Mapping[str, Any], machine: Mapping[str, Any]) -> bool:
     return isinstance(machine.get("versions", {}), dict) and (type(threads) is int and threads > 0)
 
 
-def prepare(script: Script, model: str | None = None, here: bool = False) -> Pipeline:
+def prepare(script: Script, model: str | None = None, here: bool = False, plugs: Iterable[str] = ()) -> Pipeline:
     """Check the weights' hashes and open the model where and how it ran: a device or dtype that was chosen then is
     named now. ``model`` is where it is now, if not in its old place. ``here``: all stages run in this process, wherever
-    they ran then. Raises LoadError, SetupError, and PlaceError or Lost when a host of that time is gone."""
+    they ran then. ``plugs``: the files and modules of its plugs that may be run, where they are now. Raises LoadError,
+    SetupError, StateError for a plug that was not named, and PlaceError or Lost when a host of that time is gone."""
     folder = script.setup.model if model is None else model
     if here and address(folder) is not None:
         raise LoadError(f"replaying {script.file} here", f"its model was at {folder}",
@@ -160,7 +167,7 @@ def prepare(script: Script, model: str | None = None, here: bool = False) -> Pip
         raise LoadError(f"replaying {script.file}", f"its model {folder!r} is not there",
                         "Name the folder where it is now, with --model")  # fmt: skip
     places: dict[str, dict[str, str]] = {"devices": {}, "dtypes": {}}
-    kept = script.setup.model_dump()
+    kept = script.setup.model_dump() | {"plugs": trusted(script, plugs)}
     for name, facts in script.manifest["components"].items():
         place = "" if here else facts.get("place", "")
         if name in COMPONENTS and address(place) is None:  # a host has settings of its own
@@ -171,8 +178,48 @@ def prepare(script: Script, model: str | None = None, here: bool = False) -> Pip
         kept |= {"placement": {}, "expected_probes": {}, "components": parts}
     # A cache would give back the clip that is to be made again.
     pipe = load(**{**kept, **places, "threads": None, "model": folder, "cache": None})
+    then, now = _plain(script.manifest["seams"]), _plain(pipe.seams.describe())
+    if then != now:
+        raise StateError(f"replaying {script.file}", f"its seams held {then}, and now they hold {now}",
+                         "Repeat it from Python, with the same parts")  # fmt: skip
     check_weights(script, pipe)
     return pipe
+
+
+def trusted(script: Script, given: Iterable[str]) -> list[str]:
+    """The plugs of the run, with each file and module as somebody names it who is no clip. Raises StateError for one
+    that nobody named: a clip's word starts no code."""
+    named, asked = [PlugSpec.parse(text) for text in given], f"replaying {script.file}"
+    found, used = list[str](), set[PlugSpec]()
+    for spec in map(PlugSpec.parse, script.setup.plugs):
+        if spec.is_code:
+            same = [one for one in named if one.is_code and _names(one, spec)]
+            if not same:
+                do = f"If you trust it, name it: --plug {spec.code}"
+                raise StateError(asked, f"it was made with {spec.short}, code that a clip may not start", do)
+            used.add(same[0])
+            spec = replace(spec, code=same[0].code, sha256=same[0].sha256)
+        found.append(str(spec))
+    if idle := [one for one in named if one not in used]:
+        raise StateError(f"{asked} with --plug {idle[0]}", "it was made without that", "Leave it out")
+    return found
+
+
+def _names(one: PlugSpec, spec: PlugSpec) -> bool:
+    """A file may lie elsewhere now."""
+    return Path(one.code).name == Path(spec.code).name if spec.is_file else one.code == spec.code
+
+
+def _plain(seams: Mapping[str, Any]) -> dict[str, list[str]]:
+    """What was plugged in, whatever its code."""
+    return {seam: [re.sub("@[0-9a-f]{16,64}", "", str(plug)) for plug in each] for seam, each in seams.items() if each}
+
+
+def plug_differences(script: Script, pipe: Pipeline) -> list[str]:
+    """Plugs and stages whose code is not that of the clip."""
+    then = {one["plug"]: one.get("sha256") for one in script.manifest.get("plugged", []) if "plug" in one}
+    now = {one["plug"]: one["sha256"] for one in told(pipe.setup.plugs)}
+    return [f"the code of {name} is not what it was" for name, code in now.items() if then.get(name, code) != code]
 
 
 def check_weights(script: Script, pipe: Pipeline) -> None:

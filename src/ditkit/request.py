@@ -149,6 +149,9 @@ class Request(Settings):
     rounding: Literal["wan", "diffusers"] = default(
         "wan", "Wan2.1 cache_video truncates to 8 bits; diffusers rounds", "official or diffusers"
     )
+    stage_settings: dict[str, dict[str, Any]] = default(
+        {}, "the stages", "settings of stages that have some of their own, such as {sharpness = {amount = 3}}"
+    )
     expand: Literal["no", "yes", "ask"] = default(
         "no", "ditkit", "no, yes, or ask to see what became of the prompt and to change it: a language model expands it"
     )

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 from pydantic import field_validator
 
 from ditkit.errors import MissingDependency, SetupError, nearest
+from ditkit.registry import PlugSpec
 from ditkit.request import Settings, _number, default
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -48,7 +49,12 @@ class Setup(Settings):
     dtype_policy: Literal["wan", "diffusers", "float32"] = default(
         "wan", "Wan2.1 model.py", "wan, diffusers or float32: which tensors of the transformer stay wide"
     )
-    attention: Literal["sdpa", "dense"] = default("sdpa", "PyTorch", "sdpa or dense")
+    attention: str = default("sdpa", "PyTorch", "the name of an attention kernel, such as sdpa or dense")
+    plugs: list[str] = default(
+        [],
+        "none",
+        "a list of plugs and stages, each NAME, FILE.py, FILE.py:NAME or module:NAME, with :OPTION=VALUE",
+    )
     threads: int | None = default(None, "PyTorch's own choice", "a number of CPU threads, 1 or more")
     vae_frames_per_chunk: int = default(1, "Wan2.1 vae.py", "latent frames that are decoded at once, 1 or more")
     cache_text_kv: bool = default(True, "ditkit", "true to keep each block's text keys and values during a run")
@@ -108,10 +114,18 @@ class Setup(Settings):
             raise ValueError(f"{value} is less than 1")
         return value
 
-    @field_validator("loras", "lora_allow", "allow", mode="before")
+    @field_validator("loras", "lora_allow", "allow", "plugs", mode="before")
     @classmethod
     def _lists(cls, value: Any) -> Any:
         return [*value] if isinstance(value, tuple) else value
+
+    @field_validator("plugs")
+    @classmethod
+    def _plugs(cls, value: list[str]) -> list[str]:
+        try:
+            return [str(PlugSpec.parse(text)) for text in value]
+        except SetupError as e:
+            raise ValueError(e.found) from None
 
     @field_validator("components")
     @classmethod

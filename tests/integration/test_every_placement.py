@@ -12,6 +12,7 @@ from functools import cache
 import pytest
 import tiny
 import torch
+from acting import check_spans
 from test_family_runs import asked, begin
 
 import ditkit
@@ -100,13 +101,17 @@ def test_a_stage_elsewhere_gives_the_identical_state(pipe, states, at, task, sta
 def test_it_did_run_there(pipe, states, at, kind):
     heard = []
     plain = pipe("t2v")
-    events = ditkit.Events(lambda e: heard.append((e.name, dict(e.values))))
-    places = {"denoise": [Segment(at("t2v", kind))]}
+    places, events = {"denoise": [Segment(at("t2v", kind))]}, ditkit.Events(heard.append)
     plain.stages.run(states("t2v")["encode_text"], plain.components, until="denoise", places=places, events=events)
-    (trip,) = [values for name, values in heard if name == "travel"]
+    (trip,) = [event for event in heard if event.name == "travel"]
     assert trip["place"] == kind
     assert trip["received"] > states("t2v")["denoise"]["latents"].nbytes
-    assert [values["step"].index for name, values in heard if name == "step.end"] == [0, 1, 2, 3]
+    parent, name = check_spans(heard)
+    steps = [event for event in heard if event.name == "step.end"]
+    assert [event["step"].index for event in steps] == [0, 1, 2, 3]
+    assert {(event.place, name[event.parent], parent[event.parent]) for event in steps} == {(kind, "stage", 0)}
+    sent, elapsed = [event.sent for event in steps], [event["elapsed"] for event in steps]
+    assert all(after - before >= took for before, after, took in zip(sent[:-1], sent[1:], elapsed[1:], strict=True))
 
 
 @pytest.mark.parametrize("first", ["process", "ray"])

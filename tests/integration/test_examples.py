@@ -1,6 +1,7 @@
 """Every example runs, and so does every block of code in the README and the guides.
 
-Blocks of one document share their names and run from top to bottom in an empty folder. A ```python block is executed;
+Blocks of one document share their names and run from top to bottom in an empty folder. A ```python block is executed,
+but one that begins with the name of a file (``# my_plug.py``) is written there;
 an ```output block right after it is what it must have printed, where a line ``...`` stands for any lines; in an ```sh
 block every line that begins with ``ditkit`` or ``curl`` is run, one that ends with ``&`` as a process of its own until
 the document's end (a host; its port is another one here, in the python blocks too). The names ``shapes`` and
@@ -55,7 +56,7 @@ def models(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def stage(models, tmp_path, monkeypatch, request):
+def stage(models, tmp_path, monkeypatch, request, forgotten):
     monkeypatch.chdir(tmp_path)
     file = request.node.callspec.params.get("file") if hasattr(request.node, "callspec") else None
     if file is None or file.name not in EMBEDDED:
@@ -115,7 +116,9 @@ def test_document(file, hosts):
     for block in FENCE.finditer(text):
         language, body = block.groups()
         line = text[: block.start(2)].count("\n")
-        if language == "python":
+        if language == "python" and (name := re.match(r"# ([\w.-]+\.py)\n", body)):
+            Path(name[1]).write_text(body)
+        elif language == "python":
             printed = python(body, names, file, line)
         elif language == "output":
             assert shown(trimmed(body), trimmed(printed)), f"{file.name}:{line + 1} does not show: {printed}"

@@ -20,7 +20,7 @@ import ditkit
 from ditkit import replay
 from ditkit.cli import expansion
 from ditkit.contracts import Wish
-from ditkit.errors import PlaceError, RequestError, SetupError
+from ditkit.errors import LoadError, PlaceError, RequestError, SetupError
 from ditkit.state import State
 
 PROMPT = "a red circle"
@@ -342,6 +342,26 @@ def test_a_folder_that_is_no_model_is_refused_before_anything_is_loaded(tiny_mod
     with pytest.raises(SetupError, match=r"holds no config\.json"):
         run(pipe, until=None, listeners=[lambda e: loads.append(e.name) if e.name == "load.end" else None])
     assert loads == []
+
+
+def test_code_in_the_folder_is_not_run(tmp_path, monkeypatch):
+    """Also not when somebody pipes a yes into transformers' question."""
+    import io
+    import sys
+
+    from ditkit.prompting.local import LocalExpander
+
+    names = {
+        "AutoConfig": "code.Config",
+        "AutoModelForCausalLM": "code.Model",
+        "AutoTokenizer": ["code.Tokenizer", None],
+    }
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "strange", "auto_map": names}))
+    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Config: pass\n")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 9))
+    with pytest.raises(LoadError, match="custom code"):
+        LocalExpander(str(tmp_path), lambda: ("float32", "cpu")).load()
+    assert not (tmp_path / "ran").exists()
 
 
 def test_its_fingerprint_is_that_of_its_files(folders, tmp_path):

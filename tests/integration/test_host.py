@@ -149,7 +149,7 @@ def test_curl_gets_the_outcome_as_a_state(pipe, whole, host):
         ("/stages/encode_text", State({"video": 3}).to_bytes(), "{}", 400, "which it does not read"),
         ("/stages/encode_text", b"", "nonsense", 400, "is no job"),
         ("/stages/encode_text", b"", '{"stage": "denoise"}', 400, "the job is for 'denoise'"),
-        ("/stages/encode_text", b"", '{"keep_every": 0}', 400, "not one of this version"),
+        ("/stages/encode_text", b"", '{"keep_every": 0}', 400, "is no job of this version"),
         ("/stages/encode_text", b"", '{"options": ' + "[" * 20_000 + "]" * 20_000 + "}", 400, "is no job"),
         ("/stages/encode_text", State({"request": {"steps": []}}).to_bytes(), "{}", 400, "should be a valid integer"),
         ("/stages/encode_text", b"x" * 200_001, "{}", 413, "200001 bytes and 200000 are allowed"),

@@ -14,7 +14,8 @@ from hub_server import HubServer
 
 from ditkit.checkpoints.model.hub import Hub
 from ditkit.checkpoints.model.lock import changes, lock_text, make_lock, read_lock, verify
-from ditkit.checkpoints.model.manifest import Manifest, place_of
+from ditkit.checkpoints.model.manifest import Manifest
+from ditkit.checkpoints.model.place import place_of
 from ditkit.errors import LoadError
 
 TOKEN = "hf_of_the_test"

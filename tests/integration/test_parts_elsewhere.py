@@ -115,7 +115,7 @@ def test_a_host_of_native_files_or_of_named_ones(native, tmp_path):
 
 def test_parts_that_do_not_fit_are_refused_before_anything_is_computed(tiny_model, tmp_path):
     wrong = tmp_path / "wrong"
-    config = tiny.folders.text_encoder_config_out(tiny.asdict(tiny.replace(tiny.TEXT, d_model=48)))
+    config = tiny.KINDS["umt5"].write_config("transformers", tiny.asdict(tiny.replace(tiny.TEXT, d_model=48)))
     encoder = tiny.text_encoder(config=tiny.replace(tiny.TEXT, d_model=48)).state_dict()
     tensors = {k: x for k, x in encoder.items() if k != "encoder.embed_tokens.weight"}
     tiny.folders.write_component(wrong / "text_encoder", config, tensors, weights_name="model.safetensors")

@@ -3,6 +3,7 @@ one that does not. The models babble; what is tested is what was asked, what was
 
 from __future__ import annotations
 
+import importlib.metadata
 import signal
 import socket
 import subprocess
@@ -31,6 +32,7 @@ def wish(prompt="a red circle", *, pictures=(), temperature=1.0, seed=7, max_tok
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory):
     """Both, started side by side: name -> (address, model). Each is a process of its own, ended with the module."""
+    importlib.metadata.version("mlx-lm")  # where the oracles are not installed, neither of the servers is
     root = tmp_path_factory.mktemp("servers")
     (root / "hf" / "hub").mkdir(parents=True)
     seeing, text = chat_models.write_seeing_model(root / "seeing"), chat_models.write_text_model(root / "text")

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tests import tiny
-from tests.plugs import Windows
+from tests.remembering import Windows
 
 import ditkit
 from ditkit import Seams

@@ -12,8 +12,10 @@ from reference import rel
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from ditkit.checkpoints.files.opening import TensorFiles
-from ditkit.checkpoints.kinds.keys import clip_keys, rename, vae_keys
+from ditkit.checkpoints.files.safetensors import TensorFiles
+from ditkit.checkpoints.kinds.clip import clip_keys
+from ditkit.checkpoints.kinds.wan_vae import vae_keys
+from ditkit.checkpoints.views.key_table import rename
 from ditkit.checkpoints.views.mapped import Mapped
 from ditkit.conditioning.condition import image_condition
 from ditkit.conditioning.control import control_context

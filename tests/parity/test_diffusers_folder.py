@@ -7,21 +7,16 @@ import pytest
 import torch
 from torch import nn
 
-from ditkit.checkpoints.files.opening import TensorFiles
-from ditkit.checkpoints.kinds.diffusers_folder import (
-    read_config,
-    read_index,
-    text_encoder_config,
-    text_encoder_config_out,
-    transformer_config,
-    transformer_config_out,
-    vae_config,
-    vae_config_out,
-    write_component,
-    write_index,
-)
-from ditkit.checkpoints.kinds.keys import UMT5_ALIASES, rename, transformer_keys, umt5_keys, vae_keys
+from ditkit.checkpoints.convert.folders import write_component, write_index
+from ditkit.checkpoints.files.safetensors import TensorFiles
+from ditkit.checkpoints.files.text import read_json
+from ditkit.checkpoints.kinds.kind import KINDS
+from ditkit.checkpoints.kinds.umt5 import UMT5_ALIASES, umt5_keys
+from ditkit.checkpoints.kinds.wan import transformer_keys
+from ditkit.checkpoints.kinds.wan_vae import vae_keys
 from ditkit.checkpoints.load import load_into
+from ditkit.checkpoints.model.manifest import Manifest
+from ditkit.checkpoints.views.key_table import rename
 from ditkit.errors import LoadError
 from ditkit.models.text import WanTokenizer
 from ditkit.models.umt5 import UMT5Config, UMT5TextEncoder
@@ -55,8 +50,10 @@ def their_models() -> dict[str, nn.Module]:
     from transformers import UMT5EncoderModel
 
     return {
-        "transformer": randomize(WanTransformer3DModel.from_config(transformer_config_out(fields(WAN)))),
-        "vae": randomize(AutoencoderKLWan.from_config(vae_config_out(fields(VAE)))),
+        "transformer": randomize(
+            WanTransformer3DModel.from_config(KINDS["wan"].write_config("diffusers", fields(WAN)))
+        ),
+        "vae": randomize(AutoencoderKLWan.from_config(KINDS["wan_vae"].write_config("diffusers", fields(VAE)))),
         "text_encoder": randomize(UMT5EncoderModel(TheirConfig(**fields(UMT5)))),
     }
 
@@ -64,10 +61,12 @@ def their_models() -> dict[str, nn.Module]:
 def load_ours(folder: Path) -> dict[str, nn.Module]:
     """What build will do: config -> module on meta -> strict load under our names."""
     files = {name: TensorFiles(folder / name) for name in ("transformer", "vae", "text_encoder")}
-    configs = {name: read_config(folder / name) for name in files}
-    wan = WanConfig(**transformer_config(configs["transformer"], files["transformer"].tensors))
-    vae = WanVAEConfig(**vae_config(configs["vae"], files["vae"].tensors))
-    umt5 = UMT5Config(**text_encoder_config(configs["text_encoder"], files["text_encoder"].tensors))
+    configs = {name: read_json(folder / name / "config.json") for name in files}
+    wan = WanConfig(**KINDS["wan"].read_config("diffusers", configs["transformer"], files["transformer"].tensors))
+    vae = WanVAEConfig(**KINDS["wan_vae"].read_config("diffusers", configs["vae"], files["vae"].tensors))
+    umt5 = UMT5Config(
+        **KINDS["umt5"].read_config("transformers", configs["text_encoder"], files["text_encoder"].tensors)
+    )
     with torch.device("meta"):
         modules = {"transformer": WanTransformer(wan), "vae": WanVAE(vae)}
     load_into(modules["transformer"], files["transformer"], transformer_keys(wan.num_layers).to_native)
@@ -137,10 +136,13 @@ def write_folder(folder: Path) -> dict[str, nn.Module]:
     }
     tensors = in_their_names(modules)
     own = {name: tensor for name, tensor in tensors["text_encoder"].items() if name not in UMT5_ALIASES}
-    write_component(folder / "transformer", transformer_config_out(fields(WAN)), tensors["transformer"])
-    write_component(folder / "vae", vae_config_out(fields(VAE)), tensors["vae"])
+    write_component(folder / "transformer", KINDS["wan"].write_config("diffusers", fields(WAN)), tensors["transformer"])
+    write_component(folder / "vae", KINDS["wan_vae"].write_config("diffusers", fields(VAE)), tensors["vae"])
     write_component(
-        folder / "text_encoder", text_encoder_config_out(fields(UMT5)), own, weights_name="model.safetensors"
+        folder / "text_encoder",
+        KINDS["umt5"].write_config("transformers", fields(UMT5)),
+        own,
+        weights_name="model.safetensors",
     )
     source = save_tokenizer(folder.parent / "tokenizer-source")
     write_component(folder / "tokenizer", None, files=sorted(source.iterdir()))
@@ -173,9 +175,13 @@ def test_what_is_written_here_runs_in_diffusers(tmp_path):
     for name in ("transformer", "vae", "text_encoder"):
         assert same(getattr(pipe, name).state_dict(), written[name]), name
     said = json.loads(json.dumps(dict(pipe.transformer.config)))
-    assert {key: said[key] for key in transformer_config_out(fields(WAN))} == transformer_config_out(fields(WAN))
+    assert {key: said[key] for key in KINDS["wan"].write_config("diffusers", fields(WAN))} == KINDS["wan"].write_config(
+        "diffusers", fields(WAN)
+    )
     said = json.loads(json.dumps(dict(pipe.vae.config)))
-    assert {key: said[key] for key in vae_config_out(fields(VAE))} == vae_config_out(fields(VAE))
+    assert {key: said[key] for key in KINDS["wan_vae"].write_config("diffusers", fields(VAE))} == KINDS[
+        "wan_vae"
+    ].write_config("diffusers", fields(VAE))
     assert WanTokenizer(folder / "tokenizer")(["a red circle"])[0][0] == pipe.tokenizer("a red circle").input_ids
     pipe.set_progress_bar_config(disable=True)
     video = pipe("a red circle", height=16, width=32, num_frames=5, num_inference_steps=2, output_type="pt").frames
@@ -186,9 +192,9 @@ def test_what_is_written_here_runs_in_diffusers(tmp_path):
 def test_what_is_written_here_loads_here(tmp_path):
     folder = tmp_path / "model"
     modules = write_folder(folder)
-    index = read_index(folder)
+    index = Manifest.open(folder)
     assert index.pipeline == "WanPipeline"
-    assert index.components["vae"] == ("diffusers", "AutoencoderKLWan")
+    assert index.components["vae"].resolve() == folder / "vae"
     loaded = load_ours(folder)
     assert all(same(loaded[name].state_dict(), modules[name].state_dict()) for name in modules)
 

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import built
 
-from ditkit.checkpoints.kinds import diffusers_folder as folders
+from ditkit.checkpoints.convert import folders
 from ditkit.models.wan import WanConfig, WanTransformer, run_in_order
 from ditkit.nn.attention import sdpa
 

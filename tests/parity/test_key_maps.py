@@ -6,21 +6,18 @@ from math import prod
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from held import Held, shapes
 from reference import rel
 from safetensors.torch import load_file
 
-from ditkit.checkpoints.files.opening import TensorFiles
-from ditkit.checkpoints.kinds.keys import (
-    UMT5_ALIASES,
-    clip_keys,
-    table_of,
-    transformer_keys,
-    umt5_keys,
-    vae22_keys,
-    vae_keys,
-)
+from ditkit.checkpoints.files.safetensors import TensorFiles
+from ditkit.checkpoints.kinds.clip import clip_keys
+from ditkit.checkpoints.kinds.kind import KINDS
+from ditkit.checkpoints.kinds.umt5 import UMT5_ALIASES, umt5_keys
+from ditkit.checkpoints.kinds.wan import transformer_keys
+from ditkit.checkpoints.kinds.wan_vae import vae22_keys, vae_keys
 from ditkit.checkpoints.views.mapped import Mapped
 from ditkit.models.wan import WanConfig, WanTransformer
 
@@ -74,7 +71,7 @@ def test_every_official_transformer(name):
         native, other = Held(WanTransformer(config).state_dict()), Held(diffusers_transformer(config).state_dict())
     assert len(native.tensors) == tensors
     assert sum(map(prod, shapes(native).values())) == parameters
-    table = table_of("wan", vars(config))
+    table = KINDS["wan"].keys(vars(config))
     both_ways(native, other, table)
     assert len(table.rules) == tensors, "the table has names that this transformer has not"
 
@@ -129,7 +126,7 @@ def vision_model(width: int, layers: int, heads: int, image: int, patch: int, pr
         hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=heads,
         image_size=image, patch_size=patch, hidden_act="gelu", projection_dim=projected or 512, **more,
     )  # fmt: skip
-    return CLIPVisionModel(config) if projected is None else CLIPVisionModelWithProjection(config)
+    return tiny.bare(CLIPVisionModel(config)) if projected is None else CLIPVisionModelWithProjection(config)
 
 
 def test_the_official_image_encoder():
@@ -179,7 +176,7 @@ def filled(module: torch.nn.Module, tensors) -> torch.nn.Module:
 @torch.inference_mode()
 def test_golden_transformers_in_the_class_of_diffusers(folder):
     config, files = golden_transformer(folder)
-    model = filled(diffusers_transformer(config), Mapped(files, table_of("wan", vars(config)), "other"))
+    model = filled(diffusers_transformer(config), Mapped(files, KINDS["wan"].keys(vars(config)), "other"))
     name, _, expert = folder.partition("/")
     path = GOLDEN / "transformer" / name / "io.safetensors"
     io = {key.removeprefix("case0."): tensor for key, tensor in load_file(path).items() if key.startswith("case0.")}
@@ -259,7 +256,7 @@ def test_native_to_other_to_native_is_bit_equal(file, table, lost, tmp_path):
 
     files = TensorFiles(GOLDEN / file)
     if table is None:
-        table = table_of("wan", vars(golden_transformer(file.split("/", 1)[1].rsplit("/", 1)[0])[0]))
+        table = KINDS["wan"].keys(vars(golden_transformer(file.split("/", 1)[1].rsplit("/", 1)[0])[0]))
     there = Mapped(files, table, "other").require_known()
     assert len(there.ignored) == lost
     save_file(dict(there), tmp_path / "model.safetensors")

@@ -11,7 +11,7 @@ import tiny_names
 import torch
 from safetensors.torch import save_file
 
-from ditkit.checkpoints.files.opening import TensorFiles
+from ditkit.checkpoints.files.safetensors import TensorFiles
 from ditkit.checkpoints.lora.merge import Merged
 from ditkit.checkpoints.lora.read import read_lora
 from ditkit.nn.lora import lora_swaps, twin

@@ -12,7 +12,7 @@ from reference import rel
 from safetensors.torch import load_file
 
 from ditkit.checkpoints.load import load_into
-from ditkit.checkpoints.model.locate import open_part
+from ditkit.checkpoints.model.open_part import open_part
 from ditkit.models.wan import WanConfig, WanTransformer
 
 FOLDER = Path(__file__).parents[1] / "data/golden/causal"

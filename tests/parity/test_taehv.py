@@ -13,7 +13,7 @@ from reference import rel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ditkit.checkpoints.files.opening import TensorFiles
+from ditkit.checkpoints.files.safetensors import TensorFiles
 from ditkit.contracts import VAE
 from ditkit.errors import LoadError
 from ditkit.models.taehv import TAEHV, TAEHVConfig

@@ -12,8 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import built
 
-from ditkit.checkpoints.kinds import diffusers_folder as folders
-from ditkit.checkpoints.kinds.keys import rename, transformer_keys
+from ditkit.checkpoints.convert import folders
+from ditkit.checkpoints.kinds.kind import KINDS
+from ditkit.checkpoints.kinds.wan import transformer_keys
+from ditkit.checkpoints.views.key_table import rename
 from ditkit.models.wan import WanConfig, WanTransformer
 
 GOLDEN = Path(__file__).parents[1] / "data/golden/transformer"
@@ -52,7 +54,7 @@ def theirs(config: WanConfig, tensors: dict[str, torch.Tensor], folder: Path, dt
     from diffusers import WanTransformer3DModel
 
     table = transformer_keys(config.num_layers).to_other
-    folders.write_component(folder, folders.transformer_config_out(asdict(config)), rename(tensors, table))
+    folders.write_component(folder, KINDS["wan"].write_config("diffusers", asdict(config)), rename(tensors, table))
     return WanTransformer3DModel.from_pretrained(folder, torch_dtype=dtype).eval()
 
 

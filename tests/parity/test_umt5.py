@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from ditkit.checkpoints.files.opening import TensorFiles
-from ditkit.checkpoints.kinds.diffusers_folder import read_config, text_encoder_config
-from ditkit.checkpoints.kinds.keys import UMT5_ALIASES, umt5_keys
+from ditkit.checkpoints.files.safetensors import TensorFiles
+from ditkit.checkpoints.files.text import read_json
+from ditkit.checkpoints.kinds.kind import KINDS
+from ditkit.checkpoints.kinds.umt5 import UMT5_ALIASES, umt5_keys
 from ditkit.contracts import TextEncoder
 from ditkit.errors import LoadError, RequestError
 from ditkit.models.umt5 import UMT5Config, UMT5TextEncoder, build
@@ -93,7 +94,10 @@ def saved(tmp_path):
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> UMT5TextEncoder:
     files = TensorFiles(folder)
     return UMT5TextEncoder.load(
-        UMT5Config(**text_encoder_config(read_config(folder), files.tensors)), files, None, dtype
+        UMT5Config(**KINDS["umt5"].read_config("transformers", read_json(folder / "config.json"), files.tensors)),
+        files,
+        None,
+        dtype,
     )
 
 

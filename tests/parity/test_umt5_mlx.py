@@ -17,10 +17,11 @@ from test_umt5 import golden_cases, golden_encoder, l2, rel, saved  # noqa: F401
 
 import ditkit
 from ditkit.assembly import Components, Model
-from ditkit.checkpoints.files.opening import TensorFiles
-from ditkit.checkpoints.kinds.diffusers_folder import read_config, text_encoder_config
-from ditkit.checkpoints.kinds.keys import umt5_keys
-from ditkit.checkpoints.model.locate import open_part
+from ditkit.checkpoints.files.safetensors import TensorFiles
+from ditkit.checkpoints.files.text import read_json
+from ditkit.checkpoints.kinds.kind import KINDS
+from ditkit.checkpoints.kinds.umt5 import umt5_keys
+from ditkit.checkpoints.model.open_part import open_part
 from ditkit.contracts import TextEncoder
 from ditkit.errors import LoadError, MissingDependency, RequestError, SetupError
 from ditkit.mlx.arrays import Packed, to_mlx, to_torch
@@ -35,7 +36,7 @@ SHAPES = Path(ditkit.__file__).parent / "assets/shapes/text_encoder"
 
 def load(folder: Path, dtype: torch.dtype = torch.float32, backend: str = "mlx") -> MLXTextEncoder:
     files = TensorFiles(folder)
-    config = UMT5Config(**text_encoder_config(read_config(folder), files.tensors))
+    config = UMT5Config(**KINDS["umt5"].read_config("transformers", read_json(folder / "config.json"), files.tensors))
     return MLXTextEncoder.load(config, files, None, dtype, "cpu", backend)
 
 
@@ -215,7 +216,7 @@ def test_one_tensor_of_torch_is_held_at_a_time(saved):  # noqa: F811
             return tensor
 
     files = Watched(saved)
-    config = UMT5Config(**text_encoder_config(read_config(saved), files.tensors))
+    config = UMT5Config(**KINDS["umt5"].read_config("transformers", read_json(saved / "config.json"), files.tensors))
     MLXTextEncoder.load(config, files, None, torch.bfloat16)
     assert len(most) == len(files.tensors)
     assert max(most) <= 1  # the one before, until its array takes the next one's place

@@ -10,8 +10,10 @@ import torch
 from reference import l2, rel
 from safetensors.torch import load_file
 
-from ditkit.checkpoints.kinds import diffusers_folder as folders
-from ditkit.checkpoints.kinds.keys import rename, vae_keys
+from ditkit.checkpoints.convert import folders
+from ditkit.checkpoints.kinds.kind import KINDS
+from ditkit.checkpoints.kinds.wan_vae import vae_keys
+from ditkit.checkpoints.views.key_table import rename
 from ditkit.models.wan_vae import LATENTS_MEAN, LATENTS_STD, WanVAE, WanVAEConfig
 
 GOLDEN = Path(__file__).parents[1] / "data/golden/vae/wan21"
@@ -102,7 +104,9 @@ def theirs(config: WanVAEConfig, ours: WanVAE, folder: Path):
     from diffusers import AutoencoderKLWan
 
     table = vae_keys(len(config.dim_mult), config.num_res_blocks).to_other
-    folders.write_component(folder, folders.vae_config_out(asdict(config)), rename(ours.state_dict(), table))
+    folders.write_component(
+        folder, KINDS["wan_vae"].write_config("diffusers", asdict(config)), rename(ours.state_dict(), table)
+    )
     return AutoencoderKLWan.from_pretrained(folder, torch_dtype=torch.float32).eval()
 
 

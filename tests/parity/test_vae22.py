@@ -11,7 +11,7 @@ import torch
 from reference import l2, rel
 from safetensors.torch import load_file
 
-from ditkit.checkpoints.kinds.latents import WAN22_MEAN, WAN22_STD
+from ditkit.checkpoints.kinds.wan_vae import WAN22_MEAN, WAN22_STD
 from ditkit.contracts import VAE
 from ditkit.models.wan_vae22 import (
     WanVAE22,

@@ -8,6 +8,7 @@ Kept elsewhere: R12's official switch tables (``test_experts.py``), F7, F11, F15
 import inspect
 import json
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +18,10 @@ import torch
 from safetensors.torch import save_file
 
 import ditkit
-from ditkit.assembly.defaults import OFFICIAL as DEFAULTS
-from ditkit.assembly.defaults import official
-from ditkit.checkpoints.kinds.diffusers_folder import VACE_LAYERS
-from ditkit.checkpoints.kinds.latents import STATISTICS
-from ditkit.checkpoints.model.locate import BOUNDARIES, locate
+from ditkit.assembly import TASKS
+from ditkit.checkpoints.kinds.kind import KINDS
+from ditkit.checkpoints.kinds.wan import VACE_LAYERS
+from ditkit.checkpoints.model.locate import locate
 from ditkit.errors import LoadError, RequestError
 from ditkit.models import clip, taehv, umt5
 from ditkit.models.published import OFFICIAL
@@ -112,7 +112,7 @@ def test_the_order_of_the_two_guidances_is_that_of_the_experts(pipe):
         ours = pipe(task).model.defaults
         assert ours["guidance_scale"] == golden[name]["guidance"]["high_noise"]
         assert ours["guidance_scale_2"] == golden[name]["guidance"]["low_noise"]
-        assert ours["boundary"] == golden[name]["boundary"] == BOUNDARIES[name[:3].lower()]
+        assert ours["boundary"] == golden[name]["boundary"] == KINDS["wan"].tasks[name[:3].lower()].boundary
         assert (ours["steps"], ours["shift"]) == (golden[name]["default_steps"], golden[name]["default_shift"])
 
 
@@ -218,13 +218,13 @@ SAMPLING = {  # (shift, steps, guidance, frames, fps) of the official generate.p
 @pytest.mark.parametrize(("task", "experts"), SAMPLING)
 def test_f25_defaults_are_those_of_the_model(task, experts):
     """One set of defaults for all of them: 50 steps, guidance 5 and shift 3 for a model that was tuned for others."""
-    request = Request(**official(task, experts, {}))
+    request = Request(**TASKS[task].sampling(experts, {}))
     told = (request.shift, request.steps, request.guidance_scale, request.frames, request.fps)
     assert told == SAMPLING[task, experts]
     assert (request.width, request.height) == ((1280, 704) if task == "ti2v" else (832, 480))
-    large = official(task, experts, {"width": 1280, "height": 720})
+    large = TASKS[task].sampling(experts, {"width": 1280, "height": 720})
     assert large["shift"] == (5.0 if (task, experts) == ("i2v", 1) else SAMPLING[task, experts][0])
-    assert {f"{task}_experts" if n == 2 else task for task, n in SAMPLING} == set(DEFAULTS)
+    assert {*SAMPLING} == {(task, 1) for task in TASKS} | {(task, 2) for task in TASKS if TASKS[task].experts}
 
 
 def test_f25_a_loaded_model_uses_them(pipe):
@@ -247,7 +247,7 @@ def test_latent_statistics_are_the_official_ones():
     assert tuple(mean) == WanVAE22Config().latents_mean
     assert tuple(std) == WanVAE22Config().latents_std
     for kind, config_class in (("wan_vae", WanVAEConfig), ("wan_vae22", WanVAE22Config)):
-        for name, values in STATISTICS[kind].items():
+        for name, values in KINDS[kind].unsaid.items():
             assert values == getattr(config_class(), name)
             assert len(values) == config_class().z_dim
 
@@ -281,21 +281,21 @@ def test_sizes_that_are_defaults_are_those_of_the_libraries():
     from transformers import CLIPVisionConfig
     from transformers import UMT5Config as TheirUMT5
 
-    from ditkit.checkpoints.kinds import diffusers_folder as ours
-
+    wan, vae = (partial(KINDS[kind].read_config, "diffusers") for kind in ("wan", "wan_vae"))
+    umt5, clip = (partial(KINDS[kind].read_config, "transformers") for kind in ("umt5", "clip"))
     with torch.device("meta"):
         for kind in (WanTransformer3DModel, WanVACETransformer3DModel):
             config = dict(kind().config)
-            named = ours.transformer_config({"_class_name": kind.__name__})
-            assert named == ours.transformer_config({"_class_name": kind.__name__, **config})
+            named = wan({"_class_name": kind.__name__})
+            assert named == wan({"_class_name": kind.__name__, **config})
         whole = dict(AutoencoderKLWan().config)
-    assert ours.vae_config({}) | asdict(WanVAEConfig()) == ours.vae_config(whole) | asdict(WanVAEConfig())
+    assert vae({}) | asdict(WanVAEConfig()) == vae(whole) | asdict(WanVAEConfig())
     theirs = TheirUMT5().to_dict()
-    assert all(theirs[key] == value for key, value in ours.UMT5_SIZES.items())
-    eps = ours.text_encoder_config({"model_type": "umt5", "feed_forward_proj": "gated-gelu"})["layer_norm_epsilon"]
+    assert all(theirs[key] == value for key, value in umt5({"model_type": "umt5"}).items())
+    eps = umt5({"model_type": "umt5", "feed_forward_proj": "gated-gelu"})["layer_norm_epsilon"]
     assert eps == theirs["layer_norm_epsilon"]
     clip_defaults = CLIPVisionConfig().to_dict()
-    found = ours.clip_config({"model_type": "clip_vision_model"})
+    found = clip({"model_type": "clip_vision_model"})
     assert {key: clip_defaults[key] for key in found} == found
 
 

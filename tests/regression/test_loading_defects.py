@@ -28,8 +28,9 @@ from ditkit.assembly.components import Components
 from ditkit.assembly.model import Model
 from ditkit.checkpoints.convert.convert import convert
 from ditkit.checkpoints.files.opening import open_source
-from ditkit.checkpoints.kinds.keys import table_of
-from ditkit.checkpoints.model.locate import locate, open_part
+from ditkit.checkpoints.kinds.kind import KINDS
+from ditkit.checkpoints.model.locate import locate
+from ditkit.checkpoints.model.open_part import open_part
 from ditkit.checkpoints.views.mapped import Mapped
 from ditkit.checkpoints.views.source import TensorFacts, View
 from ditkit.cli.inspect import examine
@@ -222,7 +223,7 @@ def test_f12_every_official_transformer_in_one_file(name, layout, prefix, tmp_pa
     official = OFFICIAL[name]
     source = on_meta(lambda: WanTransformer(official.config))
     if layout == "diffusers":
-        source = Mapped(source, table_of("wan", asdict(official.config)), "other")
+        source = Mapped(source, KINDS["wan"].keys(asdict(official.config)), "other")
     report = examine(hollow(tmp_path / "wan2.1_t2v_1.3B_fp16.safetensors", source.tensors, prefix))
     assert report["usable"], report["problems"]
     (part,) = report["parts"].values()
@@ -248,7 +249,7 @@ def test_f12_both_vaes_in_one_file(name, layout, prefix, tmp_path):
     make, kind, config, parameters = PARTS[name]
     source = on_meta(make)
     if layout == "diffusers":
-        source = Mapped(source, table_of(kind, config), "other")
+        source = Mapped(source, KINDS[kind].keys(config), "other")
     report = examine(hollow(tmp_path / "x.safetensors", source.tensors, prefix))
     assert report["usable"], report["problems"]
     part = report["parts"]["vae"]
@@ -260,8 +261,18 @@ def test_f12_both_vaes_in_one_file(name, layout, prefix, tmp_path):
 @pytest.mark.parametrize("layout", ["native", "transformers"])
 def test_k4_both_encoders_at_full_size(layout, tmp_path):
     for module, table, wanted, kind in (
-        (umt5.build(umt5.UMT5Config()), table_of("umt5", asdict(umt5.UMT5Config())), asdict(umt5.UMT5Config()), "umt5"),
-        (clip.build(clip.CLIPConfig()), table_of("clip", asdict(clip.CLIPConfig())), asdict(clip.CLIPConfig()), "clip"),
+        (
+            umt5.build(umt5.UMT5Config()),
+            KINDS["umt5"].keys(asdict(umt5.UMT5Config())),
+            asdict(umt5.UMT5Config()),
+            "umt5",
+        ),
+        (
+            clip.build(clip.CLIPConfig()),
+            KINDS["clip"].keys(asdict(clip.CLIPConfig())),
+            asdict(clip.CLIPConfig()),
+            "clip",
+        ),
     ):
         shapes = Shapes(module)
         shapes.tensors.pop("encoder.embed_tokens.weight", None)

@@ -119,7 +119,7 @@ def test_r22_sizes_stand_in_defaults_only():
             ):
                 found.add(str(file.relative_to(source)))
     tables = {"models/published.py", "models/clip.py", "checkpoints/kinds/sizes.py"}  # of published sizes, data alone
-    assert found - tables == {"request.py", "assembly/defaults.py", "models/wan_block.py"}
+    assert found - tables == {"request.py", "assembly/tasks.py", "models/wan_block.py"}
     assert WanConfig().dim == 1536
 
 

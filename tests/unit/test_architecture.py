@@ -3,6 +3,7 @@
 Who may import whom stands in ``test_import_ranks.py``."""
 
 import ast
+import functools
 import statistics
 import subprocess
 import sys
@@ -23,12 +24,13 @@ PUBLIC = {
 MILLISECONDS = {"media", "cli", "mlx"}
 LIGHT = [
     "ditkit", "errors", "events", "request", "setup", "state", "config", "contracts", "media", "shapes.draw",
-    "shapes.measure", "schedulers", "schedulers.sigmas", "schedulers.table", "checkpoints.kinds.keys", "pipeline",
+    "shapes.measure", "schedulers", "schedulers.sigmas", "schedulers.table", "checkpoints.kinds.wan", "pipeline",
     "samples",
     "receipt", "assembly", "replay",
 ]  # fmt: skip
 
 
+@functools.cache
 def parsed(file: Path) -> ast.Module:
     return ast.parse(file.read_text(encoding="utf-8"))
 

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks import compute, loading, models, report
 from benchmarks.measure import Row, compared, in_turns
 
-from ditkit.checkpoints.model.locate import open_part
+from ditkit.checkpoints.model.open_part import open_part
 
 FACTS = {
     "date": "2026-11-21", "processor": "a processor", "cores": 2, "memory_gb": 8, "system": "Linux",

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import ditkit
 from ditkit.assembly import Model
-from ditkit.checkpoints.files.opening import file_sample
+from ditkit.checkpoints.files.stored import file_sample
 from ditkit.errors import LoadError, StateError
 
 WEIGHTS = {

@@ -352,6 +352,7 @@ def hammer(folder, seed, end, told):
         told.put(traceback.format_exc())
 
 
+@pytest.mark.slow
 def test_many_processes_at_once(tmp_path):
     context = multiprocessing.get_context("fork")
     told, end = context.Queue(), time.monotonic() + 4
@@ -380,6 +381,7 @@ def settled(file, data):
     return file
 
 
+@pytest.mark.slow
 def test_a_hash_is_read_from_disk_in_another_process_and_never_for_another_content(tmp_path):
     file = settled(tmp_path / "weights", b"old")
     (tmp_path / "hashes").mkdir()

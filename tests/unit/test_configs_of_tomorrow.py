@@ -14,7 +14,7 @@ import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 import ditkit
-from ditkit.checkpoints.model.locate import open_part
+from ditkit.checkpoints.model.open_part import open_part
 from ditkit.cli.inspect import examine
 from ditkit.errors import LoadError, SetupError
 

@@ -1,35 +1,39 @@
 """Configs of the diffusers layout -> our fields: what is read, what is refused, and what contradicts the tensors."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file
 
-from ditkit.checkpoints.files.opening import TensorInfo
-from ditkit.checkpoints.kinds.diffusers_folder import (
-    IMAGE_CLAIM,
-    UMT5_SIZES,
-    clip_config,
-    clip_config_out,
-    read_config,
-    read_index,
-    text_encoder_config,
-    text_encoder_config_out,
-    transformer_config,
-    transformer_config_out,
-    vae22_config,
-    vae_config,
-    vae_config_out,
-    write_component,
-    write_index,
-)
-from ditkit.checkpoints.kinds.keys import UMT5_ALIASES, clip_keys, transformer_keys, umt5_keys, vae22_keys, vae_keys
+from ditkit.checkpoints.convert.folders import write_component, write_index
+from ditkit.checkpoints.files.stored import TensorInfo
+from ditkit.checkpoints.kinds.clip import clip_keys
+from ditkit.checkpoints.kinds.kind import KINDS
+from ditkit.checkpoints.kinds.umt5 import UMT5_ALIASES, umt5_keys
+from ditkit.checkpoints.kinds.wan import IMAGE_CLAIM, transformer_keys
+from ditkit.checkpoints.kinds.wan_vae import vae22_keys, vae_keys
+from ditkit.checkpoints.model.locate import locate
+from ditkit.checkpoints.model.manifest import Manifest
 from ditkit.errors import LoadError, OutputError
 from ditkit.models.umt5 import UMT5Config, build
 from ditkit.models.wan_vae import WanVAE, WanVAEConfig
 
+transformer_config = partial(KINDS["wan"].read_config, "diffusers")
+transformer_config_out = partial(KINDS["wan"].write_config, "diffusers")
+vae_config, vae_config_out = (
+    partial(f, "diffusers") for f in (KINDS["wan_vae"].read_config, KINDS["wan_vae"].write_config)
+)
+vae22_config, vae22_config_out = (
+    partial(f, "diffusers") for f in (KINDS["wan_vae22"].read_config, KINDS["wan_vae22"].write_config)
+)
+text_encoder_config = partial(KINDS["umt5"].read_config, "transformers")
+text_encoder_config_out = partial(KINDS["umt5"].write_config, "transformers")
+clip_config = partial(KINDS["clip"].read_config, "transformers")
+clip_config_out = partial(KINDS["clip"].write_config, "transformers")
 WAN = {
     "dim": 24, "ffn_dim": 40, "num_heads": 2, "num_layers": 3, "in_dim": 5, "out_dim": 7, "text_dim": 9, "freq_dim": 8,
     "eps": 1e-5, "patch_size": (1, 2, 2), "text_len": 512, "image_dim": None, "image_tokens": None, "vace_layers": (),
@@ -78,7 +82,7 @@ def vae22_facts() -> dict[str, TensorInfo]:
     from diffusers import AutoencoderKLWan
 
     with torch.device("meta"):
-        model = AutoencoderKLWan.from_config(vae_config_out(VAE22))
+        model = AutoencoderKLWan.from_config(vae22_config_out(VAE22))
     return facts({name: tensor.shape for name, tensor in model.state_dict().items()})
 
 
@@ -86,7 +90,7 @@ def clip_facts() -> dict[str, TensorInfo]:
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     with torch.device("meta"):
-        model = CLIPVisionModel(CLIPVisionConfig(**CLIP))
+        model = tiny.bare(CLIPVisionModel(CLIPVisionConfig(**CLIP)))
     return facts({name: tensor.shape for name, tensor in model.state_dict().items()})
 
 
@@ -100,7 +104,7 @@ KINDS = {
     "i2v": (transformer_config, transformer_config_out(I2V), I2V, lambda: transformer_facts(I2V)),
     "vace": (transformer_config, transformer_config_out(VACE), VACE, lambda: transformer_facts(VACE)),
     "vae": (vae_config, vae_config_out(VAE), VAE, vae_facts),
-    "vae22": (vae22_config, vae_config_out(VAE22), VAE22, vae22_facts),
+    "vae22": (vae22_config, vae22_config_out(VAE22), VAE22, vae22_facts),
     "clip": (clip_config, clip_config_out(CLIP), CLIP, clip_facts),
     "text_encoder": (text_encoder_config, text_encoder_config_out(UMT5), UMT5, umt5_facts),
 }
@@ -128,7 +132,7 @@ def test_absent_keys_have_the_defaults_of_diffusers_and_transformers():
     assert transformer_config({}) == transformer_config(json.loads(json.dumps(transformer)))
     assert WanVAEConfig(**vae_config({})) == WanVAEConfig(**vae_config(json.loads(json.dumps(vae)))) == WanVAEConfig()
     theirs = TheirConfig()
-    assert all(getattr(theirs, key) == value for key, value in UMT5_SIZES.items())
+    assert all(getattr(theirs, key) == value for key, value in text_encoder_config({}).items())
     assert text_encoder_config({}) == text_encoder_config(json.loads(theirs.to_json_string()))
 
 
@@ -148,7 +152,7 @@ def test_the_published_text_encoder_config():
 
 
 @pytest.mark.parametrize(("kind", "change", "parts"), [
-    ("transformer", {"_class_name": "WanAnimateTransformer3DModel"}, ("its class is WanAnimateTransformer3DModel",)),
+    ("transformer", {"_class_name": "WanAnimateTransformer3DModel"}, ("it is of 'WanAnimateTransformer3DModel'",)),
     ("transformer", {"qk_norm": "rms_norm"}, ("qk_norm is 'rms_norm'", "only 'rms_norm_across_heads'")),
     ("transformer", {"qk_norm": None}, ("qk_norm is None",)),
     ("transformer", {"patch_size": [1, 4, 4]}, ("patch_size is (1, 4, 4)", "only (1, 2, 2)")),
@@ -168,7 +172,7 @@ def test_the_published_text_encoder_config():
     ("transformer", {"eps": None}, ("eps is None, not a finite number",)),
     ("transformer", {"eps": float("nan")}, ("eps is nan",)),
     ("transformer", {"quantization_config": {"quant_method": "x"}}, ("it has a quantization_config",)),
-    ("vae", {"_class_name": "AutoencoderKL"}, ("its class is AutoencoderKL",)),
+    ("vae", {"_class_name": "AutoencoderKL"}, ("it is of 'AutoencoderKL'",)),
     ("vae", {"is_residual": True}, ("is_residual is True, and only False",)),
     ("vae", {"patch_size": 2}, ("patch_size is 2, and only None or 1",)),
     ("vae", {"attn_scales": [0.5]}, ("attn_scales is (0.5,), and only ()",)),
@@ -184,11 +188,11 @@ def test_the_published_text_encoder_config():
     ("vae22", {"in_channels": 3}, ("in_channels is 3, and only 12",)),
     ("vae22", {"scale_factor_spatial": 4}, ("scale_factor_spatial is 4, and only 8",)),
     ("vae22", {"latents_mean": [0.0]}, ("latents_mean has 1 values where z_dim is 3",)),
-    ("clip", {"model_type": "siglip"}, ("model_type is 'siglip'",)),
+    ("clip", {"model_type": "siglip"}, ("it is of 'siglip'",)),
     ("clip", {"model_type": "clip"}, ("has no vision_config",)),
-    ("clip", {"hidden_act": "relu"}, ("hidden_act is 'relu', and only quick_gelu or gelu",)),
+    ("clip", {"hidden_act": "relu"}, ("hidden_act is 'relu', and only 'quick_gelu' or 'gelu'",)),
     ("clip", {"num_channels": 1}, ("num_channels is 1",)),
-    ("text_encoder", {"model_type": "t5"}, ("model_type is 't5'",)),
+    ("text_encoder", {"model_type": "t5"}, ("it is of 't5'",)),
     ("text_encoder", {"feed_forward_proj": "relu"}, ("feed_forward_proj is 'relu'",)),
     ("text_encoder", {"d_model": 12.0}, ("d_model is 12.0",)),
     ("text_encoder", {"quantization_config": {}}, ("it has a quantization_config",)),
@@ -265,12 +269,12 @@ def test_a_claimed_image_branch_is_a_contradiction_unless_a_rule_allows_it():
         transformer_config(claims, tensors)
     assert "image_dim is 1280 in the config and absent" in str(error.value)
     assert "set image_dim and added_kv_proj_dim to null in it, or allow image_claim" in str(error.value)
-    assert transformer_config(claims, tensors, allow=(IMAGE_CLAIM,)) == WAN
+    assert transformer_config(claims, tensors, rules=(IMAGE_CLAIM,)) == WAN
     extra = facts({"blocks.0.attn2.add_k_proj.weight": (24, 24)})
     with pytest.raises(LoadError, match=r"no condition_embedder.image_embedder.norm1.weight"):
-        transformer_config(claims, tensors | extra, allow=(IMAGE_CLAIM,))
+        transformer_config(claims, tensors | extra, rules=(IMAGE_CLAIM,))
     with pytest.raises(LoadError, match="image_dim is 1280 in the config and 6"):
-        transformer_config(claims | {"pos_embed_seq_len": 10}, transformer_facts(I2V), allow=(IMAGE_CLAIM,))
+        transformer_config(claims | {"pos_embed_seq_len": 10}, transformer_facts(I2V), rules=(IMAGE_CLAIM,))
 
 
 def test_a_whole_clip_model_has_its_vision_config_inside():
@@ -278,7 +282,7 @@ def test_a_whole_clip_model_has_its_vision_config_inside():
     whole = {"model_type": "clip", "projection_dim": 8, "text_config": {"hidden_size": 5}, "vision_config": inner}
     assert clip_config(whole) == clip_config(whole, clip_facts()) == CLIP
     with pytest.raises(LoadError, match=r"'num_beamss' of config\.json is unknown"):
-        clip_config(whole | {"vision_config": inner | {"num_beamss": 1}}, allow=("strict_config",))
+        clip_config(whole | {"vision_config": inner | {"num_beamss": 1}}, rules=("strict_config",))
 
 
 def test_absent_keys_of_clip_and_vace_have_their_defaults():
@@ -309,14 +313,13 @@ def test_weights_of_another_layout_are_refused(kind):
 
 def refused(folder: Path, *parts: str) -> None:
     with pytest.raises(LoadError) as error:
-        read_index(folder)
+        locate(folder).check()
     for part in parts:
         assert part in str(error.value), f"{part!r} is not in {str(error.value)!r}"
 
 
 def test_the_index_and_its_errors(tmp_path):
-    refused(tmp_path / "no", "there is no such folder")
-    refused(tmp_path, "it has no model_index.json")
+    refused(tmp_path / "no", "there is no such file or folder")
     file = tmp_path / "model_index.json"
     file.write_text("{")
     refused(tmp_path, "not valid JSON")
@@ -327,13 +330,14 @@ def test_the_index_and_its_errors(tmp_path):
         "transformer_2": [None, None], "boundary_ratio": None, "expand_timesteps": False,
     }  # fmt: skip
     file.write_text(json.dumps(index))
-    refused(tmp_path, "these components have no folder: vae")
+    assert any(
+        f"it needs a Wan VAE, and there is none in {tmp_path / 'vae'}" in str(p) for p in locate(tmp_path).problems
+    )
     (tmp_path / "vae").mkdir()
-    found = read_index(tmp_path)
-    assert (found.pipeline, dict(found.components)) == ("WanPipeline", {"vae": ("diffusers", "AutoencoderKLWan")})
-    assert found.values == {"boundary_ratio": None, "expand_timesteps": False}
-    with pytest.raises(LoadError, match=r"config\.json: there is no such file"):
-        read_config(tmp_path / "vae")
+    found = Manifest.open(tmp_path)
+    assert {name: place.resolve() for name, place in found.components.items()} == {"vae": tmp_path / "vae"}
+    assert found.values == {"expand_timesteps": False}
+    refused(tmp_path, "it holds no .safetensors file")
 
 
 def test_writing_is_all_or_nothing(tmp_path):
@@ -353,7 +357,7 @@ def test_writing_is_all_or_nothing(tmp_path):
     with pytest.raises(OutputError, match="there is no transformer"):
         write_index(tmp_path / "m", {"vae": ("diffusers", "A"), "transformer": ("diffusers", "B")})
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="cannot be made"):
+    with pytest.raises(OutputError, match="not a directory"):
         write_component(tmp_path / "file/vae", {}, good)
 
 

@@ -4,10 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
-from ditkit.guidance.experts import by_expert
+import tiny
 
-from ditkit.contracts import Step
+import ditkit
 from ditkit.errors import RequestError
 from ditkit.models.wan import TIMESTEP_SCALE
 from ditkit.request import Request
@@ -51,21 +50,25 @@ def test_a_boundary_at_either_end_leaves_one_expert(boundary, expected):
     assert {s.expert for s in steps} == expected
 
 
-def test_an_expert_is_asked_for_at_its_first_step():
-    asked = []
+def test_an_expert_is_asked_for_at_its_first_step(tmp_path):
+    pipe, seen = ditkit.load(tiny.write(tmp_path / "model", "t2v_a14b")), []
 
-    def maker(name, factor):
-        def make_it():
-            asked.append(name)
-            return lambda x, step: factor * x
+    class Asked(dict):
+        def __getitem__(self, name):
+            seen.append(name)
+            return super().__getitem__(name)
 
-        return make_it
+    def listen(event):
+        if event.name == "step.start":
+            seen.append(event["step"].index)
 
-    predict = by_expert({"transformer": maker("transformer", 2), "transformer_2": maker("transformer_2", 3)})
-    x = torch.ones(1)
-    first, second = (Step(i, 2, 0.9, 0.5, 900, expert=name) for i, name in enumerate(("transformer", "transformer_2")))
-    assert predict(x, first) == 2
-    assert predict(x, first) == 2
-    assert asked == ["transformer"]
-    assert predict(x, second) == 3
-    assert asked == ["transformer", "transformer_2"]
+    request = pipe.model.request({"prompt": "a", "steps": 4, "width": 32, "height": 32, "frames": 5})
+    state = pipe.run(pipe.begin(request), until="encode_text").state
+    components = Asked({name: pipe.components[name] for name in ("transformer", "transformer_2")})
+    seen.clear()
+    pipe.stages.run(state, components, until="denoise", events=ditkit.Events(listen))
+    experts = [step.expert for step in pipe.steps(request)]
+    switch = experts.index("transformer_2")
+    seen = seen[seen.index(0) :]  # before the first step all are asked for their fingerprints
+    assert "transformer_2" not in seen[: seen.index(switch)]
+    assert seen[seen.index(switch) + 1] == "transformer_2"

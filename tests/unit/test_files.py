@@ -13,8 +13,11 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ditkit.checkpoints.files.opening import DTYPES, TensorFiles, kind_of, open_source, read_header
+from ditkit.checkpoints.files.formats import kind_of
+from ditkit.checkpoints.files.opening import open_source
 from ditkit.checkpoints.files.pickles import PickleFile
+from ditkit.checkpoints.files.safetensors import TensorFiles, read_header
+from ditkit.checkpoints.files.stored import DTYPES
 from ditkit.errors import LoadError
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from ditkit.checkpoints.files import gguf as ours
 from ditkit.checkpoints.files.gguf import BLOCKS, GGUFFile
 from ditkit.checkpoints.files.opening import open_source
-from ditkit.checkpoints.kinds.keys import umt5_keys
+from ditkit.checkpoints.kinds.umt5 import umt5_keys
 from ditkit.checkpoints.load import load_into
 from ditkit.checkpoints.views.quantized import Dequantized
 from ditkit.errors import LoadError, MissingDependency

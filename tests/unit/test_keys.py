@@ -6,8 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from ditkit.checkpoints.files.opening import TensorFiles
-from ditkit.checkpoints.kinds.keys import UMT5_ALIASES, rename, transformer_keys, umt5_keys, vae_keys
+from ditkit.checkpoints.files.safetensors import TensorFiles
+from ditkit.checkpoints.kinds.umt5 import UMT5_ALIASES, umt5_keys
+from ditkit.checkpoints.kinds.wan import transformer_keys
+from ditkit.checkpoints.kinds.wan_vae import vae_keys
+from ditkit.checkpoints.views.key_table import rename
 from ditkit.errors import LoadError
 from ditkit.models.wan_vae import WanVAE, WanVAEConfig
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from ditkit.checkpoints.files.opening import TensorFiles
+from ditkit.checkpoints.files.safetensors import TensorFiles
 from ditkit.checkpoints.load import load_into
 from ditkit.errors import LoadError
 
@@ -204,6 +204,7 @@ def test_a_buffer_that_no_file_has_must_not_stay_on_meta(tmp_path):
     refused(module, source(tmp_path, weights()), "1 tensors stayed without data (table)")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak memory from /proc")
 @pytest.mark.parametrize(("dtype", "copies"), [("float32", 1.0), ("bfloat16", 0.5)])
 def test_peak_memory_is_one_copy(tmp_path, dtype, copies):
@@ -213,7 +214,7 @@ def test_peak_memory_is_one_copy(tmp_path, dtype, copies):
     script = f"""
         import re, torch
         from torch import nn
-        from ditkit.checkpoints.files.opening import TensorFiles
+        from ditkit.checkpoints.files.safetensors import TensorFiles
         from ditkit.checkpoints.load import load_into
         def memory(key):
             return int(re.search(key + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024

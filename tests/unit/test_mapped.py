@@ -4,8 +4,11 @@ import pytest
 import torch
 from held import Held, shapes
 
-from ditkit.checkpoints.kinds.keys import KeyTable, Rule, clip_keys, transformer_keys, umt5_keys
+from ditkit.checkpoints.kinds.clip import clip_keys
+from ditkit.checkpoints.kinds.umt5 import umt5_keys
+from ditkit.checkpoints.kinds.wan import transformer_keys
 from ditkit.checkpoints.load import load_into
+from ditkit.checkpoints.views.key_table import KeyTable, Rule
 from ditkit.checkpoints.views.mapped import Mapped
 from ditkit.errors import LoadError
 

@@ -63,6 +63,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_99_of_100_clips_are_right_in_everything(damage):
     rng, count = np.random.default_rng(7), 200 if damage in ("none", "noise", "blur", "jpeg") else 50

@@ -398,6 +398,7 @@ def test_going_on_step_by_step(pipe):
     assert state.fingerprints == whole.fingerprints
 
 
+@pytest.mark.slow
 def test_going_on_in_a_new_process(pipe, tiny_model, tmp_path):
     whole = pipe.run(pipe.begin(request_of(pipe, "unipc"))).state
     half = pipe.run(pipe.begin(request_of(pipe, "unipc")), stop_at_step=2).state
@@ -423,6 +424,7 @@ def test_where_a_stop_may_be(pipe):
         pipe.run(state, stop_at_step=-1)
 
 
+@pytest.mark.slow
 def test_a_ctrl_c_at_any_line_of_the_loop_loses_nothing(pipe):
     """KeyboardInterrupt before each line that the loop executes, wherever that is; the run then goes on."""
     request = request_of(pipe, "unipc", steps=3)
@@ -544,6 +546,7 @@ def test_what_a_setting_touches(pipe, request_, expected):
     assert found == expected
 
 
+@pytest.mark.slow
 def test_options_and_weights_are_part_of_a_fingerprint(pipe, tiny_model):
     first = prints(pipe)
     assert differing(first, prints(ditkit.load(tiny_model, attention="dense"))) == LOOP | {"video"}
@@ -556,6 +559,7 @@ def test_options_and_weights_are_part_of_a_fingerprint(pipe, tiny_model):
     }
 
 
+@pytest.mark.slow
 def test_changed_weights_change_fingerprints(pipe, tmp_path):
     import shutil
 

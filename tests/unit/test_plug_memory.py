@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests import tiny
-from tests.plugs import FirstBlockCache, ForgetfulCache, Momentum, StaleAttention
+from tests.remembering import FirstBlockCache, ForgetfulCache, Momentum, StaleAttention
 
 import ditkit
 from ditkit import Seams, State
@@ -79,7 +79,7 @@ def test_cut_after_every_step(plain, whole):
 def test_in_another_process(plain, whole, tmp_path):
     run(plugged(plain, PLUGS["B"]), stop_at_step=3).state.save(tmp_path / "half.safetensors")
     code = (
-        "import sys, ditkit; from tests.plugs import FirstBlockCache\n"
+        "import sys, ditkit; from tests.remembering import FirstBlockCache\n"
         "pipe = ditkit.load('shapes', seams=ditkit.Seams(run_blocks=(FirstBlockCache(0.35),)))\n"
         "pipe.run(ditkit.State.load(sys.argv[1]), until='denoise').state.save(sys.argv[2])"
     )

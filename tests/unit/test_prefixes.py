@@ -4,7 +4,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ditkit.checkpoints.files.opening import TensorFiles, open_source
+from ditkit.checkpoints.files.opening import open_source
+from ditkit.checkpoints.files.safetensors import TensorFiles
 from ditkit.checkpoints.views.prefixes import Unprefixed, shared_prefix
 from ditkit.errors import LoadError
 

@@ -40,6 +40,7 @@ def test_every_stage_of_every_task_has_one_and_it_stays(models, task):
     assert len(set(once.values())) == len(once) >= 3
 
 
+@pytest.mark.slow
 def test_it_sees_weights_dtypes_and_cleaning(models, monkeypatch):
     folder = models("t2v")
     once = hashes(folder)

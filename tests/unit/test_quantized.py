@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from ditkit.checkpoints.files.opening import TensorFiles, open_source
+from ditkit.checkpoints.files.opening import open_source
+from ditkit.checkpoints.files.safetensors import TensorFiles
 from ditkit.checkpoints.load import load_into
 from ditkit.checkpoints.views.prefixes import Unprefixed
 from ditkit.checkpoints.views.quantized import Dequantized

@@ -198,6 +198,7 @@ def test_a_failure_is_not_remembered():
     assert shared.get("k", tiny.vae) is part
 
 
+@pytest.mark.slow
 def test_switching_back_and_forth_leaks_nothing():
     library = Library()
     holders = [library.holder(1), library.holder(5)]

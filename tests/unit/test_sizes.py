@@ -5,9 +5,12 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from ditkit.checkpoints.kinds.keys import table_of
-from ditkit.checkpoints.kinds.sizes import clip_sizes, taehv_sizes, transformer_sizes, umt5_sizes, vae_sizes
-from ditkit.checkpoints.kinds.table import config_of, task_of
+from ditkit.checkpoints.kinds.clip import clip_sizes
+from ditkit.checkpoints.kinds.kind import KINDS
+from ditkit.checkpoints.kinds.taehv import taehv_sizes
+from ditkit.checkpoints.kinds.umt5 import umt5_sizes
+from ditkit.checkpoints.kinds.wan import task_of, transformer_sizes
+from ditkit.checkpoints.kinds.wan_vae import vae_sizes
 from ditkit.checkpoints.views.mapped import Mapped
 from ditkit.checkpoints.views.source import TensorFacts, View
 from ditkit.errors import LoadError
@@ -51,8 +54,8 @@ def test_every_published_transformer(name, layout):
     config = asdict(OFFICIAL[name].config)
     source = on_meta(WanTransformer, OFFICIAL[name].config)
     if layout == "diffusers":
-        source = Mapped(source, table_of("wan", config), "other")
-    found = config_of("wan", layout, None, source.tensors)
+        source = Mapped(source, KINDS["wan"].keys(config), "other")
+    found = KINDS["wan"].read_config(layout, None, source.tensors)
     if not config["vace_layers"]:
         config = without(config, "vace_in_dim")
     assert {**found, "vace_layers": found.get("vace_layers", ())} == without(config, "text_len", "eps")
@@ -64,8 +67,10 @@ def test_every_published_transformer(name, layout):
 def test_vaes_of_2_1(layout, config):
     source = on_meta(WanVAE, config)
     if layout == "diffusers":
-        source = Mapped(source, table_of("wan_vae", asdict(config)), "other")
-    assert config_of("wan_vae", layout, None, source.tensors) == without(asdict(config), "latents_mean", "latents_std")
+        source = Mapped(source, KINDS["wan_vae"].keys(asdict(config)), "other")
+    assert KINDS["wan_vae"].read_config(layout, None, source.tensors) == without(
+        asdict(config), "latents_mean", "latents_std"
+    )
 
 
 @pytest.mark.parametrize("layout", ["native", "diffusers"])
@@ -73,8 +78,8 @@ def test_vaes_of_2_1(layout, config):
 def test_vaes_of_2_2(layout, config):
     source = on_meta(WanVAE22, config)
     if layout == "diffusers":
-        source = Mapped(source, table_of("wan_vae22", asdict(config)), "other")
-    found = config_of("wan_vae22", layout, None, source.tensors)
+        source = Mapped(source, KINDS["wan_vae22"].keys(asdict(config)), "other")
+    found = KINDS["wan_vae22"].read_config(layout, None, source.tensors)
     assert found == without(asdict(config), "latents_mean", "latents_std")
 
 
@@ -84,21 +89,21 @@ def test_umt5_xxl(layout):
     source = Shapes(umt5.build(config))
     if layout == "native":
         source.tensors = without(source.tensors, "encoder.embed_tokens.weight")
-        source = Mapped(source, table_of("umt5", asdict(config)), "native")
-    found = config_of("umt5", layout, None, source.tensors)
+        source = Mapped(source, KINDS["umt5"].keys(asdict(config)), "native")
+    found = KINDS["umt5"].read_config(layout, None, source.tensors)
     assert umt5.UMT5Config(**found) == config
 
 
 def test_the_official_image_encoder_and_its_smaller_relatives():
     source = Shapes(clip.build(clip.CLIPConfig()))
-    assert clip.CLIPConfig(**config_of("clip", "transformers", None, source.tensors)) == clip.CLIPConfig()
-    native = Mapped(source, table_of("clip", asdict(clip.CLIPConfig())), "native")
-    assert clip.CLIPConfig(**config_of("clip", "native", None, native.tensors)) == clip.CLIPConfig()
+    assert clip.CLIPConfig(**KINDS["clip"].read_config("transformers", None, source.tensors)) == clip.CLIPConfig()
+    native = Mapped(source, KINDS["clip"].keys(asdict(clip.CLIPConfig())), "native")
+    assert clip.CLIPConfig(**KINDS["clip"].read_config("native", None, native.tensors)) == clip.CLIPConfig()
     large = clip.CLIPConfig(1024, 4096, 24, 16, 224, 14, "quick_gelu")
     sizes = clip_sizes(Shapes(clip.build(large)).tensors)
     assert sizes.fields | sizes.assumed == without(asdict(large), "hidden_act", "layer_norm_eps")
     with pytest.raises(LoadError, match="shapes do not tell hidden_act, and there is no config"):
-        config_of("clip", "transformers", None, Shapes(clip.build(large)).tensors)
+        KINDS["clip"].read_config("transformers", None, Shapes(clip.build(large)).tensors)
 
 
 @pytest.mark.parametrize("config", [
@@ -106,7 +111,7 @@ def test_the_official_image_encoder_and_its_smaller_relatives():
     TAEHVConfig(z_dim=48, patch_size=2, variant="super", decoder_widths=(512, 256, 128, 64)),
 ])  # fmt: skip
 def test_tiny_vaes(config):
-    found = config_of("taehv", "native", None, on_meta(TAEHV, config).tensors)
+    found = KINDS["taehv"].read_config("native", None, on_meta(TAEHV, config).tensors)
     assert TAEHVConfig(**found) == config
     assert set(taehv_sizes(on_meta(TAEHV, config).tensors).fields) == asdict(config).keys() - {"temporal_upsample"}
 
@@ -114,10 +119,10 @@ def test_tiny_vaes(config):
 def test_heads_are_128_wide_or_said_by_a_config():
     tensors = on_meta(WanTransformer, SMALL).tensors
     with pytest.raises(LoadError, match=r"shapes do not tell num_heads, and there is no config. Put the model's"):
-        config_of("wan", "native", None, tensors)
-    assert config_of("wan", "native", SAID, tensors)["num_heads"] == 3
+        KINDS["wan"].read_config("native", None, tensors)
+    assert KINDS["wan"].read_config("native", SAID, tensors)["num_heads"] == 3
     wide = WanConfig(dim=256, ffn_dim=8, num_heads=2, num_layers=1, text_dim=8, freq_dim=8)
-    assert config_of("wan", "native", None, on_meta(WanTransformer, wide).tensors)["num_heads"] == 2
+    assert KINDS["wan"].read_config("native", None, on_meta(WanTransformer, wide).tensors)["num_heads"] == 2
 
 
 @pytest.mark.parametrize(("change", "found"), [
@@ -135,7 +140,7 @@ def test_heads_are_128_wide_or_said_by_a_config():
 ])  # fmt: skip
 def test_a_native_config_may_not_contradict_the_tensors(change, found):
     with pytest.raises(LoadError) as error:
-        config_of("wan", "native", SAID | change, on_meta(WanTransformer, SMALL).tensors)
+        KINDS["wan"].read_config("native", SAID | change, on_meta(WanTransformer, SMALL).tensors)
     assert found in str(error.value)
 
 
@@ -144,7 +149,7 @@ def test_hints_that_are_not_evenly_spread_need_a_config():
     tensors = on_meta(WanTransformer, odd).tensors
     assert transformer_sizes(tensors).lengths == {"vace_layers": 3}
     with pytest.raises(LoadError, match="shapes do not tell vace_layers"):
-        config_of("wan", "native", None, tensors)
+        KINDS["wan"].read_config("native", None, tensors)
 
 
 @pytest.mark.parametrize(("read", "tensors", "found"), [

@@ -224,6 +224,7 @@ def test_digests_tell_contents_apart():
     assert digest({"a": ones, "b": 2 * ones}) == digest({"b": 2 * ones, "a": ones.clone()})
 
 
+@pytest.mark.slow
 def test_digests_are_those_of_every_process():
     code = "import torch; from ditkit.state import digest; print(digest('x', torch.arange(5.0), {'ü': [1, 2.5]}))"
     environment = {**os.environ, "PYTHONHASHSEED": "7"}

@@ -5,7 +5,7 @@ import torch
 from held import Held
 from safetensors.torch import load_file
 
-from ditkit.checkpoints.files.opening import read_header
+from ditkit.checkpoints.files.safetensors import read_header
 from ditkit.checkpoints.files.writing import write_file, write_pickle, write_set
 from ditkit.errors import LoadError
 

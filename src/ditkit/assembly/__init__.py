@@ -4,13 +4,16 @@ The one room where model classes, their files, dtypes and devices come together.
 """
 
 from ditkit.assembly.adapters import placed
-from ditkit.assembly.components import Components, apply_swaps
+from ditkit.assembly.components import Components
 from ditkit.assembly.model import Model
 from ditkit.assembly.notes import LatentsRgb
-from ditkit.assembly.pipelines import CALLS, pipeline_of, stage_of
+from ditkit.assembly.pipelines import pipeline_of, stage_of
+from ditkit.assembly.plugs import PLUGS, PlugRow
+from ditkit.assembly.stage_rows import STAGES, StageRow, calls_of
+from ditkit.assembly.tasks import TASKS, TaskRow
 from ditkit.checkpoints.model.find import ASSETS, MODELS
 
 __all__ = [
-    "ASSETS", "CALLS", "MODELS", "Components", "LatentsRgb", "Model", "apply_swaps", "pipeline_of", "placed",
-    "stage_of",
+    "ASSETS", "MODELS", "PLUGS", "STAGES", "TASKS", "Components", "LatentsRgb", "Model", "PlugRow", "StageRow",
+    "TaskRow", "calls_of", "pipeline_of", "placed", "stage_of",
 ]  # fmt: skip

@@ -12,15 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ditkit.contracts import Swap
+from ditkit.contracts import EXPERTS, Swap
 from ditkit.errors import LoadError, SetupError
+from ditkit.registry import PlugSpec
 
 if TYPE_CHECKING:
     from ditkit.checkpoints.lora.read import Adapter
-    from ditkit.checkpoints.model.locate import Part
+    from ditkit.checkpoints.model.part import Part
     from ditkit.setup import Setup
-
-EXPERTS = ("transformer", "transformer_2")
 
 
 def named_expert(text: str) -> tuple[str | None, str]:
@@ -58,10 +57,13 @@ class Wanted:
 
 
 def placed(setup: Setup) -> Setup:
-    """``setup`` with whole paths of stand-in parts and LoRAs, so that a clip finds them from every folder."""
+    """``setup`` with whole paths of stand-in parts, LoRAs and plugs, so that a clip finds them from every folder; a
+    plug's code with its sha256. Raises SetupError."""
     there = {name: Path(os.path.expanduser(where)) for name, where in setup.components.items()}
     parts = {name: str(path.absolute()) if path.exists() else setup.components[name] for name, path in there.items()}
-    return setup.model_copy(update={"components": parts, "loras": [Wanted.parse(text).placed for text in setup.loras]})
+    loras = [Wanted.parse(text).placed for text in setup.loras]
+    plugs = [str(PlugSpec.parse(text).placed()) for text in setup.plugs]
+    return setup.model_copy(update={"components": parts, "loras": loras, "plugs": plugs})
 
 
 def _number(text: str) -> float | None:
@@ -90,13 +92,13 @@ class Adapters:
         there = [name for name in EXPERTS if name in parts]
         for wanted in map(Wanted.parse, setup.loras):
             source = open_source(wanted.path)
-            named = experts_of(source)
+            named = experts_of(source, parts[there[0]].kind) if there else ()
             for expert in _experts(wanted, named, there):
                 part = parts[expert]
                 assert part.source is not None
                 targets = {name: tuple(facts.shape) for name, facts in part.source.tensors.items()}
                 section = expert if named else None
-                adapter = read_lora(source, targets, expert=section, allow=tuple(setup.lora_allow))
+                adapter = read_lora(source, targets, kind=part.kind, expert=section, allow=tuple(setup.lora_allow))
                 found.setdefault(expert, []).append((adapter, wanted.strength))
         return cls(setup.lora_mode, found)
 

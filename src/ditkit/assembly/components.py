@@ -1,32 +1,37 @@
-"""Components: the parts of a model, each built on the meta device and filled strictly when it is first asked for.
+"""Components: the parts of a model, each loaded when it is first asked for, and known by a fingerprint without that.
 
-Leaves out: finding the parts (``find.py``) and what a run does with them.
+Leaves out: finding the parts (``find.py``), how each is loaded (loaders.py), and what a run does with them.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import itertools
 import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from ditkit.assembly.adapters import Adapters
-from ditkit.assembly.identity import identity_of
+from ditkit.assembly.loaders import LoadOptions
 from ditkit.assembly.model import Model, vocabulary
-from ditkit.contracts import Swap
+from ditkit.contracts import EXPERTS, Swap, identify
 from ditkit.errors import LoadError, SetupError
 from ditkit.events import SILENT, Events
 from ditkit.mlx import exact_name
 from ditkit.prompting import open_expander
-from ditkit.setup import Setup
+from ditkit.registry import resolve
+from ditkit.setup import PARTS, Setup
 from ditkit.shared import Holder, Shared
 from ditkit.store.cache import remember_hashes
 
 if TYPE_CHECKING:
-    from ditkit.checkpoints.model.locate import Part
+    import torch
+
+    from ditkit.checkpoints.model.part import Part
 
 EXPANDER = "prompt_expander"
 """Of the setup, not of the model: it is held beside the model's parts, and told of in the State's ``expansion``."""
@@ -36,10 +41,27 @@ class Components(Mapping[str, Any]):
     """The parts of a model, each loaded when it is first asked for, once, whichever thread asks.
 
     Parts of equal files, sizes, dtype, device and swaps are one object for all Components with the same ``shared``.
-    ``describe()`` tells of each loaded part its class, dtype, device, policy and files."""
+    ``describe()`` tells of each loaded part its class, dtype, device, policy and files. ``device_of``: (component, name
+    of a tensor) -> its device, where a component's weights do not all lie on the device that computes it; on ``meta``
+    it is not read."""
 
-    def __init__(self, model: Model, setup: Setup, swaps: tuple[Swap, ...] = (), shared: Shared | None = None):
-        self.model, self.setup, self.own_swaps = model, setup, swaps
+    def __init__(
+        self,
+        model: Model,
+        setup: Setup,
+        swaps: tuple[Swap, ...] = (),
+        shared: Shared | None = None,
+        device_of: Callable[[str, str], torch.device | str] | None = None,
+    ):
+        self.model, self.setup, self.own_swaps, self.device_of = model, setup, swaps, device_of
+        there = [name for name in model.known if name != "tokenizer"]
+        for swap in swaps:
+            named = {*swap.components}
+            if not named & {*there} or not named <= {*there, *PARTS} - {"tokenizer"}:
+                raise SetupError(
+                    f"swap {swap.name!r} for {', '.join(swap.components)}",
+                    f"{model.name} has no such component with weights; it has {', '.join(there)}", "Name one of these",
+                )  # fmt: skip
         remember_hashes(setup)
         self.adapters = Adapters.open(setup, model.parts)
         self.holder = Holder(
@@ -79,12 +101,40 @@ class Components(Mapping[str, Any]):
 
     def _identity(self, name: str) -> Callable[[], str]:
         if name not in self._identities:
-            self._identities[name] = identity_of(self, self.model.parts[name])
+            self._identities[name] = functools.cache(partial(self._identify, self.model.parts[name]))
         return self._identities[name]
+
+    def _identify(self, part: Part) -> str:
+        """A hash over its weights and how they compute; it reads all files. Two components of one fingerprint give the
+        same bits on the same kind of device."""
+        if part.source is None:
+            from ditkit.models.text import tokenizer_fingerprint
+
+            about: list[Any] = [part.row.pinned, tokenizer_fingerprint(vocabulary(part))]
+        else:
+            dtype = str(self.place(part.component)[0])
+            about = [
+                part.row.pinned,
+                self.source(part).fingerprint,
+                dtype,
+                dict(part.config),
+                *self._how(part.component),
+            ]
+            if (backend := self.setup.backend_of(part.component)) != "torch":
+                about.append(exact_name(backend))
+        return hashlib.sha256(json.dumps(about, sort_keys=True, default=list).encode()).hexdigest()
+
+    def _how(self, name: str) -> list[Any]:
+        """What changes how its weights compute, as plain values; nothing for a part without policy and swaps."""
+        swaps = [swap.fingerprint for swap in self.swaps(name)]
+        return [self.setup.dtype_policy, swaps] if name in EXPERTS else [swaps] if swaps else []
 
     def _make(self, name: str) -> Any:
         part = self.model.parts[name]
-        component = LOADERS[part.kind](self, part)
+        device_of = None if self.device_of is None else partial(self.device_of, name)
+        policy, backend = self.setup.dtype_policy, self.setup.backend_of(name)
+        how = LoadOptions(*self.place(name), self.swaps(name), device_of, policy, backend)
+        component = resolve(part.row.load)(replace(part, source=self.source(part)), how)
         component.identify = self._identity(name)
         return component
 
@@ -113,21 +163,21 @@ class Components(Mapping[str, Any]):
         """What two parts must have in common to be one object. Files count by place, size and time, so a copy of a file
         is another one: to know that it is not would mean to read both."""
         part = self.model.parts[name]
-        source = self.source(part) if part.source else None
+        source = self.source(part)
         files = source.files if source else [vocabulary(part)]
         stats = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-        told = [part.kind, dict(part.config), stats, source.sketch if source else ""]
-        if part.kind == "wan":  # the one kind that has a dtype_policy and swaps
-            told += [self.setup.dtype_policy, [s.fingerprint for s in self.swaps(name)]]
-        place = [] if part.kind == "tokenizer" else [*map(str, self.place(name)), self.setup.backend_of(name)]
-        return json.dumps([*told, place], sort_keys=True, default=list)
+        told = [part.row.pinned, dict(part.config), stats, source.sketch if source else "", *self._how(name)]
+        if source:
+            told += [*map(str, self.place(name)), self.setup.backend_of(name), identify(self.device_of)]
+        return json.dumps(told, sort_keys=True, default=list)
 
     def source(self, part: Part) -> Any:
         """The tensors of a part as they are loaded: LoRAs added, where they are to be."""
-        return self.adapters.fused(part.component, part.source) if part.kind == "wan" else part.source
+        return self.adapters.fused(part.component, part.source)
 
     def swaps(self, name: str) -> tuple[Swap, ...]:
-        return (*self.adapters.swaps(name), *self.own_swaps)
+        """Those of a component; LoRAs come last, beside whatever is there then."""
+        return (*(swap for swap in self.own_swaps if name in swap.components), *self.adapters.swaps(name))
 
     def listening(self, events: Events) -> Mapping[str, Any]:
         """The same components; ``events`` hears of those that are loaded through this view."""
@@ -152,7 +202,7 @@ class Components(Mapping[str, Any]):
         """File name -> sha256 of what a part is made of, LoRAs included; they are read, the part is not loaded.
 
         Of files with one name in different folders the second is ``NAME (2)``."""
-        from ditkit.checkpoints.files.opening import file_hash
+        from ditkit.checkpoints.files.stored import file_hash
 
         part = self.model.parts[name]
         if part.source is None:
@@ -180,95 +230,11 @@ class Components(Mapping[str, Any]):
         facts |= {"quantization": part.quantization}
         if (backend := self.setup.backend_of(name)) != "torch":
             facts |= {"backend": exact_name(backend), **getattr(component, "facts", {})}
-        if part.kind != "wan":
-            return facts
+        swaps = [swap.name for swap in self.own_swaps if name in swap.components]
+        if name not in EXPERTS:
+            return {**facts, "swaps": swaps} if swaps else facts
         more = {"dtype_policy": self.setup.dtype_policy, "attention": self.setup.attention}
-        return {**facts, **more, "swaps": [s.name for s in self.own_swaps], "loras": self.adapters.describe(name)}
-
-
-def load_tokenizer(components: Components, part: Part) -> Any:
-    from ditkit.models.text import WanTokenizer
-
-    return WanTokenizer(vocabulary(part).parent)
-
-
-def load_umt5(components: Components, part: Part) -> Any:
-    from ditkit.models.umt5 import UMT5Config, UMT5TextEncoder
-
-    assert part.source is not None
-    config, place = UMT5Config(**part.config), components.place(part.component)
-    backend = components.setup.backend_of(part.component)
-    if backend == "torch":
-        return UMT5TextEncoder.load(config, part.source, None, *place)
-    from ditkit.mlx.umt5 import MLXTextEncoder
-
-    return MLXTextEncoder.load(config, part.source, None, *place, backend)
-
-
-def load_clip(components: Components, part: Part) -> Any:
-    from ditkit.models.clip import CLIPConfig, CLIPImageEncoder
-
-    assert part.source is not None
-    return CLIPImageEncoder.load(CLIPConfig(**part.config), part.source, None, *components.place(part.component))
-
-
-def load_wan(components: Components, part: Part) -> Any:
-    import torch
-
-    from ditkit.checkpoints.load import load_into
-    from ditkit.models.wan import WanConfig, WanTransformer
-    from ditkit.nn.dtype_policy import dtype_policy
-
-    assert part.source is not None
-    setup, config = components.setup, WanConfig(**part.config)
-    dtype, device = components.place(part.component)
-    policy = dtype_policy(setup.dtype_policy, dtype)
-    with torch.device("meta"):
-        module = WanTransformer(config, policy).eval().requires_grad_(False)
-    source, swaps = components.source(part), components.swaps(part.component)
-    load_into(module, source, dtype_of=policy.weight_dtype, device=device, check_finite=True)
-    apply_swaps(module, swaps)
-    return module
-
-
-def load_vae(components: Components, part: Part) -> Any:
-    import torch
-
-    from ditkit.checkpoints.load import load_into
-    from ditkit.models.wan_vae import WanVAE, WanVAEConfig
-    from ditkit.models.wan_vae22 import WanVAE22, WanVAE22Config
-
-    assert part.source is not None
-    classes: dict[str, tuple[Any, Any]] = {
-        "wan_vae": (WanVAE, WanVAEConfig),
-        "wan_vae22": (WanVAE22, WanVAE22Config),
-    }
-    cls, config_cls = classes[part.kind]
-    config = config_cls(**part.config)
-    dtype, device = components.place(part.component)
-    with torch.device("meta"):
-        module = cls(config).eval().requires_grad_(False)
-    load_into(module, part.source, dtype_of=lambda name: dtype, device=device, check_finite=True)
-    return module
-
-
-def load_taehv(components: Components, part: Part) -> Any:
-    from ditkit.models.taehv import TAEHV, TAEHVConfig
-
-    assert part.source is not None
-    return TAEHV.load(TAEHVConfig(**part.config), part.source, *components.place(part.component))
-
-
-LOADERS: Mapping[str, Callable[[Components, Any], Any]] = MappingProxyType({
-    "tokenizer": load_tokenizer,
-    "umt5": load_umt5,
-    "clip": load_clip,
-    "wan": load_wan,
-    "wan_vae": load_vae,
-    "wan_vae22": load_vae,
-    "taehv": load_taehv,
-})  # fmt: skip
-"""Kind of a part -> what builds and fills it."""
+        return {**facts, **more, "swaps": swaps, "loras": self.adapters.describe(name)}
 
 
 class _Listening(Mapping[str, Any]):
@@ -289,17 +255,3 @@ class _Listening(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self._components)
-
-
-def apply_swaps(module: Any, swaps: tuple[Swap, ...]) -> None:
-    """Seam C: replace every module that a swap matches. Raises SetupError for a swap that matches none."""
-    for swap in swaps:
-        found = [name for name, child in module.named_modules() if name and swap.match(name, child)]
-        if not found:
-            raise SetupError(
-                f"swap {swap.name!r}", "it matches no module of the transformer", "Compare with named_modules()"
-            )
-        for name in found:
-            parent, _, leaf = name.rpartition(".")
-            owner = module.get_submodule(parent)
-            setattr(owner, leaf, swap.make(module.get_submodule(name)))

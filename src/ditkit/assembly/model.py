@@ -14,15 +14,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ditkit.assembly.defaults import official
 from ditkit.assembly.notes import LatentsRgb, check_defaults, check_preview
-from ditkit.assembly.pipelines import INPUTS, NEEDED
-from ditkit.checkpoints.model.find import FoundModel, at_host, find
+from ditkit.assembly.tasks import TASKS
+from ditkit.checkpoints.kinds.kind import KINDS
+from ditkit.checkpoints.model.find import at_host, find
+from ditkit.checkpoints.model.part import FoundModel, Part, Scope, main_of
 from ditkit.errors import LoadError, RequestError
+from ditkit.pictures import FIELDS as PICTURES
+from ditkit.registry import resolve
 from ditkit.request import Request
 
 if TYPE_CHECKING:
-    from ditkit.checkpoints.model.locate import Part, Scope
     from ditkit.setup import Setup
 
 
@@ -65,22 +67,21 @@ class Model:
     def _of(cls, name: str, found: FoundModel, setup: Setup | None) -> Model:
         located = found.located.check()
         known = {**located.elsewhere, **located.parts}
-        strides, patch, vae = geometry(known)
-        main = known.get("transformer") or known.get("transformer_2")
-        if main is not None and vae is not None:
-            check_fit(str(located.path), main, vae)
-        if setup and "image_encoder" in setup.components and main is not None and main.config.get("image_dim") is None:
-            raise LoadError(
-                f"opening {name} with an image_encoder", "its transformer has no image branch", "Leave the part out"
-            )
+        strides, patch = geometry(known)
+        main, vae = main_of(known), known.get("vae")
+        if (
+            setup
+            and "image_encoder" in setup.components
+            and main
+            and "image_encoder" not in main.row.needs(main.config)
+        ):
+            found_ = "its transformer has no image branch"
+            raise LoadError(f"opening {name} with an image_encoder", found_, "Leave the part out")
         defaults = check_defaults(found.tables.get("defaults", {}), found.file, strides[1] * patch[1], strides[0])
         rgb = None
         if vae is not None:
-            rgb = check_preview(found.tables.get("preview"), found.file, vae.z_dim)
-            if rgb is None and vae.official:
-                from ditkit.models.latent_rgb import factors_for
-
-                rgb = factors_for(vae.z_dim)
+            channels = vae.row.ports(vae.row.config(vae.config))["latent channels"].width or 0
+            rgb = check_preview(found.tables.get("preview"), found.file, channels) or official_preview(vae, channels)
         return cls(
             name, located.path, located.parts, located.task or "", found.flow_shift, defaults, rgb, strides, patch,
             located.boundary, found.processor, found.verify, located.elsewhere,
@@ -88,10 +89,10 @@ class Model:
 
     def describe(self) -> dict[str, Any]:
         """What a host says of its model, in plain values: ``model``, the whole, and ``parts``, of each that is here its
-        kind, its sizes and an identity that is told in milliseconds. ``elsewhere.py`` reads it."""
+        kind, its sizes and an identity that is told in milliseconds. ``remote_parts.py`` reads it."""
         preview = None if self.latents_rgb is None else dict(zip(("factors", "bias"), self.latents_rgb, strict=True))
         parts = {
-            name: {"kind": part.kind, "config": dict(part.config), "layout": part.layout,
+            name: {"kind": part.row.pinned, "config": dict(part.config), "layout": part.layout,
                    "quantization": part.quantization, "notes": list(part.notes), "identity": self.identities[name]}
             for name, part in self.parts.items()
         }  # fmt: skip
@@ -113,11 +114,18 @@ class Model:
     @property
     def main(self) -> Part:
         """The transformer; of two, the first that is known."""
-        return self.known["transformer"] if "transformer" in self.known else self.known["transformer_2"]
+        return main_of(self.known) or self.known["transformer"]
+
+    @property
+    def network(self) -> Any:
+        """The class of the transformer, for what it says of itself without weights: ``timestep_scale``, ``reads``,
+        ``cfg``. Wan's where no transformer is known."""
+        part = main_of(self.known)
+        return resolve((KINDS["wan"] if part is None else part.row).module)
 
     @property
     def has_image_branch(self) -> bool:
-        return self.main.config.get("image_dim") is not None
+        return "image_encoder" in self.main.row.needs(self.main.config)
 
     @functools.cached_property
     def defaults(self) -> dict[str, Any]:
@@ -131,7 +139,7 @@ class Model:
     def family_defaults_for(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """The official ones of the task, without the model's own."""
         own = self.own_defaults
-        found = official(self.task, len(self.experts), {**own, **values})
+        found = TASKS[self.task].sampling(len(self.experts), {**own, **values})
         if self.boundary is not None:
             found["boundary"] = self.boundary
         if values.get("convention", own.get("convention")) == "diffusers" and self.flow_shift is not None:
@@ -144,7 +152,7 @@ class Model:
 
         Made when first asked for, in milliseconds: of the weights it takes the headers, the sizes and samples of the
         data. Full hashes are in the components' fingerprints and in the manifest. Raises LoadError."""
-        from ditkit.checkpoints.files.opening import file_sample
+        from ditkit.checkpoints.files.stored import file_sample
 
         found: dict[str, str] = {}
         for name, part in sorted(self.known.items()):
@@ -152,7 +160,7 @@ class Model:
                 found[name] = str(part.told["identity"])
                 continue
             sketch = part.source.sketch if part.source else file_sample(vocabulary(part))
-            about = json.dumps([part.kind, dict(part.config), sketch], sort_keys=True)
+            about = json.dumps([part.row.pinned, dict(part.config), sketch], sort_keys=True)
             found[name] = hashlib.sha256(about.encode()).hexdigest()
         return found
 
@@ -187,76 +195,40 @@ class Model:
     def check(self, request: Request) -> None:
         """Raises RequestError for inputs that the task has no use for, and for settings that would be ignored."""
         asked = f"a run of {self.name}"
-        known = {name for names in INPUTS.values() for name in names}
-        for name in sorted(known):
-            if getattr(request, name) and name not in INPUTS[self.task]:
-                takes = ", ".join(INPUTS[self.task]) or "text alone"
+        task = TASKS[self.task]
+        for name in PICTURES:
+            if getattr(request, name) and name not in task.inputs:
+                takes = ", ".join(task.inputs) or "text alone"
                 raise RequestError(f"{asked} with {name}", f"its model takes {takes}", f"Leave {name} out")
-        for name in NEEDED[self.task]:
+        for name in task.needed:
             if not getattr(request, name):
                 raise RequestError(f"{asked} without {name}", f"its model goes on from {name}", f"Give {name}=FILE")
         if request.image_processing == "diffusers" and self.processor is not None and self.has_image_branch:
             from ditkit.models.clip import check_processor
 
             check_processor(self.processor, self.known["image_encoder"].config["image_size"])
-        if request.size_from == "image" and "image" not in INPUTS[self.task]:
+        if request.size_from == "image" and "image" not in task.inputs:
             raise RequestError(f"{asked} with size_from=image", "its model takes no image", "Give width and height")
-        if request.control_scale != 1 and self.task != "vace":
+        if request.control_scale != 1 and "control_video" not in task.inputs:
             raise RequestError(f"{asked} with control_scale", "its model takes no control", "Leave it out")
 
 
-@dataclass(frozen=True)
-class VAEGeometry:
-    kind: str
-    z_dim: int
-    strides: tuple[int, int, int]
-    official: bool  # whether its latents are those that the published models know
+def geometry(parts: Mapping[str, Part]) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """(strides, patch). A host without the VAE has the strides of the published one that its transformer needs; a job
+    brings its own. Raises LoadError for a VAE whose kind says none."""
+    main, vae = main_of(parts), parts.get("vae")
+    patch = main.row.patch(main.row.config(main.config)) if main and main.row.patch else (1, 2, 2)
+    usual = "wan_vae" if main is None else main.row.needs(main.config).get("vae", "wan_vae")
+    kind, fields = (KINDS[usual], {}) if vae is None else (vae.row, vae.config)
+    if kind.strides is None:
+        raise LoadError(f"using a {kind.name} as vae", "its kind says no strides", "Give them in its row")
+    return kind.strides(kind.config(fields)), patch
 
 
-def vae_geometry(part: Part) -> VAEGeometry:
-    """What other parts need to know of a VAE, from its config. Raises LoadError for a part that is none."""
-    classes = _vaes()
-    if part.kind not in classes:
-        raise LoadError(f"using {part.path} as vae", f"it is a {part.kind}", f"Give one of {', '.join(classes)}")
-    config = classes[part.kind](**part.config)
-    spatial = config.spatial_stride
-    official = part.kind == "taehv" or config.latents_mean == classes[part.kind]().latents_mean
-    return VAEGeometry(part.kind, config.z_dim, (config.temporal_stride, spatial, spatial), official)
-
-
-def geometry(parts: Mapping[str, Part]) -> tuple[tuple[int, int, int], tuple[int, int, int], VAEGeometry | None]:
-    """Strides, patch and what else is known of the VAE. A host without the VAE has the strides of the published one
-    whose latents its transformer takes; a job brings its own."""
-    main = parts.get("transformer") or parts.get("transformer_2")
-    patch = (1, 2, 2) if main is None else tuple(main.config["patch_size"])
-    if "vae" in parts:
-        vae = vae_geometry(parts["vae"])
-        return vae.strides, patch, vae
-    kind = "wan_vae22" if main is not None and main.config["out_dim"] == 48 else "wan_vae"
-    config = _vaes()[kind]()
-    return (config.temporal_stride, config.spatial_stride, config.spatial_stride), patch, None
-
-
-def _vaes() -> dict[str, Any]:
-    from ditkit.models.taehv import TAEHVConfig
-    from ditkit.models.wan_vae import WanVAEConfig
-    from ditkit.models.wan_vae22 import WanVAE22Config
-
-    return {"wan_vae": WanVAEConfig, "wan_vae22": WanVAE22Config, "taehv": TAEHVConfig}
-
-
-def check_fit(where: str, main: Part, vae: VAEGeometry) -> None:
-    """What the parts alone cannot tell (``checkpoints/model/locate.py`` compares their sizes): what a VAE gives to a
-    control input. Raises LoadError."""
-    if not main.config.get("vace_layers"):
-        return
-    needs, gives = main.config["vace_in_dim"], 2 * vae.z_dim + vae.strides[1] * vae.strides[2]
-    if needs != gives:
-        raise LoadError(
-            f"opening the model in {where}",
-            f"vace_in_channels of the transformer is {needs} and its VAE gives {gives}",
-            "Use parts of one model",
-        )
+def official_preview(vae: Part, channels: int) -> LatentsRgb | None:
+    """The known preview of latents; None for those that the published models do not know."""
+    published = all(vae.config.get(key, value) == value for key, value in vae.row.unsaid.items())
+    return resolve(vae.row.preview)(channels) if vae.row.preview and published else None
 
 
 def vocabulary(part: Part) -> Path:

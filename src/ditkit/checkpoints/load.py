@@ -1,24 +1,35 @@
 """Fill a module with tensors, strictly: every parameter once, in its shape, and nothing left over.
 
-The module should have been built on the meta device. Names and shapes are compared before any data is read; then
-tensors come one by one and are cast and placed, so memory holds one copy of the weights and one tensor more.
-Leaves out: where tensors come from (files.py) and what they are called elsewhere (keys.py).
+The module should have been built on the meta device. Names and shapes are compared before any data is read, then swaps
+(seam C) put other modules in, and then tensors come one by one; each is cast and goes straight to its own device, so
+memory holds one copy of the weights and one tensor more.
+Leaves out: where tensors come from (``files/``, ``views/``) and what they are called elsewhere (``kinds``).
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ditkit.checkpoints.files.opening import DTYPES, some
-from ditkit.checkpoints.views.source import TensorSource, cast, no_inspection
-from ditkit.errors import LoadError
+from ditkit.checkpoints.files.stored import DTYPES
+from ditkit.checkpoints.files.text import some
+from ditkit.checkpoints.views.source import Stored, TensorSource, cast, no_inspection, stored
+from ditkit.contracts import Swap
+from ditkit.errors import LoadError, SetupError
 
 NOTHING: Mapping[str, str] = MappingProxyType({})
+Device = torch.device | str
+Slot = tuple[nn.Module, str]
+"""A module, and the name of one of its own parameters or buffers."""
 
 
 def load_into(
@@ -27,7 +38,8 @@ def load_into(
     names: Mapping[str, str] | None = None,
     *,
     dtype_of: Callable[[str], torch.dtype | None] = lambda name: None,
-    device: torch.device | str = "cpu",
+    device_of: Device | Callable[[str], Device] = "cpu",
+    swaps: Sequence[Swap] = (),
     aliases: Mapping[str, str] = NOTHING,
     check_finite: bool = False,
 ) -> None:
@@ -35,29 +47,96 @@ def load_into(
 
     ``names``: the source's name -> the module's name; None when they are equal, and then nothing is unknown.
     ``dtype_of``: the module's full name of a tensor -> its dtype; None keeps the stored one.
+    ``device_of``: one device, or the module's full name of a tensor -> its device. What is to be on ``meta`` is not
+    read: it stays without data, for whoever brings it later.
+    ``swaps`` (``contracts.Swap``) act after the names have been compared. All names are those of before.
     ``aliases``: second name -> first name of one parameter, in the module's names. The source may have either or both;
     both must be equal. The module has one parameter under both names afterwards.
     ``check_finite`` refuses infinities and NaN after the cast; each part is looked at just after it was read.
-    Raises LoadError for unknown, missing, doubled, mis-shaped and non-float tensors, counting all of them."""
+    Raises LoadError for unknown, missing, doubled, mis-shaped and non-float tensors, counting all of them; for those
+    that have no place after the swaps, and those that stay without data. SetupError for a swap that matches nothing."""
     asked = f"loading {type(module).__name__} from {source.path}"
-    target = fit(asked, _wanted(module, aliases), source, names, aliases=aliases)
+    if isinstance(device_of, str | torch.device):
+        device_of = _everywhere(device_of)
+    wanted = _wanted(module, aliases)
+    target = fit(asked, wanted, source, names, aliases=aliases)
+    own = {id(tensor): name for name, tensor in wanted.items()}
+    own |= {id(t): aliases[n] for n, t in module.state_dict(keep_vars=True).items() if n in aliases}
+    later: set[tuple[int, str]] = set()
     with torch.inference_mode(False):  # a parameter made in inference mode could never be trained
-        filled: dict[str, Tensor] = {}
+        apply_swaps(module, swaps)
+        slots, brought = _slots(asked, module, wanted, own)
+        for place, slot in brought.items():
+            _move(slot, torch.device(device_of(place)))
+        done: dict[str, tuple[SourceTensor, Tensor | None]] = {}
         for key in source.tensors:
             name = target[key]
-            tensor = read(asked, source, key, dtype_of(name), check_finite=check_finite).to(device)
-            if name in filled:
-                if not torch.equal(filled[name], tensor):
+            tensor = SourceTensor(asked, source, key, dtype_of(name), torch.device(device_of(name)), check_finite)
+            if tensor.device.type == "meta":
+                later |= {(id(owner), leaf) for owner, leaf in slots[name]}
+            elif name not in done:
+                done[name] = tensor, _fill(tensor, slots[name])
+            else:
+                first, held = done[name]
+                if not torch.equal(first.read() if held is None else held, tensor.read()):
                     raise two_names_differ(asked, key, name)
-                continue
-            filled[name] = tensor
-            _assign(module, name, tensor)
-            del tensor
-        for second, first in aliases.items():
-            parent, leaf = _parent(module, second)
-            setattr(parent, leaf, module.get_parameter(first))
-    if left := [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]:
-        raise LoadError(asked, f"{len(left)} tensors stayed without data ({some(left)})", "Report this as a bug")
+    left = [n for n, owner, leaf, t in _tensors(module) if t.is_meta and (id(owner), leaf) not in later]
+    if left:
+        do = "Fill them where the module is swapped in" if swaps else "Report this as a bug"
+        raise LoadError(asked, f"{len(left)} tensors stayed without data ({some(left)})", do)
+
+
+def apply_swaps(module: nn.Module, swaps: Iterable[Swap]) -> None:
+    """Replace every module that a swap matches. Raises SetupError for a swap that matches none."""
+    for swap in swaps:
+        found = [name for name, child in module.named_modules() if name and swap.match(name, child)]
+        if not found:
+            told = f"it matches no module of {type(module).__name__}"
+            raise SetupError(f"swap {swap.name!r}", told, "Compare with named_modules()")
+        for name in found:
+            path, _, leaf = name.rpartition(".")
+            setattr(module.get_submodule(path), leaf, swap.make(module.get_submodule(name)))
+
+
+@dataclass
+class SourceTensor:
+    """One tensor of a source on its way into a module: ``key`` is its name there, ``dtype`` and ``device`` are what it
+    is to have in the module (dtype None: as it is stored). A module that fills itself is given it (``Swap``)."""
+
+    asked: str
+    source: TensorSource
+    key: str
+    dtype: torch.dtype | None
+    device: torch.device
+    check_finite: bool = True
+    used: bool = False
+
+    def read(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Its numbers as ``dtype`` (None: that of the module), on its device. Raises LoadError."""
+        self.used, dtype = True, dtype or self.dtype
+        return read(self.asked, self.source, self.key, dtype, check_finite=self.check_finite).to(self.device)
+
+    def stored(self) -> Stored:
+        """Codes, scales and format, on its device. Its numbers are looked at too, where that was asked for, which takes
+        as long as to read them. Raises LoadError for what has no stored form, such as a weight with a LoRA merged."""
+        self.used, found = True, stored(self.source, self.key)
+        if self.check_finite:
+            read(self.asked, self.source, self.key, self.dtype)
+        return found.to(self.device)
+
+
+def identify_weights(
+    source: TensorSource, dtype: torch.dtype, config: Any, swaps: Sequence[Swap] = (), *more: str
+) -> Callable[[], str]:
+    """What tells the fingerprint of a component made of these. When first asked it reads all files; then it remembers.
+    ``config``: a dataclass of sizes. Components of one fingerprint give the same bits on the same kind of device."""
+
+    @functools.cache
+    def identify() -> str:
+        about = [source.fingerprint, str(dtype), asdict(config), *more, *(swap.fingerprint for swap in swaps)]
+        return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+
+    return identify
 
 
 def mismatches(
@@ -111,23 +190,32 @@ def _compare(
     wanted: Mapping[str, Tensor], source: TensorSource, names: Mapping[str, str] | None, aliases: Mapping[str, str]
 ) -> tuple[dict[str, str], list[str]]:
     """(source name -> wanted name, what does not fit)."""
-    target, unknown, doubled = _match(source, wanted, names, aliases)
-    missing = wanted.keys() - target.values()
+    target: dict[str, str] = {}
+    unknown, doubled, taken = set(), [], set()
+    for key in source.tensors:
+        name = key if names is None else names.get(key, "")
+        if aliases.get(name, name) not in wanted:
+            unknown.add(key)
+        elif name in taken:
+            doubled.append(key)
+        else:
+            taken.add(name)
+            target[key] = aliases.get(name, name)
+    pairs = [(key, source.tensors[key], wanted[name]) for key, name in target.items()]
     shapes = [
-        f"{name} has {list(info.shape)} where the model has {list(wanted[target[name]].shape)}"
-        for name, info in source.tensors.items()
-        if name in target and info.shape != tuple(wanted[target[name]].shape)
+        f"{key} has {list(info.shape)} where the model has {list(tensor.shape)}"
+        for key, info, tensor in pairs
+        if info.shape != tuple(tensor.shape)
     ]
     kinds = [
-        f"{name} is {info.dtype}"
-        for name, info in source.tensors.items()
-        if name in target
-        and getattr(torch, DTYPES[info.dtype]).is_floating_point != wanted[target[name]].dtype.is_floating_point
+        f"{key} is {info.dtype}"
+        for key, info, tensor in pairs
+        if getattr(torch, DTYPES[info.dtype]).is_floating_point != tensor.dtype.is_floating_point
     ]
     return target, [
         f"{len(items)} {text} ({some(items)})"
         for items, text in (
-            (missing, "tensors are missing"),
+            (wanted.keys() - target.values(), "tensors are missing"),
             (unknown, "tensors are unknown to the model"),
             (doubled, "tensors come twice under two names"),
             (shapes, "tensors have another shape"),
@@ -155,33 +243,73 @@ class _Seen:
             self.all_finite = bool(part.isfinite().all())
 
 
-def _match(
-    source: TensorSource, wanted: Mapping[str, Tensor], names: Mapping[str, str] | None, aliases: Mapping[str, str]
-) -> tuple[dict[str, str], set[str], list[str]]:
-    """(source name -> module name, unknown source names, source names whose module name is taken)."""
-    target: dict[str, str] = {}
-    unknown, doubled, taken = set(), [], set()
-    for key in source.tensors:
-        name = key if names is None else names.get(key, "")
-        first = aliases.get(name, name)
-        if first not in wanted:
-            unknown.add(key)
-        elif name in taken:
-            doubled.append(key)
+def _tensors(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+    """(full name, owner, name there, tensor) of every parameter and buffer."""
+    for path, owner in module.named_modules():
+        for leaf, tensor in (*owner._parameters.items(), *owner._buffers.items()):
+            if tensor is not None:
+                yield f"{path}.{leaf}" if path else leaf, owner, leaf, tensor
+
+
+def _slots(
+    asked: str, module: nn.Module, wanted: Mapping[str, Tensor], own: Mapping[int, str]
+) -> tuple[dict[str, list[Slot]], dict[str, Slot]]:
+    """(name before the swaps -> where its tensor goes now, name of a tensor that a swap brought -> where it is).
+
+    ``own``: id of a tensor of before -> its name. A new tensor on the meta device has the name of its place."""
+    found: dict[str, list[Slot]] = {}
+    brought: dict[str, Slot] = {}
+    for name, owner, leaf, tensor in _tensors(module):
+        if (known := own.get(id(tensor))) is not None:
+            found.setdefault(known, []).append((owner, leaf))
         else:
-            taken.add(name)
-            target[key] = first
-    return target, unknown, doubled
+            brought[name] = owner, leaf
+    for name in wanted.keys() - found.keys() & brought.keys():
+        owner, leaf = brought[name]
+        if (tensor := getattr(owner, leaf)).is_meta and tensor.shape == wanted[name].shape:
+            found[name] = [brought.pop(name)]
+    if lost := wanted.keys() - found.keys():
+        raise LoadError(
+            asked,
+            f"{len(lost)} tensors have no place after the swaps ({some(lost)})",
+            "Let the new modules take over the old parameters (not copies of them), or have some of the same names",
+        )
+    return found, brought
 
 
-def _parent(module: nn.Module, name: str) -> tuple[nn.Module, str]:
-    path, _, leaf = name.rpartition(".")
-    return module.get_submodule(path), leaf
+def _everywhere(device: Device) -> Callable[[str], Device]:
+    return lambda name: device
 
 
-def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:
-    parent, leaf = _parent(module, name)
-    old = getattr(parent, leaf)
-    if isinstance(old, nn.Parameter):
-        tensor = nn.Parameter(tensor, requires_grad=old.requires_grad)
-    setattr(parent, leaf, tensor)
+def _fill(tensor: SourceTensor, slots: Iterable[Slot]) -> Tensor | None:
+    """One tensor for all ``slots``; a module that fills itself makes its own."""
+    value: Tensor | None = None
+    for owner, leaf in slots:
+        old = getattr(owner, leaf)
+        if (fill := getattr(owner, f"load_{leaf}", None)) is not None:
+            delattr(owner, leaf)
+            vars(owner).pop(f"load_{leaf}", None)
+            made = fill(tensor)
+            if not tensor.used:
+                found = f"load_{leaf} of {type(owner).__name__} did not look at {tensor.key}"
+                raise LoadError(tensor.asked, found, "Let it read the tensor, or leave that to the loader")
+            if made is not None and isinstance(old, nn.Parameter):
+                setattr(owner, leaf, _like(old, made))
+            elif made is not None:
+                owner.register_buffer(leaf, made)
+        else:
+            value = _like(old, tensor.read()) if value is None else value
+            setattr(owner, leaf, value)
+    return value
+
+
+def _move(slot: Slot, device: torch.device) -> None:
+    owner, leaf = slot
+    old = getattr(owner, leaf)
+    if "meta" not in (old.device.type, device.type) and old.device != device:
+        setattr(owner, leaf, _like(old, old.detach().to(device)))
+
+
+def _like(old: Tensor, new: Tensor) -> Tensor:
+    """``new``, a parameter where ``old`` was one."""
+    return nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ditkit.cli import show
-from ditkit.cli.flags import to_path
+from ditkit.cli.flags import Plugs, bring_plugs, to_path
 from ditkit.cli.located import located, packaged
 from ditkit.errors import SetupError
 
@@ -42,14 +42,16 @@ def convert(
     max_shard_size: Annotated[str, typer.Option(help="Most bytes of tensors in one safetensors file.")] = "5GB",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model that is in DST.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the path.")] = False,
+    plugs: Plugs = None,
 ) -> int:
     """Write a model, whole or not at all, in another layout or type; tensor by tensor, so memory stays small."""
     from ditkit.checkpoints.convert.convert import convert as run
 
+    bring_plugs(plugs)
     src = packaged(src)
     with _progress(quiet) as progress:
         done = run(
-            src, dst, layout, dtype,  # type: ignore[arg-type]
+            src, dst, layout, dtype,
             located=located(src, variant, verify=True), shard_bytes=to_bytes(max_shard_size), overwrite=overwrite,
             progress=progress,
         )  # fmt: skip

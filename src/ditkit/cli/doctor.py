@@ -99,7 +99,7 @@ def encoder() -> tuple[bool, str, str]:
 def embedded_model() -> list[tuple[bool, str, str]]:
     """Every model that comes with the package: its parts are all there and what their files hash to."""
     from ditkit.assembly import MODELS, Model
-    from ditkit.checkpoints.files.opening import file_hash
+    from ditkit.checkpoints.files.stored import file_hash
     from ditkit.errors import DitkitError
 
     rows = []

@@ -29,6 +29,25 @@ def to_path(text: str | Path) -> Path:
     return Path(os.path.expanduser(text))
 
 
+Plugs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--plug", metavar="VALUE", help=f"Code to know of: {FIELDS['plugs'].description}.", show_default=False
+    ),
+]
+
+
+def bring_plugs(plugs: list[str] | None) -> list[str]:
+    """Make all rows of ``plugs`` known, or of DITKIT_PLUGS; for a command that takes no other settings."""
+    from ditkit.assembly.plugs import plugs_of
+
+    named = {k: v for k, v in os.environ.items() if k == config.PREFIX + "PLUGS"}
+    layers = config.environment_layer(named), Layer.of({"plugs": plugs} if plugs else {}, "flag --plug")
+    known = config.settle(*layers).setup().plugs
+    plugs_of(known)
+    return known
+
+
 @dataclass(frozen=True)
 class RawSettings:
     """Settings as they were typed: texts by field (``on`` and ``off`` for a switch), ``--set`` and ``--config``."""
@@ -52,7 +71,7 @@ class RawSettings:
         origins: dict[str, str] = {}
         for key, texts in self.flags.items():
             origin = "PROMPT" if key == "prompt" else f"flag --{kebab(key)}"
-            if config.takes_list(key) and (len(texts) > 1 or _one_of_a_list(key, texts[0])):
+            if config.takes_list(key) and len(texts) > 1:
                 item = _item(key)
                 whole[key], origins[key] = [config.from_text(t, item, literal=True) for t in texts], origin
             elif typing.get_origin(FIELDS[key].annotation) is dict and not texts[0].lstrip().startswith("{"):
@@ -148,19 +167,20 @@ def _item(key: str) -> Any:
     return typing.get_args(lists[0])[0]
 
 
-def _one_of_a_list(key: str, text: str) -> bool:
-    """Whether ``text`` is the only entry of a setting that is always a list, and not the whole list in TOML."""
-    return typing.get_origin(FIELDS[key].annotation) is list and not text.lstrip().startswith("[")
+SINGULAR = {"plugs": "plug"}
+"""Settings whose flag, which may be repeated, names one of them."""
 
 
 def kebab(key: str) -> str:
-    return key.replace("_", "-")
+    return SINGULAR.get(key, key).replace("_", "-")
 
 
 def flag_of(key: str, value: Any) -> list[str]:
     """The words that set ``key`` to ``value`` again: the way back from a value to a flag."""
     if isinstance(value, bool):
         return [f"--{kebab(key)}" if value else f"--no-{kebab(key)}"]
+    if isinstance(value, list) and value:
+        return [word for item in value for word in (f"--{kebab(key)}", str(item))]
     if isinstance(value, Mapping):
         entries = ", ".join(f"{json.dumps(k)} = {json.dumps(v)}" for k, v in value.items())
         return [f"--{kebab(key)}", "{" + entries + "}"]

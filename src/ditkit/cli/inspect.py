@@ -9,15 +9,14 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ditkit.cli import show
-from ditkit.cli.flags import to_path
+from ditkit.cli.flags import Plugs, bring_plugs, to_path
 from ditkit.cli.located import located as find_parts
 from ditkit.cli.located import packaged
 from ditkit.errors import DitkitError, LoadError
@@ -25,7 +24,7 @@ from ditkit.errors import DitkitError, LoadError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ditkit.checkpoints.model.locate import Part
+    from ditkit.checkpoints.model.part import Part
 
 UNUSABLE = 2
 
@@ -42,8 +41,10 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     variant: Annotated[str | None, typer.Option(help="Which weights of a Diffusers folder, such as fp16.")] = None,
     model: Annotated[str | None, typer.Option(help="For a LoRA: the model that it is for.")] = None,
+    plugs: Plugs = None,
 ) -> int:
     """Tell what weights are and what they lack; exit with 0 only if they can be used."""
+    bring_plugs(plugs)
     try:
         report = examine(path, variant, model)
     except DitkitError as error:
@@ -59,7 +60,7 @@ def inspect(
 
 def examine(path: Path, variant: str | None = None, model: str | None = None) -> dict[str, Any]:
     """The report, as plain values. Raises LoadError for what cannot be opened or recognised."""
-    from ditkit.checkpoints.files.opening import readable
+    from ditkit.checkpoints.files.text import readable
 
     with readable(f"inspecting {path}"):
         return _examine(packaged(path), variant, model)
@@ -153,60 +154,14 @@ def _tokenizer_problems(part: Part) -> list[str]:
 
 def _load_problems(part: Part) -> list[str]:
     """What strict loading would refuse, found on a module without memory."""
-    import torch
-
-    from ditkit.checkpoints.kinds.keys import UMT5_ALIASES
     from ditkit.checkpoints.load import mismatches
 
     assert part.source is not None
     try:
-        with torch.device("meta"):
-            module = SKELETONS[part.kind](dict(part.config))
+        module = part.row.skeleton(part.config)
     except (TypeError, ValueError) as error:
         return [str(error)]
-    return mismatches(module, part.source, aliases=UMT5_ALIASES if part.kind == "umt5" else {})
-
-
-def _wan(config: dict[str, Any]) -> Any:
-    from ditkit.models.wan import WanConfig, WanTransformer
-
-    return WanTransformer(WanConfig(**config))
-
-
-def _wan_vae(config: dict[str, Any]) -> Any:
-    from ditkit.models.wan_vae import WanVAE, WanVAEConfig
-
-    return WanVAE(WanVAEConfig(**config))
-
-
-def _wan_vae22(config: dict[str, Any]) -> Any:
-    from ditkit.models.wan_vae22 import WanVAE22, WanVAE22Config
-
-    return WanVAE22(WanVAE22Config(**config))
-
-
-def _umt5(config: dict[str, Any]) -> Any:
-    from ditkit.models.umt5 import UMT5Config, build
-
-    return build(UMT5Config(**config))
-
-
-def _clip(config: dict[str, Any]) -> Any:
-    from ditkit.models.clip import CLIPConfig, build
-
-    return build(CLIPConfig(**config))
-
-
-def _taehv(config: dict[str, Any]) -> Any:
-    from ditkit.models.taehv import TAEHV, TAEHVConfig
-
-    return TAEHV(TAEHVConfig(**config))
-
-
-SKELETONS: Mapping[str, Callable[[dict[str, Any]], Any]] = MappingProxyType({
-    "wan": _wan, "wan_vae": _wan_vae, "wan_vae22": _wan_vae22, "umt5": _umt5, "clip": _clip, "taehv": _taehv,
-})  # fmt: skip
-"""Kind of a part -> what builds its module."""
+    return mismatches(module, part.source, aliases=part.row.aliases)
 
 
 def _lora(path: Path, source: Any, model: str | None) -> dict[str, Any]:
@@ -220,7 +175,7 @@ def _lora(path: Path, source: Any, model: str | None) -> dict[str, Any]:
     if part is None or part.source is None:
         raise LoadError(f"holding {path} against {model}", "that has no transformer", "Name a whole model")
     targets = {name: facts.shape for name, facts in part.source.tensors.items()}
-    return {"path": str(path), "kind": "lora", "model": model, **inspect_lora(source, targets)}
+    return {"path": str(path), "kind": "lora", "model": model, **inspect_lora(source, targets, kind=part.kind)}
 
 
 # --- for people

@@ -77,7 +77,7 @@ def carried_out(pipe: Pipeline, state: State, goal: RunOptions) -> Iterator[Job]
 
 def note(event: Event) -> None:
     """What a run found in its folder."""
-    if event.name == "run.note":
+    if event.name in ("run.note", "plug.changed"):
         say(event["text"])
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ditkit.errors import LoadError
 
 if TYPE_CHECKING:
-    from ditkit.checkpoints.model.locate import ModelParts
+    from ditkit.checkpoints.model.part import ModelParts
 
 
 def packaged(path: Path) -> Path:

@@ -25,6 +25,7 @@ from ditkit.cli import (
     inspect,
     lock,
     plan,
+    plugs,
     replay,
     run,
     runs,
@@ -63,7 +64,23 @@ def common(
     pass
 
 
-for module in (generate, expand, demo, run, fork, runs, plan, replay, stages, host, doctor, inspect, lock, convert):
+for module in (
+    generate,
+    expand,
+    demo,
+    run,
+    fork,
+    runs,
+    plan,
+    replay,
+    stages,
+    plugs,
+    host,
+    doctor,
+    inspect,
+    lock,
+    convert,
+):
     module.add_to(app)
 app.add_typer(explain.app, name="config")
 app.add_typer(bench.app, name="bench")

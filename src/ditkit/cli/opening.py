@@ -35,15 +35,23 @@ def settle(given: RawSettings, below: Layer | None = None) -> tuple[Settled, Ope
     """All layers; the model that they name is opened (its weights are not read), for its defaults are one of them.
 
     ``below`` is a layer between the model's defaults and the config file. Raises UserError for whatever is wrong."""
+    from ditkit.assembly import pipeline_of
+    from ditkit.assembly.plugs import check_trusted
+    from ditkit.execution.stage import with_own_defaults
     from ditkit.pipeline import open_model
 
     upper = [_located(layer) for layer in (*([] if below is None else [below]), *given.layers())]
     asked = config.settle(*upper)
-    opened = open_model(asked.setup())
+    setup = asked.setup()
+    if below is not None and asked.values.get("plugs") is below.values.get("plugs"):
+        check_trusted(setup.plugs, below.origins.get("plugs", ""))
+    opened = open_model(setup)
     model = opened.model
     family = Layer.of(model.family_defaults_for(asked.values), f"model family (official, {model.task})")
     settled = config.settle(family, Layer.of(model.own_defaults, f"model {opened.setup.model}"), *upper)
-    settled.request()  # a fault in a value is told with where the value comes from
+    request = settled.request()  # a fault in a value is told with where the value comes from
+    if request.stage_settings:
+        with_own_defaults(pipeline_of(model, opened.setup).stages, request)
     check_contradiction(settled, upper)
     return settled, opened
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ditkit.cli import show
-from ditkit.cli.flags import to_path
+from ditkit.cli.flags import Plugs, to_path
 from ditkit.cli.opening import model_name
 from ditkit.cli.run_options import Quiet
 from ditkit.errors import RequestError
@@ -52,6 +52,7 @@ def replay(
         bool, typer.Option("--here", help="Run all stages here, though some ran at hosts or in other processes.")
     ] = False,
     quiet: Quiet = False,
+    plugs: Plugs = None,
 ) -> int:
     """Make a clip again and compare: exit code 0 when every pixel is the same, 1 when not."""
     from contextlib import nullcontext
@@ -63,8 +64,8 @@ def replay(
     request = script.request
     if out is not None:
         media.check_writable(out, width=request.width, height=request.height, fps=request.fps)
-    pipe = replays.prepare(script, None if model is None else model_name(model), here)
-    for difference in replays.machine_differences(script.manifest):
+    pipe = replays.prepare(script, None if model is None else model_name(model), here, plugs or ())
+    for difference in [*replays.plug_differences(script, pipe), *replays.machine_differences(script.manifest)]:
         print(f"note: {difference}", file=sys.stderr)
     console = show.console()
     view = show.view(console, quiet, pipe.look(), request.frames)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ditkit.cli import show
+from ditkit.cli.flags import Plugs, bring_plugs
 from ditkit.cli.opening import model_name
 
 if TYPE_CHECKING:
@@ -19,11 +20,13 @@ def add_to(app: typer.Typer) -> None:
     app.command("stages")(stages)
 
 
-def stages(model: Annotated[str, typer.Option(help="A model's name or folder.")] = "shapes") -> None:
+def stages(
+    model: Annotated[str, typer.Option(help="A model's name or folder.")] = "shapes", plugs: Plugs = None
+) -> None:
     """List the stages of a pipeline: what each reads and writes, and the components that it calls."""
     import ditkit
 
-    show.console().print(stage_table(ditkit.load(model_name(model)).stages))
+    show.console().print(stage_table(ditkit.load(model_name(model), plugs=bring_plugs(plugs)).stages))
 
 
 def stage_table(pipeline: StageList) -> Text:

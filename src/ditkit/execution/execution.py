@@ -29,8 +29,8 @@ from ditkit.execution.place import (
     StageResult,
     checked,
 )
-from ditkit.execution.records import code_of, fingerprints, record_of
-from ditkit.execution.stage import DERIVED, Stage, readable, setting_of, writes_of
+from ditkit.execution.records import code_of, fingerprints, record_of, replugged
+from ditkit.execution.stage import Stage, known_settings, readable, writes_of
 from ditkit.identify import forgets
 from ditkit.stage_result import CacheKey
 from ditkit.state import FIELDS, Field, State
@@ -124,6 +124,8 @@ class Execution:
             return
         weights = self._weights(stage)
         self._check_weights(stage, weights)
+        if other := replugged(stage, self.state, self.seams.describe()):
+            self.events.emit("plug.changed", stage=stage.name, text=other)
         read: dict[str, Any] = {}  # at all places: what the whole result depends on
         for place, _, end in self._segments(stage):
             if end is not None and end <= self.state.get("step", 0):
@@ -191,9 +193,8 @@ class Execution:
             stage.loop and (self.stop_at_step is not None or any(n in self.state for n in stage.loop))
         ):
             return None
-        weights, request = self._weights(stage), self.state.get("request", {})
+        weights, known = self._weights(stage), known_settings(self.state.get("request", {}))
         record = record_of(stage, self.state, weights, {}, {})
-        known = {**request, **{name: setting_of(request, name) for name in DERIVED}}
         software = {k: v for place, _, _ in self._segments(stage) for k, v in place.software().items()}
         parts = record["options"], weights, record["inputs"], known, self.seams.describe(), software
         return CacheKey(stage.name, stage.version, code_of(stage), *parts)

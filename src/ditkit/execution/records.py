@@ -9,12 +9,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import inspect
+import re
 import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from ditkit.execution.stage import DERIVED, Stage, setting_of
+from ditkit.execution.stage import Stage, known_settings
 from ditkit.identify import forgets
 from ditkit.state import State, digest, kind_of
 
@@ -38,18 +39,23 @@ def code_of(stage: Stage) -> str:
     of a dataclass."""
     if not dataclasses.is_dataclass(stage) and getattr(stage, "__dict__", None):
         return ""
-    names, files = list[str](), dict[str, None]()
+    names, files = list[str](), dict[str, str | None]()
     for cls in type(stage).__mro__[:-1]:
         names.append(f"{cls.__module__}.{cls.__qualname__}")
-        files[getattr(sys.modules.get(cls.__module__), "__file__", None) or ""] = (
-            None  # a decorator may hide a function
-        )
+        module = sys.modules.get(cls.__module__)
+        # What was imported, where that is known; the file may have been edited since.
+        files[getattr(module, "__file__", None) or ""] = getattr(module, "__sha256__", None)
         own = [getattr(value, "fget", value) for name, value in vars(cls).items() if not name.startswith("__")]
         codes = [getattr(inspect.unwrap(value), "__code__", None) for value in own if callable(value)]
-        files |= {code.co_filename: None for code in codes if code is not None}
+        for code in codes:  # a decorator may hide a function
+            if code is not None:
+                files.setdefault(code.co_filename)
     if any("<locals>" in name for name in names) or not all(Path(file).is_file() for file in files):
         return ""
-    text = b"".join(hashlib.sha256(Path(file).read_bytes()).digest() for file in files)
+    text = b"".join(
+        bytes.fromhex(sha256) if sha256 else hashlib.sha256(Path(file).read_bytes()).digest()
+        for file, sha256 in files.items()
+    )
     return hashlib.sha256("\n".join(names).encode() + text).hexdigest()
 
 
@@ -107,6 +113,30 @@ def fingerprints(
     return {name: key(name, written, origin) for name in written}
 
 
+def replugged(stage: Stage, state: State, plugs: Mapping[str, list[str]]) -> str:
+    """How what is plugged into a half-finished loop differs from what it was begun with, or nothing."""
+    record = state.get("records", {}).get(stage.name)
+    if record is None or not any(name in state for name in stage.loop) or stage.done(state):
+        return ""
+    then: dict[str, list[Any]] = dict(record["plugs"])
+    now: dict[str, list[Any]] = dict(plugs)
+    known = known_settings(state.get("request", {}))
+    for name, before, here in (
+        ("scheduler", record["settings"], known),
+        ("attention", record["options"], options_of(stage)),
+    ):
+        if name in before or name in then:
+            then.setdefault(name, [before.get(name)])
+            now.setdefault(name, [here.get(name)])
+    told = [f"{seam} was {_all(then.get(seam))}, is {_all(now.get(seam))}" for seam in dict.fromkeys((*then, *now))
+            if then.get(seam) != now.get(seam)]  # fmt: skip
+    return f"{stage.name} goes on with something else plugged in: {', '.join(told)}" if told else ""
+
+
+def _all(plugs: list[Any] | None) -> str:
+    return " and ".join(re.sub("(@[0-9a-f]{8})[0-9a-f]+", r"\1", str(plug)) for plug in plugs or ["nothing"])
+
+
 def outdated(stage: Stage, state: State, later: Collection[str]) -> list[str]:
     """Why the State's own request and inputs would give this stage another result than the one that it holds; nothing
     if it would be the same, or if nobody wrote down what it came from.
@@ -115,11 +145,11 @@ def outdated(stage: Stage, state: State, later: Collection[str]) -> list[str]:
     record = state.get("records", {}).get(stage.name)
     if record is None:
         return []
-    request, reasons = state.get("request", {}), []
+    known, reasons = known_settings(state.get("request", {})), []
     for name, value in record["settings"].items():
-        if name not in request and name not in DERIVED:
+        if name not in known:
             reasons.append(f"{name} was {value!r}, is gone")
-        elif (now := setting_of(request, name)) != value:
+        elif (now := known[name]) != value and str(value).partition("@")[0] != now:  # or its code is not here
             reasons.append(f"{name} was {value!r}, is {now!r}")
     for name, then in record["inputs"].items():
         if name not in later and (name not in state or fingerprint_of(state, name) != then):

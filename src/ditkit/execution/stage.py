@@ -6,13 +6,18 @@ Leaves out: the stages themselves (``stages/``), their order (``stage_list.py``)
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict
 from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
+from ditkit import options
 from ditkit.cancel import Cancel
 from ditkit.contracts import Seams
-from ditkit.errors import PipelineError, nearest
+from ditkit.errors import PipelineError, RequestError, nearest
 from ditkit.events import SILENT, Events
+from ditkit.request import Request
+from ditkit.schedulers import SCHEDULERS
+from ditkit.setup import Setup
 from ditkit.state import Field, State
 
 
@@ -66,7 +71,9 @@ class Stage(Protocol):
 
 
 class BaseStage:
-    """Neutral values for the attributes of a Stage; a convenience, not a requirement."""
+    """Neutral values for the attributes of a Stage; a convenience, not a requirement. Also for two that a stage need
+    not have: ``before`` or ``after``, the stage beside which it is put when it is plugged in by name; ``settings``, a
+    frozen dataclass of settings of its own (``ctx.settings.NAME.SETTING``)."""
 
     name = ""
     version = 1
@@ -79,6 +86,8 @@ class BaseStage:
     loop: tuple[str, ...] = ()
     fields: tuple[Field, ...] = ()
     together = False
+    before, after = "", ""
+    settings: type | None = None
 
     def skip_reason(self, state: State) -> str:
         return ""
@@ -143,25 +152,67 @@ DERIVED: Mapping[str, Callable[[Mapping[str, Any]], Any]] = MappingProxyType({
 guidance scale the negative prompt is encoded as before."""
 
 
-def setting_of(request: Mapping[str, Any], name: str) -> Any:
-    """A setting of the request, or one that follows from it. Raises KeyError."""
-    return DERIVED[name](request) if name in DERIVED else request[name]
+def known_settings(request: Mapping[str, Any]) -> dict[str, Any]:
+    """All settings that a stage may read, as records hold them: those of the request, those that follow from them and
+    ``STAGE.SETTING``. The name of a scheduler that is not ditkit's own tells its code too."""
+    own = {f"{stage}.{k}": v for stage, given in request.get("stage_settings", {}).items() for k, v in given.items()}
+    named = {"scheduler": SCHEDULERS.pinned(request["scheduler"])} if "scheduler" in request else {}
+    return {**request, **own, **named, **{name: follows(request) for name, follows in DERIVED.items()}}
+
+
+def settings_of(stage: Stage) -> Any:
+    """The class of the settings that a stage has of its own, or None."""
+    cls = getattr(type(stage), "settings", None)
+    return cls if isinstance(cls, type) else None
+
+
+def with_stage_settings(stages: Iterable[Stage], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of a request, where a stage with settings of its own may be named like one of them:
+    ``sharpness={"amount": 3}``."""
+    own = {s.name: values[s.name] for s in stages if settings_of(s) and s.name in values}
+    rest = {name: value for name, value in values.items() if name not in own}
+    return {**rest, "stage_settings": {**rest.get("stage_settings", {}), **own}} if own else rest
+
+
+def with_own_defaults(stages: Iterable[Stage], request: Request) -> Request:
+    """``request`` with all settings of stages that have some of their own. Raises RequestError for one that no stage
+    has, or that is of another type; PipelineError for a stage that is named like a setting."""
+    own = {s.name: cls for s in stages if (cls := settings_of(s)) is not None}
+    for name in own:
+        if name in Request.model_fields:
+            raise PipelineError(f"the settings of stage {name!r}", "a setting has that name", "Give it another name")
+    for name, values in request.stage_settings.items():
+        if name not in own:
+            asked = ", ".join(f"{name}.{key}" for key in values) or name
+            found = f"no stage {name!r} with settings is in this pipeline{nearest(name, (*own, *Setup.model_fields))}"
+            do = f"Those with settings are {', '.join(own)}" if own else "Leave it out, or bring the stage with --plug"
+            raise RequestError(f"the setting {asked}", found, do)
+    filled = {
+        name: asdict(options.made(cls, request.stage_settings.get(name, {}), f"the settings of stage {name!r}",
+                                  RequestError))
+        for name, cls in own.items()
+    }  # fmt: skip
+    return request if filled == request.stage_settings else request.model_copy(update={"stage_settings": filled})
 
 
 class RecordedSettings:
-    """The resolved Request as attributes, and ``DERIVED`` ones. Remembers which were read: a fingerprint holds those
-    and no others."""
+    """The resolved Request as attributes, ``DERIVED`` ones, and those of stages (``settings.sharpness.amount``).
+    Remembers which were read: a fingerprint holds those and no others."""
 
-    def __init__(self, request: Mapping[str, Any]):
+    def __init__(self, request: Mapping[str, Any], stage: str = "", read: dict[str, Any] | None = None):
         object.__setattr__(self, "_request", request)
-        object.__setattr__(self, "_read", {})
+        object.__setattr__(self, "_stage", stage)
+        object.__setattr__(self, "_read", {} if read is None else read)
 
     def __getattr__(self, name: str) -> Any:
-        if name not in self._request and name not in DERIVED:
-            found = f"the request has no such setting{nearest(name, self._request)}"
+        if not self._stage and name in self._request.get("stage_settings", {}):
+            return RecordedSettings(self._request, f"{name}.", self._read)
+        known, name = known_settings(self._request), self._stage + name
+        if name not in known:
+            found = f"the request has no such setting{nearest(name, known)}"
             raise PipelineError(f"setting {name!r}", found, "Use one of its names")
-        self._read[name] = setting_of(self._request, name)
-        return self._read[name]
+        self._read[name] = known[name]
+        return self._request.get(name, known[name])
 
     def recorded(self) -> dict[str, Any]:
         """The settings that were read, with their values."""
@@ -205,8 +256,8 @@ class Context:
 
 
 class Stopped(Exception):
-    """Raised inside a looping stage when it is interrupted: carries the fields as they stood after the last step, or
-    the StageResult of a place that was stopped."""
+    """Raised inside a looping stage when it is interrupted: carries the fields as they stood after the last step, and
+    raised by a place elsewhere, its whole result."""
 
     exit_code = 130
 

@@ -9,20 +9,16 @@ Legend: L tokens, D text width, H heads, d head width. Source of the sizes: Wan2
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import json
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ditkit.checkpoints.kinds.keys import UMT5_ALIASES
-from ditkit.checkpoints.load import fit, read, two_names_differ
+from ditkit.checkpoints.kinds.umt5 import UMT5_ALIASES
+from ditkit.checkpoints.load import fit, identify_weights, read, two_names_differ
 from ditkit.checkpoints.views.source import TensorSource
 from ditkit.errors import LoadError, RequestError, SetupError
 from ditkit.mlx import BITS, exact_name
@@ -190,13 +186,7 @@ class MLXTextEncoder:
             raise SetupError(asked, found, "Set dtypes.text_encoder to one of them")
         with _turn, mx.stream(_device(device)):
             weights = _load(asked, config, source, names, dtype, BITS[backend])
-
-        @functools.cache
-        def identify() -> str:
-            sizes = asdict(config)  # type: ignore[call-overload]
-            about = json.dumps([source.fingerprint, str(dtype), sizes, exact_name(backend)], sort_keys=True)
-            return hashlib.sha256(about.encode()).hexdigest()
-
+        identify = identify_weights(source, dtype, config, (), exact_name(backend))
         return cls(Network(config, weights), dtype, device, identify)
 
     @property

@@ -7,13 +7,14 @@ Source: the wrapper classes in Wan2.1 ``wan/modules/vae.py`` and Wan2.2 ``wan/mo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ditkit.models.vae_layers import CausalConv3d, FeatureCache
+from ditkit.nn.loaded import Loaded
 
 
 class Sizes(Protocol):
@@ -31,7 +32,7 @@ class Sizes(Protocol):
     def latents_std(self) -> tuple[float, ...]: ...
 
 
-class CausalVAE(nn.Module):
+class CausalVAE(Loaded):
     """Satisfies ``contracts.VAE``. ``encoder``: pixels and a cache -> twice z channels; ``decoder``: the inverse."""
 
     def __init__(self, config: Sizes, encoder: nn.Module, decoder: nn.Module):
@@ -41,20 +42,6 @@ class CausalVAE(nn.Module):
         self.conv1 = CausalConv3d(config.z_dim * 2, config.z_dim * 2, (1, 1, 1))
         self.conv2 = CausalConv3d(config.z_dim, config.z_dim, (1, 1, 1))
         self.decoder = decoder
-        self.identify: Callable[[], str] = lambda: "not loaded from files"
-
-    @property
-    def fingerprint(self) -> str:
-        """Stands for the weights and their dtype; whoever loads the module sets ``identify``."""
-        return self.identify()
-
-    @property
-    def device(self) -> torch.device:
-        return self.conv2.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.conv2.weight.dtype
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         shape = (1, -1, 1, 1, 1)

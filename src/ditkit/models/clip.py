@@ -8,10 +8,7 @@ Source: Wan2.1 ``wan/modules/clip.py`` (ViT-H/14 of XLM-RoBERTa CLIP), transform
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ditkit.checkpoints.load import load_into
+from ditkit.checkpoints.load import Device, identify_weights, load_into
 from ditkit.checkpoints.views.source import TensorSource
+from ditkit.contracts import Swap
 from ditkit.errors import LoadError, RequestError, nearest
 
 ACTIVATIONS = ("gelu", "quick_gelu")
@@ -74,10 +72,9 @@ class CLIPImageEncoder:
 
     Threads may share an encoder."""
 
-    def __init__(self, model: Any, identify: Callable[[], str]):
-        self.model, self.identify = model.eval(), identify
-        weight = model.embeddings.patch_embedding.weight
-        self.dim, self.dtype, self.device = len(weight), weight.dtype, weight.device
+    def __init__(self, model: Any, identify: Callable[[], str], dtype: torch.dtype, device: Device):
+        self.model, self.identify, self.dtype, self.device = model.eval(), identify, dtype, torch.device(device)
+        self.dim: int = model.config.hidden_size
         self.image_size: int = model.config.image_size
 
     @classmethod
@@ -87,21 +84,17 @@ class CLIPImageEncoder:
         source: TensorSource,
         names: Mapping[str, str] | None = None,
         dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
+        device: Device = "cpu",
+        device_of: Callable[[str], Device] | None = None,
+        swaps: Sequence[Swap] = (),
     ) -> CLIPImageEncoder:
         """``names``: the source's names -> transformers' (``embeddings...``, ``encoder.layers.0...``, no prefix);
         None: equal. Raises LoadError, also when not one name fits: no weight is ever left random."""
         model = build(config)
-        load_into(model, source, names, dtype_of=lambda name: dtype, device=device, check_finite=True)
-        model.embeddings.position_ids = model.embeddings.position_ids.to(device)
+        where = device_of or device
+        load_into(model, source, names, dtype_of=lambda name: dtype, device_of=where, swaps=swaps, check_finite=True)
         model.encoder.layers = model.encoder.layers[:-1]
-
-        @functools.cache
-        def identify() -> str:
-            about = json.dumps([source.fingerprint, str(dtype), asdict(config)], sort_keys=True)
-            return hashlib.sha256(about.encode()).hexdigest()
-
-        return cls(model, identify)
+        return cls(model, identify_weights(source, dtype, config, swaps), dtype, device)
 
     @property
     def fingerprint(self) -> str:

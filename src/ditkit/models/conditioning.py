@@ -45,7 +45,10 @@ class Conditioning:
 
     def frames(self, start: int, stop: int) -> Conditioning:
         """What belongs to the latent frames from ``start`` to ``stop``; the text belongs to all of them."""
-        cut = lambda x: None if x is None else x[:, :, start:stop]  # noqa: E731
+
+        def cut(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[:, :, start:stop]
+
         clean = min(max(self.clean_frames - start, 0), stop - start)
         return replace(self, condition=cut(self.condition), control=cut(self.control), clean_frames=clean)
 

@@ -9,20 +9,19 @@ Leaves out: everything about which file is which. Source: madebyollin/taehv ``ta
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import json
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ditkit.checkpoints.load import load_into
-from ditkit.checkpoints.views.source import Facts, TensorFacts, TensorSource, View
+from ditkit.checkpoints.load import Device, identify_weights, load_into
+from ditkit.checkpoints.views.source import Facts, Inspect, TensorFacts, TensorSource, View
+from ditkit.contracts import Swap
 from ditkit.models.vae_layers import FeatureCache
+from ditkit.nn.loaded import Loaded
 
 VARIANTS = ("base", "super")
 BLOCKS = 3  # in each level, in both variants
@@ -191,12 +190,16 @@ class LastRows(View):
     def _is_longer(facts: Facts | None, rows: int) -> bool:
         return facts is not None and facts.shape[0] > rows and facts.shape[0] % rows == 0
 
-    def __getitem__(self, name: str) -> Tensor:
-        tensor = self.source[name]
-        return tensor[-self.rows[name] :].clone() if name in self.rows else tensor
+    def same(self, name: str) -> str | None:
+        return None if name in self.rows else name
+
+    def made(self, name: str, dtype: torch.dtype | None, look: Inspect) -> Tensor:
+        tensor = self.source[name][-self.rows[name] :].to(dtype, copy=True)
+        look(tensor.reshape(-1))
+        return tensor
 
 
-class TAEHV(nn.Module):
+class TAEHV(Loaded):
     """Satisfies ``contracts.VAE``; ``fingerprint`` stands for the weights, as in the other VAEs."""
 
     def __init__(self, config: TAEHVConfig | None = None):
@@ -204,7 +207,6 @@ class TAEHV(nn.Module):
         self.config = config = config or TAEHVConfig()
         self.encoder = encoder(config)
         self.decoder = super_decoder(config) if config.variant == "super" else decoder(config)
-        self.identify: Callable[[], str] = lambda: "not loaded from files"
 
     @classmethod
     def load(
@@ -212,7 +214,9 @@ class TAEHV(nn.Module):
         config: TAEHVConfig,
         source: TensorSource,
         dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
+        device: Device = "cpu",
+        device_of: Callable[[str], Device] | None = None,
+        swaps: Sequence[Swap] = (),
     ) -> TAEHV:
         """``source`` has the official names. Strict but for the rows that ``LastRows`` leaves out. Raises LoadError."""
         with torch.device("meta"):
@@ -223,28 +227,11 @@ class TAEHV(nn.Module):
             if isinstance(part, GrowFrames)
         }
         source = LastRows(source, rows)
-        load_into(module, source, dtype_of=lambda name: dtype, device=device, check_finite=True)
-
-        @functools.cache
-        def identify() -> str:
-            about = json.dumps([source.fingerprint, str(dtype), asdict(config)], sort_keys=True)
-            return hashlib.sha256(about.encode()).hexdigest()
-
-        module.identify = identify
+        where = device_of or device
+        load_into(module, source, dtype_of=lambda name: dtype, device_of=where, swaps=swaps, check_finite=True)
+        module.loaded(device, dtype)
+        module.identify = identify_weights(source, dtype, config, swaps)
         return module
-
-    @property
-    def fingerprint(self) -> str:
-        """Stands for the weights and their dtype; whoever loads the module sets ``identify``."""
-        return self.identify()
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.parameters()).dtype
 
     def encode(self, video: Tensor, frames_per_chunk: int = 4) -> Tensor:
         """``video`` [B, 3, T, H, W] in [-1, 1] -> normalised latents [B, z, ceil(T / 4), h, w].

@@ -14,7 +14,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from ditkit.checkpoints.files.opening import file_hash
+from ditkit.checkpoints.files.stored import file_hash
 from ditkit.errors import LoadError
 from ditkit.state import digest
 

@@ -8,9 +8,6 @@ Source of the sizes: Wan2.1 ``wan/modules/t5.py`` (umt5-xxl).
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ditkit.checkpoints.kinds.keys import UMT5_ALIASES
-from ditkit.checkpoints.load import load_into
+from ditkit.checkpoints.kinds.umt5 import UMT5_ALIASES
+from ditkit.checkpoints.load import Device, identify_weights, load_into
 from ditkit.checkpoints.views.source import TensorSource
+from ditkit.contracts import Swap
 from ditkit.errors import LoadError, RequestError
 
 
@@ -53,11 +51,9 @@ def build(config: UMT5Config) -> nn.Module:
 class UMT5TextEncoder:
     """Satisfies ``contracts.TextEncoder``; ``model`` is a filled ``UMT5EncoderModel``. Threads may share an encoder."""
 
-    def __init__(self, model: Any, identify: Callable[[], str]):
-        self.model, self.identify = model.eval(), identify
-        embedding = model.get_input_embeddings().weight
-        self.vocab_size, self.dim = embedding.shape
-        self.dtype, self.device = embedding.dtype, embedding.device
+    def __init__(self, model: Any, identify: Callable[[], str], dtype: torch.dtype, device: Device):
+        self.model, self.identify, self.dtype, self.device = model.eval(), identify, dtype, torch.device(device)
+        self.vocab_size, self.dim = model.config.vocab_size, model.config.d_model
 
     @classmethod
     def load(
@@ -66,7 +62,9 @@ class UMT5TextEncoder:
         source: TensorSource,
         names: Mapping[str, str] | None = None,
         dtype: torch.dtype = torch.bfloat16,
-        device: torch.device | str = "cpu",
+        device: Device = "cpu",
+        device_of: Callable[[str], Device] | None = None,
+        swaps: Sequence[Swap] = (),
     ) -> UMT5TextEncoder:
         """``names``: the file's names -> transformers' (``umt5_keys(n).to_other`` for a native file); None: equal.
 
@@ -80,17 +78,12 @@ class UMT5TextEncoder:
             source,
             names,
             dtype_of=lambda name: torch.float32 if name in wide else dtype,
-            device=device,
+            device_of=device_of or device,
+            swaps=swaps,
             aliases=UMT5_ALIASES,
             check_finite=True,
         )
-
-        @functools.cache
-        def identify() -> str:
-            about = json.dumps([source.fingerprint, str(dtype), asdict(config)], sort_keys=True)
-            return hashlib.sha256(about.encode()).hexdigest()
-
-        return cls(model, identify)
+        return cls(model, identify_weights(source, dtype, config, swaps), dtype, device)
 
     @property
     def fingerprint(self) -> str:

@@ -36,6 +36,7 @@ from ditkit.models.wan_block import (
 from ditkit.nn.attention import sdpa
 from ditkit.nn.dtype_policy import DtypePolicy, dtype_policy
 from ditkit.nn.layers import LayerNorm, Linear, modulation, timestep_embedding
+from ditkit.nn.loaded import Loaded
 
 TIMESTEP_SCALE = 1000.0  # timestep = 1000 sigma; the only place of this factor
 
@@ -85,19 +86,18 @@ def run_in_order(blocks: Iterable[nn.Module], x: Tensor, ctx: BlockContext) -> T
     return x
 
 
-class WanTransformer(nn.Module):
+class WanTransformer(Loaded):
     """``transformer(latents, timestep, conditioning)``. Latents are [B, C, F, h, w] with h and w even; the velocity
     (noise minus data) that comes back has their shape and is float32 (bfloat16 under the diffusers policy)."""
 
     timestep_scale = TIMESTEP_SCALE
-    reads = FIELDS
+    reads, cfg = FIELDS, True
     run_blocks = staticmethod(run_in_order)
 
     def __init__(self, config: WanConfig | None = None, policy: DtypePolicy | None = None):
         super().__init__()
         self.config = config = config or WanConfig()
         self.policy = policy or dtype_policy("wan", torch.float32)
-        self.identify: Callable[[], str] = lambda: "not loaded from files"
         self.patch_embedding = nn.Conv3d(config.in_dim, config.dim, config.patch_size, config.patch_size)
         self.text_embedding = nn.Sequential(
             Linear(config.text_dim, config.dim), nn.GELU(approximate="tanh"), Linear(config.dim, config.dim)
@@ -115,13 +115,8 @@ class WanTransformer(nn.Module):
             self.vace_blocks = nn.ModuleList(ControlBlock(config, n) for n in range(len(config.vace_layers)))
 
     @property
-    def fingerprint(self) -> str:
-        """Stands for the weights and how they compute; whoever loads the module sets ``identify``."""
-        return self.identify()
-
-    @property
-    def device(self) -> torch.device:
-        return self.patch_embedding.weight.device
+    def patch(self) -> tuple[int, int, int]:
+        return self.config.patch_size
 
     @property
     def latent_channels(self) -> int:
@@ -134,6 +129,21 @@ class WanTransformer(nn.Module):
     @property
     def control_channels(self) -> int:
         return self.config.vace_in_dim if self.config.vace_layers else 0
+
+    def probe_fields(self, noise: Callable[..., Tensor], rows: int) -> dict[str, Any]:
+        """Fields of a State to try it with: ``rows`` rows of text, two latent frames of two patches each way.
+        ``noise(channels, frames, height, width, seed=0)`` gives float32 [1, channels, frames, height, width]."""
+        config, size = self.config, (2, 2 * self.config.patch_size[1], 2 * self.config.patch_size[2])
+        found: dict[str, Any] = {}
+        for name in ("prompt", "negative_prompt"):
+            text = noise(1, 1, rows, config.text_dim, len(name))[0, 0, 0]
+            found |= {f"{name}_embeds": text, f"{name}_lengths": [rows]}
+        if config.image_dim is not None:
+            found["image_embeds"] = noise(1, 1, config.image_tokens or rows, config.image_dim)[0, 0]
+        for name, channels in (("condition", self.condition_channels), ("control", self.control_channels)):
+            if channels:
+                found[name] = noise(channels, *size)
+        return found
 
     def prepare(
         self, fields: Mapping[str, Any], settings: Any, branch: str = "cond", cache_text_kv: bool = True
@@ -166,9 +176,8 @@ class WanTransformer(nn.Module):
         if longest > self.config.text_len:
             raise ValueError(f"{longest} rows of text were given; the transformer takes {self.config.text_len}")
         padded = torch.stack([F.pad(r, (0, 0, 0, self.config.text_len - len(r))) for r in rows])
-        text = Text(
-            self.text_embedding(padded.to(self.device, self.policy.compute)), None, self._image(image, len(rows))
-        )
+        padded = padded.to(self.device, self.policy.compute)
+        text = Text(self.text_embedding(padded), None, self._image(image, len(rows)))
         if not cache_text_kv:
             return Conditioning(text)
         known: dict[tuple[int, bool, str], tuple[Tensor, Tensor]] = {}

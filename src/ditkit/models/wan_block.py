@@ -47,7 +47,7 @@ class WanConfig:
     vace_layers: tuple[int, ...] = ()
     vace_in_dim: int = 96
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2 or self.dim // self.num_heads < 6:
             raise ValueError(f"dim {self.dim} over {self.num_heads} heads: the head width must be even and at least 6")
         layers = self.vace_layers

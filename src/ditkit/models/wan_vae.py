@@ -13,8 +13,8 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from ditkit.checkpoints.kinds.latents import WAN21_MEAN as LATENTS_MEAN
-from ditkit.checkpoints.kinds.latents import WAN21_STD as LATENTS_STD
+from ditkit.checkpoints.kinds.wan_vae import WAN21_MEAN as LATENTS_MEAN
+from ditkit.checkpoints.kinds.wan_vae import WAN21_STD as LATENTS_STD
 from ditkit.models.causal_vae import CausalVAE
 from ditkit.models.vae_layers import CausalConv3d, Downsample, FeatureCache, ResidualBlock, Upsample, head, middle
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ditkit.checkpoints.kinds.latents import WAN22_MEAN, WAN22_STD
+from ditkit.checkpoints.kinds.wan_vae import WAN22_MEAN, WAN22_STD
 from ditkit.models.causal_vae import CausalVAE
 from ditkit.models.vae_layers import CausalConv3d, Downsample, FeatureCache, ResidualBlock, Upsample, head, middle
 

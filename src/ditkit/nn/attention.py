@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from ditkit.contracts import Site
+from ditkit.registry import Registry, Row
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
@@ -20,4 +25,25 @@ def dense(q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
     return (logits.softmax(-1) @ v.transpose(1, 2)).transpose(1, 2)
 
 
-ATTENTION = {"sdpa": sdpa, "dense": dense}
+ATTENTION: Registry[AttentionRow] = Registry("attention kernel", "ditkit.attention")
+
+
+@dataclass(frozen=True)
+class AttentionRow(Row):
+    """``make``: an ``attend(q, k, v, site)``; the row can be called as that. ``lacks``: why it cannot be used on this
+    machine, or nothing."""
+
+    name: str
+    make: Any
+    help: str = ""
+    lacks: Callable[[], str] = lambda: ""
+
+    registry: ClassVar[Registry[Any]] = ATTENTION
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
+        attended: Tensor = self.made(q, k, v, site)
+        return attended
+
+
+ATTENTION.add(AttentionRow("sdpa", sdpa, "PyTorch's scaled dot product"), "ditkit")
+ATTENTION.add(AttentionRow("dense", dense, "the formula written out; slow, the reference"), "ditkit")

@@ -1,8 +1,9 @@
 """LoRAs beside the weights (seam C): the base stays as it is, and what is added is computed with each call.
 
 Low-rank changes of linears become ``AdaptedLinear``. What has no such form (norms, biases, modulation, the patch
-embedding, LoHa, LoKr, DoRA, written-out differences) gets a merged copy of that one parameter, in a twin of its module.
-Base tensors are shared and never written, so the transformer without LoRA is there all along.
+embedding, LoHa, LoKr, DoRA, written-out differences) gets a merged copy of that one parameter, in a twin of its module;
+where that has no data yet, it is merged when it is read. Factors come from the LoRA's file and are there from the
+start. Base tensors are never written, so a transformer that others hold too stays without LoRA.
 Leaves out: reading LoRA files (``checkpoints/lora/read.py``) and merging while loading (``checkpoints/lora/merge.py``).
 """
 
@@ -107,8 +108,9 @@ class Adapt:
             for name in sorted(names):
                 found = _pairs(name, self.adapters)
                 path, _, leaf = name.partition(".")[2].rpartition(".")
-                if found is None or not _is_linear(new.get_submodule(path)):
-                    _merge(new.get_submodule(path), leaf, name, self.adapters)
+                layer = _layer(new, path, name)
+                if found is None or not _is_linear(layer):
+                    _merge(layer, leaf, name, self.adapters)
                 else:
                     pairs[path] = found
             for path, found in pairs.items():
@@ -159,27 +161,53 @@ def _is_linear(module: nn.Module) -> bool:
     return not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
 
 
-def _merge(owner: nn.Module, leaf: str, name: str, adapters: Adapters) -> None:
-    """A new parameter in the place of the shared one, rounded to its dtype."""
-    old = owner._parameters.get(leaf)
-    if old is None or not old.is_floating_point() or old.dtype.itemsize < 2:
+def _layer(root: nn.Module, path: str, name: str) -> nn.Module:
+    """The layer that has, or had, the parameter ``name``."""
+    try:
+        found = root.get_submodule(path)
+    except AttributeError:
+        found = None
+    if found is None or isinstance(found, nn.Sequential | nn.ModuleList | nn.ModuleDict):
         raise SetupError(
-            f"a LoRA beside the weights that changes {name} other than by low rank",
-            f"{type(owner).__name__} has no plain floating-point {leaf} there",
-            "Merge the LoRA (mode fused), or leave that layer unquantized",
-        )
-    plain = old.detach().to(at_least_float32(old.dtype))
-    total = plain.clone()
-    for adapter, strength in adapters:
-        if name in adapter.deltas:
-            total.add_(adapter.added(name, plain), alpha=strength)
-    _check_finite(name, total)
-    owner._parameters[leaf] = nn.Parameter(total.to(old.dtype), requires_grad=old.requires_grad)
+            f"a LoRA beside the weights that changes {name}", "a swap put something else in the place of that layer",
+            "Merge the LoRA (mode fused), or let the swap keep the layer where it is",
+        )  # fmt: skip
+    return found
+
+
+def _merge(owner: nn.Module, leaf: str, name: str, adapters: Adapters) -> None:
+    """A new parameter in the place of the shared one, rounded to its dtype; one without data is changed when it is
+    read."""
+    old, fill = owner._parameters.get(leaf), f"load_{leaf}"
+    wrong = SetupError(
+        f"a LoRA beside the weights that changes {name} other than by low rank",
+        f"{type(owner).__name__} has no plain floating-point {leaf} there",
+        "Merge the LoRA (mode fused), or leave that layer unquantized",
+    )
+
+    def merged(weight: Tensor) -> Tensor:
+        if not weight.is_floating_point() or weight.dtype.itemsize < 2:
+            raise wrong
+        plain = weight.to(at_least_float32(weight.dtype))
+        total = plain.clone()
+        for adapter, strength in adapters:
+            if name in adapter.deltas:
+                total.add_(adapter.added(name, plain), alpha=strength)
+        _check_finite(name, total)
+        return total.to(weight.dtype)
+
+    if old is None or hasattr(owner, fill):
+        raise wrong
+    if old.is_meta:
+        setattr(owner, fill, lambda tensor: merged(tensor.read()))
+    else:
+        owner._parameters[leaf] = nn.Parameter(merged(old.detach()), requires_grad=old.requires_grad)
 
 
 def _replaced(root: nn.Module, path: str, pairs: list[tuple[Tensor, Tensor, float]]) -> nn.Module:
     base = root.get_submodule(path)
-    device = next((t.device for t in (*base.parameters(), *base.buffers())), torch.device("cpu"))
+    tensors = (*base.parameters(), *base.buffers())  # on meta before they are loaded, which then moves the factors
+    device = next((t.device for t in tensors if not t.is_meta), torch.device("cpu"))
     adapted = AdaptedLinear(base, pairs, device)
     if not path:
         return adapted

@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+from ditkit.assembly.plugs import texts_of
 from ditkit.cancel import Cancel
 from ditkit.errors import Lost, PipelineError, PlaceError, StateError
 from ditkit.events import Relay
@@ -84,6 +85,7 @@ class Attempt:
             keep_every=call.keep_every if call.keep else None,
             ignore=call.events.ignored(),
             made_by=made_by(call.stage),
+            plugs=texts_of(call.seams) or (),
         )
         self.relay, self.received, self.cancelled = Relay(call.events, place), 0, False
         self.outcome: StageResult | None = None
@@ -148,7 +150,7 @@ class Attempt:
         with self._theirs():
             outcome, seconds = state_to_outcome(message.state(self.place))
             check_outcome(self.call, outcome, self.place, message.kind == "outcome" and not outcome.stopped)
-        if outcome.plugs is not None and self.call.seams.describe():  # it asked for the seams, and had none there
+        if outcome.plugs is not None and outcome.plugs != self.call.seams.describe():  # it asked for them, and had none
             raise plugged(self.asked, self.call)
         return outcome, seconds
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 
 from ditkit.assembly.adapters import named_expert
+from ditkit.assembly.plugs import plugs_of
 from ditkit.errors import SetupError
 from ditkit.execution.stage_list import StageList
 from ditkit.placement.spec import EXPERTS, Spec, Target, address
@@ -69,6 +70,9 @@ def concerns(setup: Setup) -> Iterator[tuple[str, Iterable[str], Callable[[Spec]
     for text in setup.loras:
         expert, _ = named_expert(text)
         yield f"loras with {text!r}", EXPERTS if expert in (None, "both") else [str(expert)], elsewhere
+    for plug in plugs_of(setup.plugs):
+        if plug.seam == "swap":
+            yield f"plugs with {plug.row.name!r}", getattr(plug.row.made, "components", EXPERTS), elsewhere
     for setting, names in (("dtype_policy", EXPERTS), ("dtype", every), ("variant", every)):
         if (value := getattr(setup, setting)) != getattr(plain, setting):
             yield f"{setting} = {value!r}", names, elsewhere

@@ -14,11 +14,9 @@ from ditkit.errors import Lost, PlaceError, nearest
 from ditkit.events import SILENT, Events
 from ditkit.execution.stage import Stage
 from ditkit.placement.channel import Channel
-from ditkit.placement.job import WIRE
+from ditkit.placement.job import SAME, WIRE
 from ditkit.placement.validation import made_by
 from ditkit.state import SCHEMA
-
-SAME = "Use the same version of ditkit on both machines"
 
 
 def times(attempt: int) -> str:

@@ -29,6 +29,8 @@ from ditkit.state import State, kind_of
 WIRE = 2
 """The version of all that is in this file; two ends of another version refuse each other."""
 
+SAME = "Use the same version of ditkit on both machines"
+
 WORDS = 2000
 """Letters that are shown of each part of an error of another machine."""
 
@@ -39,7 +41,8 @@ KINDS = ("event", "kept", "outcome", "error", "alive")
 class Job:
     """A stage to run elsewhere. ``options``: the stage's dataclass fields. ``weights``: fingerprints of its components,
     as the caller knows them; the worker refuses to use others. ``keep_every``: None when nobody keeps. ``ignore``:
-    events that nobody listens to. ``made_by``: the stage's class (``validation.py``); empty takes the one there."""
+    events that nobody listens to. ``made_by``: the stage's class (``validation.py``); empty takes the one there.
+    ``plugs``: what is in the seams, as texts (``assembly/plugs.py``)."""
 
     id: str
     stage: str
@@ -49,6 +52,7 @@ class Job:
     keep_every: PositiveInt | None = None
     ignore: Sequence[str] = ()
     made_by: str = ""
+    plugs: Sequence[str] = ()
     wire: int = WIRE
 
     def to_json(self) -> str:
@@ -60,9 +64,7 @@ class Job:
         try:
             return TypeAdapter(cls).validate_json(text)
         except ValueError:
-            raise PlaceError(
-                "reading a job", "it is not one of this version", "Use the same version of ditkit"
-            ) from None
+            raise PlaceError("reading a job", "it is not one of this version", SAME) from None
 
 
 @dataclass(frozen=True)
@@ -102,11 +104,8 @@ def with_options(stage: Stage, options: Mapping[str, Any]) -> Stage:
     """``stage`` as the caller has it. Raises PlaceError for an option that this version of the stage lacks."""
     known = options_to_send(stage)
     if set(options) != set(known):
-        raise PlaceError(
-            f"running stage {stage.name!r} with the options {', '.join(sorted(options)) or 'none'}",
-            f"it has {', '.join(sorted(known)) or 'none'}",
-            "Use the same version of ditkit on both machines",
-        )
+        asked, has = (", ".join(sorted(names)) or "none" for names in (options, known))
+        raise PlaceError(f"running stage {stage.name!r} with the options {asked}", f"it has {has}", SAME)
     return dataclasses.replace(stage, **{k: _tuples(v) for k, v in options.items()}) if known else stage  # type: ignore[type-var]
 
 

@@ -45,12 +45,9 @@ class Places:
                 continue
             names = [target.expert] if target.expert else list(pipeline[target.stage].components)
             for name in (n for n in names if n != "tokenizer"):
-                if found.get(name, spec.device) != spec.device:
-                    raise SetupError(
-                        f"placement of {target.stage} at {spec.text}", f"its {name} is on {found[name]}",
-                        "Name one device for each component, or use process:DEVICE",
-                    )  # fmt: skip
-                found[name] = spec.device
+                if found.setdefault(name, spec.device) != spec.device:
+                    asked, what = f"placement of {target.stage} at {spec.text}", f"its {name} is on {found[name]}"
+                    raise SetupError(asked, what, "Name one device for each component, or use process:DEVICE")
         return found
 
     def of_run(
@@ -64,10 +61,15 @@ class Places:
         expert is placed. Raises SetupError."""
         found: dict[str, list[Segment]] = {}
         here = Here(components)
-        for target in self.specs:
+        for target, spec in self.specs.items():
             self._check(target, pipeline)
+            self._check_swaps(target, spec, pipeline, seams)
         for name in dict.fromkeys(target.stage for target in self.specs):
-            own = {target: self._place(spec, here) for target, spec in self.specs.items() if target.stage == name}
+            own = {
+                target: here if spec.kind == "here" else self.remote(spec)
+                for target, spec in self.specs.items()
+                if target.stage == name
+            }
             found[name] = self._segments(name, own, here, steps)
         return found
 
@@ -97,26 +99,27 @@ class Places:
         return [Segment(place, begin) for begin, place in sorted({0: whole, **cuts}.items(), key=lambda cut: cut[0])]
 
     def _check(self, target: Target, pipeline: StageList) -> None:
-        if target.stage not in pipeline.names:
+        asked, names = f"placement of {target.stage!r}", pipeline.names
+        if target.stage not in names:
             if target.stage == "expand_prompt":
-                found = "it is in no pipeline without an expander"
-                raise SetupError(f"placement of {target.stage!r}", found, "Name it with expander here too")
-            raise SetupError(
-                f"placement of {target.stage!r}",
-                f"there is no such stage{nearest(target.stage, pipeline.names)}",
-                f"The stages are {', '.join(pipeline.names)}",
-            )
+                raise SetupError(asked, "it is in no pipeline without an expander", "Name it with expander here too")
+            found = f"there is no such stage{nearest(target.stage, names)}"
+            raise SetupError(asked, found, f"The stages are {', '.join(names)}")
         stage = pipeline[target.stage]
         if (target.step is not None or target.expert) and not stage.loop:
             raise SetupError(f"placement of a part of {target.stage}", "it takes no steps", "Place the whole stage")
         if target.expert and target.expert not in stage.components:
-            raise SetupError(
-                f"placement of {target.stage}.{target.expert}", f"its model has {', '.join(stage.components)}",
-                "Place the whole stage",
-            )  # fmt: skip
+            found = f"its model has {', '.join(stage.components)}"
+            raise SetupError(f"placement of {target.stage}.{target.expert}", found, "Place the whole stage")
 
-    def _place(self, spec: Spec, here: Here) -> Place:
-        return here if spec.kind == "here" else self.remote(spec)
+    def _check_swaps(self, target: Target, spec: Spec, pipeline: StageList, seams: Seams) -> None:
+        """A loop elsewhere refuses all that is plugged in; other stages have no seams but the swaps of their parts."""
+        stage = pipeline[target.stage]
+        for swap in seams.swaps:
+            if spec.kind != "here" and not stage.loop and {*stage.components} & {*swap.components}:
+                found = f"{stage.name} runs at {spec.text}, and Python objects do not travel"
+                asked = f"swap {swap.name!r} for {', '.join(swap.components)}"
+                raise SetupError(asked, found, "Run the stage here, or take the swap out")
 
     def remote(self, spec: Spec) -> Remote:
         with self._lock:

@@ -18,7 +18,7 @@ from ditkit.placement.job import Job, Message, message_to_error, options_to_send
 from ditkit.placement.spec import EXPERTS
 from ditkit.placement.worker import Worker
 from ditkit.request import Request
-from ditkit.state import State, digest
+from ditkit.state import State, digest, kind_of
 
 PROMPT = "A  “red” kite &amp; two dogs,\n一只猫 "
 """Cleaning changes it in each of its steps: double spaces, quotes, an entity, a line's end, a space at the end."""
@@ -56,8 +56,6 @@ def written_of(written: list[dict[str, Any]]) -> list[Any]:
 
 def numbers(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Of each tensor what a person compares; of a plain field its value."""
-    from ditkit.state import kind_of
-
     return {
         name: figures(value) if kind_of(value) == "tensor" else value
         for name, value in fields.items()
@@ -96,27 +94,19 @@ def cases(stage: Stage, components: Mapping[str, Any]) -> Iterator[State]:
     names = {*stage.reads, *stage.triggers}
     unknown = [*sorted(names - set(makers)), *(n for n in stage.components if not has_probe([n]))]
     if unknown:
-        raise PlaceError(
-            f"probing stage {stage.name!r}", f"there is no fixed input for {', '.join(unknown)}", "Do without"
-        )
+        found = f"there is no fixed input for {', '.join(unknown)}"
+        raise PlaceError(f"probing stage {stage.name!r}", found, "Do without")
     yield State({name: makers[name]() for name in sorted(names)})
 
 
 def _denoising(stage: Stage, transformer: Any, boundary: float | None) -> State:
-    """``boundary`` 1 is a step of the second transformer, 0 of the first; None where there is one alone."""
-    config = transformer.config
-    request = _request(stage, boundary, config.patch_size)
-    frames, height, width = 2, 2 * config.patch_size[1], 2 * config.patch_size[2]
-    fields: dict[str, Any] = {"request": request, "seed": [SEED]}
-    for name in ("prompt", "negative_prompt"):
-        rows = noise(1, 1, ROWS, config.text_dim, seed=SEED + len(name))[0, 0, 0]
-        fields |= {f"{name}_embeds": rows, f"{name}_lengths": [ROWS]}
-    if config.image_dim is not None:
-        fields["image_embeds"] = noise(1, 1, config.image_tokens or ROWS, config.image_dim)[0, 0]
-    for name, channels in (("condition", transformer.condition_channels), ("control", transformer.control_channels)):
-        if channels:
-            fields[name] = noise(channels, frames, height, width)
-    return State(fields)
+    """``boundary`` 1 is a step of the second transformer, 0 of the first; None where there is one alone. Raises
+    PlaceError for a network that brings no inputs to try it with."""
+    if not hasattr(transformer, "probe_fields"):
+        found = f"{type(transformer).__name__} has no probe_fields"
+        raise PlaceError(f"probing stage {stage.name!r}", found, "Do without, or add the method")
+    request = _request(stage, boundary, transformer.patch)
+    return State({"request": request, "seed": [SEED], **transformer.probe_fields(noise, ROWS)})
 
 
 def _request(stage: Stage, boundary: float | None = None, patch: tuple[int, int, int] = (1, 2, 2)) -> dict[str, Any]:
@@ -128,11 +118,11 @@ def _request(stage: Stage, boundary: float | None = None, patch: tuple[int, int,
     ).model_dump()
 
 
-def noise(channels: int, frames: int, height: int, width: int, seed: int = SEED) -> Any:
+def noise(channels: int, frames: int, height: int, width: int, seed: int = 0) -> Any:
     """float32 [1, channels, frames, height, width]."""
     from ditkit.schedulers.noise import initial_noise
 
-    return initial_noise(seed, (channels, frames, height, width))[None]
+    return initial_noise(SEED + seed, (channels, frames, height, width))[None]
 
 
 def picture(height: int, width: int) -> Any:

@@ -96,9 +96,6 @@ class Actor:
                 message = messages.get_nowait()
         return found
 
-    def alive(self) -> None:
-        pass
-
 
 def _answer(tell: Callable[[], dict[str, Any]]) -> Answer:
     try:
@@ -189,7 +186,7 @@ class RayChannel:
 
     def _start(self, ray: Any, actor: Any) -> None:
         asked = f"starting an actor at {self.name}"
-        self._get(asked, actor.alive.remote(), START)
+        self._get(asked, actor.ask.remote("health", ""), START)
         setup = self.setup.model_copy(update={"placement": {}, "expected_probes": {}, **self._devices(ray)})
         started = actor.start.remote(setup.model_dump_json(), self.stages, self._threads())
         _value(self._wait(asked, actor, started), self.name)
@@ -217,7 +214,7 @@ class RayChannel:
             ready, _ = CLUSTER.ray.wait([answer], timeout=self.timeout)
             if ready:
                 return self._get(asked, answer)
-            self._get(asked, actor.alive.remote())
+            self._get(asked, actor.ask.remote("health", ""))
 
     def _get(self, asked: str, answer: Any, timeout: float | None = None) -> Any:
         """Raises Lost for an actor that has died or is silent; the next one who asks starts another."""
@@ -268,11 +265,8 @@ class Cluster:
             if not self.ray.is_initialized():
                 self._begin(address)
             elif address != (self.address if self.ours else None):
-                raise PlaceError(
-                    f"running stages at {address or 'ray'}",
-                    f"this process is connected to {self.address or 'a cluster'} already",
-                    "Use one cluster in each process",
-                )
+                found = f"this process is connected to {self.address or 'a cluster'} already"
+                raise PlaceError(f"running stages at {address or 'ray'}", found, "Use one cluster in each process")
             self.users += new
             return self.ray
 
@@ -286,7 +280,7 @@ class Cluster:
                 self.ray.init(address, **quiet)
         except (ValueError, ImportError) as e:  # Ray Client is a package of its own
             if "ray[client]" in str(e):
-                raise _missing() from None
+                raise MissingDependency(*MISSING) from None
             raise
         except (ConnectionError, RuntimeError) as e:
             where = address or "a cluster on this machine"
@@ -305,13 +299,12 @@ class Cluster:
 CLUSTER = Cluster()
 
 
+MISSING = "running a stage on Ray", "Ray is not installed", 'Install it: pip install "ditkit[ray]"'
+
+
 def _ray() -> Any:
     try:
         import ray
     except ImportError:
-        raise _missing() from None
+        raise MissingDependency(*MISSING) from None
     return ray
-
-
-def _missing() -> MissingDependency:
-    return MissingDependency("running a stage on Ray", "Ray is not installed", 'Install it: pip install "ditkit[ray]"')

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from ditkit.assembly.plugs import texts_of
 from ditkit.errors import Lost, PlaceError
 from ditkit.events import Events
 from ditkit.execution.place import Call, StageCall, StageResult
 from ditkit.execution.stage import Stage, Stopped
+from ditkit.identify import forgets
 from ditkit.placement.attempt import Attempt, plugged
 from ditkit.placement.channel import Channel
 from ditkit.placement.handshake import Handshake, pause, times
@@ -46,10 +48,10 @@ class Remote:
         return {name: str(theirs.get(name)) for name in COMPUTES if theirs.get(name) != mine.get(name)}
 
     def call(self, task: StageCall) -> Call:
-        return Call(self._whole, [task], lambda result, _: result)
+        return Call(self._run, [task], lambda result, _: result)
 
-    def _whole(self, task: StageCall) -> StageResult:
-        """Raises Stopped where the stage was interrupted, as a stage of this process does."""
+    def _run(self, task: StageCall) -> StageResult:
+        """Raises Stopped with the result of a stage that was interrupted."""
         result = self.run(task)
         if result.stopped:
             raise Stopped(result)
@@ -58,7 +60,7 @@ class Remote:
     def run(self, task: StageCall) -> StageResult:
         self.handshake.check(task.stage, task.events)
         attempt = Attempt(self.name, self.channel, task)
-        if task.seams.describe() and task.stage.loop:
+        if texts_of(task.seams) is None and task.stage.loop:
             raise plugged(attempt.asked, task)
         try:
             for count in range(self.retries + 1):
@@ -70,7 +72,9 @@ class Remote:
                     about = {"place": self.name, "stage": task.stage.name, "attempt": count + 1, "why": str(e)}
                     task.events.emit("place.retry", **about)
                     pause(e, count, task.cancel)
-                attempt = Attempt(self.name, self.channel, task, attempt.reached)
+                # A plug that cannot save its memory makes another result where it is cut: then all of it once more.
+                again = None if forgets(task.seams.describe()) else attempt.reached
+                attempt = Attempt(self.name, self.channel, task, again)
         except KeyboardInterrupt:
             if attempt.reached is None:
                 raise

@@ -1,7 +1,7 @@
 """Parts that lie at hosts: what a host says of them, made into parts of a model that nobody can load here.
 
 A host is asked only for what is not on this machine. Leaves out: what a host says of itself otherwise
-(``handshake.py``), and how the parts are held against each other (``checkpoints/model/locate.py``).
+(``handshake.py``), and how the parts are held against each other (``checkpoints/model/fits.py``).
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ditkit.assembly import CALLS, Model
-from ditkit.checkpoints.model.locate import KINDS, Part, Scope
+from ditkit.assembly import STAGES, Model, calls_of
+from ditkit.checkpoints.kinds.kind import KINDS
+from ditkit.checkpoints.model.part import Part, Scope, component_names
 from ditkit.errors import PlaceError, SetupError
 from ditkit.execution.place import Segment
 from ditkit.execution.stage_list import Stage, StageList
@@ -40,13 +41,13 @@ def scope_of(places: Places, parts: Mapping[str, str]) -> Scope:
     hosts: dict[str, list[Spec]] = {}
     for target, spec in places.specs.items():
         if spec.kind == "http":
-            names: Iterable[str] = [target.expert] if target.expert else CALLS.get(target.stage, ())
+            names: Iterable[str] = [target.expert] if target.expert else calls_of(target.stage)
             for name in names:
                 hosts.setdefault(name, []).insert(0 if target.expert else len(hosts[name]), spec)
     meant = {name: host for name, text in parts.items() if (host := address(text)) is not None}
     for name, host in meant.items():
         if host.address not in [spec.address for spec in hosts.get(name, ())]:
-            stage = next((stage for stage, names in CALLS.items() if name in names), "STAGE")
+            stage = next((stage for stage in STAGES if name in calls_of(stage)), "STAGE")
             raise SetupError(
                 f"parts with {name} = {host.text!r}", "no stage that calls it is placed there",
                 f"Place one: placement = {{{stage} = {host.text!r}}}",
@@ -59,7 +60,7 @@ def scope_of(places: Places, parts: Mapping[str, str]) -> Scope:
 def scope_at(places: Places, spec: Spec, parts: Mapping[str, str]) -> Scope:
     """That of a model all of whose parts lie at ``spec``, but for those that other settings name."""
     scope = scope_of(places, parts)
-    whole: dict[str, Callable[[], Part | None]] = {n: partial(_first, places, n, [spec]) for n in (*KINDS, "tokenizer")}
+    whole: dict[str, Callable[[], Part | None]] = {n: partial(_first, places, n, [spec]) for n in component_names()}
     return Scope(None, {**whole, **scope.elsewhere}, scope.meant, scope.experts)
 
 
@@ -77,12 +78,12 @@ def part_at(places: Places, spec: Spec, name: str) -> Part | None:
 def part_of(name: str, told: Any, place: str) -> Part:
     """What a host says of a part, checked. Raises PlaceError."""
     try:
-        kind, config, identity = told["kind"], told["config"], told["identity"]
-        if kind not in KINDS.get(name, ("tokenizer",)) or not isinstance(identity, str):
-            raise ValueError(f"kind {kind!r}")
+        row, config, identity = KINDS[str(told["kind"])], told["config"], told["identity"]
+        if name not in row.components or not isinstance(identity, str):
+            raise ValueError(f"kind {row.name!r}")
         config = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
-        if kind != "tokenizer":
-            _configs()[kind](**config)
+        if row.config_class:
+            row.config(config)
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise PlaceError(
             f"asking {place} for its {name}", f"it describes it in a way that is not known here ({e})",
@@ -90,19 +91,7 @@ def part_of(name: str, told: Any, place: str) -> Part:
         ) from None  # fmt: skip
     notes = tuple(map(str, told.get("notes", ())))
     layout, quantization = str(told.get("layout")), told.get("quantization")
-    return Part(name, kind, Path(name), config, None, layout, quantization, None, notes, place, told)
-
-
-def _configs() -> dict[str, Any]:
-    from ditkit.models.clip import CLIPConfig
-    from ditkit.models.taehv import TAEHVConfig
-    from ditkit.models.umt5 import UMT5Config
-    from ditkit.models.wan import WanConfig
-    from ditkit.models.wan_vae import WanVAEConfig
-    from ditkit.models.wan_vae22 import WanVAE22Config
-
-    return {"wan": WanConfig, "wan_vae": WanVAEConfig, "wan_vae22": WanVAE22Config, "taehv": TAEHVConfig,
-            "umt5": UMT5Config, "clip": CLIPConfig}  # fmt: skip
+    return Part(name, row.name, Path(name), config, None, layout, quantization, None, notes, place, told)
 
 
 def _told(places: Places, spec: Spec) -> Mapping[str, Any]:

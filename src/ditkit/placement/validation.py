@@ -14,7 +14,7 @@ from ditkit.checking import check_counts, fault_of
 from ditkit.errors import StateError
 from ditkit.execution.place import StageCall, StageResult, checked
 from ditkit.execution.records import code_of
-from ditkit.execution.stage import DERIVED, Stage, setting_of
+from ditkit.execution.stage import Stage, known_settings
 
 
 def made_by(stage: Stage) -> str:
@@ -37,8 +37,8 @@ def check_outcome(task: StageCall, outcome: StageResult, place: str, final: bool
             raise StateError(asked, f"nobody asked for {name!r}", "Look at its log")
         if fault := fault_of(table[name], value, sizes):
             raise StateError(asked, f"its field {name!r} is damaged: {fault}", "Look at its log")
-    if outcome.plugs:
-        raise StateError(asked, "something is plugged into its seams there", "Look at its log")
+    if outcome.plugs and outcome.plugs != task.seams.describe():
+        raise StateError(asked, "something else is plugged into its seams there", "Look at its log")
     _check_settings(asked, outcome, task.inputs.get("request", {}))
     after = task.inputs.with_fields(outcome.written)
     check_counts(after, asked)
@@ -51,7 +51,8 @@ def check_outcome(task: StageCall, outcome: StageResult, place: str, final: bool
 
 def _check_settings(asked: str, outcome: StageResult, request: Mapping[str, Any]) -> None:
     """They become part of the record, by which a later run judges whether the result is its own."""
+    known = known_settings(request)
     for name, value in outcome.settings.items():
-        if (name not in request and name not in DERIVED) or setting_of(request, name) != value:
+        if name not in known or known[name] != value:
             raise StateError(asked, f"it says that it read the setting {name[:40]!r} as {value!r:.60}",
                              "Look at its log")  # fmt: skip

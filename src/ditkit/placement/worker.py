@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from ditkit.assembly.plugs import received
 from ditkit.cancel import Cancel
 from ditkit.checking import fault_of
 from ditkit.errors import DitkitError, Lost, PlaceError, StateError, nearest
@@ -19,6 +20,7 @@ from ditkit.events import Event, Events
 from ditkit.execution.place import Here, StageCall, StageResult, checked, readable
 from ditkit.execution.stage import Stage
 from ditkit.placement.job import (
+    SAME,
     WIRE,
     Job,
     Message,
@@ -100,23 +102,16 @@ class Worker:
             send(Message("outcome", outcome_to_state(outcome, seconds)))
 
     def _stage(self, job: Job) -> Stage:
+        asked = f"running stage {job.stage!r}"
         if job.wire != WIRE:
-            raise PlaceError(
-                f"running stage {job.stage!r}", f"the job has wire version {job.wire}, this end {WIRE}",
-                "Use the same version of ditkit on both machines",
-            )  # fmt: skip
+            raise PlaceError(asked, f"the job has wire version {job.wire}, this end {WIRE}", SAME)
         if job.stage not in self.stages:
-            raise PlaceError(
-                f"running stage {job.stage!r}",
-                f"it is not offered here{nearest(job.stage, self.stages)}",
-                f"Offered are {', '.join(self.stages)}",
-            )
+            found = f"it is not offered here{nearest(job.stage, self.stages)}"
+            raise PlaceError(asked, found, f"Offered are {', '.join(self.stages)}")
         stage = self.stages[job.stage]
         if job.made_by and job.made_by != made_by(stage):
-            raise PlaceError(
-                f"running stage {job.stage!r}", f"it is made by {made_by(stage)} here, and asked for is {job.made_by}",
-                "Run it where it is defined, or use the same version of ditkit on both machines",
-            )  # fmt: skip
+            found = f"it is made by {made_by(stage)} here, and asked for is {job.made_by}"
+            raise PlaceError(asked, found, f"Run it where it is defined, or {SAME[0].lower()}{SAME[1:]}")
         return with_options(stage, job.options)
 
     def _check(self, stage: Stage, job: Job, inputs: State) -> None:
@@ -136,10 +131,8 @@ class Worker:
                 raise PlaceError(asked, f"there is no {name} here", "Run these steps where it is")
             mine = self._fingerprint(name)
             if job.weights.get(name, mine) != mine:
-                raise StateError(
-                    asked, f"its {name} is {mine[:16]}, and the caller knows {job.weights[name][:16]}",
-                    "Start it with the weights, dtype and dtype_policy of that time",
-                )  # fmt: skip
+                found = f"its {name} is {mine[:16]}, and the caller knows {job.weights[name][:16]}"
+                raise StateError(asked, found, "Start it with the weights, dtype and dtype_policy of that time")
 
     def _carry_out(
         self, stage: Stage, job: Job, inputs: State, send: Send, cancelled: threading.Event
@@ -158,7 +151,7 @@ class Worker:
         components = self.components if listening is None else listening(events)
         with self._my_turn(cancel):
             begun = time.perf_counter()
-            task = StageCall(stage, inputs, job.weights, events, stop_at_step=job.stop_at_step,
+            task = StageCall(stage, inputs, job.weights, events, received(job.plugs), job.stop_at_step,
                         keep=keep if job.keep_every else None, keep_every=job.keep_every or 1,
                         cancel=cancel)  # fmt: skip
             outcome = Here(components).run(task)

@@ -9,10 +9,13 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from ditkit.assembly import CALLS, Components, Model, pipeline_of, placed, stage_of
-from ditkit.checkpoints.model.locate import Scope
+from ditkit.assembly import STAGES, Components, Model, calls_of, pipeline_of, placed, stage_of
+from ditkit.assembly.plugs import plugged
+from ditkit.checkpoints.model.part import Scope
+from ditkit.contracts import Seams
 from ditkit.errors import SetupError, nearest
 from ditkit.events import SILENT, Events
+from ditkit.placement.plugs import codes
 from ditkit.placement.spec import Target
 from ditkit.placement.worker import Worker
 from ditkit.setup import PARTS, Setup
@@ -30,6 +33,7 @@ def worker_of(setup: Setup, stages: Sequence[str] | None = None, shared: Shared 
             "what is offered runs here", "Leave placement out",
         )  # fmt: skip
     setup = placed(setup)
+    swaps = plugged(setup, Seams())[0].swaps  # all else that is plugged in comes with the jobs
     if setup.threads is not None:
         import torch
 
@@ -45,24 +49,24 @@ def worker_of(setup: Setup, stages: Sequence[str] | None = None, shared: Shared 
                 f"Its stages are {', '.join(known)}",
             )  # fmt: skip
     names = list(known) if targets is None else list(dict.fromkeys(target.stage for target in targets))
-    components = Components(model, setup, shared=shared)
-    about = {"model": model.describe()["model"], "parts": partial(parts_of, components)}
-    return Worker({name: stage_of(name, model, setup) for name in names}, components, about)
+    components = Components(model, setup, swaps, shared)
+    about = {"model": model.describe()["model"], "parts": partial(parts_of, components), "code": codes()}
+    return Worker({name: known.get(name) or stage_of(name, model, setup) for name in names}, components, about)
 
 
 def _called(targets: Sequence[Target]) -> list[str]:
     """The parts that have to be here for these stages; ``denoise.transformer_2`` is the one expert alone."""
     found: dict[str, None] = {}
     for target in targets:
-        if target.step is not None or (target.expert and target.expert not in CALLS.get(target.stage, ())):
+        if target.step is not None or (target.expert and target.expert not in calls_of(target.stage)):
             raise SetupError(
                 f"offering a part of {target.stage}", "only an expert of denoise can be offered by itself",
                 "Name the stage, or denoise.transformer or denoise.transformer_2",
             )  # fmt: skip
-        if target.stage not in CALLS:
+        if target.stage not in STAGES:
             raise SetupError(f"offering the stage {target.stage!r}", f"there is none of that name"
-                             f"{nearest(target.stage, CALLS)}", f"The stages are {', '.join(CALLS)}")  # fmt: skip
-        found |= dict.fromkeys([target.expert] if target.expert else CALLS[target.stage])
+                             f"{nearest(target.stage, STAGES)}", f"The stages are {', '.join(STAGES)}")  # fmt: skip
+        found |= dict.fromkeys([target.expert] if target.expert else calls_of(target.stage))
     return [name for name in found if name in PARTS]
 
 

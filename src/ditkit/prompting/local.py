@@ -20,6 +20,7 @@ from ditkit.prompting.server import shrunk
 from ditkit.state import digest
 
 _TURN = threading.Lock()  # sampling draws from torch's own generator, which all threads share
+ASK_NOBODY = {"local_files_only": True, "trust_remote_code": False}  # neither the hub, nor code in the folder
 
 
 class LocalExpander:
@@ -35,7 +36,7 @@ class LocalExpander:
     @property
     def fingerprint(self) -> str:
         """Of all files that decide what it says, and of its dtype; it is not loaded for that."""
-        from ditkit.checkpoints.files.opening import file_hash
+        from ditkit.checkpoints.files.stored import file_hash
 
         with self._lock:
             if self._fingerprint is None:
@@ -59,7 +60,7 @@ class LocalExpander:
         from transformers import AutoConfig
         from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as SEEING
 
-        return AutoConfig.from_pretrained(self.folder, local_files_only=True).model_type in SEEING
+        return AutoConfig.from_pretrained(self.folder, **ASK_NOBODY).model_type in SEEING
 
     def load(self, events: Events = SILENT) -> None:
         """Raises LoadError."""
@@ -76,9 +77,9 @@ class LocalExpander:
         asked, (dtype, device) = f"loading the language model {self.folder}", self._place()
         try:
             sees = self.sees
-            reader = (AutoProcessor if sees else AutoTokenizer).from_pretrained(self.folder, local_files_only=True)
+            reader = (AutoProcessor if sees else AutoTokenizer).from_pretrained(self.folder, **ASK_NOBODY)
             cls = AutoModelForImageTextToText if sees else AutoModelForCausalLM
-            model: Any = cls.from_pretrained(self.folder, local_files_only=True, dtype=getattr(torch, dtype))
+            model: Any = cls.from_pretrained(self.folder, **ASK_NOBODY, dtype=getattr(torch, dtype))
         except (OSError, ValueError, KeyError, ImportError) as e:
             raise LoadError(asked, " ".join(str(e).split())[:300], "Give a whole folder of a chat model") from None
         if not reader.chat_template:

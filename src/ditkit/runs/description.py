@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from ditkit.errors import OutputError, StateError
-from ditkit.request import renamed
+from ditkit.request import Request, renamed
 from ditkit.state import sync_folder
 
 VERSION = 1
@@ -72,7 +72,8 @@ class Description(BaseModel):
             raise ValueError("it has no prompt")
         if not isinstance(request.get("batched"), bool):
             raise ValueError("it does not say whether its clips are batched")
-        return renamed(request)
+        known = {name: field.get_default() for name, field in Request.model_fields.items()}
+        return {**known, **renamed(request)}  # an older run knows fewer settings
 
     def write(self, folder: Path) -> None:
         """Whole or not at all, and there for good. Raises OutputError."""

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ditkit.assembly.plugs import check_trusted
 from ditkit.errors import OutputError, StateError
 from ditkit.runs.description import NAME, Description
 from ditkit.runs.kept import WHOLE, KeptStates, Tell, clip
@@ -56,6 +57,7 @@ class RunFolder:
         if self._pipe is None:
             import ditkit
 
+            check_trusted(self.description.setup.get("plugs", []), f"opening the run {self.path}")
             self._pipe = ditkit.load(**self.description.setup)
         return self._pipe
 

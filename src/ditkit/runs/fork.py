@@ -52,7 +52,7 @@ def prepared(
     clip = which_clip(parent, clip)
     old = standing(parent, pipe, clip, tell)
     before = request_of(parent, clip)
-    request = pipe.model.request({**before, **changes})
+    request = pipe.request({**before, **changes})
     begun = pipe.begin(request, {**_pictures(old, request, before), **(pixels or {})})
     if samples.count(begun) != samples.count(old):
         raise RequestError(f"forking {parent.path}", f"it would make {samples.count(begun)} clips",

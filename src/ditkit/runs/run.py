@@ -55,7 +55,7 @@ class Run(RunFolder):
         kept after each stage and every ``every`` steps: the newest one, or with ``keep_steps="all"`` all of them, so
         that each can be forked from. Raises StateError where there is a run already."""
         values, pixels = pictures.take({"prompt": prompt, **request})
-        state = pipe.begin(pipe.model.request(values), pixels)
+        state = pipe.begin(pipe.request(values), pixels)
         return cls.begin(path, pipe, state, every=every, keep_steps=keep_steps, out=out)
 
     @classmethod

@@ -6,6 +6,7 @@ Leaves out: measuring a finished clip (``measure.py``) and training (``training/
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -127,8 +128,8 @@ _TEMPLATES = (
 def other_caption(scene: Scene, rng: np.random.Generator) -> str:
     """One of some thousand other wordings of the same scene."""
 
-    def pick(options):
-        return options[rng.integers(len(options))]
+    def pick(options: Sequence[str]) -> str:
+        return options[int(rng.integers(len(options)))]
 
     motion = pick(_MOTION_WORDS[scene.motion])
     if scene.motion in DIRECTIONS:

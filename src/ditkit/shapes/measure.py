@@ -32,6 +32,7 @@ AXIS = 2.0  # along its axis it must go this many times as far as across
 WANDER = 0.06  # most deviation (root mean square) from a straight way at an even pace
 GROWING, STEADY = 1.6, 1.35  # last radius / first: from which it grows, up to which it keeps its size
 SOFTNESS = (0.0, 1.0, 1.75, 2.5)  # pixels of blur (sigma) that an outline is tried with
+Named = Mapping[str, tuple[int, int, int]]
 FIT, FIT_LEAD = 0.78, 0.01  # least overlap with the best outline, and least lead over the next
 
 
@@ -199,7 +200,7 @@ def _rgb(color: np.ndarray) -> tuple[float, float, float]:
     return red, green, blue
 
 
-def _name(rgb: np.ndarray, names: Mapping[str, tuple], others: Mapping[str, tuple]) -> tuple[str | None, float]:
+def _name(rgb: np.ndarray, names: Named, others: Named) -> tuple[str | None, float]:
     """The nearest of ``names``, unless it is far or one of ``others`` is nearer; and its lead over the next name."""
     near = sorted((float(np.linalg.norm(rgb - value)), name) for name, value in names.items())
     other = min(float(np.linalg.norm(rgb - value)) for value in others.values())

@@ -13,6 +13,10 @@ from ditkit.execution.stage_list import BaseStage, Context
 
 @dataclass(frozen=True)
 class EncodeText(BaseStage):
+    """``cfg``: whether a guidance scale other than 1 means a second pass, with the negative prompt."""
+
+    cfg: bool = True
+
     name = "encode_text"
     reads = ("prompt", "negative_prompt", "request")
     optional = ("expanded_prompt",)
@@ -24,7 +28,7 @@ class EncodeText(BaseStage):
     def run(self, inputs: Mapping[str, Any], ctx: Context) -> Mapping[str, Any]:
         rows, lengths = self.encode(inputs.get("expanded_prompt", inputs["prompt"]), "prompt", ctx)
         written = {"prompt_embeds": rows, "prompt_lengths": lengths}
-        if ctx.settings.guided:  # without guidance nobody looks at the negative prompt
+        if self.cfg and ctx.settings.guided:  # without guidance nobody looks at the negative prompt
             rows, lengths = self.encode(inputs["negative_prompt"], "negative_prompt", ctx)
             written |= {"negative_prompt_embeds": rows, "negative_prompt_lengths": lengths}
         return written

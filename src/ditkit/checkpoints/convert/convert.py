@@ -2,27 +2,27 @@
 
 What is written appears whole or not at all, after it has been opened again and held against what it was made from: a
 layout that cannot say something (the native one has no configs but the transformers') is an error, not a loss.
-Leaves out: what is written where (outputs.py), and how tensors get into files (writing.py).
+Leaves out: what is written where (plan.py), and how tensors get into files (writing.py).
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ditkit.checkpoints.convert.plan import LAYOUTS, Layout, Plan, config_of, plan
-from ditkit.checkpoints.files.opening import SIZES, some
+from ditkit.checkpoints.convert.folders import appearing, write_json
+from ditkit.checkpoints.convert.plan import LAYOUTS, Plan, plan
+from ditkit.checkpoints.files.stored import SIZES
+from ditkit.checkpoints.files.text import some
 from ditkit.checkpoints.files.writing import SHARD_BYTES, WANTED, write_pickle, write_set
 from ditkit.checkpoints.model.find import parts_of
-from ditkit.checkpoints.model.locate import WITHOUT_WEIGHTS, ModelParts, Part, locate
+from ditkit.checkpoints.model.locate import locate
 from ditkit.checkpoints.model.manifest import INDEX
+from ditkit.checkpoints.model.part import WITHOUT_WEIGHTS, ModelParts, Part
 from ditkit.checkpoints.views.source import TensorSource
 from ditkit.errors import LoadError, OutputError, SetupError, nearest
 
@@ -36,7 +36,7 @@ class Converted:
     ``remarks``: what was not carried over, or is missing; sentences."""
 
     path: Path
-    layout: Layout
+    layout: str
     files: Mapping[str, int]
     types: Mapping[str, str]
     remarks: tuple[str, ...]
@@ -45,7 +45,7 @@ class Converted:
 def convert(
     src: str | Path,
     dst: str | Path,
-    layout: Layout,
+    layout: str,
     dtype: str | None = None,
     *,
     located: ModelParts | None = None,
@@ -68,7 +68,7 @@ def convert(
     for part in located.parts.values():
         _check_outside(part.path, src, dst)
     made = plan(located, layout)
-    with _appears(dst) as folder:
+    with appearing(dst) as folder:
         _write(made, folder, dtype, shard_bytes, progress)
         _compare(located, layout, folder, dst)
         files = {
@@ -78,18 +78,14 @@ def convert(
 
 
 def _check(layout: str, dtype: str | None, shard_bytes: int) -> None:
+    asked = "converting a model"
     if layout not in LAYOUTS:
-        raise SetupError(
-            "converting a model",
-            f"there is no layout {layout!r}{nearest(layout, LAYOUTS)}",
-            f"Use {' or '.join(LAYOUTS)}",
-        )
+        found = f"there is no layout {layout!r}{nearest(layout, LAYOUTS)}"
+        raise SetupError(asked, found, f"Use {' or '.join(LAYOUTS)}")
     if dtype is not None and dtype not in WANTED:
-        raise SetupError(
-            "converting a model", f"dtype is {dtype!r}{nearest(dtype, WANTED)}", f"Use one of {', '.join(WANTED)}"
-        )
+        raise SetupError(asked, f"dtype is {dtype!r}{nearest(dtype, WANTED)}", f"Use one of {', '.join(WANTED)}")
     if shard_bytes < 1:
-        raise SetupError("converting a model", f"a shard of {shard_bytes} bytes was asked for", "Use a positive size")
+        raise SetupError(asked, f"a shard of {shard_bytes} bytes was asked for", "Use a positive size")
 
 
 def _check_target(src: Path, dst: Path, overwrite: bool) -> None:
@@ -105,14 +101,12 @@ def _check_target(src: Path, dst: Path, overwrite: bool) -> None:
         there = locate(dst)
     except LoadError:
         if any(dst.iterdir()):
-            raise OutputError(
-                asked, "it is there and holds no model", "Remove it yourself, or choose another"
-            ) from None
+            do = "Remove it yourself, or choose another"
+            raise OutputError(asked, "it is there and holds no model", do) from None
         return
     if others := sorted(set(os.listdir(dst)) - _own_names(there, dst) - BESIDE):
-        raise OutputError(
-            asked, f"it holds other things too ({some(others)}), which would be lost", "Move them, or choose another"
-        )
+        found = f"it holds other things too ({some(others)}), which would be lost"
+        raise OutputError(asked, found, "Move them, or choose another")
 
 
 BESIDE = frozenset({"README.md", "LICENSE", "LICENSE.txt", "LICENSE.md", ".gitattributes", "config.json", INDEX})
@@ -130,9 +124,8 @@ def _own_names(located: ModelParts, folder: Path) -> set[str]:
 def _check_outside(place: Path, src: Path, dst: Path) -> None:
     """What is read must not lie in what is replaced, unless the whole model takes its own place."""
     if place.exists() and place.resolve().is_relative_to(dst.resolve()) and src.resolve() != dst.resolve():
-        raise OutputError(
-            f"writing {dst}", f"it holds {place}, which would be replaced with it", "Choose another folder"
-        )
+        found = f"it holds {place}, which would be replaced with it"
+        raise OutputError(f"writing {dst}", found, "Choose another folder")
 
 
 def _write(made: Plan, folder: Path, dtype: str | None, limit: int, progress: Progress) -> None:
@@ -141,9 +134,7 @@ def _write(made: Plan, folder: Path, dtype: str | None, limit: int, progress: Pr
         for file in files:
             shutil.copy(file, folder / place)
     for place, content in made.json.items():
-        (folder / place).parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(content, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False)
-        (folder / place).write_text(text + "\n", encoding="utf-8")
+        write_json(folder / place, content)
     total, done = sum(_bytes(weights.source, dtype) for weights in made.weights), 0
     for weights in made.weights:
 
@@ -171,13 +162,13 @@ def _compare(located: ModelParts, layout: str, folder: Path, dst: Path) -> None:
     do = "Use the layout of diffusers, which has a config for each component"
     written = locate(folder)
     for name, part in located.parts.items():
-        if part.kind == "taehv":
+        if part.source is not None and part.row.written_as(layout) is None:
             continue
         if name not in written.parts:
             why = "; ".join(f"{file}: {reason}" for file, reason in written.unused.items())
             raise OutputError(asked, f"its {name} could not be opened again ({why or 'it was not found'})", do)
-        found = config_of(written.parts[name])
-        for key, value in config_of(part).items():
+        found = {**part.row.unsaid, **written.parts[name].config}
+        for key, value in {**part.row.unsaid, **part.config}.items():
             if found.get(key) != value:
                 raise OutputError(asked, f"it has no place for {key} of the {name}, {_shown(value)}", do)
         _same_tensors(part, written.parts[name], asked)
@@ -206,27 +197,3 @@ def _types(located: ModelParts, dtype: str | None) -> dict[str, str]:
             now = WANTED[dtype] if dtype else stored
             types[name] = was if was == now else f"{was} -> {now}"
     return types
-
-
-@contextmanager
-def _appears(dst: Path) -> Iterator[Path]:
-    """A folder beside ``dst`` that takes its name when the block ends well, and vanishes otherwise."""
-    asked, do = f"writing {dst}", "Choose a folder that you can write to and that has room"
-    folder = dst.with_name(f".ditkit-{secrets.token_hex(6)}.part")
-    old = dst.with_name(f".ditkit-{secrets.token_hex(6)}.old")
-    try:
-        folder.mkdir(parents=True)
-        yield folder
-        if dst.exists():
-            os.rename(dst, old)
-        try:
-            os.rename(folder, dst)
-        except BaseException:  # Ctrl-C too: the old one is deleted below
-            if old.exists() and not dst.exists():
-                os.rename(old, dst)
-            raise
-    except OSError as error:
-        raise OutputError(asked, (error.strerror or str(error)).lower(), do) from None
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)

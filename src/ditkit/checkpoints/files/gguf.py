@@ -24,7 +24,8 @@ from typing import IO, TYPE_CHECKING, Any
 
 import torch
 
-from ditkit.checkpoints.files.opening import DTYPES, StoredTensors, TensorInfo, read
+from ditkit.checkpoints.files.stored import DTYPES, StoredTensors, TensorInfo, read
+from ditkit.checkpoints.files.text import readable
 from ditkit.checkpoints.views.source import Inspect, no_inspection
 from ditkit.errors import LoadError, MissingDependency, nearest
 
@@ -125,10 +126,8 @@ class _Header:
 
 def _header(path: Path, asked: str) -> _Header:
     try:
-        with path.open("rb") as stream:
+        with readable(asked), path.open("rb") as stream:
             return _Reader(stream).header()
-    except OSError as error:
-        raise LoadError(asked, f"it cannot be read ({error.strerror})", "Check the file and its permissions") from None
     except ValueError as error:
         raise LoadError(asked, f"it cannot be read as GGUF ({error})", AGAIN) from None
 

@@ -25,7 +25,9 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from ditkit.checkpoints.files.opening import DTYPES, HEADER_LIMIT, StoredTensors, TensorInfo, kind_of, read, some
+from ditkit.checkpoints.files.formats import HEADER_LIMIT, kind_of
+from ditkit.checkpoints.files.stored import DTYPES, StoredTensors, TensorInfo, read
+from ditkit.checkpoints.files.text import some
 from ditkit.checkpoints.views.source import Inspect, no_inspection
 from ditkit.errors import LoadError, nearest
 
@@ -85,13 +87,6 @@ class PickleFile(StoredTensors):
         """Of the file and the entry: two state dicts of one file are different weights."""
         about = [*sorted(self.sha256.values()), *([self.entry] if len(self.entries) > 1 else [])]
         return hashlib.sha256("".join(about).encode()).hexdigest()
-
-
-def entries(path: str | Path) -> dict[str, int]:
-    """Each state dict of a torch checkpoint -> how many tensors it has. Raises LoadError."""
-    path = Path(path)
-    _records(path, f"opening {path}")
-    return {name: len(tensors) for name, tensors in _state_dicts(_skeleton(path, f"opening {path}"))}
 
 
 def _select(known: tuple[str, ...], entry: str | None, asked: str) -> tuple[str, tuple[str, ...]]:
@@ -161,11 +156,12 @@ def _begin(stream: IO[bytes], member: zipfile.ZipInfo) -> int:
 def _skeleton(path: Path, asked: str) -> Any:
     """What was saved, with tensors that have no data; their storages know their place in the file."""
     try:
+        if torch.__version__ < "2.7":
+            return _mapped(path)
+        if torch.__version__ < "2.11":  # there the meta device reads all data, and does not tell where it lay
+            return _fake(path)
         with path.open("rb") as stream:
-            loaded = torch.load(stream, map_location="meta", weights_only=True)
-        if all(hasattr(tensor.untyped_storage(), "_checkpoint_offset") for tensor in _tensors(loaded)):
-            return loaded
-        return _fake(path)
+            return torch.load(stream, map_location="meta", weights_only=True)
     except pickle.UnpicklingError as error:
         match = re.search(r"GLOBAL (\S+)", str(error))
         needs = f"to run {match[1]}" if match else "more than tensors and names"
@@ -176,16 +172,26 @@ def _skeleton(path: Path, asked: str) -> Any:
 
 
 def _fake(path: Path) -> Any:
-    """The same for torch before 2.11, which tells places in this mode only."""
+    """The same for an older torch, which tells places in this mode only (2.7 or later)."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with path.open("rb") as stream, FakeTensorMode():
         return torch.load(stream, weights_only=True)
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    for _, found in _state_dicts(value):
-        yield from found.values()
+def _mapped(path: Path) -> Any:
+    """The same for torch 2.6, which tells no places: its tensors lie in a mapping of the file, so their addresses
+    do."""
+    from torch import _weights_only_unpickler, serialization
+
+    whole = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
+    with path.open("rb") as stream, serialization._open_zipfile_reader(stream) as archive:
+        loaded = serialization._load(archive, "cpu", _weights_only_unpickler, overall_storage=whole)
+    for _, found in _state_dicts(loaded):
+        for tensor in found.values():
+            storage = tensor.untyped_storage()
+            storage._checkpoint_offset = storage.data_ptr() - whole.data_ptr()
+    return loaded
 
 
 def _info(path: Path, name: str, tensor: Tensor, records: Mapping[int, int], asked: str) -> TensorInfo:

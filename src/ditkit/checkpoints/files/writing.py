@@ -15,7 +15,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from ditkit.checkpoints.files.opening import DTYPES, SIZES
+from ditkit.checkpoints.files.safetensors import read_header
+from ditkit.checkpoints.files.stored import DTYPES, SIZES, bytes_of
 from ditkit.checkpoints.views.source import TensorSource
 from ditkit.errors import LoadError
 
@@ -80,7 +81,7 @@ def write_file(
     with file.open("xb") as stream:
         stream.write(len(raw).to_bytes(8, "little") + raw)
         for name, kind in spelled.items():
-            stream.write(_raw(_cast(source, name, kind)))
+            stream.write(bytes_of(_cast(source, name, kind)))
             wrote(name, _bytes(source, name, kind))
 
 
@@ -104,8 +105,6 @@ def write_pickle(
 def _mapped(file: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file as they lie on the disk; changes of them would stay in memory."""
     import torch
-
-    from ditkit.checkpoints.files.opening import read_header
 
     header = read_header(file)
     with file.open("rb") as stream:
@@ -164,10 +163,3 @@ def _cast(source: TensorSource, name: str, kind: str) -> Tensor:
             "Choose bfloat16 or float32",
         )
     return cast
-
-
-def _raw(tensor: Tensor) -> memoryview:
-    import torch
-
-    data: Any = tensor.reshape(-1).view(torch.uint8).numpy()  # as bytes, because numpy has no bfloat16
-    return memoryview(data)

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from ditkit.errors import LoadError, nearest
 
 REQUIRED: Any = object()
+DIFFUSERS_VERSION = "0.42.1"  # the release whose layout is written
 STRICT = "strict_config"
 """Rule: a key that is not known is an error."""
 REFUSED = ("quantization_config",)
@@ -38,16 +40,46 @@ def note_unknown(
     )
 
 
+def is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 1
+
+
+@dataclass(frozen=True)
+class Check:
+    """What a value has to be (``fits``), in words for an error (``wanted``), and what is made of it."""
+
+    fits: Callable[[Any], bool]
+    wanted: str
+    make: Callable[[Any], Any] = lambda value: value
+
+
+def _list(fits: Callable[[Any], bool], what: str, make: Callable[[Any], Any] = tuple) -> Check:
+    return Check(lambda value: isinstance(value, list | tuple) and all(map(fits, value)), f"not a list of {what}", make)
+
+
+COUNT = Check(_is_count, "not a whole number of at least 1")
+COUNT_OR_NONE = Check(lambda value: value is None or _is_count(value), "neither null nor a whole number above 0")
+COUNTS, TRUTHS = _list(lambda x: type(x) is int, "whole numbers"), _list(lambda x: type(x) is bool, "true and false")
+NUMBERS = _list(is_number, "finite numbers", lambda value: tuple(map(float, value)))
+EPSILON = Check(lambda value: is_number(value) and 0 < value < 1, "not a finite number between 0 and 1", float)
+"""What a norm adds to a variance: without it, or below 0, a row of zeros becomes undefined numbers."""
+
+
 class ConfigKeys:
     """The keys of one config, taken one by one. ``rules``: named exceptions, such as ``strict_config``.
-    ``notes`` grows by what is unknown."""
+    ``notes`` grows by what is unknown; ``said``: field -> what the config calls it, for messages."""
 
     def __init__(
         self, config: Mapping[str, Any], asked: str, rules: Collection[str] = (), notes: list[str] | None = None
     ):
-        self.asked, self.rules, self.notes = asked, rules, [] if notes is None else notes
+        self.asked, self.rules, self.config, self.notes = asked, rules, config, [] if notes is None else notes
         self.rest = {key: value for key, value in config.items() if not key.startswith("_")}
         self.known: list[str] = []
+        self.said: dict[str, str] = {}
         for key in REFUSED:
             if self.rest.get(key) is not None:
                 raise self.error(f"it has a {key}, and ditkit does not compute such weights")
@@ -55,53 +87,29 @@ class ConfigKeys:
     def error(self, found: str, do: str = "Use a model of a supported kind") -> LoadError:
         return LoadError(self.asked, found, do)
 
-    def any(self, key: str, default: Any) -> Any:
+    def any(self, key: str, default: Any = REQUIRED) -> Any:
         self.known.append(key)
         value = self.rest.pop(key, default)
         if value is REQUIRED:
             raise self.error(f"the config has no {key}", "Use the config.json that belongs to the weights")
         return value
 
-    def integer(self, key: str, default: Any, least: int = 1) -> int:
+    def take(self, key: str, default: Any = REQUIRED, check: Check = COUNT) -> Any:
         value = self.any(key, default)
-        if type(value) is not int or value < least:
-            raise self.error(f"{key} is {value!r}, not a whole number of at least {least}", "Correct the config")
-        return value
+        if not check.fits(value):
+            raise self.error(f"{key} is {value!r}, {check.wanted}", "Correct the config")
+        return check.make(value)
 
-    def integer_or_none(self, key: str) -> int | None:
-        value = self.any(key, None)
-        if value is not None and (type(value) is not int or value < 1):
-            raise self.error(f"{key} is {value!r}, neither null nor a whole number above 0", "Correct the config")
-        return value
-
-    def number(self, key: str, default: Any) -> float:
-        value = self.any(key, default)
-        if not is_number(value):
-            raise self.error(f"{key} is {value!r}, not a finite number", "Correct the config")
-        return float(value)
-
-    def epsilon(self, key: str, default: float) -> float:
-        """What a norm adds to a variance: without it, or below 0, a row of zeros becomes undefined numbers."""
-        value = self.number(key, default)
-        if not 0 < value < 1:
-            raise self.error(f"{key} is {value!r}, not a number between 0 and 1", "Correct the config")
-        return value
-
-    def list_of(self, key: str, default: Sequence[Any], fits: Callable[[Any], bool], what: str) -> tuple[Any, ...]:
-        value = self.any(key, default)
-        if not isinstance(value, list | tuple) or not all(map(fits, value)):
-            raise self.error(f"{key} is {value!r}, not a list of {what}", "Correct the config")
-        return tuple(value)
-
-    def only(self, key: str, *supported: Any, default: Any = None) -> None:
+    def only(self, key: str, *supported: Any) -> Any:
         """The key may only have one of these values; the first is the default."""
         value = self.any(key, supported[0])
         value = tuple(value) if isinstance(value, list) else value
         if not any(value == option and type(value) is type(option) for option in supported):
             listed = " or ".join(repr(option) for option in supported)
             raise self.error(f"{key} is {value!r}, and only {listed} is supported")
+        return value
 
-    def ignore(self, keys: Collection[str]) -> None:
+    def ignore(self, keys: Iterable[str]) -> None:
         for key in keys:
             self.any(key, None)
 
@@ -116,5 +124,62 @@ class ConfigKeys:
         self.notes += note_unknown(self.asked, file, unknown, self.known, self.rules)
 
 
-def is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+@dataclass(frozen=True)
+class Key:
+    """The field that a key of a config gives."""
+
+    field: str
+    default: Any = REQUIRED
+    check: Check = COUNT
+
+
+def same(check: Check = COUNT, **defaults: Any) -> dict[str, Key]:
+    """Keys that are called like their fields."""
+    return {name: Key(name, default, check) for name, default in defaults.items()}
+
+
+@dataclass(frozen=True)
+class ConfigFormat:
+    """The config.json of one layout of one kind, read and written by one table.
+
+    ``keys``: key -> field. ``fixed``: key -> the values that it may have, the first is the default and is written.
+    ``read`` and ``write``: what is made of several keys or fields. ``written``: keys without effect on inference, as
+    they are written; ``ignored``: more of these. ``silent``: keys that are not written at these values. ``nested``:
+    model type of a larger network -> the key under which ours is."""
+
+    keys: Mapping[str, Key]
+    fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    read: Callable[[ConfigKeys, dict[str, Any]], None] = lambda keys, fields: None
+    write: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda fields: {}
+    written: Mapping[str, Any] = field(default_factory=dict)
+    ignored: Collection[str] = ()
+    silent: Mapping[str, Any] = field(default_factory=dict)
+    nested: Mapping[str, str] = field(default_factory=dict)
+
+    def inner(self, config: Mapping[str, Any], asked: str) -> Mapping[str, Any]:
+        """The part of ``config`` that is about our network. Raises LoadError."""
+        name = self.nested.get(str(config.get("model_type")))
+        found = config if name is None else config.get(name)
+        if not isinstance(found, Mapping):
+            raise LoadError(asked, f"it is of a whole {config['model_type']} and has no {name}", "Correct the config")
+        return found
+
+    def fields(self, keys: ConfigKeys) -> dict[str, Any]:
+        for name, values in self.fixed.items():
+            keys.only(name, *values)
+        fields = {key.field: keys.take(name, key.default, key.check) for name, key in self.keys.items()}
+        keys.said.update({key.field: name for name, key in self.keys.items()})
+        self.read(keys, fields)
+        keys.ignore([*self.written, *self.ignored])
+        keys.done()
+        return fields
+
+    def config(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        values = {name: fields[key.field] for name, key in self.keys.items()}
+        values |= {name: options[0] for name, options in self.fixed.items()}
+        values |= {**self.written, **self.write(fields)}
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in values.items()
+            if name not in self.silent or self.silent[name] != value
+        }

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ditkit.checkpoints.files.opening import some
+from ditkit.checkpoints.files.text import some
 from ditkit.checkpoints.lora.deltas import wide
 from ditkit.checkpoints.lora.read import Adapter
-from ditkit.checkpoints.views.source import Facts, Inspect, TensorFacts, TensorSource, cast, no_inspection
+from ditkit.checkpoints.views.source import Facts, Inspect, Stored, TensorFacts, TensorSource, View, not_stored
 from ditkit.errors import LoadError
 
 if TYPE_CHECKING:
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Merged:
+class Merged(View):
     """``source``, under the transformer's native names, with ``adapters`` added at their strengths.
 
     Tensors that change are float32 (float64 if they were): the one rounding is that to the dtype that they are
@@ -32,7 +31,7 @@ class Merged:
     Raises LoadError for an adapter that changes a tensor which is not there."""
 
     def __init__(self, source: TensorSource, adapters: Sequence[tuple[Adapter, float]]):
-        self.source = source
+        super().__init__(source)
         self.adapters = tuple((adapter, strength) for adapter, strength in adapters if strength)
         changed = {name for adapter, _ in self.adapters for name in adapter.deltas}
         if lost := changed - source.tensors.keys():
@@ -46,36 +45,27 @@ class Merged:
             for name, info in source.tensors.items()
         }
         self.tensors: Mapping[str, Facts] = MappingProxyType(tensors)
-        self.path: Path = source.path
-        self.files: tuple[Path, ...] = source.files
 
-    @property
-    def metadata(self) -> Mapping[str, Any]:
-        return self.source.metadata
+    def same(self, name: str) -> str | None:
+        return None if self._changes(name) else name
 
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in self.source:
-            yield name, self._merge(name, tensor)
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._merge(name, self.source[name])
-
-    def cast(self, name: str, dtype: torch.dtype | None = None, look: Inspect = no_inspection) -> Tensor:
-        if not any(name in adapter.deltas for adapter, _ in self.adapters):
-            return cast(self.source, name, dtype, look)
-        tensor = self[name].to(dtype)
-        look(tensor.reshape(-1))
-        return tensor
-
-    def _merge(self, name: str, tensor: Tensor) -> Tensor:
-        changes = [(adapter, strength) for adapter, strength in self.adapters if name in adapter.deltas]
-        if not changes:
-            return tensor
+    def made(self, name: str, dtype: torch.dtype | None, look: Inspect) -> Tensor:
+        tensor = self.source[name]
         plain = tensor.to(wide(tensor.dtype))
         total = plain.clone()
-        for adapter, strength in changes:
+        for adapter, strength in self._changes(name):
             total.add_(adapter.added(name, plain), alpha=strength)
+        total = total.to(dtype)
+        look(total.reshape(-1))
         return total
+
+    def stored(self, name: str) -> Stored:
+        if self._changes(name):
+            raise not_stored(self, name, "a LoRA is merged into it (lora_mode=side puts it beside the weights)")
+        return super().stored(name)
+
+    def _changes(self, name: str) -> list[tuple[Adapter, float]]:
+        return [(adapter, strength) for adapter, strength in self.adapters if name in adapter.deltas]
 
     @property
     def sha256(self) -> dict[str, str]:

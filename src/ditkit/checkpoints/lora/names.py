@@ -1,8 +1,8 @@
-"""What the keys of a LoRA file mean: which tensor of a Wan transformer, and which part of its change.
+"""What the keys of a LoRA file mean: which tensor of a transformer, and which part of its change.
 
 Trainers and converters name one and the same thing in many ways. A key is a prefix, the name of a module, and a role
 (``lora_A``, ``alpha``, ``diff_b``). Roles and prefixes are tables; a module's name is looked up among all names that
-the family has in its native and its diffusers spelling, with dots or underscores. Nothing is replaced inside a name.
+its kind has in its native and its diffusers spelling, with dots or underscores. Nothing is replaced inside a name.
 Leaves out: shapes, scales and the arithmetic (lora.py, lora_deltas.py).
 Sources: peft ``save_and_load.py``; musubi-tuner ``lora_wan.py``; LyCORIS ``modules/``; ComfyUI ``comfy/lora.py``.
 """
@@ -14,9 +14,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from ditkit.checkpoints.kinds.keys import transformer_keys
+from ditkit.checkpoints.kinds.kind import LoraTargets
+from ditkit.contracts import EXPERTS
 
-EXPERTS = ("transformer", "transformer_2")
 MOST_BLOCKS = 500  # of a network that a file may speak of; far above any that exists
 
 ROLES: Mapping[str, str] = MappingProxyType(
@@ -75,11 +75,14 @@ class Names:
     flat: Mapping[str, str]
 
     @classmethod
-    def of(cls, blocks: int) -> Names:
-        """For networks of up to so many blocks, with every branch that exists."""
-        table = transformer_keys(blocks, image=True, image_positions=True, vace=blocks).to_native
+    def of(cls, targets: LoraTargets, blocks: int) -> Names:
+        """For networks of up to so many blocks, with every branch that exists. Of a tensor that the other layout cuts
+        or joins only the native name is known."""
         dotted: dict[str, str] = {}
-        for other, native in table.items():
+        rules = targets.names(blocks).rules
+        for other, native in (
+            (rule.other[0] if rule.renames else name, name) for rule in rules for name in rule.native
+        ):
             for theirs, ours in ((other, native), (native, native), (_owner(native), _owner(native))):
                 dotted[theirs] = ours
                 if _leaf(theirs) in ("weight", "bias"):
@@ -148,19 +151,8 @@ def refused(text: str) -> str | None:
     return next((REFUSED[part] for part in text.split(".") if part in REFUSED), None)
 
 
-def blocks_in(names: Iterable[str]) -> int:
+def blocks_in(names: Iterable[str], targets: LoraTargets) -> int:
     """How many blocks a network with these names has: by the highest number, at least 1."""
-    found = [int(n) for name in names for n in re.findall(r"(?:^|[._])blocks[._](\d{1,6})[._]", name)]
+    pattern = re.compile(rf"(?:^|[._]){targets.blocks}[._](\d{{1,6}})[._]")
+    found = [int(n) for name in names for n in pattern.findall(name)]
     return min(max(found, default=0) + 1, MOST_BLOCKS)
-
-
-def group(name: str) -> str:
-    """The part of the network that a native name belongs to: ``self_attn``, ``image_branch``, ``vace`` ..."""
-    parts = name.split(".")
-    if parts[0] in ("vace_blocks", "vace_patch_embedding"):
-        return "vace"
-    if parts[0] == "img_emb" or (len(parts) > 3 and parts[3] in ("k_img", "v_img", "norm_k_img")):
-        return "image_branch"
-    if parts[0] != "blocks":
-        return parts[0]
-    return "norms" if "norm" in parts[-1] or parts[2] == "norm3" or parts[-2].startswith("norm_") else parts[2]

@@ -21,11 +21,13 @@ from typing import Any
 
 from torch import Tensor
 
-from ditkit.checkpoints.files.opening import some
+from ditkit.checkpoints.files.text import some
+from ditkit.checkpoints.kinds.kind import KINDS, LoraTargets
 from ditkit.checkpoints.lora.deltas import Decomposed, Delta, Full, Hadamard, Kronecker, LowRank, Product
-from ditkit.checkpoints.lora.names import EXPERTS, OTHER_NETWORKS, Key, Names, blocks_in, group, read_key, refused
+from ditkit.checkpoints.lora.names import OTHER_NETWORKS, Key, Names, blocks_in, read_key, refused
 from ditkit.checkpoints.lora.scale import Scale, read_scale
 from ditkit.checkpoints.views.source import TensorSource
+from ditkit.contracts import EXPERTS
 from ditkit.errors import LoadError, nearest
 
 Shape = tuple[int, ...]
@@ -117,12 +119,13 @@ def read_lora(
     source: TensorSource,
     targets: Mapping[str, Shape],
     *,
+    kind: str = "wan",
     expert: str | None = None,
     alpha: float | None = None,
     rs_lora: bool | None = None,
     allow: Collection[str] = (),
 ) -> Adapter:
-    """The adapter in ``source`` for a transformer with these native parameter names and shapes.
+    """The adapter in ``source`` for a transformer of that kind with these native parameter names and shapes.
 
     ``expert``: transformer or transformer_2, needed for files with parts for both. ``alpha``: for all pairs, in place
     of what the file says. ``rs_lora``: divide alpha by the root of the rank; None does what the file's settings say.
@@ -134,7 +137,7 @@ def read_lora(
                 f"there is no such rule{nearest(name, ALLOWANCES)}",
                 f"Choose among {', '.join(ALLOWANCES)}",
             )
-    survey = _Survey(source, targets, expert, read_scale(source, alpha, rs_lora, expert), frozenset(allow))
+    survey = _Survey(source, targets, kind, expert, read_scale(source, alpha, rs_lora, expert), frozenset(allow))
     if survey.faults:
         raise survey.error()
     options = json.dumps([expert, alpha, rs_lora, sorted(allow)])
@@ -142,23 +145,44 @@ def read_lora(
     return Adapter(source, deltas, survey.report(), options)
 
 
-def experts_of(source: TensorSource) -> tuple[str, ...]:
+def experts_of(source: TensorSource, kind: str = "wan") -> tuple[str, ...]:
     """The experts that a file names, by its prefixes; () for a file that could be for either."""
-    names = Names.of(blocks_in(source.tensors))
+    names = _names(kind, source.tensors)
     found = {key.expert for text in source.tensors if (key := read_key(text, names))}
     return EXPERTS if EXPERTS[1] in found and len(found) > 1 else tuple(e for e in EXPERTS[1:] if e in found)
 
 
 def is_lora(source: TensorSource) -> bool:
     """Whether any key has the role of a factor or a difference. No data is read."""
-    names = Names.of(1)
+    names = Names({}, {})
     return any(read_key(text, names) or refused(text) for text in source.tensors)
+
+
+def lora_kind(source: TensorSource) -> str:
+    """The kind of network that most keys of ``source`` are about."""
+    kinds = [kind.name for kind in KINDS.values() if kind.lora]
+    named = {kind: _names(kind, source.tensors) for kind in kinds}
+    return max(kinds, key=lambda kind: sum((key := read_key(text, named[kind])) is not None and key.module is not None
+                                           for text in source.tensors))  # fmt: skip
+
+
+def _targets(kind: str) -> LoraTargets:
+    found = KINDS[kind].lora
+    if found is None:
+        raise LoadError(f"reading a LoRA for {kind}", "nothing is known of LoRAs for this kind", "Leave it out")
+    return found
+
+
+def _names(kind: str, *names: Collection[str]) -> Names:
+    targets = _targets(kind)
+    return Names.of(targets, max(blocks_in(some_names, targets) for some_names in names))
 
 
 def inspect_lora(
     source: TensorSource,
     targets: Mapping[str, Shape] | None = None,
     *,
+    kind: str | None = None,
     expert: str | None = None,
     alpha: float | None = None,
     rs_lora: bool | None = None,
@@ -166,13 +190,15 @@ def inspect_lora(
 ) -> dict[str, Any]:
     """What ``source`` is, as plain values for printing and JSON; ``usable`` tells whether ``read_lora`` would take it.
 
-    Without ``targets`` names are checked against the whole family, and shapes only against each other."""
-    survey = _Survey(source, targets, expert, read_scale(source, alpha, rs_lora, expert), frozenset(allow))
+    Without ``targets`` names are checked against the whole kind, and shapes only against each other; without ``kind``
+    it is the kind that the keys are about."""
+    kind = kind or lora_kind(source)
+    survey = _Survey(source, targets, kind, expert, read_scale(source, alpha, rs_lora, expert), frozenset(allow))
     report = survey.report()
     unused = sum(len(fault.keys) for fault in report.faults)
     return {
         "family": " + ".join(report.families),
-        "experts": list(experts_of(source)),
+        "experts": list(experts_of(source, kind)),
         "width": report.width,
         "blocks": report.blocks,
         "keys": report.keys,
@@ -195,6 +221,7 @@ class _Survey:
         self,
         source: TensorSource,
         targets: Mapping[str, Shape] | None,
+        kind: str,
         expert: str | None,
         scale: Scale,
         allow: frozenset[str],
@@ -206,8 +233,9 @@ class _Survey:
         self.ranks: Counter[int] = Counter()
         self.left_out: Counter[str] = Counter()
         self.widths: Counter[int] = Counter()
-        self.blocks = blocks_in(source.tensors)
-        names = Names.of(max(self.blocks, blocks_in(targets or ())))
+        self.about = _targets(kind)
+        self.blocks = blocks_in(source.tensors, self.about)
+        names = _names(kind, source.tensors, targets or ())
         keys = self._keys(names, expert)
         self.families = tuple(sorted({_family(key) for key in keys}))
         self.total = len(source.tensors)
@@ -326,7 +354,7 @@ class _Survey:
             delta, kind = Decomposed(delta, read, magnitude.text, axis), f"dora {kind}"
         self._add(f"{name}.weight", delta, kind)
         self.ranks[form.rank or 0] += 1
-        if group(f"{name}.weight") in ("self_attn", "cross_attn"):
+        if "attn" in self.about.group(f"{name}.weight"):
             self.widths[form.size[0]] += 1
         if bias is not None:
             self._full(f"{name}.bias", bias, "bias", factor)
@@ -358,7 +386,7 @@ class _Survey:
         """Whether the transformer has ``target`` in this size: its shape, or (outputs, inputs times kernel)."""
         if self.targets is None:
             return True
-        part = group(target)
+        part = self.about.group(target)
         if target not in self.targets:
             rule = part if part in ("image_branch", "vace") else None
             self._fault(f"the transformer has no {target}", texts, rule)
@@ -384,7 +412,7 @@ class _Survey:
             kinds=MappingProxyType(dict(self.kinds)),
             ranks=MappingProxyType(dict(self.ranks)),
             scale=self.scale.text,
-            applied=MappingProxyType(dict(Counter(group(name) for name in self.deltas))),
+            applied=MappingProxyType(dict(Counter(map(self.about.group, self.deltas)))),
             left_out=MappingProxyType(dict(self.left_out)),
             width=self.widths.most_common(1)[0][0] if self.widths else None,
             blocks=self.blocks,
@@ -395,7 +423,8 @@ class _Survey:
         """All faults in one sentence; the advice is that for the first of them which has one."""
         targets = self.targets or {}
         width = targets["patch_embedding.weight"][0] if "patch_embedding.weight" in targets else "?"
-        asked = f"using the LoRA {self.source.path} with a transformer of width {width}, {blocks_in(targets)} blocks"
+        blocks = blocks_in(targets, self.about)
+        asked = f"using the LoRA {self.source.path} with a transformer of width {width}, {blocks} blocks"
         texts = [fault.text for fault in self.faults]
         found = f"{sum(len(f.keys) for f in self.faults)} of {self.total} keys have no use: {texts[0]}"
         if len(texts) > 1:

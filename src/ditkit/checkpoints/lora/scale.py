@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ditkit.checkpoints.files.opening import read_json
+from ditkit.checkpoints.files.text import read_json
 from ditkit.checkpoints.views.source import TensorSource
 from ditkit.errors import LoadError
 

@@ -1,104 +1,71 @@
 """From what a user names to the parts of a model: packaged models, folders, files, manifests, repositories, and single
 parts that the user puts in the place of the model's own.
 
-Leaves out: what a folder's layout means (parts.py), manifests (manifest.py) and downloads (hub.py).
+Leaves out: what a folder's layout means (locate.py), manifests (manifest.py) and downloads (hub.py).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ditkit.checkpoints.files.opening import split_entry
-from ditkit.checkpoints.kinds.configs import STRICT, note_unknown
 from ditkit.errors import LoadError, SetupError, nearest
 from ditkit.setup import Setup
 
 if TYPE_CHECKING:
     from ditkit.checkpoints.model.hub import Hub
-    from ditkit.checkpoints.model.locate import ModelParts, Scope
-    from ditkit.checkpoints.model.manifest import Location, Manifest
+    from ditkit.checkpoints.model.part import FoundModel, ModelParts, Options, Scope
 
 ASSETS = Path(__file__).parents[2] / "assets"
 MODELS = {"shapes": ASSETS / "shapes", "shapes-i2v": ASSETS / "shapes-i2v"}
 """Models that come with the package, by name."""
 
 
-@dataclass(frozen=True)
-class FoundModel:
-    """``tables``: those of ``ditkit.toml`` that speak of requests, and ``file``, where they stand. ``processor``: the
-    folder's own words on how pictures are prepared. ``verify``: for each part of a locked manifest, what raises
-    LoadError unless its files are those that were locked."""
-
-    located: ModelParts
-    flow_shift: float | None
-    tables: Mapping[str, Mapping[str, Any]]
-    file: Path
-    processor: Mapping[str, Any] | None = None
-    verify: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
-
-
 def find(name: str, setup: Setup | None = None, scope: Scope | None = None) -> FoundModel:
     """The parts of the model ``name``, opened (headers only). ``setup`` says what stands in for single parts, which
     variant of a Diffusers folder, and whether the network may be used. ``scope``: which parts matter here; one that
     lies at a host is not fetched. Raises LoadError."""
-    from ditkit.checkpoints.files.opening import readable
-    from ditkit.checkpoints.model.locate import WHOLE
+    from ditkit.checkpoints.files.text import readable
+    from ditkit.checkpoints.model.hub import HubName
+    from ditkit.checkpoints.model.locate import from_manifest, locate
+    from ditkit.checkpoints.model.manifest import Manifest
+    from ditkit.checkpoints.model.part import FoundModel
 
     with readable(f"model {name!r:.200}"):
-        return _find(name, setup or Setup(model=name), scope or WHOLE)
+        how, hub = _options(setup or Setup(model=name), scope)
+        if HubName.parse(name) is not None:
+            return from_manifest(Manifest.fetch(name, hub), how, hub)
+        path = _path(name)
+        if Manifest.at(path):
+            return from_manifest(Manifest.open(path), how, hub)
+        located = locate(path, how.variant, instead=how.instead, allow=how.rules, scope=how.scope)
+        return FoundModel(located, None, {}, path)
 
 
 def at_host(address: str, about: Mapping[str, Any], setup: Setup, scope: Scope) -> FoundModel:
     """The model that a host speaks of; ``about`` as ``Model.describe`` gives it. Parts that ``setup`` names are opened
     here, the others are in ``scope``. Raises LoadError."""
-    from ditkit.checkpoints.model.hub import Hub
-    from ditkit.checkpoints.model.locate import announced, open_part
+    from ditkit.checkpoints.model.fits import model_parts
+    from ditkit.checkpoints.model.open_part import open_part
+    from ditkit.checkpoints.model.part import FoundModel
 
-    hub = Hub(offline=setup.offline)
-    parts = {
-        n: open_part(_place(w, hub, n), n, allow=_rules(setup)) for n, w in setup.components.items() if scope.opens(n)
-    }
-    located = announced(address, parts, {"boundary_ratio": about.get("boundary")}, scope)
+    how, _ = _options(setup, scope)
+    parts = {name: open_part(place, name, allow=how.rules) for name, place in how.instead.items()}
+    located = model_parts(address, "host", parts, {"boundary_ratio": about.get("boundary")}, scope=scope)
     tables = {name: about[name] for name in ("defaults", "preview") if about.get(name)}
     return FoundModel(located, about.get("flow_shift"), tables, Path(address), about.get("processor"))
-
-
-def _find(name: str, setup: Setup, scope: Scope) -> FoundModel:
-    from ditkit.checkpoints.kinds.diffusers_folder import IMAGE_CLAIM
-    from ditkit.checkpoints.model.hub import Hub, HubName
-    from ditkit.checkpoints.model.locate import locate
-
-    hub = Hub(offline=setup.offline)
-    for rule in setup.allow:
-        if rule != IMAGE_CLAIM:
-            found = f"there is no such rule{nearest(rule, [IMAGE_CLAIM])}"
-            raise SetupError(f"allow={rule!r}", found, f"There is {IMAGE_CLAIM}")
-    instead = {part: _place(where, hub, part) for part, where in setup.components.items() if scope.opens(part)}
-    if HubName.parse(name) is not None:
-        return _from_manifest(_fetched(name, hub), setup, instead, hub, scope)
-    path = _path(name)
-    manifest = _manifest(path)
-    if manifest is not None:
-        return _from_manifest(manifest, setup, instead, hub, scope)
-    return FoundModel(locate(path, setup.variant, allow=_rules(setup), instead=instead, scope=scope), None, {}, path)
-
-
-def _rules(setup: Setup) -> tuple[str, ...]:
-    return (*setup.allow, *([STRICT] if setup.strict_config else []))
 
 
 def parts_of(path: Path, variant: str | None = None, *, verify: bool = False) -> ModelParts:
     """The parts in ``path``, for whoever looks at them without running them: also of one component, and of a model that
     is not whole. ``verify``: parts of a locked manifest are held against their hashes. Raises LoadError."""
-    from ditkit.checkpoints.model.locate import locate, open_part
-    from ditkit.checkpoints.model.manifest import INDEX, NAMES
+    from ditkit.checkpoints.model.locate import locate
+    from ditkit.checkpoints.model.manifest import INDEX, Manifest
+    from ditkit.checkpoints.model.open_part import open_part
 
-    if path.suffix == ".toml" or any((path / name).is_file() for name in NAMES if name != INDEX):
+    if Manifest.at(path) not in (None, INDEX):
         found = find(str(path), Setup(model=str(path), variant=variant))
         for check in found.verify.values() if verify else ():
             check()
@@ -108,22 +75,39 @@ def parts_of(path: Path, variant: str | None = None, *, verify: bool = False) ->
     return locate(path, variant)
 
 
+def _options(setup: Setup, scope: Scope | None) -> tuple[Options, Hub]:
+    from ditkit.checkpoints.kinds.configs import STRICT
+    from ditkit.checkpoints.kinds.kind import KINDS
+    from ditkit.checkpoints.model.hub import Hub
+    from ditkit.checkpoints.model.part import WHOLE, Options
+
+    hub, scope = Hub(offline=setup.offline), scope or WHOLE
+    known = [rule for kind in KINDS.values() for rule in kind.claims]
+    for rule in setup.allow:
+        if rule not in known:
+            found = f"there is no such rule{nearest(rule, known)}"
+            raise SetupError(f"allow={rule!r}", found, f"There is {', '.join(known)}")
+    instead = {part: _place(where, hub, part) for part, where in setup.components.items() if scope.opens(part)}
+    return Options(setup.variant, instead, (*setup.allow, *([STRICT] if setup.strict_config else [])), scope), hub
+
+
 def _path(name: str) -> Path:
+    from ditkit.checkpoints.files.opening import split_entry
+
     place = os.path.expanduser(name)
     file = split_entry(Path(place))[0] if "\0" not in place else place
     if name not in MODELS and not (name and os.path.exists(file)):  # exists takes any text; Path.exists does not
-        raise LoadError(
-            f"model {name!r}",
-            f"there is no folder, no file and no model of that name{nearest(name, MODELS)}",
-            f"Give a folder or file of Wan weights, hf:OWNER/NAME, or one of {', '.join(MODELS)}",
-        )
+        found = f"there is no folder, no file and no model of that name{nearest(name, MODELS)}"
+        do = f"Give a folder or file of Wan weights, hf:OWNER/NAME, or one of {', '.join(MODELS)}"
+        raise LoadError(f"model {name!r}", found, do)
     return MODELS.get(name, Path(place).absolute())  # weights are read later, maybe from another working folder
 
 
 def _place(where: str, hub: Hub, component: str) -> Path:
     """A part that the user names: a path, or a place in a repository."""
+    from ditkit.checkpoints.files.opening import split_entry
     from ditkit.checkpoints.model.hub import HubName
-    from ditkit.checkpoints.model.manifest import place_of
+    from ditkit.checkpoints.model.place import place_of
 
     if HubName.parse(where) is not None:
         return place_of(component, where).pin(hub).resolve(hub)
@@ -131,63 +115,3 @@ def _place(where: str, hub: Hub, component: str) -> Path:
     if not split_entry(path)[0].exists():
         raise LoadError(f"{component}={where}", "there is nothing of that name", "Check the path")
     return path
-
-
-def _fetched(name: str, hub: Hub) -> Manifest:
-    from ditkit.checkpoints.model.manifest import Manifest
-
-    return Manifest.fetch(name, hub)
-
-
-def _manifest(path: Path) -> Manifest | None:
-    """The manifest that ``path`` is or holds, if any."""
-    from ditkit.checkpoints.model.manifest import NAMES, Manifest
-
-    if path.is_dir():
-        return Manifest.open(path) if any((path / name).is_file() for name in NAMES) else None
-    return Manifest.open(path) if path.suffix == ".toml" or path.name in NAMES else None
-
-
-def _from_manifest(manifest: Manifest, setup: Setup, instead: Mapping[str, Path], hub: Hub, scope: Scope) -> FoundModel:
-    from ditkit.checkpoints.model import lock
-    from ditkit.checkpoints.model.locate import WITHOUT_WEIGHTS, assemble, locate
-    from ditkit.checkpoints.model.manifest import INDEX, KNOWN, MODULAR
-    from ditkit.checkpoints.model.side_configs import flow_shift, processor_config
-
-    folder = manifest.folder
-    indexed = any((folder / one).is_file() for one in (INDEX, MODULAR))
-    named = {name: place for name, place in manifest.components.items() if name not in instead}
-    weights = [name for name in named if name not in WITHOUT_WEIGHTS]
-    wanted = [name for name in weights if scope.opens(name) and not (name in scope.elsewhere and named[name].afar)]
-    there = [name for name in wanted if not (indexed and _missing(named[name]))]  # the model says what it lacks
-    places = {name: named[name].resolve(hub) for name in there}
-    variants = {name: named[name].variant or setup.variant for name in places}
-    spare = scope.only is not None  # a host has what its stages need
-    beside = {
-        name: named[name].resolve(hub)
-        for name in ("scheduler", "image_processor")
-        if name in named and not (spare and _missing(named[name]))
-    }
-    for name, place in beside.items():  # small files, read now
-        if named[name].sha256:
-            lock.verify(named[name], place)
-    verify = {name: partial(lock.verify, named[name], place) for name, place in places.items() if named[name].sha256}
-    rules, notes = _rules(setup), list[str]()
-    asked = f"reading {manifest.index}"
-    notes += note_unknown(asked, manifest.index.name if manifest.index else "", manifest.unknown, KNOWN, rules)
-    shift = flow_shift(beside["scheduler"], rules, notes) if "scheduler" in beside else None
-    processor = processor_config(beside["image_processor"], rules, notes) if "image_processor" in beside else None
-    others, values = {**places, **instead}, manifest.values
-    if indexed:
-        located = assemble(folder, "diffusers", others, values, variants, rules, weights, scope, notes)
-    else:
-        variant = None if places else setup.variant
-        located = locate(folder, variant, allow=rules, instead=others, values=values, scope=scope, notes=notes)
-    return FoundModel(located, shift, manifest.tables, manifest.file or folder, processor, verify)
-
-
-def _missing(place: Location) -> bool:
-    """A component that an index names in its usual place, and whose folder is not there. Of a locked one the files are
-    named, so their place has to be right."""
-    beside = place.path is not None and place.names is None and place.written == f"./{place.component}"
-    return beside and place.path is not None and not (place.path / place.subfolder / (place.file or "")).exists()

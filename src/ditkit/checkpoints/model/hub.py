@@ -111,15 +111,9 @@ class Hub:
 
     def _download(self, repo: str, commit: str, name: str) -> str:
         return _library().hf_hub_download(
-            repo,
-            name,
-            revision=commit,
-            endpoint=self.endpoint,
-            token=self.token,
-            cache_dir=self.cache,
-            local_files_only=self._offline,
-            tqdm_class=None if self.progress else _no_bar(),
-        )
+            repo, name, revision=commit, endpoint=self.endpoint, token=self.token, cache_dir=self.cache,
+            local_files_only=self._offline, tqdm_class=None if self.progress else _no_bar(),
+        )  # fmt: skip
 
     @property
     def page(self) -> str:
@@ -159,24 +153,18 @@ class Hub:
         login = "log in with `hf auth login` or set HF_TOKEN"
         causes = list(_causes(error))
 
-        def among(kind: type[BaseException]) -> Any:
-            return next((cause for cause in causes if isinstance(cause, kind)), None)
-
-        if among(errors.GatedRepoError):
-            return LoadError(
-                asked, "its authors let in only who accepts their terms", f"Accept them at {where}, then {login}"
-            )
-        if among(errors.RevisionNotFoundError):
-            return LoadError(
-                asked, "the repository has no such revision", f"Choose one that {where}/commits/main shows"
-            )
-        if among(errors.RepositoryNotFoundError):
-            return LoadError(
-                asked,
-                "there is no such repository, or it is private",
-                f"Check the name at {where}; if it is private, {login}",
-            )
-        status = getattr(getattr(among(errors.HfHubHTTPError), "response", None), "status_code", None)
+        for kind, found, do in (
+            (errors.GatedRepoError, "its authors let in only who accepts their terms",
+             f"Accept them at {where}, then {login}"),
+            (errors.RevisionNotFoundError, "the repository has no such revision",
+             f"Choose one that {where}/commits/main shows"),
+            (errors.RepositoryNotFoundError, "there is no such repository, or it is private",
+             f"Check the name at {where}; if it is private, {login}"),
+        ):  # fmt: skip
+            if any(isinstance(cause, kind) for cause in causes):
+                return LoadError(asked, found, do)
+        responses = [getattr(cause, "response", None) for cause in causes if isinstance(cause, errors.HfHubHTTPError)]
+        status = getattr(responses[0], "status_code", None) if responses else None
         if status in (401, 403):
             return LoadError(asked, f"the hub refuses the token ({status})", f"Give one that may read {where}")
         if self._offline:
@@ -209,7 +197,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 def _no_bar() -> type:
     from tqdm import tqdm
 
-    class NoBar(tqdm):
+    class NoBar(tqdm):  # type: ignore[misc]  # it comes without types
         def __init__(self, *args: Any, **more: Any):
             more.pop("name", None)  # the library's own bars have a name, tqdm's do not
             super().__init__(*args, **(more | {"disable": True}))
@@ -222,7 +210,6 @@ def _library() -> Any:
         import huggingface_hub
         import huggingface_hub.constants
     except ImportError:
-        raise MissingDependency(
-            "using a hub repository", "huggingface_hub is not installed", 'Install it: pip install "ditkit[hub]"'
-        ) from None
+        do = 'Install it: pip install "ditkit[hub]"'
+        raise MissingDependency("using a hub repository", "huggingface_hub is not installed", do) from None
     return huggingface_hub

@@ -9,20 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
-from ditkit.checkpoints.files.opening import read_json
 from ditkit.checkpoints.model.hub import Hub
-from ditkit.checkpoints.model.manifest import Location, Manifest
-from ditkit.checkpoints.model.used import used
+from ditkit.checkpoints.model.place import AGAIN, Location, Places, check_names, files_at
 from ditkit.errors import LoadError
 
-AGAIN = "Lock the manifest again with `ditkit lock` if that is meant"
 INDEX = "index"
 HEAD = "# Written by `ditkit lock`. Lock again instead of editing.\n"
 
@@ -39,7 +35,10 @@ class Entry:
 Lock = Mapping[str, Entry]
 
 
-def lock_file(manifest: Manifest) -> Path:
+P = TypeVar("P", bound=Places)
+
+
+def lock_file(manifest: Places) -> Path:
     """``ditkit.lock`` beside the manifest; ``NAME.lock`` for a manifest with another name."""
     name = manifest.file.name if manifest.file and manifest.file.suffix == ".toml" else "ditkit.toml"
     return manifest.folder / Path(name).with_suffix(".lock").name
@@ -84,20 +83,18 @@ def _text(value: str) -> str:
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # a TOML string is written like a JSON one
 
 
-def with_lock(manifest: Manifest) -> Manifest:
+def with_lock(manifest: P) -> P:
     """The manifest with what its lock pins. Raises LoadError when the two are about different places."""
     file = lock_file(manifest)
-    lock = read_lock(file)
-    if not lock:
+    if not (lock := dict(read_lock(file))):
         return manifest
     asked = f"opening {manifest.file or manifest.folder} with {file.name}"
-    lock = dict(lock)
     if lock.pop(INDEX, None) != _index_entry(manifest):
         raise LoadError(asked, "the index of the components is not what it was", AGAIN)
     for name in sorted(lock.keys() ^ manifest.components.keys()):
         raise LoadError(asked, f"only {'the lock' if name in lock else 'the manifest'} names {name}", AGAIN)
     places = {name: _pinned(place, lock[name], asked) for name, place in manifest.components.items()}
-    return replace(manifest, components=MappingProxyType(places), locked=True)
+    return replace(manifest, components=places, locked=True)
 
 
 def _pinned(place: Location, entry: Entry, asked: str) -> Location:
@@ -107,46 +104,9 @@ def _pinned(place: Location, entry: Entry, asked: str) -> Location:
     for name, digest in place.sha256.items():
         if digests.get(name) != digest:
             raise LoadError(asked, f"they pin {name} of the {place.component} to different hashes", AGAIN)
-    return replace(
-        place,
-        revision=entry.revision or place.revision,
-        sha256=MappingProxyType(digests),
-        sizes=MappingProxyType({name: size for name, (size, _) in entry.files.items()}),
-        names=tuple(entry.files),
-    )
-
-
-def files_at(place: Location, at: Path) -> dict[str, Path]:
-    """The files that make the component that lies ``at`` a folder or file, under the names that a lock uses."""
-    if at.is_file():
-        names: Iterable[str] = [at.name, *_beside(at)]
-        folder = at.parent
-    else:
-        folder = at
-        names = used([file.name for file in at.iterdir() if file.is_file()], place.variant, str(at))
-    return {place.prefix + name: folder / name for name in names}
-
-
-def _beside(file: Path) -> list[str]:
-    """What a loader reads beside a file of weights: the config there, and the shards that an index names."""
-    config = ["config.json"] if (file.parent / "config.json").is_file() else []
-    if not file.name.endswith(".index.json"):
-        return config
-    return [*config, *sorted({str(name) for name in read_json(file).get("weight_map", {}).values()})]
-
-
-def check_names(place: Location, at: Path) -> None:
-    """Whether all pinned files are there with their sizes and, when locked, no others. Raises LoadError."""
-    if not place.sha256:
-        return
-    files, asked = files_at(place, at), f"opening the {place.component} at {at}"
-    if lost := sorted(place.sha256.keys() - files.keys()):
-        raise LoadError(asked, f"{lost[0]} is pinned and is not there", "Get it again, or lock the manifest again")
-    if place.names is not None and (new := sorted(files.keys() - set(place.names))):
-        raise LoadError(asked, f"{new[0]} is there and is not locked", AGAIN)
-    for name, size in place.sizes.items():
-        if (found := files[name].stat().st_size) != size:
-            raise LoadError(asked, f"{name} has {found} bytes and had {size} when it was locked", AGAIN)
+    sizes = {name: size for name, (size, _) in entry.files.items()}
+    revision = entry.revision or place.revision
+    return replace(place, revision=revision, sha256=digests, sizes=sizes, names=tuple(entry.files))
 
 
 def verify(place: Location, at: Path) -> int:
@@ -161,11 +121,8 @@ def verify(place: Location, at: Path) -> int:
     files = {name: file for name, file in files_at(place, at).items() if name in place.sha256}
     for name, digest in _digests(files).items():
         if digest != place.sha256[name]:
-            raise LoadError(
-                f"loading the {place.component} from {at}",
-                f"{name} is not what it was when it was pinned (sha256)",
-                AGAIN,
-            )
+            found = f"{name} is not what it was when it was pinned (sha256)"
+            raise LoadError(f"loading the {place.component} from {at}", found, AGAIN)
     return sum(file.stat().st_size for file in files.values())
 
 
@@ -180,21 +137,20 @@ def _digest(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def make_lock(manifest: Manifest, hub: Hub | None = None) -> dict[str, Entry]:
+def make_lock(manifest: Places, hub: Hub | None = None) -> dict[str, Entry]:
     """Resolve every component of a manifest that was opened without its lock, and hash all of its files.
 
     A branch or tag becomes the commit that it means now. Raises LoadError."""
     hub = hub or Hub()
     if not manifest.components:
-        raise LoadError(
-            f"locking {manifest.folder}", "it names no components", "Name them under [components] in a ditkit.toml"
-        )
+        do = "Name them under [components] in a ditkit.toml"
+        raise LoadError(f"locking {manifest.folder}", "it names no components", do)
     entries = {name: _entry(place, hub) for name, place in manifest.components.items()}
     index = _index_entry(manifest)
     return entries | ({INDEX: index} if index else {})
 
 
-def _index_entry(manifest: Manifest) -> Entry | None:
+def _index_entry(manifest: Places) -> Entry | None:
     """The index that diffusers wrote is locked like a component: it has notes of its own, such as the boundary."""
     if manifest.index is None:
         return None
@@ -207,9 +163,8 @@ def _entry(place: Location, hub: Hub) -> Entry:
     at = place.resolve(hub)
     verify(place, at)  # what the manifest itself pins
     files = files_at(place, at)
-    digests = _digests(files)
-    entries = {name: (files[name].stat().st_size, digest) for name, digest in digests.items()}
-    return Entry(place.written, place.revision, entries)
+    found = {name: (files[name].stat().st_size, digest) for name, digest in _digests(files).items()}
+    return Entry(place.written, place.revision, found)
 
 
 def changes(before: Lock, after: Lock) -> list[tuple[str, str]]:

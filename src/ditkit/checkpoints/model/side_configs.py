@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from ditkit.checkpoints.files.opening import read_json
+from ditkit.checkpoints.files.text import read_json
 from ditkit.checkpoints.kinds.configs import ConfigKeys, is_number
 
 SCHEDULER = """
@@ -39,38 +39,36 @@ TOKENIZER = """
 
 def flow_shift(folder: Path, rules: Collection[str], notes: list[str]) -> float | None:
     """The shift in a scheduler's folder, which is the default of the diffusers convention. Raises LoadError."""
-    keys = ConfigKeys(
-        read_json(folder / "scheduler_config.json"), f"reading {folder}/scheduler_config.json", rules, notes
-    )
-    shifts = keys.any("flow_shift", None), keys.any("shift", None)
-    shift = next((value for value in shifts if value is not None), None)
+    keys = _keys(folder / "scheduler_config.json", SCHEDULER, rules, notes)
+    keys.only("prediction_type", "flow_prediction")
+    shift, other = keys.any("flow_shift", None), keys.any("shift", None)
+    shift = other if shift is None else shift
     if shift is not None and not (is_number(shift) and shift > 0):
         raise keys.error(f"its shift is {shift!r}, not a finite number above 0", "Correct it, or set it to null")
-    keys.only("prediction_type", "flow_prediction")
-    keys.ignore(SCHEDULER.split())
     keys.done("scheduler_config.json")
     return None if shift is None else float(shift)
 
 
 def processor_config(folder: Path, rules: Collection[str], notes: list[str]) -> Mapping[str, Any]:
     """How the folder of an image processor prepares pictures; ``models/clip.py`` holds it against its own way."""
-    config = read_json(folder / "preprocessor_config.json")
-    keys = ConfigKeys(config, f"reading {folder}/preprocessor_config.json", rules, notes)
-    keys.ignore(PROCESSOR.split())
+    keys = _keys(folder / "preprocessor_config.json", PROCESSOR, rules, notes)
     keys.done("preprocessor_config.json")
-    return config
+    return keys.config
 
 
 def check_tokenizer(folder: Path, rules: Collection[str], notes: list[str]) -> None:
     """``tokenizer_config.json`` beside the vocabulary, where there is one. Raises LoadError."""
     file = folder / "tokenizer_config.json"
-    if not file.is_file():
-        return
+    if file.is_file():
+        keys = _keys(file, TOKENIZER, rules, notes)
+        keys.only("do_lower_case", None, False)
+        end = keys.any("eos_token", None)
+        if (end.get("content") if isinstance(end, dict) else end) not in (None, "</s>"):
+            raise keys.error(f"its eos_token is {end!r}, and the texts of Wan end with '</s>'")
+        keys.done(file.name)
+
+
+def _keys(file: Path, known: str, rules: Collection[str], notes: list[str]) -> ConfigKeys:
     keys = ConfigKeys(read_json(file), f"reading {file}", rules, notes)
-    end = keys.any("eos_token", None)
-    end = end.get("content") if isinstance(end, dict) else end
-    if end not in (None, "</s>"):
-        raise keys.error(f"its eos_token is {end!r}, and the texts of Wan end with '</s>'")
-    keys.only("do_lower_case", None, False)
-    keys.ignore(TOKENIZER.split())
-    keys.done(file.name)
+    keys.ignore(known.split())
+    return keys

@@ -1,20 +1,19 @@
 """A source seen through a key table: other names, and tensors cut, joined, reshaped or transposed as its rules say.
 
 Names, shapes and types are known without reading data. Data is made when it is asked for, one tensor, or the members of
-one joined tensor, at a time. Leaves out: the tables (keys.py), dequantisation and prefixes of whole files.
+one joined tensor, at a time. Leaves out: the tables (``kinds``), dequantisation and prefixes of whole files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ditkit.checkpoints.files.opening import some
-from ditkit.checkpoints.kinds.keys import KeyTable, Rule, Side
-from ditkit.checkpoints.views.source import Facts, Inspect, TensorFacts, TensorSource, cast, no_inspection
+from ditkit.checkpoints.files.text import some
+from ditkit.checkpoints.views.key_table import KeyTable, Rule, Side
+from ditkit.checkpoints.views.source import Facts, Inspect, Stored, TensorFacts, TensorSource, View, cast, stored
 from ditkit.errors import LoadError, nearest
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ class _Piece:
     share: int = 0
 
 
-class Mapped:
+class Mapped(View):
     """``source`` in the layout ``to`` of ``table``: its native side, or its other one. ``source`` is in the opposite
     one, or in the one that ``of`` says; in ``to`` itself it only loses what is ignored and what has two names.
 
@@ -45,7 +44,8 @@ class Mapped:
     names."""
 
     def __init__(self, source: TensorSource, table: KeyTable, to: Side, of: Side | None = None):
-        self.source, self.table, self.to = source, table, to
+        super().__init__(source)
+        self.table, self.to = table, to
         self._asked = f"mapping the names of {source.path}"
         side: Side = of or ("other" if to == "native" else "native")
         rules = table.by_name(side)
@@ -74,26 +74,28 @@ class Mapped:
             raise self._error(f"{len(self.unknown)} tensors are unknown ({some(self.unknown)}){hint}")
         return self
 
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        for name in self._pieces:
-            yield name, self[name]
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.cast(name)
-
-    def cast(self, name: str, dtype: torch.dtype | None = None, look: Inspect = no_inspection) -> Tensor:
-        """Each member is cast while it is read; what is done to them afterwards moves numbers and changes none."""
+    def same(self, name: str) -> str | None:
         piece = self._pieces[name]
         for member in piece.members:
             self._check_twice(member)
+        return piece.members[0] if piece.rule is None or piece.rule.renames else None
+
+    def made(self, name: str, dtype: torch.dtype | None, look: Inspect) -> Tensor:
+        """Each member is cast while it is read; what is done to them afterwards moves numbers and changes none."""
+        piece = self._pieces[name]
         if len(piece.members) == 1:
             return self._arranged(name, piece, cast(self.source, piece.members[0], dtype, look))
         return self._joined(name, piece, dtype, look)
 
+    def stored(self, name: str) -> Stored:
+        members = self._pieces[name].members
+        if self.same(name) is None and all(stored(self.source, m).format == "plain" for m in members):
+            return Stored("plain", tuple(self.tensors[name].shape), self[name])
+        return super().stored(name)
+
     def _arranged(self, name: str, piece: _Piece, member: Tensor) -> Tensor:
         rule = piece.rule
-        if rule is None or rule.renames:
-            return member
+        assert rule is not None
         if len(self._to(rule)) > 1:
             return member.chunk(len(self._to(rule)))[piece.share].clone()  # the rest of the rows can go
         if rule.transpose:
@@ -174,27 +176,3 @@ class Mapped:
 
     def _error(self, found: str) -> LoadError:
         return LoadError(self._asked, found, DO)
-
-    @property
-    def path(self) -> Path:
-        return self.source.path
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        return self.source.files
-
-    @property
-    def metadata(self) -> Mapping[str, Any]:
-        return self.source.metadata
-
-    @property
-    def sha256(self) -> dict[str, str]:
-        return self.source.sha256
-
-    @property
-    def fingerprint(self) -> str:
-        return self.source.fingerprint
-
-    @property
-    def sketch(self) -> str:
-        return self.source.sketch

@@ -1,24 +1,19 @@
 """What training code and other programs put in front of a network's names, taken away.
 
 A prefix counts only as whole segments of a name, and only when every tensor of the file has it. Wrappers of torch are
-removed wherever they stand. Leaves out: the names themselves (keys.py), files of several networks, LoRA.
+removed wherever they stand. Leaves out: the names themselves (key_table.py), files of several networks, LoRA.
 Sources: Self-Forcing ``inference.py``, ComfyUI ``model_detection.py``, torch ``fully_sharded_data_parallel.py``,
 ``eval_frame.py`` (``_orig_mod``), ``checkpoint_wrapper.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING
 
-from ditkit.checkpoints.files.opening import some
-from ditkit.checkpoints.views.source import Facts, Inspect, TensorSource, View, cast, no_inspection, pieces
+from ditkit.checkpoints.files.text import some
+from ditkit.checkpoints.views.source import Facts, TensorSource, View
 from ditkit.errors import LoadError
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
 
 WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "transformer.", "module.")
@@ -70,11 +65,5 @@ class Unprefixed(View):
     def __repr__(self) -> str:
         return f"Unprefixed({self.source!r}, prefix={self.prefix!r})"
 
-    def __getitem__(self, name: str) -> Tensor:
-        return self.source[self._names[name]]
-
-    def cast(self, name: str, dtype: torch.dtype | None = None, look: Inspect = no_inspection) -> Tensor:
-        return cast(self.source, self._names[name], dtype, look)
-
-    def pieces(self, name: str, unit: int, size: int) -> Iterator[Tensor]:
-        return pieces(self.source, self._names[name], unit, size)
+    def same(self, name: str) -> str:
+        return self._names[name]

@@ -17,9 +17,10 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from ditkit.checkpoints.files.gguf import BLOCKS
-from ditkit.checkpoints.files.opening import DTYPES, converted, some
+from ditkit.checkpoints.files.stored import DTYPES, converted
+from ditkit.checkpoints.files.text import some
 from ditkit.checkpoints.views.prefixes import shared_prefix, unwrapped
-from ditkit.checkpoints.views.source import Facts, Inspect, TensorFacts, TensorSource, View, cast, no_inspection, pieces
+from ditkit.checkpoints.views.source import Facts, Inspect, Stored, TensorFacts, TensorSource, View, pieces
 from ditkit.errors import LoadError
 
 if TYPE_CHECKING:
@@ -89,20 +90,18 @@ class Dequantized(View):
     def __repr__(self) -> str:
         return f"Dequantized({self.source!r}: {self.quantization})"
 
-    def __getitem__(self, name: str) -> Tensor:
-        return self.cast(name)
+    def same(self, name: str) -> str | None:
+        if name not in self.tensors:
+            raise KeyError(name)
+        return None if name in self._weights else name
 
-    def cast(self, name: str, dtype: torch.dtype | None = None, look: Inspect = no_inspection) -> Tensor:
+    def made(self, name: str, dtype: torch.dtype | None, look: Inspect) -> Tensor:
         """As ``dtype``, rounded once on the way from float32; neither codes nor float32 are ever whole in memory."""
         import torch
 
-        if name not in self.tensors:
-            raise KeyError(name)
-        if name not in self._weights:
-            return cast(self.source, name, dtype, look)
         own = getattr(torch, DTYPES[self.dtype])
         if dtype not in (None, own) and own != torch.float32:  # rounded to one type and then to the other
-            tensor = self.cast(name).to(dtype)
+            tensor = self[name].to(dtype)
             look(tensor.reshape(-1))
             return tensor
         facts = self.source.tensors[name]
@@ -111,6 +110,21 @@ class Dequantized(View):
         scale = self._weights[name]
         factors = torch.ones(()) if scale is None else self._scale(scale)
         return self._from_codes(name, facts, factors, dtype or own, look)
+
+    def stored(self, name: str) -> Stored:
+        if self.same(name) is not None:
+            return super().stored(name)
+        facts, scale = self.source.tensors[name], self._weights[name]
+        codes, shape = self.source[name], tuple(facts.shape)
+        if facts.dtype in BLOCKS:
+            from ditkit.checkpoints.files import gguf
+
+            return Stored(f"gguf {facts.dtype}", shape, codes.view(-1, gguf.block_bytes(facts.dtype)[1]))
+        if scale is None:
+            return Stored("fp8", shape, codes)
+        factors = self._scale(scale)
+        factors = factors.reshape(() if factors.numel() == 1 else (-1, *[1] * (len(shape) - 1)))
+        return Stored("int8" if facts.dtype == "I8" else "fp8_scaled", shape, codes, factors)
 
     def _from_blocks(self, name: str, facts: Facts, dtype: torch.dtype, look: Inspect) -> Tensor:
         from ditkit.checkpoints.files import gguf

@@ -1,8 +1,8 @@
 """What can be loaded from: facts about all tensors at once, and their data one by one.
 
 Files of every format are sources; so is a source seen under other names, without its prefix, or dequantised. Such views
-stand on one another and read nothing until they are iterated. Leaves out: the formats (files.py, pickles.py, gguf.py)
-and what names mean (keys.py).
+stand on one another and read nothing until they are iterated. A tensor can be had as numbers, or in the form in which
+it is stored. Leaves out: the formats (``files/``) and what names mean (key_table.py).
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from ditkit.errors import LoadError
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +39,34 @@ class Facts(Protocol):
 class TensorFacts:
     dtype: str
     shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor in the form that its file holds, for whoever keeps it so. ``shape`` is that of the numbers W.
+
+    | ``format`` | ``codes`` | ``scales`` | W |
+    |---|---|---|---|
+    | ``plain`` | the numbers, in any wide type | None | codes |
+    | ``fp8`` | float8_e4m3fn or float8_e5m2, ``shape`` | None | codes |
+    | ``fp8_scaled`` | the same | float32, [] or [rows, 1, ...] | float32(codes) * scales |
+    | ``int8`` | int8, ``shape`` | the same | float32(codes) * scales |
+    | ``gguf Q8_0``, ``gguf Q4_K``, ... | uint8 [blocks, bytes of one], row after row | None, they are in the blocks | |
+
+    Products are float32; what ``read`` gives is their one rounding to another type."""
+
+    format: str
+    shape: tuple[int, ...]
+    codes: Tensor
+    scales: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> Stored:
+        scales = None if self.scales is None else self.scales.to(device)
+        return Stored(self.format, self.shape, self.codes.to(device), scales)
+
+
+PLAIN = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16")
+"""Types whose tensors are numbers as they stand; fewer bits may need a scale."""
 
 
 class TensorSource(Protocol):
@@ -88,6 +118,13 @@ class InPieces(Protocol):
     def pieces(self, name: str, unit: int, size: int) -> Iterator[Tensor]: ...
 
 
+@runtime_checkable
+class Storing(Protocol):
+    """A source that knows what it makes numbers of."""
+
+    def stored(self, name: str) -> Stored: ...
+
+
 def cast(source: TensorSource, name: str, dtype: torch.dtype | None = None, look: Inspect = no_inspection) -> Tensor:
     """``source[name]`` as ``dtype`` (None: as it is stored), bit-equal to ``source[name].to(dtype)``."""
     if isinstance(source, Casting):
@@ -107,8 +144,25 @@ def pieces(source: TensorSource, name: str, unit: int, size: int) -> Iterator[Te
         yield source[name].contiguous().reshape(-1).view(torch.uint8)
 
 
+def stored(source: TensorSource, name: str) -> Stored:
+    """A tensor in the form that its file holds, on the CPU. Raises LoadError where it has none."""
+    if isinstance(source, Storing):
+        return source.stored(name)
+    facts = source.tensors[name]
+    if facts.dtype not in PLAIN:
+        raise not_stored(source, name, f"it is {facts.dtype}, and nobody has told what that stands for")
+    return Stored("plain", tuple(facts.shape), source[name])
+
+
+def not_stored(source: TensorSource, name: str, why: str) -> LoadError:
+    return LoadError(
+        f"keeping {name} of {source.path} as it is stored", why, "Leave it out of the swap, or take its numbers (read)"
+    )
+
+
 class View:
-    """A source seen in another way: same place, same files, same hashes. Subclasses give ``tensors`` and the data.
+    """A source seen in another way: same place, same files, same hashes. A subclass gives ``tensors``, tells with
+    ``same`` which of them are only called differently, and makes the others.
 
     ``notes`` says in plain words what was left out or chosen on the way, innermost first."""
 
@@ -117,6 +171,33 @@ class View:
     def __init__(self, source: TensorSource, notes: tuple[str, ...] = ()):
         self.source = source
         self.notes: tuple[str, ...] = (*notes_of(source), *notes)
+
+    def same(self, name: str) -> str | None:
+        """What ``source`` calls the very same tensor; None for one that is made here."""
+        raise NotImplementedError
+
+    def made(self, name: str, dtype: torch.dtype | None, look: Inspect) -> Tensor:
+        raise NotImplementedError
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.cast(name)
+
+    def cast(self, name: str, dtype: torch.dtype | None = None, look: Inspect = no_inspection) -> Tensor:
+        same = self.same(name)
+        return self.made(name, dtype, look) if same is None else cast(self.source, same, dtype, look)
+
+    def pieces(self, name: str, unit: int, size: int) -> Iterator[Tensor]:
+        import torch
+
+        if (same := self.same(name)) is None:
+            yield self[name].contiguous().reshape(-1).view(torch.uint8)
+        else:
+            yield from pieces(self.source, same, unit, size)
+
+    def stored(self, name: str) -> Stored:
+        if (same := self.same(name)) is None:
+            raise not_stored(self, name, f"{type(self).__name__} made it of other tensors")
+        return stored(self.source, same)
 
     @property
     def path(self) -> Path:
@@ -133,9 +214,6 @@ class View:
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         for name in self.tensors:
             yield name, self[name]
-
-    def __getitem__(self, name: str) -> Tensor:
-        raise NotImplementedError
 
     @property
     def sha256(self) -> dict[str, str]:

@@ -12,7 +12,7 @@ import http.client
 import json
 import socket
 import ssl
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -31,6 +31,12 @@ MOST_WORDS = 1 << 26
 """Bytes of an answer that is no stream of messages: a model of a thousand files is described in a hundredth of it."""
 
 LAST = ("outcome", "error")
+
+ANSWERS = {
+    401: ("it does not take our token", "Put the host's token into DITKIT_HOST_TOKEN"),
+    404: ("there is no ditkit host at that address (404)", "Check the address"),
+    413: ("so large a State is too much for it", "Raise its limit"),
+}
 
 ROUTES: Mapping[Question, tuple[str, str]] = {
     "health": ("GET", "/health"),
@@ -56,8 +62,7 @@ class HTTPChannel:
         method, path = ROUTES[question]
         path = path.format(name)
         with contextlib.closing(self.connect()) as connection, self.faults():
-            connection.request(method, self._path(path), headers=self.headers(JOB, path))
-            response = connection.getresponse()
+            response = self.send(connection, method, path, {JOB: path})
             data = self.words(response)
             self.check(response, data)
         try:
@@ -71,7 +76,15 @@ class HTTPChannel:
     def submit(self, job: Job, inputs: State) -> Iterator[Message]:
         """Closed early, it closes the connection: the host sees that nobody waits any more, and stops."""
         with contextlib.closing(self.connect()) as connection, self.faults():
-            response = self.send(connection, job, inputs)
+            buffers = inputs.buffers()
+            headers = {
+                JOB: job.to_json(),
+                CRC: f"{checksum(buffers):08x}",
+                "Accept": MEDIA_TYPE,
+                "Content-Type": "application/octet-stream",
+                "Content-Length": str(sum(map(len, buffers))),
+            }
+            response = self.send(connection, "POST", f"/stages/{job.stage}", headers, pieces(buffers))
             with contextlib.closing(response):  # it holds the socket where the host closes after its answer
                 if response.status != 200:
                     self.check(response, self.words(response))
@@ -99,35 +112,25 @@ class HTTPChannel:
 
     def connect(self) -> http.client.HTTPConnection:
         """Raises Lost."""
+        host, port = self._parts.hostname or "", self._parts.port
         with self.faults():
-            connection = self._connection()
+            if self.uds is not None:
+                connection: http.client.HTTPConnection = _Unix(self.uds)
+            elif self._parts.scheme == "https":
+                trusted = ssl.create_default_context()
+                connection = http.client.HTTPSConnection(host, port, timeout=CONNECT, context=trusted)
+            else:
+                connection = http.client.HTTPConnection(host, port, timeout=CONNECT)
             connection.connect()
             connection.sock.settimeout(self.timeout)
             return connection
 
-    def _connection(self) -> http.client.HTTPConnection:
-        host, port = self._parts.hostname or "", self._parts.port
-        if self.uds is not None:
-            return _Unix(self.uds)
-        if self._parts.scheme == "https":
-            return http.client.HTTPSConnection(host, port, timeout=CONNECT, context=ssl.create_default_context())
-        return http.client.HTTPConnection(host, port, timeout=CONNECT)
-
-    def _path(self, path: str) -> str:
-        return f"{self._parts.path.rstrip('/')}{path}"
-
-    def headers(self, *more: str) -> dict[str, str]:
-        found = {"Host": self._parts.netloc, **dict(zip(more[::2], more[1::2], strict=True))}
-        return found if self._token is None else {**found, "Authorization": f"Bearer {self._token}"}
-
-    def send(self, connection: http.client.HTTPConnection, job: Job, inputs: State) -> http.client.HTTPResponse:
-        """The whole State goes out before anything comes back. Raises what ``faults`` turns into errors."""
-        buffers = inputs.buffers()
-        headers = self.headers(
-            JOB, job.to_json(), CRC, f"{checksum(buffers):08x}", "Accept", MEDIA_TYPE,
-            "Content-Type", "application/octet-stream", "Content-Length", str(sum(map(len, buffers))),
-        )  # fmt: skip
-        connection.request("POST", self._path(f"/stages/{job.stage}"), body=pieces(buffers), headers=headers)
+    def send(self, connection: http.client.HTTPConnection, method: str, path: str, headers: dict[str, str],
+             body: Iterable[memoryview] | None = None) -> http.client.HTTPResponse:  # fmt: skip
+        """All of ``body`` goes out before anything comes back. Raises what ``faults`` turns into errors."""
+        token = {} if self._token is None else {"Authorization": f"Bearer {self._token}"}
+        path = f"{self._parts.path.rstrip('/')}{path}"
+        connection.request(method, path, body, {"Host": self._parts.netloc, **headers, **token})
         return connection.getresponse()
 
     # --- what can go wrong
@@ -181,13 +184,8 @@ class HTTPChannel:
             raise lost
         if _ours(data):
             raise message_to_error(data, self.address)
-        if status == 401:
-            raise PlaceError(self.asked, "it does not take our token", "Put the host's token into DITKIT_HOST_TOKEN")
-        if status == 413:
-            raise PlaceError(self.asked, "so large a State is too much for it", "Raise its limit")
-        if status == 404:
-            raise PlaceError(self.asked, "there is no ditkit host at that address (404)", "Check the address")
-        raise PlaceError(self.asked, f"it answers {status} {response.reason}", "Look at its log")
+        found, do = ANSWERS.get(status, (f"it answers {status} {response.reason}", "Look at its log"))
+        raise PlaceError(self.asked, found, do)
 
     def stranger(self, response: http.client.HTTPResponse) -> PlaceError:
         kind = response.headers.get("Content-Type", "no type")

@@ -94,6 +94,6 @@ def unpack(read: Callable[[int], bytearray | memoryview], source: str) -> Messag
     except MemoryError:  # the length is the other end's word
         found = f"it announces {length} bytes, for which there is no room"
         raise PlaceError(f"reading what {source} sent", found, "Look at its log, or free some memory") from None
-    if TAIL.pack(checksum([payload])) != read(TAIL.size):
+    if TAIL.pack(checksum([payload])) != bytes(read(TAIL.size)):
         raise PlaceError(f"reading what {source} sent", "its content has changed on the way", "Look at the network")
     return Message(KINDS[kind], payload)

@@ -12,8 +12,9 @@ import ipaddress
 import json
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any
 
 from ditkit.errors import DitkitError, MissingDependency, PlaceError, StateError
@@ -21,28 +22,18 @@ from ditkit.placement.http.client import CRC, JOB
 from ditkit.placement.http.framing import Checksum, fresh
 from ditkit.placement.http.tokens import same
 from ditkit.placement.job import Job, options_to_send
-from ditkit.placement.worker import Worker
+from ditkit.placement.worker import Send, Worker
+from ditkit.state import State
 
 try:
     from fastapi import Depends, FastAPI, Header, Request
     from fastapi.responses import Response
     from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 except ModuleNotFoundError as e:
-    raise MissingDependency(
-        "offering stages over HTTP", f"{e.name} is not installed", 'Install it: pip install "ditkit[remote]"'
-    ) from None
+    do = 'Install it: pip install "ditkit[remote]"'
+    raise MissingDependency("offering stages over HTTP", f"{e.name} is not installed", do) from None
 
-from ditkit.placement.http.responses import (
-    Absent,
-    Full,
-    MessageStream,
-    RunningJob,
-    TooLarge,
-    Unknown,
-    Wrong,
-    plain_response,
-    refuse,
-)
+from ditkit.placement.http.responses import MessageStream, Refused, RunningJob, plain_response, refuse
 from ditkit.placement.http.zero_copy import connection_of
 
 BEARER = HTTPBearer(auto_error=False, description="the host's token")
@@ -64,20 +55,19 @@ class Jobs:
     def __init__(self, limits: Limits):
         self.limits, self._flags, self._lock = limits, dict[str, threading.Event](), threading.Lock()
 
-    @contextlib.contextmanager
-    def admitted(self, job_id: str) -> Iterator[threading.Event]:
-        """A place among them until the block ends. Raises Full, PlaceError."""
+    def admit(self, job_id: str) -> threading.Event:
+        """What is set to cancel it. Raises Refused, PlaceError."""
         with self._lock:
             if len(self._flags) > self.limits.queue:
-                raise Full("offering a stage", f"{len(self._flags)} jobs are waiting already", "Try again later")
+                found = f"{len(self._flags)} jobs are waiting already"
+                raise Refused(503, "offering a stage", found, "Try again later")
             if job_id in self._flags:
                 raise PlaceError(f"taking job {job_id}", "it is here already", "Give each job an id of its own")
-            flag = self._flags[job_id] = threading.Event()
-        try:
-            yield flag
-        finally:
-            with self._lock:
-                del self._flags[job_id]
+            return self._flags.setdefault(job_id, threading.Event())
+
+    def forget(self, job_id: str) -> None:
+        with self._lock:
+            del self._flags[job_id]
 
     def cancel(self, job_id: str) -> bool:
         with self._lock:
@@ -117,10 +107,10 @@ def _knows(token: str | None) -> Callable[..., Any]:
     ) -> None:
         if token is None and not is_number(request.url.hostname or ""):
             found = f"it is for {request.url.hostname}, a name that anybody can give to this machine"
-            raise Unknown("a request", found, "Ask 127.0.0.1 or localhost, or give the host a token")
+            raise Refused(401, "a request", found, "Ask 127.0.0.1 or localhost, or give the host a token")
         if token is not None and not same(credentials.credentials if credentials else None, token):
             found = "it came without a token" if credentials is None else "its token is another one"
-            raise Unknown("a request", found, "Put the host's token into DITKIT_HOST_TOKEN")
+            raise Refused(401, "a request", found, "Put the host's token into DITKIT_HOST_TOKEN")
 
     return check
 
@@ -158,12 +148,12 @@ def _jobs(app: FastAPI, worker: Worker, jobs: Jobs, known: Any) -> None:
         """Run a stage. The header is a job as JSON; of ``{}`` everything is filled in. The body is a State with what
         the stage reads; the answer is its outcome, or messages to whoever accepts them."""
         parsed = job_of(job, worker, name)
-        admission = contextlib.ExitStack()
-        cancelled = admission.enter_context(jobs.admitted(parsed.id))
+        cancelled = jobs.admit(parsed.id)
         with contextlib.ExitStack() as leave:
-            leave.push(admission)
+            leave.callback(jobs.forget, parsed.id)
             data = await read_body(request, jobs.limits.max_bytes)
-            begun = RunningJob(worker, parsed, data, cancelled, jobs.limits.alive, leave.pop_all())
+            work = partial(_work, worker, parsed, data, cancelled, leave.pop_all())
+        begun = RunningJob(work, f"job {parsed.id}", cancelled, jobs.limits.alive)
         if MessageStream.media_type in request.headers.get("accept", ""):
             return MessageStream(begun)
         return await plain_response(begun, request)
@@ -174,45 +164,44 @@ def _jobs(app: FastAPI, worker: Worker, jobs: Jobs, known: Any) -> None:
         return {"found": jobs.cancel(job_id)}
 
 
+def _work(worker: Worker, job: Job, data: Any, cancelled: threading.Event, admission: Any, send: Send) -> None:
+    with admission:
+        worker.run(job, State.from_buffer(data, "the caller"), send, cancelled)
+
+
 _BODY = {"requestBody": {"required": True, "content": {"application/octet-stream": {"schema": {
     "type": "string", "format": "binary"}}}}}  # fmt: skip
 
 
 def job_of(text: str, worker: Worker, name: str) -> Job:
-    """Raises PlaceError."""
-    stage = _offered(worker, name)
+    """What the header says, with everything filled in that it leaves out. Raises Refused."""
+    whole = {"id": uuid.uuid4().hex, "stage": name, "options": options_to_send(_offered(worker, name))}
     try:
-        values = json.loads(text)
-    except (ValueError, RecursionError):
-        values = None
-    if not isinstance(values, dict):
-        raise Wrong(f"running stage {name!r}", f"the header {JOB} is no job", "Send {} or a whole one")
-    whole = json.loads(Job(uuid.uuid4().hex, name, options_to_send(stage)).to_json())
-    try:
-        job = Job.from_json(json.dumps({**whole, **values}))
-    except PlaceError as e:
-        raise Wrong(e.asked, e.found, e.do) from None
+        job = Job.from_json(json.dumps({**whole, **json.loads(text)}))
+    except (PlaceError, ValueError, TypeError, RecursionError):
+        found = f"the header {JOB} is no job of this version"
+        raise Refused(400, f"running stage {name!r}", found, "Send {} or a whole one") from None
     if job.stage != name:
-        raise Wrong(f"running stage {name!r}", f"the job is for {job.stage!r}", "Name one stage")
+        raise Refused(400, f"running stage {name!r}", f"the job is for {job.stage!r}", "Name one stage")
     return job
 
 
 def _offered(worker: Worker, name: str) -> Any:
     if name not in worker.stages:
-        raise Absent(f"asking for stage {name!r}", f"offered are {', '.join(worker.stages)}", "Name one of them")
+        raise Refused(404, f"asking for stage {name!r}", f"offered are {', '.join(worker.stages)}", "Name one of them")
     return worker.stages[name]
 
 
 async def read_body(request: Request, limit: int) -> bytearray | memoryview:
-    """The whole body. Raises TooLarge before and while it comes, StateError where its checksum is another."""
+    """The whole body. Raises Refused before and while it comes, StateError where its checksum is another."""
     told = request.headers.get("content-length")
     size = int(told) if told and told.isdigit() else 0
     if size > limit:
-        raise TooLarge("taking a State", f"it has {size} bytes and {limit} are allowed", "Start with --max-bytes")
+        raise Refused(413, "taking a State", f"it has {size} bytes and {limit} are allowed", "Start with --max-bytes")
     data, at, crc, connection = fresh(size), 0, Checksum(), connection_of(request.scope)
     async for piece in request.stream():
         if at + len(piece) > limit:
-            raise TooLarge("taking a State", f"it has more than {limit} bytes", "Start with --max-bytes")
+            raise Refused(413, "taking a State", f"it has more than {limit} bytes", "Start with --max-bytes")
         data[at : at + len(piece)] = piece
         at += len(piece)
         crc.add(piece)

@@ -30,10 +30,8 @@ def bind(address: str = "127.0.0.1", port: int = 0, token: str | None = None) ->
     """A listening socket; port 0 is a free one. Raises SetupError for an address that others reach where there is no
     token, and for one that cannot be had."""
     if token is None and not is_loopback(address):
-        raise SetupError(
-            f"listening at {address}", "others reach that address, and there is no token",
-            "Put one into DITKIT_HOST_TOKEN or give --token-file, or listen at 127.0.0.1",
-        )  # fmt: skip
+        do = "Put one into DITKIT_HOST_TOKEN or give --token-file, or listen at 127.0.0.1"
+        raise SetupError(f"listening at {address}", "others reach that address, and there is no token", do)
     try:
         family = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0][0]
         listener = socket.create_server((address, port), family=family)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 from fastapi import Request, Response
@@ -17,37 +17,20 @@ from fastapi import Request, Response
 from ditkit.errors import DitkitError, PlaceError, StateError, UserError
 from ditkit.placement.http.framing import FRAMING, MEDIA_TYPE, PIECE, pack
 from ditkit.placement.http.zero_copy import connection_of
-from ditkit.placement.job import Job, Message, error_to_message, message_to_error
-from ditkit.placement.worker import TICK, Worker
-from ditkit.state import State
+from ditkit.placement.job import Message, error_to_message, message_to_error
+from ditkit.placement.worker import TICK, Send
 
 RETRY_AFTER = 5
 """Seconds after which whoever found the queue full may ask again."""
 
 
-class Full(PlaceError):
-    """Too many jobs wait."""
+class Refused(PlaceError):
+    """A request that is not taken: 400 it means nothing, 401 who asks is not known, 404 there is no such thing, 413 a
+    State is too large, 503 too many jobs wait."""
 
-
-class TooLarge(PlaceError):
-    """A State is more than the host takes."""
-
-
-class Unknown(PlaceError):
-    """Who asks did not show the token."""
-
-
-class Absent(PlaceError):
-    """There is no such thing here."""
-
-
-class Wrong(PlaceError):
-    """A request that means nothing."""
-
-
-STATUS: Mapping[type[DitkitError], int] = {
-    Full: 503, TooLarge: 413, Unknown: 401, Absent: 404, Wrong: 400, UserError: 400,
-}  # fmt: skip
+    def __init__(self, status: int, asked: str, found: str, do: str):
+        super().__init__(asked, found, do)
+        self.status = status
 
 
 def refuse(request: Request, error: Exception) -> Response:
@@ -57,35 +40,25 @@ def refuse(request: Request, error: Exception) -> Response:
 
 
 def _error(error: DitkitError, message: Message) -> Response:
-    status = next((code for kind, code in STATUS.items() if isinstance(error, kind)), 500)
+    status = getattr(error, "status", 400 if isinstance(error, UserError) else 500)
     more = {503: {"Retry-After": str(RETRY_AFTER)}, 401: {"WWW-Authenticate": "Bearer"}}.get(status)
     return Response(bytes(message.payload), status, more, "application/json")
 
 
 class RunningJob:
-    """A job at work. ``admission`` is closed when it has ended. Made in the event loop that hears of it."""
+    """``work`` in a thread of its own, which is given what takes its messages. ``cancelled`` is set when nobody waits
+    for them any more; ``alive``: seconds of silence between signs of life. Made in the event loop that hears of it."""
 
-    def __init__(
-        self,
-        worker: Worker,
-        job: Job,
-        data: bytearray | memoryview,
-        cancelled: threading.Event,
-        alive: float,
-        admission: Any,
-    ):
-        self.worker, self.job, self.data = worker, job, data
-        self.cancelled, self.alive, self.admission = cancelled, alive, admission
+    def __init__(self, work: Callable[[Send], None], name: str, cancelled: threading.Event, alive: float):
+        self.work, self.cancelled, self.alive = work, cancelled, alive
         self._left, self._loop = threading.Event(), asyncio.get_running_loop()
         self._messages: asyncio.Queue[Message | None] = asyncio.Queue(4)
-        threading.Thread(target=self._work, name=f"job {job.id}", daemon=True).start()
+        threading.Thread(target=self._work, name=name, daemon=True).start()
 
     def _work(self) -> None:
         with contextlib.suppress(_Left):
             try:
-                with self.admission:
-                    inputs = State.from_buffer(self.data, "the caller")
-                    self.worker.run(self.job, inputs, self._send, self.cancelled)
+                self.work(self._send)
             except StateError as e:
                 self._send(error_to_message(e))
             finally:

@@ -35,11 +35,8 @@ def token_in(file: Path) -> str:
 
 def _checked(text: str, asked: str) -> str:
     if len(text) < SHORTEST or not text.isascii() or not text.isprintable() or " " in text:
-        raise SetupError(
-            asked,
-            f"it is not {SHORTEST} or more letters, digits and signs without spaces",
-            "Make one with: python -c 'import secrets; print(secrets.token_urlsafe())'",
-        )
+        found = f"it is not {SHORTEST} or more letters, digits and signs without spaces"
+        raise SetupError(asked, found, "Make one with: python -c 'import secrets; print(secrets.token_urlsafe())'")
     return text
 
 

@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Callable
 from typing import Any, BinaryIO
 
 PARENT_DEATH = 1
@@ -37,28 +38,26 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-class Answer:
-    """The one line, and the dots before it, on ``file``."""
+def signs_of_life(file: BinaryIO, every: float) -> Callable[[bytes], None]:
+    """Dots on ``file`` from now on; what is returned ends them with a line."""
+    said = threading.Event()
 
-    def __init__(self, file: BinaryIO, every: float):
-        self.file, self._said = file, threading.Event()
-        self._lock = threading.Lock()
-        threading.Thread(target=self._live, args=(every,), daemon=True).start()
+    def live() -> None:
+        while not said.is_set():
+            file.write(b".")
+            file.flush()
+            said.wait(every)
 
-    def _live(self, every: float) -> None:
-        while True:
-            with self._lock:
-                if self._said.is_set():
-                    return
-                self.file.write(b".")
-                self.file.flush()
-            self._said.wait(every)
+    dots = threading.Thread(target=live, daemon=True)
+    dots.start()
 
-    def say(self, line: bytes) -> None:
-        with self._lock:
-            self._said.set()
-            self.file.write(line + b"\n")
-            self.file.close()
+    def say(line: bytes) -> None:
+        said.set()
+        dots.join()
+        file.write(line + b"\n")
+        file.close()
+
+    return say
 
 
 def opened(told: dict[str, Any]) -> Any:
@@ -80,7 +79,7 @@ def main() -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # nobody reads what a library prints
     told = json.loads(sys.stdin.buffer.readline())
     end_with_parent()
-    answer = Answer(file, told["alive"])
+    say = signs_of_life(file, told["alive"])
 
     from ditkit.errors import DitkitError
     from ditkit.placement.job import error_to_message
@@ -88,12 +87,12 @@ def main() -> None:
     try:
         app = opened(told)
     except DitkitError as e:
-        answer.say(bytes(error_to_message(e).payload))
+        say(bytes(error_to_message(e).payload))
         return
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(told["socket"])
     listener.listen()
-    answer.say(b"")
+    say(b"")
 
     import uvicorn
 

@@ -23,7 +23,7 @@ import sys
 import tempfile
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,8 +68,7 @@ class Child:
     process: subprocess.Popen[bytes]
     channel: HTTPChannel
     words: Words
-    end: Callable[[], None]
-    """Ends it and takes its folder away; may be called twice."""
+    folder: Path
 
     def fate(self) -> str | None:
         """How it ended; None while it lives. It may need a moment to end after its socket is closed."""
@@ -81,6 +80,18 @@ class Child:
         words = self.words.last()
         return f"its process ended with {how}{f' and said: {words}' if words else ''}"
 
+    def end(self) -> None:
+        """It ends itself when its stdin is closed, and is killed where it does not. May be called twice."""
+        with contextlib.suppress(OSError):
+            if self.process.stdin is not None:
+                self.process.stdin.close()
+        try:
+            self.process.wait(5)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
 
 class ProcessChannel:
     """``device``: that of the child, None for those of the Setup. ``stages``: those that it shall offer. As many CPU
@@ -91,10 +102,9 @@ class ProcessChannel:
     def __init__(self, setup: Setup, device: str | None, stages: Sequence[str]):
         self.name = "process" if device is None else f"process:{device}"
         if not hasattr(socket, "AF_UNIX"):
-            raise PlaceError(
-                f"running stages at {self.name}", "this system has no Unix sockets, which a child is reached through",
-                "Start `ditkit host` and give its address, http://127.0.0.1:PORT",
-            )  # fmt: skip
+            found = "this system has no Unix sockets, which a child is reached through"
+            do = "Start `ditkit host` and give its address, http://127.0.0.1:PORT"
+            raise PlaceError(f"running stages at {self.name}", found, do)
         moved = {} if device is None else {"device": device, "devices": {}}
         self.setup = setup.model_copy(update={"placement": {}, "expected_probes": {}, **moved})
         self.stages = list(stages)
@@ -157,8 +167,8 @@ def _born(setup: Setup, stages: Sequence[str], name: str) -> Child:
     folder, token = Path(tempfile.mkdtemp(prefix="ditkit-")), secrets.token_urlsafe(32)
     address, asked = folder / "child", f"starting a child process for {name}"
     process, words = _spawned()
-    child = Child(process, HTTPChannel("http://process", setup.timeout, token=token, uds=str(address)), words,
-                  _Once(process, folder))  # fmt: skip
+    channel = HTTPChannel("http://process", setup.timeout, token=token, uds=str(address))
+    child = Child(process, channel, words, folder)
     try:
         if len(str(address).encode()) > PATH:
             raise PlaceError(asked, f"the name {address} is too long for a socket", "Set TMPDIR to a shorter one")
@@ -219,21 +229,3 @@ def _spawned() -> tuple[subprocess.Popen[bytes], Words]:
     if isinstance(found, BaseException):
         raise Lost("starting a child process", str(found), "Free some memory")
     return found, words
-
-
-class _Once:
-    """Ends a child: it ends itself when its stdin is closed, and is killed where it does not."""
-
-    def __init__(self, process: subprocess.Popen[bytes], folder: Path):
-        self.process, self.folder = process, folder
-
-    def __call__(self) -> None:
-        with contextlib.suppress(OSError):
-            if self.process.stdin is not None:
-                self.process.stdin.close()
-        try:
-            self.process.wait(5)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        shutil.rmtree(self.folder, ignore_errors=True)

@@ -14,6 +14,8 @@ class FirstBlockCache:
 
     threshold: float = 0.1
 
+    seam = "run_blocks"
+
     def __call__(self, run_blocks, run):
         def around(blocks, x, ctx):
             first, *rest = blocks
@@ -60,6 +62,8 @@ class Momentum:
 
     weight: float = 0.5
 
+    seam = "predict"
+
     def __call__(self, predict, run):
         def call(x, step):
             velocity = predict(x, step)
@@ -74,6 +78,8 @@ class Momentum:
 @dataclass(frozen=True)
 class StaleAttention:
     """A memory at seam D: what attention to the text gave at the first step is used at all later ones."""
+
+    seam = "attend"
 
     def __call__(self, attend, run):
         def call(q, k, v, site):
@@ -93,6 +99,8 @@ class Windows:
 
     size: int = 2
     stride: int = 1
+
+    seam = "predict"
 
     def __call__(self, predict):
         def call(x, step):

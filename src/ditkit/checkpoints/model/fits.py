@@ -1,0 +1,170 @@
+"""A whole model judged: which parts it needs, what is missing, and whether one part fits the other.
+
+Each problem is a sentence of what was looked for, where, and how to get it. What a part needs and the widths at which
+it fits others are said by the row of its kind. Leaves out: opening parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from ditkit.checkpoints.files.text import some
+from ditkit.checkpoints.kinds.kind import KINDS, Kind, Port, Published, kinds_of
+from ditkit.checkpoints.model.part import EXPERTS, WHOLE, ModelParts, Part, Scope, main_of, ordered
+from ditkit.errors import LoadError
+
+NATIVE_TOKENIZER = Path("google", "umt5-xxl")
+USUAL = MappingProxyType({"tokenizer": "tokenizer", "text_encoder": "umt5", "vae": "wan_vae", "transformer": "wan"})
+"""What a model needs of which no transformer is known."""
+
+
+def model_parts(
+    path: Path | str,
+    layout: str,
+    parts: Mapping[str, Part],
+    values: Mapping[str, Any],
+    unused: Mapping[str, str] = MappingProxyType({}),
+    promised: Collection[str] = (),
+    scope: Scope = WHOLE,
+) -> ModelParts:
+    """``parts`` as one model, with all that is wrong with it. ``path`` is what messages call it; ``values``: of its
+    index or manifest (``boundary_ratio``, ``expand_timesteps``); ``promised``: components that its index names."""
+    parts = {name: part for name, part in parts.items() if scope.opens(name)}
+    halves = layout == "native" and any((Path(path) / folder).is_dir() for folder in EXPERTS)
+    needed, far = _needed(parts, halves or "transformer_2" in parts, (*promised, *scope.experts), scope)
+    look = _Look(path, layout, {**parts, **far}, unused)
+    main = main_of(look.parts)
+    task = main.row.task(main.config) if main else None
+    about = main.row.tasks.get(task or "", Published("")) if main else Published("")
+    boundary, expand = values.get("boundary_ratio"), values.get("expand_timesteps")
+    if boundary is None and "transformer_2" in look.parts and layout != "diffusers":
+        boundary = about.boundary  # the layout has no place for it
+    problems = [*look.missing(needed, promised if scope.only is None else ()),
+                *(look.experts(boundary) if scope.only is None else ()), *look.fits()]  # fmt: skip
+    if expand not in (None, True, False):
+        problems.append(look.problem(f"expand_timesteps is {expand!r}, not true or false", "Correct the index"))
+    elif expand and main and not about.expand_timesteps:
+        problems.append(look.problem(f"expand_timesteps is true and its transformer is {task}", "Correct the index"))
+    return ModelParts(
+        path, layout, ordered(parts), task, boundary, about.expand_timesteps if expand is None else bool(expand),
+        MappingProxyType(dict(unused)), tuple(problems), ordered(far),
+    )  # fmt: skip
+
+
+def _needed(
+    parts: Mapping[str, Part], two: bool, promised: Collection[str], scope: Scope
+) -> tuple[list[str], dict[str, Part]]:
+    """The names of the parts that must be there, and those of them that a host has."""
+    far: dict[str, Part] = {}
+
+    def found(name: str) -> Part | None:
+        if name not in (*parts, *far) and name in scope.elsewhere and (part := scope.elsewhere[name]()) is not None:
+            far[name] = part
+        return parts.get(name) or far.get(name)
+
+    if scope.only is not None:
+        experts = [name for name in EXPERTS.values() if name in scope.only]
+        one = [name for name in experts if name in parts] or experts[:1]
+        return [*(name for name in scope.only if name not in experts), *one], far
+    main = found("transformer")
+    two = two or (main is not None and main.detected is not None and main.detected.two_experts)
+    if two or main is None or main.place is not None or "transformer_2" in promised:
+        second = found("transformer_2")
+        main, two = main or second, two or second is not None
+    needs = main.row.needs(main.config) if main else USUAL
+    needed = [*(name for name in needs if name != "transformer"), "transformer", *(["transformer_2"] if two else [])]
+    for name in needed:
+        found(name)
+    return needed, far
+
+
+@dataclass(frozen=True)
+class _Look:
+    """Looks through the parts for what is wrong with the whole."""
+
+    path: Path | str
+    layout: str
+    parts: Mapping[str, Part]
+    unused: Mapping[str, str]
+
+    def problem(self, found: str, do: str) -> LoadError:
+        return LoadError(f"opening the model in {self.path}", found, do)
+
+    def missing(self, needed: Collection[str], promised: Collection[str]) -> Iterable[LoadError]:
+        for name in needed:
+            if name not in self.parts:
+                kind = self.kind_of(name)
+                noun = "the second expert" if name == "transformer_2" else kind.noun
+                do = "Download the other expert too, from where this one is" if name == "transformer_2" else kind.get
+                yield self.problem(f"it needs {noun}, and there is none {self.where(name)}", do)
+        for name in promised:
+            if name not in (*self.parts, *needed):
+                found = f"its index names the component {name}, and there is none {self.where(name)}"
+                yield self.problem(found, "Get that folder, or set it to null in the index")
+
+    def kind_of(self, name: str) -> Kind:
+        """The kind that the component ``name`` of this model has to be."""
+        main = main_of(self.parts)
+        wanted = USUAL if main is None else {"transformer": main.kind, **main.row.needs(main.config)}
+        return KINDS[wanted[name]] if name in wanted else kinds_of(name)[0]
+
+    def where(self, name: str) -> str:
+        if self.layout == "diffusers":
+            return f"in {Path(self.path) / name}"
+        if self.layout == "native" and name in EXPERTS.values() and len(self.parts.keys() & set(EXPERTS.values())) == 1:
+            return f"in {next(Path(self.path) / folder for folder, part in EXPERTS.items() if part == name)}"
+        if self.layout == "native" and name == "tokenizer":
+            return f"in {Path(self.path) / NATIVE_TOKENIZER}"
+        if self.layout == "host":
+            return f"at {self.path}"
+        if self.layout == "file":
+            return "in a single file"
+        listed = some(f"{file}: {why}" for file, why in self.unused.items()) if self.unused else ""
+        return f"among the files of {self.path}" + (f" (not used: {listed})" if listed else "")
+
+    def experts(self, boundary: Any) -> Iterable[LoadError]:
+        second = "transformer_2" in self.parts
+        if boundary is not None and not (type(boundary) in (int, float) and 0 < boundary < 1):
+            yield self.problem(f"boundary_ratio is {boundary!r}, not a number between 0 and 1", "Correct the index")
+        elif boundary is not None and not second:
+            do = "Set boundary_ratio to null if the model has one transformer, or add the second expert"
+            yield self.problem(f"boundary_ratio is {boundary} and there is no transformer_2", do)
+        elif boundary is None and second:
+            yield self.problem("it has a transformer_2 and no boundary_ratio", "Add boundary_ratio to the index")
+        if second and "transformer" in self.parts:
+            first, other = self.parts["transformer"], self.parts["transformer_2"]
+            for key in sorted(first.config.keys() | other.config.keys()):
+                one, two = first.config.get(key), other.config.get(key)
+                if one != two:
+                    found = f"{key} is {one} in transformer{_at(first)} and {two} in transformer_2{_at(other)}"
+                    yield self.problem(found, "Use two experts of one model")
+
+    def fits(self) -> Iterable[LoadError]:
+        """The widths at which one part hands over to another, by their names."""
+        main = main_of(self.parts)
+        ours = {} if main is None else _ports(main)
+        for name, part in self.parts.items():
+            for what, (width, field) in _ports(part).items() if name not in EXPERTS.values() else ():
+                need, own = ours.get(what, Port(None, ""))
+                if main is not None and None not in (need, width) and need != width:
+                    found = (f"its transformer{_at(main)} has {need} as the {what} ({own}) and its {name}{_at(part)} "
+                             f"{width} ({field} of {part.kind})")  # fmt: skip
+                    yield self.problem(found, self.kind_of(name).get if name == "vae" else "Use parts of one model")
+
+
+def _ports(part: Part) -> Mapping[str, Port]:
+    """Those of its kind; none where the config class refuses the sizes, which loading will tell."""
+    if not part.row.config_class:
+        return {}
+    try:
+        return part.row.ports(part.row.config(part.config))
+    except (TypeError, ValueError):
+        return {}
+
+
+def _at(part: Part) -> str:
+    return "" if part.place is None else f" at {part.place}"

@@ -1,0 +1,269 @@
+"""Where one component of a model comes from: a folder or file on this machine, or a commit of a hub repository.
+
+Leaves out: what names several places together (manifest.py), and hashing their files (lock.py).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+from types import MappingProxyType
+from typing import Any
+
+from ditkit.checkpoints.files.text import read_json
+from ditkit.checkpoints.model.hub import COMMIT, REPO, Hub, HubName, Listing, inside
+from ditkit.checkpoints.model.used import is_weights, used
+from ditkit.errors import LoadError, nearest
+
+AGAIN = "Lock the manifest again with `ditkit lock` if that is meant"
+KEYS = ("path", "repo", "subfolder", "revision", "variant", "file", "sha256")
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where one component lies: ``path`` (absolute) or ``repo`` with its ``revision``, then ``subfolder``, ``file``.
+
+    ``written`` is how the manifest says it. ``sha256`` maps names of files to hex digests, as far as they are pinned:
+    relative to the repository, or to the component's own folder when it is local. ``names`` are all its files when it
+    is locked, else None."""
+
+    component: str
+    written: str
+    path: Path | None = None
+    repo: str | None = None
+    subfolder: str = ""
+    revision: str | None = None
+    variant: str | None = None
+    file: str | None = None
+    sha256: Mapping[str, str] = field(default_factory=dict)
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    names: tuple[str, ...] | None = None
+
+    @property
+    def pinned(self) -> bool:
+        """A local place, or a repository by commit: what it names cannot move."""
+        return self.repo is None or bool(COMMIT.fullmatch(self.revision or ""))
+
+    @property
+    def here(self) -> Path | None:
+        """Its folder or file, if it is a local one; it may be absent."""
+        return None if self.path is None else self.path / self.subfolder / (self.file or "")
+
+    @property
+    def afar(self) -> bool:
+        """It would have to be fetched, or is not there at all."""
+        return self.here is None or not self.here.exists()
+
+    @property
+    def absent(self) -> bool:
+        """An index names it in its usual place, and there is no such folder. Of a locked one the files are named, so
+        their place has to be right."""
+        return self.path is not None and self.afar and self.names is None and self.written == f"./{self.component}"
+
+    def resolve(self, hub: Hub | None = None) -> Path:
+        """The component's folder or file on this machine, fetched if need be.
+
+        Raises LoadError when it is not there, when a branch is not pinned to a commit, and when the files that are
+        there are not those that were locked (names and sizes; ``lock.verify`` reads them)."""
+        if not self.pinned:
+            found = f"{self.written} can mean another commit tomorrow"
+            do = "Give a commit of 40 digits as its revision, or pin it with `ditkit lock`"
+            raise LoadError(f"fetching the {self.component}", found, do)
+        place = self.here or self._fetched(hub or Hub())
+        if self.repo is None and self.afar:
+            do = f"Correct {self.written!r} in the manifest ('.' is its own folder), or get the files again"
+            raise LoadError(f"finding the {self.component}", f"there is nothing at {place}", do)
+        check_names(self, place)
+        return place
+
+    def _fetched(self, hub: Hub) -> Path:
+        assert self.repo is not None
+        assert self.revision is not None
+        if self.names is None:
+            names = self.files_of(hub.look(self.repo, self.revision))
+        else:
+            names = tuple(self.inner + name.removeprefix(self.prefix) for name in self.names)
+        return hub.fetch(self.repo, self.revision, names) / self.subfolder / (self.file or "")
+
+    def pin(self, hub: Hub) -> Location:
+        """The same place at the commit that its branch or tag means now."""
+        if self.pinned or self.repo is None:
+            return self
+        return replace(self, revision=hub.look(self.repo, self.revision).commit)
+
+    @property
+    def inner(self) -> str:
+        """The subfolder with its slash, or nothing."""
+        return f"{self.subfolder}/" if self.subfolder else ""
+
+    @property
+    def prefix(self) -> str:
+        """What names of pinned files begin with: the subfolder, where the manifest names the repository. Elsewhere
+        nothing, so that a model and its lock can go to the hub and come back."""
+        return self.inner if self.written.startswith("hf:") else ""
+
+    def files_of(self, listing: Listing) -> tuple[str, ...]:
+        """Which files of the repository make this component. Raises LoadError when there are none."""
+        start, where = self.inner, f"{self.repo}/{self.inner}".rstrip("/")
+        if self.file is not None:
+            there = listing.within(f"{start}{PurePosixPath(self.file).parent.as_posix()}".removesuffix(".").rstrip("/"))
+            beside = [PurePosixPath(self.file).with_name("config.json").as_posix()] if "config.json" in there else []
+            names: tuple[str, ...] = (self.file, *beside) if start + self.file in listing.names else ()
+        else:
+            names = used(listing.within(self.subfolder), self.variant, where)
+        if not names:
+            found = f"there is no {self.file or 'file of weights or settings'} at {listing.commit[:12]}"
+            do = "Correct its place in the manifest, or choose another revision"
+            raise LoadError(f"finding the {self.component} in {where}", found, do)
+        return tuple(start + name for name in names)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the components of one model come from. ``file``: what names them; ``index``: the index of diffusers that
+    stands in it or beside it. ``locked``: a lock pins their files."""
+
+    folder: Path
+    file: Path | None
+    index: Path | None
+    components: Mapping[str, Location]
+    locked: bool = False
+
+
+def files_at(place: Location, at: Path) -> dict[str, Path]:
+    """The files that make the component that lies ``at`` a folder or file, under the names that a lock uses."""
+    if at.is_file():
+        names: Iterable[str] = [at.name, *_beside(at)]
+        folder = at.parent
+    else:
+        folder = at
+        names = used([file.name for file in at.iterdir() if file.is_file()], place.variant, str(at))
+    return {place.prefix + name: folder / name for name in names}
+
+
+def _beside(file: Path) -> list[str]:
+    """What a loader reads beside a file of weights: the config there, and the shards that an index names."""
+    config = ["config.json"] if (file.parent / "config.json").is_file() else []
+    if not file.name.endswith(".index.json"):
+        return config
+    return [*config, *sorted({str(name) for name in read_json(file).get("weight_map", {}).values()})]
+
+
+def check_names(place: Location, at: Path) -> None:
+    """Whether all pinned files are there with their sizes and, when locked, no others. Raises LoadError."""
+    if not place.sha256:
+        return
+    files, asked = files_at(place, at), f"opening the {place.component} at {at}"
+    if lost := sorted(place.sha256.keys() - files.keys()):
+        raise LoadError(asked, f"{lost[0]} is pinned and is not there", "Get it again, or lock the manifest again")
+    if place.names is not None and (new := sorted(files.keys() - set(place.names))):
+        raise LoadError(asked, f"{new[0]} is there and is not locked", AGAIN)
+    for name, size in place.sizes.items():
+        if (found := files[name].stat().st_size) != size:
+            raise LoadError(asked, f"{name} has {found} bytes and had {size} when it was locked", AGAIN)
+
+
+@dataclass(frozen=True)
+class LocalBase:
+    """A manifest on this machine: relative paths are relative to its folder."""
+
+    folder: Path
+
+    def place(self, component: str, path: str, subfolder: str | None) -> dict[str, Any]:
+        own = self.folder / component
+        if path != ".":
+            found = Path(os.path.normpath(self.folder / os.path.expanduser(path)))
+        else:
+            found = own if subfolder is None and own.is_dir() else self.folder
+        return {"path": found, "subfolder": subfolder or ""}
+
+
+@dataclass(frozen=True)
+class RemoteBase:
+    """A manifest in a repository: "." and relative paths mean the same repository at the same commit."""
+
+    listing: Listing
+    folder: str
+
+    def place(self, component: str, path: str, subfolder: str | None) -> dict[str, Any]:
+        if os.path.isabs(path) or path.startswith("~") or not inside(path):
+            found = f"its manifest names {path!r}, outside of it"
+            do = "Use a manifest whose paths stay in their repository"
+            raise LoadError(f"finding the {component} of {self.listing.repo}", found, do)
+        own = path == "." and subfolder is None and self.listing.within(_posix(self.folder, component))
+        place = _posix(self.folder, component if own else path, subfolder or "")
+        at = {"repo": self.listing.repo, "revision": self.listing.commit}
+        if place in self.listing.names:
+            parent, _, file = place.rpartition("/")
+            return at | {"subfolder": parent, "file": file}
+        return at | {"subfolder": "" if place == "." else place}
+
+
+Base = LocalBase | RemoteBase
+
+
+def _posix(*parts: str) -> str:
+    return PurePosixPath(*parts).as_posix()
+
+
+def check_known(name: str, known: Collection[str], asked: str, what: str) -> None:
+    """Raises LoadError for a name that is not among ``known``."""
+    if name not in known:
+        raise LoadError(asked, f"it has an unknown {what} {name!r}{nearest(name, known)}", f"Use {', '.join(known)}")
+
+
+def place_of(component: str, text: str, folder: Path | None = None) -> Location:
+    """A place outside of any manifest: a path, relative to ``folder`` (the current one when None), or
+    ``hf:OWNER/NAME[/FOLDER or /FOLDER/FILE]@REVISION``. Raises LoadError."""
+    return location(component, short(text), f"{component}={text}", LocalBase(folder or Path.cwd()))
+
+
+def short(text: str) -> dict[str, Any]:
+    """The keys of a place that is written as one text."""
+    hub = HubName.parse(text)
+    if hub is None:
+        return {"path": text}
+    folder, _, last = hub.folder.rpartition("/")
+    file = last if is_weights(last) else None
+    keys = {"subfolder": folder if file else hub.folder, "file": file, "revision": hub.revision}
+    return {"repo": hub.repo} | {key: value for key, value in keys.items() if value}
+
+
+def location(name: str, keys: Mapping[str, Any], asked: str, base: Base) -> Location:
+    """The place that ``keys`` of a manifest describe. Raises LoadError."""
+    keys = dict(keys)
+    pins = keys.pop("sha256", {})
+    for key, value in keys.items():
+        check_known(key, KEYS, asked, "key")
+        if not isinstance(value, str) or not value:
+            raise LoadError(asked, f"{key} is {value!r}, not a text", "Correct it")
+    if not isinstance(pins, dict) or not all(isinstance(v, str) and len(v) == 64 for v in pins.values()):
+        raise LoadError(asked, "sha256 is not a table of files and their 64 digits", "Write it with `ditkit lock`")
+    if ("path" in keys) == ("repo" in keys):
+        both = "both path and repo" if "path" in keys else "neither path nor repo"
+        raise LoadError(asked, f"it has {both}", "Give one of them")
+    if "path" in keys and "revision" in keys:
+        raise LoadError(asked, "a path has no revision", "Remove it, or give a repo")
+    for key in ("subfolder", "file"):
+        if not inside(keys.get(key, "")):
+            raise LoadError(asked, f"{key} is {keys[key]!r}, outside of the place", "Correct it")
+    if "repo" in keys and not REPO.fullmatch(keys["repo"]):
+        raise LoadError(asked, f"repo is {keys['repo']!r}", "Write OWNER/NAME")
+    if "file" in keys and "variant" in keys:
+        raise LoadError(asked, "it has both file and variant", "Give one of them")
+    where = keys.pop("path", None)
+    written = _written(keys, where)
+    if where is not None:
+        keys = base.place(name, where, keys.pop("subfolder", None)) | keys
+    return Location(name, written, **keys, sha256=MappingProxyType(dict(pins)))
+
+
+def _written(keys: Mapping[str, str], path: str | None) -> str:
+    """A place as one text, the same for the same place; ``ditkit.lock`` tells by it whether it still fits."""
+    inner = "/".join(keys[key] for key in ("subfolder", "file") if key in keys)
+    text = path if path is not None else f"hf:{keys['repo']}"
+    text += f"/{inner}" if inner else ""
+    text += f"@{keys.get('revision', 'main')}" if path is None else ""
+    return text + (f" (variant {keys['variant']})" if "variant" in keys else "")

@@ -1,0 +1,116 @@
+"""Options: the fields of a dataclass, given as one text (``every=2,mode=fast``) or as plain values, held against their
+types.
+
+Plugs, stages and schedulers have their options so, and stages their settings.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+import typing
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, fields, is_dataclass
+from functools import cache
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+from pydantic.errors import PydanticSchemaGenerationError
+
+from ditkit.errors import DitkitError, SetupError, UserError, nearest
+
+_PIECE = re.compile(r"""((?:"[^"]*"|'[^']*'|\[[^\]]*\]|\{[^}]*\}|[^,"'\[{])+)(?:,|$)""")
+
+
+def fields_of(cls: Any) -> dict[str, Field[Any]]:
+    """The options that ``cls`` takes, by name; none where it is no class of data."""
+    return {f.name: f for f in fields(cls) if f.init} if isinstance(cls, type) and is_dataclass(cls) else {}
+
+
+def typed(
+    cls: Any,
+    given: str | Mapping[str, Any],
+    what: str,
+    error: type[UserError] = SetupError,
+    whole: bool = True,
+) -> dict[str, Any]:
+    """``given`` as ``cls`` takes it. ``what`` has these options, for messages. Raises ``error`` for an option that is
+    unknown, of another type, or missing where it is to be the ``whole``."""
+    known = fields_of(cls)
+    meant = _read(given, what, error) if isinstance(given, str) else {k: (v,) for k, v in given.items()}
+    for name in meant:
+        if name not in known:
+            do = f"Use one of: {', '.join(known)}" if known else "It has no options; leave it out"
+            raise error(f"option {name!r} of {what}", f"there is none of that name{nearest(name, known)}", do)
+    for name, one in known.items() if whole else ():
+        if name not in meant and one.default is MISSING and one.default_factory is MISSING:
+            raise error(what, f"it needs its option {name}", f"Give {name}=VALUE")
+    hints = typing.get_type_hints(cls) if known else {}
+    return {name: _fitting(name, hints[name], values, what, error) for name, values in meant.items()}
+
+
+def made(cls: Any, given: str | Mapping[str, Any], what: str, error: type[UserError] = SetupError) -> Any:
+    """A ``cls`` with these options. Raises ``error`` also for what its own checks refuse."""
+    values = typed(cls, given, what, error)
+    try:
+        return cls(**values)
+    except DitkitError:
+        raise
+    except (TypeError, ValueError) as e:
+        raise error(what, f"it refuses its options ({e})", "Correct them") from e
+
+
+def as_text(values: Mapping[str, Any]) -> str:
+    """The way back from values to one text."""
+    return ",".join(f"{name}={_toml(value)}" for name, value in values.items())
+
+
+def _read(text: str, what: str, error: type[UserError]) -> dict[str, tuple[Any, ...]]:
+    """Each option with what its text may mean: a TOML value, or else the bare text."""
+    found: dict[str, tuple[Any, ...]] = {}
+    if not text.strip():
+        return found
+    pieces = _PIECE.findall(text)
+    for piece in pieces if sum(len(piece) + 1 for piece in pieces) > len(text) else [text]:
+        name, equals, value = (part.strip() for part in piece.partition("="))
+        if not equals or not name or name in found:
+            raise error(f"options {text!r} of {what}", f"{piece.strip()!r} is not one of the form OPTION=VALUE, once "
+                        "each", "Write OPTION=VALUE,OPTION=VALUE")  # fmt: skip
+        try:
+            parsed = tomllib.loads(f"value = {value}")
+            found[name] = (parsed["value"], value) if len(parsed) == 1 else (value,)
+        except tomllib.TOMLDecodeError:
+            found[name] = (None, value) if value == "none" else (value,)
+    return found
+
+
+def _fitting(name: str, annotation: Any, values: tuple[Any, ...], what: str, error: type[UserError]) -> Any:
+    fault = ""
+    for value in values:
+        try:
+            return _adapter(annotation).validate_json(json.dumps(value), strict=True)
+        except (ValidationError, TypeError) as e:
+            fault = fault or (e.errors()[0]["msg"] if isinstance(e, ValidationError) else str(e))
+        except PydanticSchemaGenerationError:
+            fault = "its type cannot be written as a text"
+    raise error(f"{name}={values[-1]!r} of {what}", fault[:1].lower() + fault[1:], f"Give {_name(annotation)}")
+
+
+@cache
+def _adapter(annotation: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(annotation)
+
+
+def _name(annotation: Any) -> str:
+    return getattr(annotation, "__name__", None) or str(annotation)
+
+
+def _toml(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{json.dumps(k)} = {_toml(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_toml, value))}]"
+    return json.dumps(value)
