@@ -126,10 +126,13 @@ class Random(View):
     def path(self) -> Path:
         return Path("random")
 
-    def __getitem__(self, name: str) -> torch.Tensor:
+    def same(self, name: str) -> None:
+        return None
+
+    def made(self, name: str, dtype: torch.dtype | None, look: Callable[[torch.Tensor], None]) -> torch.Tensor:
         shape = self.tensors[name].shape
         count = math.prod(shape)
-        return self.pool.repeat(-(-count // len(self.pool)))[:count].reshape(shape).clone()
+        return self.pool.repeat(-(-count // len(self.pool)))[:count].reshape(shape).to(dtype, copy=True)
 
 
 class Changed(View):
