@@ -103,7 +103,7 @@ def test_before_it_began_nothing_is_done(tiny_model, whole):
         with pytest.raises(ditkit.Interrupted) as e:
             fresh.run(state, **part, listeners=[heard.append], cancel=cancel)
         assert e.value.state.equal(state)
-    assert [event.name for event in heard if event.name in ("load.start", "step.start")] == []
+    assert [event.name for event in heard if event.name.endswith(".start")] == []
     assert same(fresh.run(e.value.state).state, whole)
 
 

@@ -17,6 +17,7 @@ from shell import alone
 import ditkit
 from ditkit import assembly, media
 from ditkit.cli import run_options, show
+from ditkit.cli.flags import kebab
 from ditkit.cli.main import main
 from ditkit.events import Event
 from ditkit.state import State
@@ -230,11 +231,8 @@ def test_version_and_help_start_without_torch():
     assert f"ditkit {ditkit.__version__}" in done.stdout
     for word in ("generate", "demo", "run", "plan", "replay", "stages", "doctor", "config", "bench"):
         assert f" {word} " in done.stdout
-    flags = [
-        f"--{name.replace('_', '-')}"
-        for name in ditkit.Request.model_fields | ditkit.Setup.model_fields
-        if name != "prompt"
-    ]
+    flags = [f"--{kebab(name)}" for name in ditkit.Request.model_fields | ditkit.Setup.model_fields if name != "prompt"]
+    assert "--plug" in flags
     assert [flag for flag in flags if flag not in done.stdout] == []
     assert "Wan2.1 generate.py" in done.stdout
     assert "--sample_steps" in done.stdout

@@ -7,9 +7,9 @@ from reference import rel
 import ditkit
 from ditkit import samples
 from ditkit.errors import RequestError
-from ditkit.execution.stage_list import Interrupted
+from ditkit.execution.stage_list import BaseStage, Interrupted
 from ditkit.schedulers.noise import initial_noise
-from ditkit.state import State
+from ditkit.state import Field, State
 
 PROMPTS = ["a red circle", "a blue square moving left on gray", "a red circle"]
 NEGATIVES = ["gray", "", "gray"]
@@ -162,3 +162,56 @@ def test_equal_prompts_are_encoded_once(pipe):
     finally:
         hook.remove()
     assert len(calls) == 4  # two prompts and two negative ones
+
+
+class Counts(BaseStage):
+    """Counts the letters of each prompt."""
+
+    name = "counts"
+    reads = ("prompt",)
+    writes = ("letters",)
+    fields = (Field("letters", "plain", "list[int]", "B", "", "a test", "how many"),)
+
+    def run(self, inputs, ctx):
+        return {"letters": [len(prompt) for prompt in inputs["prompt"]]}
+
+
+class Shouts(BaseStage):
+    """Rewrites what the text stage reads."""
+
+    name = "shouts"
+    reads = ("prompt",)
+    writes = ("prompt",)
+
+    def run(self, inputs, ctx):
+        return {"prompt": [prompt.upper() for prompt in inputs["prompt"]]}
+
+
+@pytest.mark.parametrize(
+    ("stage", "ran"),
+    [
+        (Counts(), ["encode_text", *3 * ["counts", "denoise", "decode_latents"]]),
+        (Shouts(), 3 * ["shouts", "encode_text", "denoise", "decode_latents"]),
+    ],
+)
+def test_a_stage_in_front_does_not_change_what_clips_share(tiny_model, stage, ran):
+    """Text is encoded once for all clips, unless the stage makes another text for each."""
+    started = []
+    pipe = ditkit.load(tiny_model, listeners=[lambda e: started.append(e["stage"]) if e.name == "stage.start" else 0])
+    pipe.stages = pipe.stages.insert(stage, before="encode_text")
+    together = all_of_them(pipe)
+    assert started == ran
+    assert together.get("letters", [12, 33, 12]) == [12, 33, 12]
+    for i, part in enumerate(samples.split(together, pipe.stages.table)):
+        assert torch.equal(part["video"], alone(pipe, i)["video"])
+
+
+def test_parts_of_a_run_whose_clips_share_a_later_stage(tiny_model):
+    pipe = ditkit.load(tiny_model)
+    pipe.stages = pipe.stages.insert(Counts(), before="encode_text")
+    whole, state = all_of_them(pipe), begin(pipe, prompt=PROMPTS, negative_prompt=NEGATIVES, seed=SEEDS)
+    text = pipe.run(state, until="encode_text").state
+    assert text["letters"] == [12, 33, 12]
+    assert pipe.run(text).state["video"].equal(whole["video"])
+    assert pipe.run(text, start="encode_text").state["video"].equal(whole["video"])
+    assert pipe.run(whole, start="counts").state["video"].equal(whole["video"])
