@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import takewhile
 
 from ditkit import samples
 from ditkit.execution.execution import Execution, table_of
@@ -50,12 +51,15 @@ class Clips:
             yield self.whole
             return
         table, due, names = table_of(self.whole.stages), self.whole.due, shared_by_all(self.whole.stages)
-        if shared := [stage for stage in due if stage.name in names]:
+        shared = [stage for stage in due if stage.name in names]
+        if self.whole.asked:  # whatever stands behind a stage that runs once more has to run once more after it
+            shared = list(takewhile(lambda stage: stage.name in names, due))
+        if shared:
             self.part = replace(self.whole, due=shared)
             yield self.part
-            if len(shared) == len(due):
-                return
-            due = [stage for stage in due if stage.name not in names] if self.whole.asked else due
+        if len(shared) == len(due):
+            return
+        due = due[len(shared) :] if self.whole.asked else due
         keep, clips = self.whole.keep, samples.split(self.state, table)
         for i, state in enumerate(clips):
             self.clip = i
