@@ -159,7 +159,7 @@ def test_another_process_goes_on_to_the_same_bits(call, model, tmp_path):
 
 
 def test_plan_and_stages_load_no_weights(call, model, tmp_path, monkeypatch):
-    monkeypatch.setattr("ditkit.assembly.components.LOADERS", {})
+    monkeypatch.setattr("ditkit.assembly.components.resolve", None)  # what finds a loader
     bare = tmp_path / "bare"
     shutil.copytree(model, bare)
     plan = call("plan", PROMPT, "--model", bare, "--steps", 30, "--set", "dtypes.vae=float64")

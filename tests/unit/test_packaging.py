@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import sysconfig
 import tomllib
 from importlib import metadata
 from pathlib import Path
@@ -47,7 +48,9 @@ def test_the_lock_is_plain():
 
 @pytest.mark.locked
 def test_this_environment_is_the_locked_one():
-    here = {canonicalize_name(d.metadata["Name"]): d.version.partition("+")[0] for d in metadata.distributions()}
+    places = sorted({sysconfig.get_paths()[key] for key in ("purelib", "platlib")})  # not what ray brings along
+    there = metadata.distributions(path=places)
+    here = {canonicalize_name(d.metadata["Name"]): d.version.partition("+")[0] for d in there}
     assert {name: here[name] for name in LOCK.keys() & here.keys()} == {
         name: LOCK[name] for name in LOCK if name in here
     }
