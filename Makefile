@@ -35,7 +35,7 @@ test-latest:
 	rm -rf .venv-latest
 	$(PYTHON) -m venv .venv-latest
 	.venv-latest/bin/python $(INSTALL) --editable ".[test,oracles]"
-	.venv-latest/bin/python $(PYTEST) -n 2 -m "not locked"
+	.venv-latest/bin/python $(PYTEST) -n 2 -m "not locked" -o filterwarnings=default
 
 # Each dependency at the lower bound that pyproject.toml promises, without what the tests only compare with.
 test-oldest:
@@ -43,7 +43,7 @@ test-oldest:
 	$(PYTHON) -m venv .venv-oldest
 	$(PYTHON) tools/oldest.py > .venv-oldest/oldest.txt
 	.venv-oldest/bin/python $(INSTALL) --constraint .venv-oldest/oldest.txt --editable ".[test]"
-	.venv-oldest/bin/python $(PYTEST) -n 2 -m "not locked" --without oracles
+	.venv-oldest/bin/python $(PYTEST) -n 2 -m "not locked" -o filterwarnings=default --without oracles
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

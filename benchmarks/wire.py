@@ -216,10 +216,14 @@ class Relay:
     def _listen(self) -> None:
         with contextlib.suppress(OSError):
             while True:
-                near = self._listener.accept()[0]
-                far = socket.create_connection((self._host[0], int(self._host[2])))
-                for way in ((near, far, "up"), (far, near, "down")):
-                    threading.Thread(target=self._hand_on, args=way, daemon=True).start()
+                threading.Thread(target=self._connect, args=[self._listener.accept()[0]], daemon=True).start()
+
+    def _connect(self, near: socket.socket) -> None:
+        with near, socket.create_connection((self._host[0], int(self._host[2]))) as far:
+            back = threading.Thread(target=self._hand_on, args=(far, near, "down"), daemon=True)
+            back.start()
+            self._hand_on(near, far, "up")
+            back.join()
 
     def _hand_on(self, here: socket.socket, there: socket.socket, name: str) -> None:
         with contextlib.suppress(OSError):

@@ -65,5 +65,6 @@ def test_from_a_call_in_python(tiny_model, monkeypatch):
 
 def test_two_experts_need_no_longer_way(tmp_path, monkeypatch):
     found = functions(monkeypatch)
-    ditkit.load(tiny.write(tmp_path / "model", "t2v_a14b"))("a red circle", steps=2)
+    pipe = ditkit.load(tiny.write(tmp_path / "model", "t2v_a14b"))
+    pipe("a red circle", steps=2, width=32, height=32, frames=5)
     assert max(map(len, found)) <= MOST

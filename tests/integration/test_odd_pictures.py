@@ -57,9 +57,10 @@ def test_a_pil_image_whose_file_is_damaged_or_closed(tmp_path):
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:1500])
     closed = Image.open(tmp_path / "whole.png")
     closed.close()
-    for picture in (closed, Image.open(tmp_path / "cut.png")):
-        with pytest.raises(RequestError, match="cannot be read"):
-            as_image(picture)
+    with Image.open(tmp_path / "cut.png") as cut:
+        for picture in (closed, cut):
+            with pytest.raises(RequestError, match="cannot be read"):
+                as_image(picture)
 
 
 @pytest.mark.parametrize("form", [torch.Tensor.bfloat16, lambda x: x.requires_grad_(), torch.Tensor.numpy])

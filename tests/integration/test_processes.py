@@ -184,8 +184,8 @@ def test_a_child_ends_with_its_stdin_in_the_middle_of_what_it_does(tiny_model, t
     child.stdin.write(json.dumps(told).encode() + b"\n")
     child.stdin.flush()
     assert child.stdout.readline().lstrip(b".") == b"\n"
-    child.stdin.close()
-    assert child.wait(30) == 0
+    child.communicate(timeout=30)
+    assert child.returncode == 0
 
 
 def test_a_child_outlives_the_thread_that_asked_for_it(tiny_model, whole):

@@ -170,9 +170,9 @@ def cluster(tmp_path):
     with tempfile.TemporaryDirectory(prefix="ray") as folder:  # its sockets want a short name
         words = ["ray", "start", "--head", "--block", f"--port={port}", f"--ray-client-server-port={client}",
                  "--num-cpus=2", "--include-dashboard=false", f"--temp-dir={folder}"]  # fmt: skip
-        log = (tmp_path / "ray.log").open("w+")
-        head = subprocess.Popen([Path(sys.executable).parent / words[0], *words[1:]], env=alone() | own, stdout=log,
-                                stderr=log, start_new_session=True)  # fmt: skip
+        with (tmp_path / "ray.log").open("w+") as log:
+            head = subprocess.Popen([Path(sys.executable).parent / words[0], *words[1:]], env=alone() | own, stdout=log,
+                                    stderr=log, start_new_session=True)  # fmt: skip
         try:
             yield f"ray://127.0.0.1:{client}", alone() | own
         finally:

@@ -137,7 +137,8 @@ def test_a_state_belongs_to_the_weights_not_to_their_place(tiny_model, copied):
             continue
         with pytest.raises(StateError, match=f"begun with another model, .*, which has another {part}"):
             ditkit.load(other).run(encoded, until="encode_text")
-    (copied / "tokenizer" / "tokenizer.json").open("a").write(" ")
+    with (copied / "tokenizer" / "tokenizer.json").open("a") as file:
+        file.write(" ")
     with pytest.raises(StateError, match=r"begun with another model, .* which has another tokenizer"):
         ditkit.load(copied).run(encoded, until="encode_text")
 

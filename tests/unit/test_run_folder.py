@@ -127,6 +127,6 @@ def test_the_lock_of_a_process_that_was_killed_is_free(tmp_path):
     with pytest.raises(Timeout):
         FileLock(lock).acquire(timeout=0)
     process.kill()
-    process.wait()
+    process.communicate()
     with FileLock(lock, timeout=0):
         pass

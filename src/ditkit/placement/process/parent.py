@@ -90,6 +90,8 @@ class Child:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        if self.process.stdout is not None:
+            self.process.stdout.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -222,7 +224,8 @@ def _spawned() -> tuple[subprocess.Popen[bytes], Words]:
             return
         born.put(process)
         assert process.stderr is not None
-        words.hear(process.stderr)
+        with process.stderr:
+            words.hear(process.stderr)
 
     threading.Thread(target=nurse, name="ditkit child", daemon=True).start()
     found = born.get()
