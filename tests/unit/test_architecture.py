@@ -58,6 +58,7 @@ def at_the_top(file: Path) -> list[str]:
     return [name for node in nodes for name in imports(node)]
 
 
+@pytest.mark.slow
 def test_no_file_needs_diffusers():
     for file in FILES:
         tops = {name.split(".")[0] for name in imports(parsed(file))}
@@ -78,6 +79,7 @@ def test_nothing_is_unpickled():
                 assert given.get("weights_only") is True, file
 
 
+@pytest.mark.slow
 def test_of_pickle_only_its_error_is_used():
     """To refuse a pickle that needs code is the one reason to import it."""
     for file in FILES:

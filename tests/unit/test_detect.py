@@ -227,6 +227,7 @@ def test_a_new_name_changes_nothing(folders, tmp_path):
     assert all(one == seen[0] for one in seen)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_told_is_listed(tmp_path):
     """Of a 14B text-to-video transformer no shape tells the version or the expert."""
     from ditkit.checkpoints.views.source import TensorFacts, View

@@ -55,6 +55,7 @@ def test_an_edit_changes_the_name(body):
     assert "Plug" in identify(cell(body, 2.0))
 
 
+@pytest.mark.slow
 def test_the_result_cache_does_not_answer_for_an_edited_plug(tmp_path):
     job = {"prompt": "a red circle", "seed": 7, "steps": 2}
     first, second = (Seams(run_blocks=(cell("a helper function", scale),)) for scale in (0.9, 1.1))

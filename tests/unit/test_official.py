@@ -35,6 +35,7 @@ def test_parameters_and_tensors(name):
     assert len(parameters) == len(model.state_dict()) == official.tensors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_names_and_shapes_are_those_of_diffusers(name):
     """Every tensor of the full size has its counterpart in diffusers' class, of the same shape."""

@@ -67,6 +67,7 @@ def test_flags(old, new):
     assert _today(old) == new
 
 
+@pytest.mark.slow
 def test_a_state_of_earlier_goes_on_to_the_same_bits():
     pipe = ditkit.load("shapes")
     whole = pipe.run(pipe.begin(pipe.model.request({"prompt": "a red circle", "steps": 4})))

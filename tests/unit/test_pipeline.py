@@ -371,6 +371,7 @@ def pipe(tiny_model):
     return ditkit.load(tiny_model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", SOLVERS)
 def test_going_on_after_every_step(pipe, tmp_path, key):
     whole = pipe.run(pipe.begin(request_of(pipe, key))).state

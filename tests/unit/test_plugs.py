@@ -251,6 +251,7 @@ def prints(model, plugs, **request):
     return pipe.run(pipe.begin(pipe.request({"prompt": PROMPT, "seed": 3, **request}))).state.fingerprints
 
 
+@pytest.mark.slow
 def test_a_fingerprint_holds_name_options_and_code(tiny_model, tmp_path, mine):
     def of(text, file=mine):
         return prints(tiny_model, [f"{file}:{text}"])["latents"]
@@ -270,6 +271,7 @@ def test_a_fingerprint_holds_name_options_and_code(tiny_model, tmp_path, mine):
     assert of("Skip") != first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["kernel", "scheduler", "stage", "swap"])
 def test_an_edit_changes_the_fingerprints_of_what_it_computes(tiny_model, mine, rows, which):
     def of():

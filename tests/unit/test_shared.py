@@ -59,6 +59,7 @@ def test_nothing_is_loaded_before_it_is_asked_for():
         holder["nothing"]
 
 
+@pytest.mark.slow
 def test_the_last_holder_frees_a_component_and_no_other():
     library = Library()
     one, two = library.holder(1), library.holder(1)
@@ -104,6 +105,7 @@ def test_a_switch_whose_loading_fails_leaves_both_models_usable():
     assert old["transformer"] is not None
 
 
+@pytest.mark.slow
 def test_a_switch_frees_before_it_loads():
     """The peak is one transformer, not two."""
     library = Library()
@@ -131,6 +133,7 @@ def test_a_component_under_another_name_is_kept_too():
     assert (report.kept, report.freed, report.loaded) == ({"transformer": size(part)}, {}, {})
 
 
+@pytest.mark.slow
 def test_a_component_that_somebody_else_holds_is_said_not_to_be_freed():
     library = Library()
     old, third, new = library.holder(1), library.holder(1), library.holder(5)

@@ -67,6 +67,7 @@ def test_clean_by_example():
     assert clean("") == clean(" \n") == ""
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(
     st.text()
