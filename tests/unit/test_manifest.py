@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from ditkit.checkpoints.model.hub import HubName
 from ditkit.checkpoints.model.lock import Entry, changes, lock_file, lock_text, make_lock, read_lock, verify
 from ditkit.checkpoints.model.manifest import Manifest
-from ditkit.checkpoints.model.place import place_of
-from ditkit.checkpoints.model.used import used
+from ditkit.checkpoints.model.place import place_of, used
 from ditkit.cli.main import main
 from ditkit.errors import LoadError
 

@@ -19,8 +19,7 @@ from ditkit.checkpoints.convert.plan import LAYOUTS, Plan, plan
 from ditkit.checkpoints.files.stored import SIZES
 from ditkit.checkpoints.files.text import some
 from ditkit.checkpoints.files.writing import SHARD_BYTES, WANTED, write_pickle, write_set
-from ditkit.checkpoints.model.find import parts_of
-from ditkit.checkpoints.model.locate import locate
+from ditkit.checkpoints.model.find import locate, parts_of
 from ditkit.checkpoints.model.manifest import INDEX
 from ditkit.checkpoints.model.part import WITHOUT_WEIGHTS, ModelParts, Part
 from ditkit.checkpoints.views.source import TensorSource

@@ -18,7 +18,7 @@ from ditkit.checkpoints.kinds.configs import DIFFUSERS_VERSION
 from ditkit.checkpoints.kinds.kind import side_of
 from ditkit.checkpoints.model.fits import NATIVE_TOKENIZER
 from ditkit.checkpoints.model.part import EXPERTS, ModelParts, Part, main_of
-from ditkit.checkpoints.model.used import NOTES
+from ditkit.checkpoints.model.place import NOTES
 from ditkit.checkpoints.views.mapped import Mapped
 from ditkit.checkpoints.views.source import TensorSource
 from ditkit.errors import LoadError

@@ -6,8 +6,6 @@ newer version writes: the tensors decide, so it is noted with its value and stop
 among the rules. Leaves out: which keys a config has (the files of the kinds).
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -18,26 +16,27 @@ from ditkit.errors import LoadError, nearest
 
 REQUIRED: Any = object()
 DIFFUSERS_VERSION = "0.42.1"  # the release whose layout is written
+Rules = Collection[str]
+"""Named exceptions: the ``claims`` of kinds, and ``strict_config``."""
 STRICT = "strict_config"
 """Rule: a key that is not known is an error."""
-REFUSED = ("quantization_config",)
-"""Keys of any config that change what its tensors mean."""
 
 
-def note_unknown(
-    asked: str, file: str, unknown: Mapping[str, Any], known: Iterable[str], rules: Collection[str] = ()
-) -> tuple[str, ...]:
+def of_class(name: str) -> dict[str, Any]:
+    """How a file of diffusers begins."""
+    return {"_class_name": name, "_diffusers_version": DIFFUSERS_VERSION}
+
+
+def note_unknown(asked: str, file: str, unknown: Mapping[str, Any], known: Iterable[str], rules: Rules) -> list[str]:
     """One sentence for each key that ``file`` has and nobody knows. Raises LoadError where the rules are strict."""
-    if STRICT in rules and unknown:
-        key = next(iter(unknown))
-        raise LoadError(
-            asked, f"the key {key!r} of {file} is unknown{nearest(key, known)}", "Remove it if it has no effect"
-        )
-    return tuple(
-        f"{file} has {key} = {json.dumps(value, default=str)[:80]}, which is not known here and was left out"
-        f"{nearest(key, known)}"
-        for key, value in unknown.items()
-    )
+    notes = []
+    for key, value in unknown.items():
+        hint = nearest(key, known)
+        if STRICT in rules:
+            raise LoadError(asked, f"the key {key!r} of {file} is unknown{hint}", "Remove it if it has no effect")
+        shown = json.dumps(value, default=str)[:80]
+        notes.append(f"{file} has {key} = {shown}, which is not known here and was left out{hint}")
+    return notes
 
 
 def is_number(value: Any) -> bool:
@@ -62,7 +61,7 @@ def _list(fits: Callable[[Any], bool], what: str, make: Callable[[Any], Any] = t
 
 
 COUNT = Check(_is_count, "not a whole number of at least 1")
-COUNT_OR_NONE = Check(lambda value: value is None or _is_count(value), "neither null nor a whole number above 0")
+MAYBE_COUNT = Check(lambda value: value is None or _is_count(value), "neither null nor a whole number above 0")
 COUNTS, TRUTHS = _list(lambda x: type(x) is int, "whole numbers"), _list(lambda x: type(x) is bool, "true and false")
 NUMBERS = _list(is_number, "finite numbers", lambda value: tuple(map(float, value)))
 EPSILON = Check(lambda value: is_number(value) and 0 < value < 1, "not a finite number between 0 and 1", float)
@@ -70,19 +69,16 @@ EPSILON = Check(lambda value: is_number(value) and 0 < value < 1, "not a finite 
 
 
 class ConfigKeys:
-    """The keys of one config, taken one by one. ``rules``: named exceptions, such as ``strict_config``.
-    ``notes`` grows by what is unknown; ``said``: field -> what the config calls it, for messages."""
+    """The keys of one config, taken one by one. ``notes`` grows by what is unknown; ``said``: field -> what the config
+    calls it, for messages."""
 
-    def __init__(
-        self, config: Mapping[str, Any], asked: str, rules: Collection[str] = (), notes: list[str] | None = None
-    ):
-        self.asked, self.rules, self.config, self.notes = asked, rules, config, [] if notes is None else notes
+    def __init__(self, config: Mapping[str, Any], asked: str, rules: Rules, notes: list[str]):
+        self.asked, self.rules, self.config, self.notes = asked, rules, config, notes
         self.rest = {key: value for key, value in config.items() if not key.startswith("_")}
         self.known: list[str] = []
         self.said: dict[str, str] = {}
-        for key in REFUSED:
-            if self.rest.get(key) is not None:
-                raise self.error(f"it has a {key}, and ditkit does not compute such weights")
+        if self.rest.get("quantization_config") is not None:  # it changes what the tensors mean
+            raise self.error("it has a quantization_config, and ditkit does not compute such weights")
 
     def error(self, found: str, do: str = "Use a model of a supported kind") -> LoadError:
         return LoadError(self.asked, found, do)
@@ -105,8 +101,7 @@ class ConfigKeys:
         value = self.any(key, supported[0])
         value = tuple(value) if isinstance(value, list) else value
         if not any(value == option and type(value) is type(option) for option in supported):
-            listed = " or ".join(repr(option) for option in supported)
-            raise self.error(f"{key} is {value!r}, and only {listed} is supported")
+            raise self.error(f"{key} is {value!r}, and only {' or '.join(map(repr, supported))} is supported")
         return value
 
     def ignore(self, keys: Iterable[str]) -> None:
@@ -176,8 +171,7 @@ class ConfigFormat:
 
     def config(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         values = {name: fields[key.field] for name, key in self.keys.items()}
-        values |= {name: options[0] for name, options in self.fixed.items()}
-        values |= {**self.written, **self.write(fields)}
+        values |= {name: options[0] for name, options in self.fixed.items()} | {**self.written, **self.write(fields)}
         return {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in values.items()

@@ -3,8 +3,6 @@
 Source: https://github.com/madebyollin/taehv ``taehv.py``.
 """
 
-from __future__ import annotations
-
 from ditkit.checkpoints.kinds.kind import Kind, Layout
 from ditkit.checkpoints.kinds.sizes import SizeReader, Sizes, Tensors
 from ditkit.checkpoints.kinds.wan_vae import PREVIEW, ports, strides
@@ -30,12 +28,8 @@ def taehv_sizes(tensors: Tensors, layout: str = "native") -> Sizes:
 TAEHV = Kind(
     "taehv", "TAEHV", "a TAEHV", ("preview_decoder", "vae"),
     {
-        "native": Layout(
-            (
-                ("encoder.17.weight", "decoder.1.weight", "decoder.3.conv.0.weight"),
-                ("encoder.17.weight", "decoder.0.weight", "decoder.1.conv.3.weight"),
-            ),
-        ),
+        "native": Layout((("encoder.17.weight", "decoder.1.weight", "decoder.3.conv.0.weight"),
+                          ("encoder.17.weight", "decoder.0.weight", "decoder.1.conv.3.weight"))),
     },
     taehv_sizes,
     config_class="ditkit.models.taehv:TAEHVConfig", module="ditkit.models.taehv:TAEHV",

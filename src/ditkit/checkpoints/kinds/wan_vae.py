@@ -3,25 +3,15 @@
 Sources: Wan2.1 ``wan/modules/vae.py``, Wan2.2 ``wan/modules/vae2_2.py``; diffusers ``autoencoder_kl_wan.py``.
 """
 
-from __future__ import annotations
-
 import re
+from collections.abc import Callable
 from functools import partial
-from types import MappingProxyType
+from itertools import product
 from typing import Any
 
-from ditkit.checkpoints.kinds.configs import (
-    COUNTS,
-    DIFFUSERS_VERSION,
-    NUMBERS,
-    TRUTHS,
-    ConfigFormat,
-    ConfigKeys,
-    Key,
-    same,
-)
-from ditkit.checkpoints.kinds.kind import Fields, Kind, Layout, Port
-from ditkit.checkpoints.kinds.sizes import SizeReader, Sizes, Tensors
+from ditkit.checkpoints.kinds.configs import COUNTS, NUMBERS, TRUTHS, ConfigFormat, ConfigKeys, Key, of_class, same
+from ditkit.checkpoints.kinds.kind import Kind, Layout, Port
+from ditkit.checkpoints.kinds.sizes import Fields, SizeReader, Sizes, Tensors
 from ditkit.checkpoints.views.key_table import KeyTable, Pairs, leaves
 
 # --- the latents' official mean and standard deviation for each channel: native files do not hold them
@@ -83,87 +73,83 @@ def _trunk() -> Pairs:
     return pairs
 
 
-def vae_keys(levels: int, num_res_blocks: int) -> KeyTable:
-    """The Wan 2.1 VAE: native <-> diffusers ``AutoencoderKLWan``. ``levels`` is the length of ``dim_mult``.
-
-    The native encoder and decoder number all layers of all levels through; diffusers does so in the encoder only,
-    and groups the decoder's in levels of ``num_res_blocks + 1`` residual blocks and a doubling."""
+def _levels(levels: int, num_res_blocks: int, names: Callable[[str, int, int, int], tuple[str, str]]) -> KeyTable:
+    """``levels`` is the length of ``dim_mult``. Each has its residual blocks and, but for the last one, a halving or
+    doubling. ``names``: half, level, number in it, how many of its blocks are residual -> a block in both layouts."""
     pairs = _trunk()
-    for level in range(levels):
-        start = level * (num_res_blocks + 1)
-        for i in range(start, start + num_res_blocks):
-            pairs += _residual(f"encoder.downsamples.{i}", f"encoder.down_blocks.{i}")
-        start = level * (num_res_blocks + 2)
-        for i in range(num_res_blocks + 1):
-            pairs += _residual(f"decoder.upsamples.{start + i}", f"decoder.up_blocks.{level}.resnets.{i}")
+    for level, (half, blocks) in product(range(levels), (("encoder", num_res_blocks), ("decoder", num_res_blocks + 1))):
+        for i in range(blocks):
+            pairs += _residual(*names(half, level, i, blocks))
         if level < levels - 1:
-            i = level * (num_res_blocks + 1) + num_res_blocks
-            pairs += _resample(f"encoder.downsamples.{i}", f"encoder.down_blocks.{i}")
-            i = start + num_res_blocks + 1
-            pairs += _resample(f"decoder.upsamples.{i}", f"decoder.up_blocks.{level}.upsamplers.0")
+            pairs += _resample(*names(half, level, blocks, blocks))
     return KeyTable.of(pairs)
+
+
+def _names(half: str, level: int, i: int, blocks: int) -> tuple[str, str]:
+    """The native encoder and decoder of 2.1 number all blocks of all levels through; diffusers does so in the encoder
+    only."""
+    number = level * (blocks + 1) + i
+    if half == "encoder":
+        return f"encoder.downsamples.{number}", f"encoder.down_blocks.{number}"
+    inner = f"resnets.{i}" if i < blocks else "upsamplers.0"
+    return f"decoder.upsamples.{number}", f"decoder.up_blocks.{level}.{inner}"
+
+
+def _names22(half: str, level: int, i: int, blocks: int) -> tuple[str, str]:
+    """In 2.2 both number by level; the shortcuts around whole levels have no parameters."""
+    way = "down" if half == "encoder" else "up"
+    inner = f"resnets.{i}" if i < blocks else f"{way}sampler"
+    return f"{half}.{way}samples.{level}.{way}samples.{i}", f"{half}.{way}_blocks.{level}.{inner}"
+
+
+def vae_keys(levels: int, num_res_blocks: int) -> KeyTable:
+    """The Wan 2.1 VAE: native <-> diffusers ``AutoencoderKLWan``."""
+    return _levels(levels, num_res_blocks, _names)
 
 
 def vae22_keys(levels: int, num_res_blocks: int) -> KeyTable:
-    """The Wan 2.2 VAE: native <-> diffusers ``AutoencoderKLWan`` with ``is_residual``.
-
-    Here both number by level. A level's last native layer is its halving or doubling; the shortcuts around whole
-    levels have no parameters."""
-    pairs = _trunk()
-    for level in range(levels):
-        for natives, others, blocks, resampler in (
-            ("encoder.downsamples.{}.downsamples", "encoder.down_blocks.{}", num_res_blocks, "downsampler"),
-            ("decoder.upsamples.{}.upsamples", "decoder.up_blocks.{}", num_res_blocks + 1, "upsampler"),
-        ):
-            native, other = natives.format(level), others.format(level)
-            for i in range(blocks):
-                pairs += _residual(f"{native}.{i}", f"{other}.resnets.{i}")
-            if level < levels - 1:
-                pairs += _resample(f"{native}.{blocks}", f"{other}.{resampler}")
-    return KeyTable.of(pairs)
+    """The Wan 2.2 VAE: native <-> diffusers ``AutoencoderKLWan`` with ``is_residual``."""
+    return _levels(levels, num_res_blocks, _names22)
 
 
 # --- sizes
 
-RESIDUALS = MappingProxyType({
-    ("wan_vae", "native"): r"encoder\.downsamples\.(\d{1,3})\.residual\.2\.weight",
-    ("wan_vae", "diffusers"): r"encoder\.down_blocks\.(\d{1,3})\.conv1\.weight",
-    ("wan_vae22", "native"): r"encoder\.downsamples\.(\d{1,3})\.downsamples\.(\d{1,3})\.residual\.2\.weight",
-    ("wan_vae22", "diffusers"): r"encoder\.down_blocks\.(\d{1,3})\.resnets\.(\d{1,3})\.conv1\.weight",
-})  # fmt: skip
-"""The name of a residual block of the encoder: its number, or those of its level and in it. Numbers have three digits
-at most, because lists are made up to them."""
-HALVINGS = MappingProxyType({
-    ("wan_vae", "native"): "encoder.downsamples.{}", ("wan_vae", "diffusers"): "encoder.down_blocks.{}",
-    ("wan_vae22", "native"): "encoder.downsamples.{}.downsamples.{}",
-    ("wan_vae22", "diffusers"): "encoder.down_blocks.{}.downsampler",
-})  # fmt: skip
+LEVELS = {
+    ("wan_vae", "native"): (r"encoder\.downsamples\.(\d{1,3})\.residual\.2\.weight", "encoder.downsamples.{}"),
+    ("wan_vae", "diffusers"): (r"encoder\.down_blocks\.(\d{1,3})\.conv1\.weight", "encoder.down_blocks.{}"),
+    ("wan_vae22", "native"): (
+        r"encoder\.downsamples\.(\d{1,3})\.downsamples\.(\d{1,3})\.residual\.2\.weight",
+        "encoder.downsamples.{}.downsamples.{}",
+    ),
+    ("wan_vae22", "diffusers"): (
+        r"encoder\.down_blocks\.(\d{1,3})\.resnets\.(\d{1,3})\.conv1\.weight", "encoder.down_blocks.{}.downsampler",
+    ),
+}  # fmt: skip
+"""Of the encoder: the name of a residual block, with its number or those of its level and in it, and of a halving.
+Numbers have three digits at most, because lists are made up to them."""
 
 
 def vae_sizes(tensors: Tensors, layout: str = "native", kind: str = "wan_vae") -> Sizes:
     """Fields of ``WanVAEConfig`` (2.1) or, with kind ``wan_vae22``, of ``WanVAE22Config``."""
-    read = SizeReader(tensors, layout)
-    first, last, start = (
-        ("encoder.conv1.weight", "conv2.weight", "decoder.conv1.weight") if layout == "native" else
-        ("encoder.conv_in.weight", "post_quant_conv.weight", "decoder.conv_in.weight")
-    )  # fmt: skip
-    dim, z = read.axis("dim", first, 0, 5), read.axis("z_dim", last, 0, 5)
-    levels, halvings = (_flat_levels if kind == "wan_vae" else _named_levels)(tensors, RESIDUALS[kind, layout])
-    blocks = "the names of the encoder's blocks"
-    if not levels or len({len(level) for level in levels}) > 1:
-        raise read.error(f"the levels of the encoder have {[len(level) for level in levels]} residual blocks")
-    read.tell("num_res_blocks", len(levels[0]), blocks)
+    read, first = SizeReader(tensors, layout, KeyTable.of(_trunk())), "encoder.conv1.weight"
+    dim, z = read.axis("dim", first, 0, 5), read.axis("z_dim", "conv2.weight", 0, 5)
+    pattern, halving = LEVELS[kind, layout]
+    levels, halvings = (_flat_levels if kind == "wan_vae" else _named_levels)(tensors, pattern)
+    blocks, counts = "the names of the encoder's blocks", [len(level) for level in levels]
+    if len(set(counts)) != 1 or not counts[0]:
+        raise read.error(f"the levels of the encoder have {counts} residual blocks")
+    read.tell("num_res_blocks", counts[0], blocks)
     widths = [read.shape(level[-1], 5)[0] for level in levels]
     if any(width % dim for width in widths):
         raise read.error(f"the levels of the encoder are {widths} wide, no multiples of {dim}")
     mult = read.tell("dim_mult", tuple(width // dim for width in widths), "the shapes of the encoder's blocks")
-    times = (f"{HALVINGS[kind, layout].format(*numbers)}.time_conv.weight" for numbers in halvings)
+    times = (f"{halving.format(*numbers)}.time_conv.weight" for numbers in halvings)
     read.tell("temporal_downsample", tuple(name in tensors for name in times), f"{blocks} (time_conv)")
     if kind == "wan_vae22":
-        read.axis("dec_dim", start, 0, 5, mult[-1])
+        read.axis("dec_dim", "decoder.conv1.weight", 0, 5, mult[-1])
         read.side("patch_size", first, 5)
     known = z == len(WAN21_MEAN if kind == "wan_vae" else WAN22_MEAN)
-    return read.sizes(undecided=() if known else ("latents_mean", "latents_std"))
+    return read.sizes(() if known else ("latents_mean", "latents_std"))
 
 
 def _flat_levels(tensors: Tensors, pattern: str) -> tuple[list[list[str]], list[tuple[int, ...]]]:
@@ -208,16 +194,15 @@ def _read(keys: ConfigKeys, fields: dict[str, Any], residual: bool) -> None:
         keys.only("patch_size", None, 1)
         keys.only("decoder_base_dim", None, fields["dim"])
     usual = len(WAN22_MEAN if residual else WAN21_MEAN)
+    keys.known += ("latents_mean", "latents_std")
     for key in ("latents_mean", "latents_std"):
-        if key not in keys.rest:
-            keys.known.append(key)
-            if z_dim != usual:
-                raise keys.error(f"it has no {key}, and the usual one is for {usual} channels", "Add it to the config")
-            continue  # our defaults are the official ones
-        fields[key] = keys.take(key, check=NUMBERS)
-        keys.require(len(fields[key]) == z_dim, f"{key} has {len(fields[key])} values where z_dim is {z_dim}")
-        least = min(fields[key], default=1.0)
-        keys.require(key == "latents_mean" or least > 0, f"latents_std has the value {least}")
+        if key in keys.rest:
+            fields[key] = keys.take(key, check=NUMBERS)
+            keys.require(len(fields[key]) == z_dim, f"{key} has {len(fields[key])} values where z_dim is {z_dim}")
+        elif z_dim != usual:
+            raise keys.error(f"it has no {key}, and the usual one is for {usual} channels", "Add it to the config")
+    least = min(fields.get("latents_std", (1.0,)), default=1.0)  # where there are none ours are the official ones
+    keys.require(least > 0, f"latents_std has the value {least}")
     keys.only("scale_factor_spatial", patch * 2 ** (len(mult) - 1))
     keys.only("scale_factor_temporal", 2 ** sum(temporal))
 
@@ -225,11 +210,11 @@ def _read(keys: ConfigKeys, fields: dict[str, Any], residual: bool) -> None:
 def _write(fields: Fields, residual: bool) -> dict[str, Any]:
     patch = fields["patch_size"] if residual else 1
     return {
-        "_class_name": VAE_CLASS, "_diffusers_version": DIFFUSERS_VERSION, "in_channels": 3 * patch**2,
-        "out_channels": 3 * patch**2, "decoder_base_dim": fields["dec_dim"] if residual else None,
-        "patch_size": patch if residual else None, "scale_factor_spatial": patch * 2 ** (len(fields["dim_mult"]) - 1),
-        "scale_factor_temporal": 2 ** sum(fields["temporal_downsample"]), "latents_mean": fields["latents_mean"],
-        "latents_std": fields["latents_std"],
+        **of_class(VAE_CLASS), "in_channels": 3 * patch**2, "out_channels": 3 * patch**2,
+        "decoder_base_dim": fields["dec_dim"] if residual else None, "patch_size": patch if residual else None,
+        "scale_factor_spatial": patch * 2 ** (len(fields["dim_mult"]) - 1),
+        "scale_factor_temporal": 2 ** sum(fields["temporal_downsample"]),
+        "latents_mean": fields["latents_mean"], "latents_std": fields["latents_std"],
     }  # fmt: skip
 
 
@@ -279,21 +264,18 @@ PREVIEW = "ditkit.models.latent_rgb:factors_for"
 WAN_VAE = Kind(
     "wan_vae", "Wan 2.1", "a Wan VAE", ("vae",),
     {
-        "native": Layout(
-            ((DECODER, "encoder.downsamples.0.residual.0.gamma"),), _native(), ("WanVAE",),
-            file="Wan2.1_VAE", pickle=True,
-        ),
+        "native": Layout(((DECODER, "encoder.downsamples.0.residual.0.gamma"),), _native(), ("WanVAE",),
+                         file="Wan2.1_VAE", pickle=True),
         "diffusers": Layout(
             ((DECODER_DIFFUSERS, "encoder.down_blocks.0.norm1.gamma"),), _diffusers(False), (VAE_CLASS,),
             mine=lambda config: not _is_residual(config),
         ),
     },
     vae_sizes, lambda fields: vae_keys(len(fields["dim_mult"]), fields["num_res_blocks"]),
-    optional_keys=True,
-    config_class="ditkit.models.wan_vae:WanVAEConfig", module="ditkit.models.wan_vae:WanVAE",
+    optional_keys=True, config_class="ditkit.models.wan_vae:WanVAEConfig", module="ditkit.models.wan_vae:WanVAE",
     load="ditkit.assembly.loaders:load_wan_vae",
     get="Take Wan2.1_VAE.pth of a native Wan repository or vae/ of a -Diffusers one",
-    unsaid=MappingProxyType({"latents_mean": WAN21_MEAN, "latents_std": WAN21_STD}),
+    unsaid={"latents_mean": WAN21_MEAN, "latents_std": WAN21_STD},
     ports=ports, strides=strides, preview=PREVIEW,
 )  # fmt: skip
 WAN_VAE22 = Kind(
@@ -309,10 +291,9 @@ WAN_VAE22 = Kind(
         ),
     },
     partial(vae_sizes, kind="wan_vae22"), lambda fields: vae22_keys(len(fields["dim_mult"]), fields["num_res_blocks"]),
-    optional_keys=True,
     config_class="ditkit.models.wan_vae22:WanVAE22Config", module="ditkit.models.wan_vae22:WanVAE22",
-    load="ditkit.assembly.loaders:load_wan_vae22",
+    load="ditkit.assembly.loaders:load_wan_vae22", optional_keys=True,
     get="Take Wan2.2_VAE.pth of Wan-AI/Wan2.2-TI2V-5B or vae/ of Wan-AI/Wan2.2-TI2V-5B-Diffusers",
-    unsaid=MappingProxyType({"latents_mean": WAN22_MEAN, "latents_std": WAN22_STD}),
+    unsaid={"latents_mean": WAN22_MEAN, "latents_std": WAN22_STD},
     ports=ports, strides=strides, preview=PREVIEW,
 )  # fmt: skip

@@ -4,20 +4,17 @@ A manifest only names places; together they are one model. Leaves out: the place
 files (lock.py), and what the files are (open_part.py).
 """
 
-from __future__ import annotations
-
 import os
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from ditkit.checkpoints.files.text import read_json
+from ditkit.checkpoints.kinds.configs import Rules, note_unknown
 from ditkit.checkpoints.model.hub import DATA, REPO, Hub, HubName
-from ditkit.checkpoints.model.lock import with_lock
-from ditkit.checkpoints.model.part import component_names
+from ditkit.checkpoints.model.lock import read_toml, with_lock
+from ditkit.checkpoints.model.part import WITHOUT_WEIGHTS, component_names
 from ditkit.checkpoints.model.place import Base, LocalBase, Location, Places, RemoteBase, check_known, location, short
 from ditkit.errors import LoadError
 
@@ -26,15 +23,17 @@ NAMES = (MANIFEST, MODULAR, INDEX)
 WHOLE = ("config.json", "configuration.json")
 """What a repository in Wan's own layout has at its top. One that has none of these is a collection, not a model."""
 
+SIDE = ("image_processor", "scheduler")
+"""Components without weights whose configs are read."""
 MADE_HERE = ("guider", "video_processor", "feature_extractor")
 """Parts that diffusers lists and that have no files which ditkit reads; they are passed over by name."""
 
 LIBRARIES = (None, "diffusers", "transformers")
 """A class of another library would be code that comes with the model; none is ever run."""
 
-NOTES: Mapping[str, type] = MappingProxyType({"boundary": float, "expand_timesteps": bool})
-"""Keys of ``[model]``. ``boundary``: the share of the timesteps from which on the first of two experts works."""
 INDEX_NOTES = {"boundary_ratio": "boundary", "expand_timesteps": "expand_timesteps"}
+"""Keys of an index -> of ``[model]``. ``boundary``: the share of the timesteps from which on the first of two experts
+works."""
 SPEC = ("pretrained_model_name_or_path", "repo", "subfolder", "revision", "variant", "type_hint",
         "default_creation_method")  # fmt: skip
 
@@ -43,7 +42,7 @@ SPEC = ("pretrained_model_name_or_path", "repo", "subfolder", "revision", "varia
 class Manifest(Places):
     """``components`` by name, as far as the manifest names them; the rest is looked for in ``folder``.
 
-    ``model`` has notes of the kind of NOTES; ``tables`` are the other tables of ``ditkit.toml``, unchecked.
+    ``model`` has the keys of ``[model]``; ``tables`` are the other tables of ``ditkit.toml``, unchecked.
     ``unknown``: keys of the index that nobody here knows, such as components of newer pipelines."""
 
     model: Mapping[str, Any] = field(default_factory=dict)
@@ -55,6 +54,11 @@ class Manifest(Places):
         """The notes on the whole model, under their names in an index."""
         return {name: self.model[note] for name, note in INDEX_NOTES.items() if note in self.model}
 
+    def notes(self, rules: Rules) -> list[str]:
+        """One sentence for each unknown key. Raises LoadError where the rules are strict."""
+        known = (*component_names(), *WITHOUT_WEIGHTS, *INDEX_NOTES)
+        return note_unknown(f"reading {self.index}", self.index.name if self.index else "", self.unknown, known, rules)
+
     @staticmethod
     def at(path: Path) -> str | None:
         """The name of the manifest that ``path`` is or holds, if any."""
@@ -63,7 +67,7 @@ class Manifest(Places):
         return path.name if path.suffix == ".toml" or path.name in NAMES else None
 
     @classmethod
-    def open(cls, path: str | Path, lock: bool = True) -> Manifest:
+    def open(cls, path: str | Path, lock: bool = True) -> "Manifest":
         """The manifest of a folder, or a manifest file. Reads no weights and asks no hub.
 
         ``ditkit.toml`` counts before ``modular_model_index.json``, and that before ``model_index.json``, component by
@@ -77,7 +81,7 @@ class Manifest(Places):
         return with_lock(found) if lock else found
 
     @classmethod
-    def fetch(cls, name: str, hub: Hub | None = None) -> Manifest:
+    def fetch(cls, name: str, hub: Hub | None = None) -> "Manifest":
         """The manifest of ``hf:OWNER/NAME[/FOLDER]@REVISION``. Its components come from that same commit, unless they
         name another repository. Of one in Wan's own layout all data is fetched and ``components`` is empty."""
         hub = hub or Hub()
@@ -85,24 +89,18 @@ class Manifest(Places):
         if found is None:
             raise LoadError(f"the hub name {name!r}", "it does not begin with hf:", "Write hf:OWNER/NAME@REVISION")
         listing = hub.look(found.repo, found.revision)
-        top = listing.within(found.folder)
-        start = f"{found.folder}/" if found.folder else ""
+        top, start = listing.within(found.folder), f"{found.folder}/" if found.folder else ""
         names = [start + one for one in (*NAMES, "ditkit.lock") if one in top]
-        if not names and not set(top) & set(WHOLE):
+        if not names and not {*top} & {*WHOLE}:
             none = f"there is none of {', '.join((*NAMES, *WHOLE))} at {listing.commit[:12]}"
             raise LoadError(f"opening {name}", none, "Name the files that you want of it in a ditkit.toml of your own")
-        if not names:
-            names = [one for one in listing.names if one.startswith(start) and one.endswith(DATA)]
+        names = names or [one for one in listing.names if one.startswith(start) and one.endswith(DATA)]
         folder = hub.fetch(listing.repo, listing.commit, names) / found.folder
         return with_lock(_read(folder, None, RemoteBase(listing, found.folder)))
 
     def resolve(self, hub: Hub | None = None) -> dict[str, Path]:
         """Every component's place on this machine; one that cannot be had is an error, never left out."""
         return {name: place.resolve(hub) for name, place in self.components.items()}
-
-
-def _components() -> list[str]:
-    return [*component_names(), "image_processor", "scheduler"]
 
 
 def _read(folder: Path, name: str | None, base: Base) -> Manifest:
@@ -123,15 +121,7 @@ def _read(folder: Path, name: str | None, base: Base) -> Manifest:
 
 
 def _read_toml(file: Path) -> dict[str, Any]:
-    asked = f"reading {file}"
-    try:
-        raw = tomllib.loads(file.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise LoadError(asked, f"it cannot be read ({e.strerror})", "Check the file and its permissions") from None
-    except ValueError as e:
-        raise LoadError(asked, f"it is not valid TOML ({e})", "Correct it") from None
-    except RecursionError:
-        raise LoadError(asked, "its lists are nested too deeply", "Correct it") from None
+    asked, raw = f"reading {file}", read_toml(file, "Correct it")
     for name, table in raw.items():
         check_known(name, ("components", "model", "defaults", "preview"), asked, "table")
         if not isinstance(table, dict):
@@ -142,8 +132,8 @@ def _read_toml(file: Path) -> dict[str, Any]:
 def _notes(table: Mapping[str, Any], file: Path) -> dict[str, Any]:
     asked = f"reading [model] of {file}"
     for name, value in table.items():
-        check_known(name, tuple(NOTES), asked, "key")
-        truth = NOTES[name] is bool
+        check_known(name, [*INDEX_NOTES.values()], asked, "key")
+        truth = name == "expand_timesteps"
         if not (type(value) is bool if truth else type(value) in (int, float) and 0 <= value <= 1):
             wanted = "true or false" if truth else "a number from 0 to 1"
             raise LoadError(asked, f"{name} is {value!r}, not {wanted}", "Correct it")
@@ -154,7 +144,7 @@ def _places(table: Mapping[str, Any], file: Path, base: Base) -> dict[str, Locat
     asked = f"reading [components] of {file}"
     places = {}
     for name, value in table.items():
-        check_known(name, _components(), asked, "component")
+        check_known(name, [*component_names(), *SIDE], asked, "component")
         keys = short(value) if isinstance(value, str) else value
         if not isinstance(keys, dict):
             raise LoadError(asked, f"{name} is {value!r}", "Give a path, hf:OWNER/NAME@REVISION, or a table")
@@ -165,7 +155,7 @@ def _places(table: Mapping[str, Any], file: Path, base: Base) -> dict[str, Locat
 def _read_index(file: Path, base: Base) -> tuple[dict[str, Location], dict[str, Any], dict[str, Any]]:
     """An index of diffusers, of either kind: a pair for a component beside it, a triple for one from anywhere. Last
     come the keys that are not known."""
-    asked, known = f"reading {file}", _components()
+    asked = f"reading {file}"
     components: dict[str, Location] = {}
     notes: dict[str, Any] = {}
     unknown: dict[str, Any] = {}
@@ -176,7 +166,7 @@ def _read_index(file: Path, base: Base) -> tuple[dict[str, Location], dict[str, 
             continue
         if name in INDEX_NOTES:
             notes[INDEX_NOTES[name]] = value
-        elif name in known:
+        elif name in (*component_names(), *SIDE):
             components[name] = _indexed(name, value, asked, base, unknown)
         else:
             unknown[name] = value

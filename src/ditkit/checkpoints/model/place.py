@@ -1,20 +1,18 @@
-"""Where one component of a model comes from: a folder or file on this machine, or a commit of a hub repository.
+"""Where one component of a model comes from: a folder or file on this machine, or a commit of a hub repository; and
+which files there it is made of: one set of weights of one variant, with configs and vocabularies, never programs.
 
 Leaves out: what names several places together (manifest.py), and hashing their files (lock.py).
 """
 
-from __future__ import annotations
-
 import os
+import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from types import MappingProxyType
 from typing import Any
 
 from ditkit.checkpoints.files.text import read_json
 from ditkit.checkpoints.model.hub import COMMIT, REPO, Hub, HubName, Listing, inside
-from ditkit.checkpoints.model.used import is_weights, used
 from ditkit.errors import LoadError, nearest
 
 AGAIN = "Lock the manifest again with `ditkit lock` if that is meant"
@@ -79,15 +77,12 @@ class Location:
         return place
 
     def _fetched(self, hub: Hub) -> Path:
-        assert self.repo is not None
-        assert self.revision is not None
-        if self.names is None:
-            names = self.files_of(hub.look(self.repo, self.revision))
-        else:
-            names = tuple(self.inner + name.removeprefix(self.prefix) for name in self.names)
-        return hub.fetch(self.repo, self.revision, names) / self.subfolder / (self.file or "")
+        repo, commit = str(self.repo), str(self.revision)
+        names: Iterable[str] = (self.inner + name.removeprefix(self.prefix) for name in self.names or ())
+        files = self.files_of(hub.look(repo, commit)) if self.names is None else names
+        return hub.fetch(repo, commit, files) / self.subfolder / (self.file or "")
 
-    def pin(self, hub: Hub) -> Location:
+    def pin(self, hub: Hub) -> "Location":
         """The same place at the commit that its branch or tag means now."""
         if self.pinned or self.repo is None:
             return self
@@ -134,21 +129,13 @@ class Places:
 
 def files_at(place: Location, at: Path) -> dict[str, Path]:
     """The files that make the component that lies ``at`` a folder or file, under the names that a lock uses."""
-    if at.is_file():
-        names: Iterable[str] = [at.name, *_beside(at)]
-        folder = at.parent
-    else:
-        folder = at
+    if not at.is_file():
         names = used([file.name for file in at.iterdir() if file.is_file()], place.variant, str(at))
-    return {place.prefix + name: folder / name for name in names}
-
-
-def _beside(file: Path) -> list[str]:
-    """What a loader reads beside a file of weights: the config there, and the shards that an index names."""
-    config = ["config.json"] if (file.parent / "config.json").is_file() else []
-    if not file.name.endswith(".index.json"):
-        return config
-    return [*config, *sorted({str(name) for name in read_json(file).get("weight_map", {}).values()})]
+        return {place.prefix + name: at / name for name in names}
+    beside = ["config.json"] if (at.parent / "config.json").is_file() else []  # what a loader reads too
+    if at.name.endswith(".index.json"):
+        beside += sorted({str(name) for name in read_json(at).get("weight_map", {}).values()})
+    return {place.prefix + name: at.parent / name for name in (at.name, *beside)}
 
 
 def check_names(place: Location, at: Path) -> None:
@@ -257,7 +244,7 @@ def location(name: str, keys: Mapping[str, Any], asked: str, base: Base) -> Loca
     written = _written(keys, where)
     if where is not None:
         keys = base.place(name, where, keys.pop("subfolder", None)) | keys
-    return Location(name, written, **keys, sha256=MappingProxyType(dict(pins)))
+    return Location(name, written, **keys, sha256=pins)
 
 
 def _written(keys: Mapping[str, str], path: str | None) -> str:
@@ -267,3 +254,60 @@ def _written(keys: Mapping[str, str], path: str | None) -> str:
     text += f"/{inner}" if inner else ""
     text += f"@{keys.get('revision', 'main')}" if path is None else ""
     return text + (f" (variant {keys['variant']})" if "variant" in keys else "")
+
+
+# --- which files of a folder are meant
+
+NOTES = re.compile(r"(?!.*\.index(\..+)?\.json$).+\.json|.+\.model|(merges|vocab)\.txt")
+FORMATS = ((".safetensors",), (".gguf",), (".pth", ".pt", ".bin", ".ckpt"))
+"""Kinds of weights, the one that is taken before the others first."""
+
+_SET = re.compile(
+    r"(?P<base>diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<a>[^.]+?))?(?:-\d{5}-of-\d{5})?(?:\.(?P<b>[^.]+))?"
+)  # the base names of diffusers and transformers; a variant stands before or after the number of the shard
+_INDEX = re.compile(r"(?P<stem>.+)(?P<suffix>\.safetensors|\.bin)\.index(?:\.(?P<variant>.+))?\.json")
+_SHARD = re.compile(r"-\d{5}-of-\d{5}")
+
+
+def used(names: Iterable[str], variant: str | None, where: str) -> tuple[str, ...]:
+    """The names, sorted, of one set of weights (if there are any) and of all notes.
+
+    ``names`` are the files of one folder, without paths. Raises LoadError when the variant is not there, and when
+    several sets could be meant; ``where`` names the folder in it."""
+    names = sorted(names)
+    notes = [name for name in names if NOTES.fullmatch(name)]
+    sets = [(name, *found) for name in names if (found := _weights(name))]
+    asked = f"choosing the weights in {where}" + (f" (variant {variant!r})" if variant else "")
+    if not sets:
+        if variant is not None:
+            raise LoadError(asked, "there are no weights", "Remove the variant, or correct the place")
+        return tuple(notes)
+    fitting = [one for one in sets if one[3] == variant]
+    if not fitting:
+        known = ", ".join(sorted({one[3] or "none" for one in sets}))
+        raise LoadError(asked, f"the weights there have other variants ({known})", "Ask for one of these variants")
+    best = min(one[1] for one in fitting)
+    fitting = [one for one in fitting if one[1] == best]
+    bases = sorted({one[2] for one in fitting})
+    if len(bases) > 1:
+        some = ", ".join(bases[:6]) + (f" and {len(bases) - 6} more" if len(bases) > 6 else "")
+        raise LoadError(asked, f"{len(bases)} sets of weights could be meant ({some})", "Name one with `file`")
+    return tuple(sorted([*notes, *(one[0] for one in fitting)]))
+
+
+def is_weights(name: str) -> bool:
+    return any(name.endswith(suffixes) for suffixes in FORMATS)
+
+
+def _weights(name: str) -> tuple[int, str, str | None] | None:
+    """(rank of the format, name of the set, variant), or None for a file that holds no weights."""
+    if index := _INDEX.fullmatch(name):
+        return (0 if index["suffix"] == ".safetensors" else 2), index["stem"], index["variant"]
+    for rank, suffixes in enumerate(FORMATS):
+        for suffix in suffixes:
+            if name.endswith(suffix):
+                stem = name.removesuffix(suffix)
+                if match := _SET.fullmatch(stem):
+                    return rank, match["base"], match["a"] or match["b"]
+                return rank, _SHARD.sub("", stem), None
+    return None
