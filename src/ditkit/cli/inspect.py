@@ -161,7 +161,7 @@ def _load_problems(part: Part) -> list[str]:
         module = part.row.skeleton(part.config)
     except (TypeError, ValueError) as error:
         return [str(error)]
-    return mismatches(module, part.source, aliases=part.row.aliases)
+    return mismatches(module, part.source, part.row.aliases)
 
 
 def _lora(path: Path, source: Any, model: str | None) -> dict[str, Any]:

@@ -9,19 +9,10 @@ import math
 import re
 from typing import Any
 
-from ditkit.checkpoints.kinds.configs import (
-    COUNTS,
-    EPSILON,
-    MAYBE_COUNT,
-    ConfigFormat,
-    ConfigKeys,
-    Key,
-    of_class,
-    same,
-)
+from ditkit.checkpoints.kinds.configs import COUNTS, EPSILON, MAYBE_COUNT, ConfigFormat, ConfigKeys, Key, of_class, same
 from ditkit.checkpoints.kinds.kind import Claim, Kind, Layout, LoraTargets, Port, Published
 from ditkit.checkpoints.kinds.sizes import Fields, SizeReader, Sizes, Tensors, count
-from ditkit.checkpoints.views.key_table import WB, KeyTable, Pairs, Rule, leaves
+from ditkit.checkpoints.views.key_table import KeyTable, Pairs, leaves
 from ditkit.errors import LoadError
 
 # --- names of tensors: native, diffusers
@@ -38,53 +29,36 @@ IMAGE_EMBEDDING = {
 }  # fmt: skip
 POSITIONS = ("img_emb.emb_pos", f"{IMAGE}.pos_embed")
 BLOCK = {  # native norm1 and norm2, and diffusers' norm1 and norm3, hold nothing
-    "norm3": "norm2", "ffn.0": "ffn.net.0.proj", "ffn.2": "ffn.net.2", "self_attn.o": "attn1.to_out.0",
-    "cross_attn.q": "attn2.to_q", "cross_attn.o": "attn2.to_out.0",
+    "norm3": "norm2", "ffn.0": "ffn.net.0.proj", "ffn.2": "ffn.net.2",
+    "self_attn.o": "attn1.to_out.0", **{f"self_attn.{x}": f"attn1.to_{x}" for x in "qkv"},
+    "cross_attn.o": "attn2.to_out.0", **{f"cross_attn.{x}": f"attn2.to_{x}" for x in "qkv"},
 }  # fmt: skip
-SELF = {f"self_attn.{x}": f"attn1.to_{x}" for x in "qkv"}
-CROSS = {f"cross_attn.{x}": f"attn2.to_{x}" for x in "kv"}
-CROSS_IMAGE = {f"cross_attn.{x}_img": f"attn2.add_{x}_proj" for x in "kv"}
+BLOCK_IMAGE = {f"cross_attn.{x}_img": f"attn2.add_{x}_proj" for x in "kv"}
+NORMS = {f"{native}.norm_{x}": f"{other}.norm_{x}"
+         for native, other in (("self_attn", "attn1"), ("cross_attn", "attn2")) for x in "qk"}  # fmt: skip
+NORMS_IMAGE = {"cross_attn.norm_k_img": "attn2.norm_added_k"}
 
 
-def transformer_keys(
-    num_layers: int, *, image: bool = False, image_positions: bool = False, vace: int = 0, fused: bool = False
-) -> KeyTable:
+def transformer_keys(num_layers: int, *, image: bool = False, image_positions: bool = False, vace: int = 0) -> KeyTable:
     """The transformer: native <-> diffusers ``WanTransformer3DModel``, or ``WanVACETransformer3DModel``.
 
     ``image``: it has the branch for CLIP features. ``image_positions``: that has learned positions (first and last
-    frame). ``vace``: the number of control blocks. ``fused``: the diffusers file holds the fused projections
-    (``to_qkv``, ``to_kv``, ``to_added_kv``) in place of the single ones."""
-    trunk = TRUNK | (IMAGE_EMBEDDING if image else {})
+    frame). ``vace``: the number of control blocks."""
+    trunk, block, norms = TRUNK, BLOCK, NORMS
+    if image:
+        trunk, block, norms = TRUNK | IMAGE_EMBEDDING, BLOCK | BLOCK_IMAGE, NORMS | NORMS_IMAGE
     pairs: Pairs = [pair for names in trunk.items() for pair in leaves(*names)]
     pairs += [("head.modulation", "scale_shift_table"), *([POSITIONS] if image_positions else [])]
-    rules: list[Rule] = []
-    for n in range(num_layers):
-        _block(f"blocks.{n}", image, fused, pairs, rules)
+    for at in (*(f"blocks.{n}" for n in range(num_layers)), *(f"vace_blocks.{n}" for n in range(vace))):
+        pairs.append((f"{at}.modulation", f"{at}.scale_shift_table"))
+        pairs += [pair for ours, theirs in block.items() for pair in leaves(f"{at}.{ours}", f"{at}.{theirs}")]
+        pairs += [(f"{at}.{ours}.weight", f"{at}.{theirs}.weight") for ours, theirs in norms.items()]
+    for n in range(vace):
+        pairs += leaves(f"vace_blocks.{n}.after_proj", f"vace_blocks.{n}.proj_out")
     if vace:
         pairs += leaves("vace_patch_embedding", "vace_patch_embedding")
         pairs += leaves("vace_blocks.0.before_proj", "vace_blocks.0.proj_in")
-    for n in range(vace):
-        _block(f"vace_blocks.{n}", image, fused, pairs, rules)
-        pairs += leaves(f"vace_blocks.{n}.after_proj", f"vace_blocks.{n}.proj_out")
-    return KeyTable.of(pairs, *rules)
-
-
-def _block(block: str, image: bool, fused: bool, pairs: Pairs, rules: list[Rule]) -> None:
-    pairs.append((f"{block}.modulation", f"{block}.scale_shift_table"))
-    pairs += [pair for native, other in BLOCK.items() for pair in leaves(f"{block}.{native}", f"{block}.{other}")]
-    for native, other in (("self_attn", "attn1"), ("cross_attn", "attn2")):
-        pairs += [(f"{block}.{native}.norm_{x}.weight", f"{block}.{other}.norm_{x}.weight") for x in "qk"]
-    groups = [(SELF, "attn1.to_qkv"), (CROSS, "attn2.to_kv")]
-    if image:
-        pairs.append((f"{block}.cross_attn.norm_k_img.weight", f"{block}.attn2.norm_added_k.weight"))
-        groups.append((CROSS_IMAGE, "attn2.to_added_kv"))
-    for members, together in groups:
-        if fused:
-            for leaf in WB:
-                names = tuple(f"{block}.{native}.{leaf}" for native in members)
-                rules.append(Rule(names, (f"{block}.{together}.{leaf}",)))
-        else:
-            pairs += [pair for names in members.items() for pair in leaves(*(f"{block}.{name}" for name in names))]
+    return KeyTable.of(pairs)
 
 
 def _keys(fields: Fields) -> KeyTable:

@@ -22,9 +22,9 @@ from ditkit.checkpoints.kinds.kind import KINDS
 from ditkit.checkpoints.model import lock
 from ditkit.checkpoints.model.fits import NATIVE_TOKENIZER, model_parts
 from ditkit.checkpoints.model.hub import Hub, HubName
-from ditkit.checkpoints.model.manifest import INDEX, MODULAR, SIDE, Manifest
+from ditkit.checkpoints.model.manifest import INDEX, MODULAR, Manifest
 from ditkit.checkpoints.model.open_part import flow_shift, open_part, open_tokenizer, opened, processor_config
-from ditkit.checkpoints.model.part import EXPERTS, WHOLE, WITHOUT_WEIGHTS, ModelParts, Options, Part, Scope, main_of
+from ditkit.checkpoints.model.part import EXPERTS, SIDE, WITHOUT_WEIGHTS, ModelParts, Options, Part, Scope, main_of
 from ditkit.checkpoints.model.place import place_of
 from ditkit.errors import LoadError, SetupError, nearest
 from ditkit.setup import Setup
@@ -39,7 +39,7 @@ def find(name: str, setup: Setup | None = None, scope: Scope | None = None) -> M
     variant of a Diffusers folder, and whether the network may be used. ``scope``: which parts matter here; one that
     lies at a host is not fetched. Raises LoadError."""
     with readable(f"model {name!r:.200}"):
-        how, hub = _options(setup or Setup(model=name), scope or WHOLE)
+        how, hub = _options(setup or Setup(model=name), scope or Scope())
         if HubName.parse(name) is not None:
             return _of_manifest(Manifest.fetch(name, hub), how, hub)
         path = _path(name)

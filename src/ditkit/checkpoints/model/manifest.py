@@ -14,23 +14,16 @@ from ditkit.checkpoints.files.text import read_json
 from ditkit.checkpoints.kinds.configs import Rules, note_unknown
 from ditkit.checkpoints.model.hub import DATA, REPO, Hub, HubName
 from ditkit.checkpoints.model.lock import read_toml, with_lock
-from ditkit.checkpoints.model.part import WITHOUT_WEIGHTS, component_names
+from ditkit.checkpoints.model.part import SIDE, WITHOUT_WEIGHTS, component_names
 from ditkit.checkpoints.model.place import Base, LocalBase, Location, Places, RemoteBase, check_known, location, short
 from ditkit.errors import LoadError
 
-MANIFEST, MODULAR, INDEX = "ditkit.toml", "modular_model_index.json", "model_index.json"
-NAMES = (MANIFEST, MODULAR, INDEX)
+MODULAR, INDEX = "modular_model_index.json", "model_index.json"
+NAMES = ("ditkit.toml", MODULAR, INDEX)
 WHOLE = ("config.json", "configuration.json")
 """What a repository in Wan's own layout has at its top. One that has none of these is a collection, not a model."""
-
-SIDE = ("image_processor", "scheduler")
-"""Components without weights whose configs are read."""
-MADE_HERE = ("guider", "video_processor", "feature_extractor")
-"""Parts that diffusers lists and that have no files which ditkit reads; they are passed over by name."""
-
 LIBRARIES = (None, "diffusers", "transformers")
 """A class of another library would be code that comes with the model; none is ever run."""
-
 INDEX_NOTES = {"boundary_ratio": "boundary", "expand_timesteps": "expand_timesteps"}
 """Keys of an index -> of ``[model]``. ``boundary``: the share of the timesteps from which on the first of two experts
 works."""
@@ -111,45 +104,34 @@ def _read(folder: Path, name: str | None, base: Base) -> Manifest:
         wanted += [one for one in there if not one.endswith(".toml")]
     index = next((one for one in wanted if one.endswith(".json")), None)
     components, model, unknown = _read_index(folder / index, base) if index else ({}, {}, {})
-    tables: dict[str, Any] = {}
-    if own:
-        tables = _read_toml(folder / own)
-        components |= _places(tables.pop("components", {}), folder / own, base)
-        model |= _notes(tables.pop("model", {}), folder / own)
-    at, beside = (folder / name if name else None for name in (own or index, index))
+    at, beside = (folder / one if one else None for one in (own or index, index))
+    tables = read_toml(at, "Correct it") if own and at else {}
+    for table, values in tables.items():
+        check_known(table, ("components", "model", "defaults", "preview"), f"reading {at}", "table")
+        if not isinstance(values, dict):
+            raise LoadError(f"reading {at}", f"{table} is {values!r}, not a table", f"Write [{table}] above its keys")
+    for key, value in tables.pop("components", {}).items():
+        components[key] = _place(key, value, f"reading [components] of {at}", base)
+    for key, value in tables.pop("model", {}).items():
+        model[key] = _note(key, value, f"reading [model] of {at}")
     return Manifest(folder, at, beside, components, False, model, tables, unknown)
 
 
-def _read_toml(file: Path) -> dict[str, Any]:
-    asked, raw = f"reading {file}", read_toml(file, "Correct it")
-    for name, table in raw.items():
-        check_known(name, ("components", "model", "defaults", "preview"), asked, "table")
-        if not isinstance(table, dict):
-            raise LoadError(asked, f"{name} is {table!r}, not a table", f"Write [{name}] above its keys")
-    return raw
+def _note(name: str, value: Any, asked: str) -> Any:
+    check_known(name, [*INDEX_NOTES.values()], asked, "key")
+    truth = name == "expand_timesteps"
+    if not (type(value) is bool if truth else type(value) in (int, float) and 0 <= value <= 1):
+        wanted = "true or false" if truth else "a number from 0 to 1"
+        raise LoadError(asked, f"{name} is {value!r}, not {wanted}", "Correct it")
+    return value
 
 
-def _notes(table: Mapping[str, Any], file: Path) -> dict[str, Any]:
-    asked = f"reading [model] of {file}"
-    for name, value in table.items():
-        check_known(name, [*INDEX_NOTES.values()], asked, "key")
-        truth = name == "expand_timesteps"
-        if not (type(value) is bool if truth else type(value) in (int, float) and 0 <= value <= 1):
-            wanted = "true or false" if truth else "a number from 0 to 1"
-            raise LoadError(asked, f"{name} is {value!r}, not {wanted}", "Correct it")
-    return dict(table)
-
-
-def _places(table: Mapping[str, Any], file: Path, base: Base) -> dict[str, Location]:
-    asked = f"reading [components] of {file}"
-    places = {}
-    for name, value in table.items():
-        check_known(name, [*component_names(), *SIDE], asked, "component")
-        keys = short(value) if isinstance(value, str) else value
-        if not isinstance(keys, dict):
-            raise LoadError(asked, f"{name} is {value!r}", "Give a path, hf:OWNER/NAME@REVISION, or a table")
-        places[name] = location(name, keys, f"reading [components.{name}] of {file}", base)
-    return places
+def _place(name: str, value: Any, asked: str, base: Base) -> Location:
+    check_known(name, [*component_names(), *SIDE], asked, "component")
+    keys = short(value) if isinstance(value, str) else value
+    if not isinstance(keys, dict):
+        raise LoadError(asked, f"{name} is {value!r}", "Give a path, hf:OWNER/NAME@REVISION, or a table")
+    return location(name, keys, f"{asked}, {name}", base)
 
 
 def _read_index(file: Path, base: Base) -> tuple[dict[str, Location], dict[str, Any], dict[str, Any]]:
@@ -162,27 +144,26 @@ def _read_index(file: Path, base: Base) -> tuple[dict[str, Location], dict[str, 
     for name, value in read_json(file).items():
         if name == "auto_map":
             raise LoadError(asked, "it names code in the repository (auto_map)", "Use a model without code of its own")
-        if name.startswith("_") or name in MADE_HERE or value in (None, [None, None]):
+        if name.startswith("_") or value in (None, [None, None]):
             continue
         if name in INDEX_NOTES:
             notes[INDEX_NOTES[name]] = value
         elif name in (*component_names(), *SIDE):
             components[name] = _indexed(name, value, asked, base, unknown)
-        else:
+        elif name not in WITHOUT_WEIGHTS:
             unknown[name] = value
     return components, notes, unknown
 
 
 def _indexed(name: str, value: Any, asked: str, base: Base, unknown: dict[str, Any]) -> Location:
-    pair = isinstance(value, list) and len(value) in (2, 3) and all(x is None or isinstance(x, str) for x in value[:2])
-    if not pair:
+    if not (isinstance(value, list) and len(value) in (2, 3) and all(isinstance(x, str | None) for x in value[:2])):
         raise LoadError(asked, f"it gives {name} as {value}", "Write a library, a class and, if elsewhere, its place")
     spec = value[2] if len(value) == 3 else {"pretrained_model_name_or_path": ".", "subfolder": name}
     if not isinstance(spec, dict):
         raise LoadError(asked, f"the place of {name} is {spec!r}, not an object", "Correct it")
     unknown |= {f"{name}.{key}": found for key, found in spec.items() if key not in SPEC and found is not None}
-    hint = spec.get("type_hint") or [value[0]]
-    for one in (value[0], hint[0] if isinstance(hint, list) and hint else value[0]):
+    hint = spec.get("type_hint")
+    for one in (value[0], *(hint[:1] if isinstance(hint, list) else ())):
         if one not in LIBRARIES:
             do = "Only classes of diffusers and transformers are known; no code is loaded"
             raise LoadError(asked, f"{name} is a class of {one!r}", do)
@@ -190,10 +171,10 @@ def _indexed(name: str, value: Any, asked: str, base: Base, unknown: dict[str, A
     if not isinstance(where, str):
         raise LoadError(asked, f"{name} has no place ({where!r})", "Give pretrained_model_name_or_path")
     keys = {k: spec[k] for k in ("subfolder", "revision", "variant") if spec.get(k) is not None}
-    if REPO.fullmatch(where):
-        place = location(name, keys | {"repo": where}, f"{asked}, {name}", base)
-        if place.revision is None and isinstance(base, RemoteBase) and where == base.listing.repo:
-            return replace(place, revision=base.listing.commit)  # the revision of the whole is that of its parts
-        return place
-    keys.pop("revision", None)  # diffusers writes one for local places too, where it means nothing
-    return location(name, keys | {"path": where}, f"{asked}, {name}", base)
+    if not REPO.fullmatch(where):
+        keys.pop("revision", None)  # diffusers writes one for local places too, where it means nothing
+        return location(name, keys | {"path": where}, f"{asked}, {name}", base)
+    place = location(name, keys | {"repo": where}, f"{asked}, {name}", base)
+    if place.revision is None and isinstance(base, RemoteBase) and where == base.listing.repo:
+        return replace(place, revision=base.listing.commit)  # the revision of the whole is that of its parts
+    return place

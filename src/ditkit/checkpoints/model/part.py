@@ -18,8 +18,10 @@ T = TypeVar("T")
 EXPERTS = {"high_noise_model": "transformer", "low_noise_model": "transformer_2"}
 """Folder of the native layout -> component, by diffusers' rule that ``transformer`` is the one for high noise."""
 ORDER = (*EXPERTS.values(), "vae", "text_encoder", "image_encoder", "preview_decoder")
-WITHOUT_WEIGHTS = ("scheduler", "image_processor", "feature_extractor", "video_processor", "guider")
-"""Components of an index that we have no use for, or only for their settings: our own code does what they do."""
+SIDE = ("image_processor", "scheduler")
+"""Components without weights whose configs are read."""
+WITHOUT_WEIGHTS = (*SIDE, "feature_extractor", "video_processor", "guider")
+"""Components that an index lists and whose work our own code does; but for the first they are passed over by name."""
 
 
 def component_names() -> list[str]:

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ditkit.checkpoints.files.text import read_json
+from ditkit.checkpoints.files.formats import SHARD
+from ditkit.checkpoints.files.text import read_json, some
 from ditkit.checkpoints.model.hub import COMMIT, REPO, Hub, HubName, Listing, inside
 from ditkit.errors import LoadError, nearest
 
@@ -84,9 +85,7 @@ class Location:
 
     def pin(self, hub: Hub) -> "Location":
         """The same place at the commit that its branch or tag means now."""
-        if self.pinned or self.repo is None:
-            return self
-        return replace(self, revision=hub.look(self.repo, self.revision).commit)
+        return self if self.pinned else replace(self, revision=hub.look(str(self.repo), self.revision).commit)
 
     @property
     def inner(self) -> str:
@@ -102,12 +101,12 @@ class Location:
     def files_of(self, listing: Listing) -> tuple[str, ...]:
         """Which files of the repository make this component. Raises LoadError when there are none."""
         start, where = self.inner, f"{self.repo}/{self.inner}".rstrip("/")
-        if self.file is not None:
-            there = listing.within(f"{start}{PurePosixPath(self.file).parent.as_posix()}".removesuffix(".").rstrip("/"))
-            beside = [PurePosixPath(self.file).with_name("config.json").as_posix()] if "config.json" in there else []
-            names: tuple[str, ...] = (self.file, *beside) if start + self.file in listing.names else ()
-        else:
+        if self.file is None:
             names = used(listing.within(self.subfolder), self.variant, where)
+        else:
+            config = str(PurePosixPath(self.file).with_name("config.json"))
+            there = tuple(name for name in (self.file, config) if start + name in listing.names)
+            names = there if self.file in there else ()
         if not names:
             found = f"there is no {self.file or 'file of weights or settings'} at {listing.commit[:12]}"
             do = "Correct its place in the manifest, or choose another revision"
@@ -179,8 +178,8 @@ class RemoteBase:
             found = f"its manifest names {path!r}, outside of it"
             do = "Use a manifest whose paths stay in their repository"
             raise LoadError(f"finding the {component} of {self.listing.repo}", found, do)
-        own = path == "." and subfolder is None and self.listing.within(_posix(self.folder, component))
-        place = _posix(self.folder, component if own else path, subfolder or "")
+        own = path == "." and subfolder is None and self.listing.within(str(PurePosixPath(self.folder, component)))
+        place = str(PurePosixPath(self.folder, component if own else path, subfolder or ""))
         at = {"repo": self.listing.repo, "revision": self.listing.commit}
         if place in self.listing.names:
             parent, _, file = place.rpartition("/")
@@ -191,20 +190,16 @@ class RemoteBase:
 Base = LocalBase | RemoteBase
 
 
-def _posix(*parts: str) -> str:
-    return PurePosixPath(*parts).as_posix()
-
-
 def check_known(name: str, known: Collection[str], asked: str, what: str) -> None:
     """Raises LoadError for a name that is not among ``known``."""
     if name not in known:
         raise LoadError(asked, f"it has an unknown {what} {name!r}{nearest(name, known)}", f"Use {', '.join(known)}")
 
 
-def place_of(component: str, text: str, folder: Path | None = None) -> Location:
-    """A place outside of any manifest: a path, relative to ``folder`` (the current one when None), or
-    ``hf:OWNER/NAME[/FOLDER or /FOLDER/FILE]@REVISION``. Raises LoadError."""
-    return location(component, short(text), f"{component}={text}", LocalBase(folder or Path.cwd()))
+def place_of(component: str, text: str) -> Location:
+    """A place outside of any manifest: a path, or ``hf:OWNER/NAME[/FOLDER or /FOLDER/FILE]@REVISION``. Raises
+    LoadError."""
+    return location(component, short(text), f"{component}={text}", LocalBase(Path.cwd()))
 
 
 def short(text: str) -> dict[str, Any]:
@@ -213,7 +208,7 @@ def short(text: str) -> dict[str, Any]:
     if hub is None:
         return {"path": text}
     folder, _, last = hub.folder.rpartition("/")
-    file = last if is_weights(last) else None
+    file = last if PurePosixPath(last).suffix in FORMATS else None
     keys = {"subfolder": folder if file else hub.folder, "file": file, "revision": hub.revision}
     return {"repo": hub.repo} | {key: value for key, value in keys.items() if value}
 
@@ -228,18 +223,18 @@ def location(name: str, keys: Mapping[str, Any], asked: str, base: Base) -> Loca
             raise LoadError(asked, f"{key} is {value!r}, not a text", "Correct it")
     if not isinstance(pins, dict) or not all(isinstance(v, str) and len(v) == 64 for v in pins.values()):
         raise LoadError(asked, "sha256 is not a table of files and their 64 digits", "Write it with `ditkit lock`")
-    if ("path" in keys) == ("repo" in keys):
-        both = "both path and repo" if "path" in keys else "neither path nor repo"
-        raise LoadError(asked, f"it has {both}", "Give one of them")
-    if "path" in keys and "revision" in keys:
-        raise LoadError(asked, "a path has no revision", "Remove it, or give a repo")
-    for key in ("subfolder", "file"):
-        if not inside(keys.get(key, "")):
-            raise LoadError(asked, f"{key} is {keys[key]!r}, outside of the place", "Correct it")
-    if "repo" in keys and not REPO.fullmatch(keys["repo"]):
-        raise LoadError(asked, f"repo is {keys['repo']!r}", "Write OWNER/NAME")
-    if "file" in keys and "variant" in keys:
-        raise LoadError(asked, "it has both file and variant", "Give one of them")
+    path, repo, subfolder, file = (keys.get(key, "") for key in ("path", "repo", "subfolder", "file"))
+    for wrong, found, do in (
+        (path and repo, "it has both path and repo", "Give one of them"),
+        (not path and not repo, "it has neither path nor repo", "Give one of them"),
+        (path and "revision" in keys, "a path has no revision", "Remove it, or give a repo"),
+        (not inside(subfolder), f"subfolder is {subfolder!r}, outside of the place", "Correct it"),
+        (not inside(file), f"file is {file!r}, outside of the place", "Correct it"),
+        (repo and not REPO.fullmatch(repo), f"repo is {repo!r}", "Write OWNER/NAME"),
+        (file and "variant" in keys, "it has both file and variant", "Give one of them"),
+    ):
+        if wrong:
+            raise LoadError(asked, found, do)
     where = keys.pop("path", None)
     written = _written(keys, where)
     if where is not None:
@@ -259,14 +254,12 @@ def _written(keys: Mapping[str, str], path: str | None) -> str:
 # --- which files of a folder are meant
 
 NOTES = re.compile(r"(?!.*\.index(\..+)?\.json$).+\.json|.+\.model|(merges|vocab)\.txt")
-FORMATS = ((".safetensors",), (".gguf",), (".pth", ".pt", ".bin", ".ckpt"))
-"""Kinds of weights, the one that is taken before the others first."""
-
+FORMATS = {".safetensors": 0, ".gguf": 1, ".pth": 2, ".pt": 2, ".bin": 2, ".ckpt": 2}
+"""Endings of weights -> their rank; the lowest is taken before the others."""
 _SET = re.compile(
     r"(?P<base>diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<a>[^.]+?))?(?:-\d{5}-of-\d{5})?(?:\.(?P<b>[^.]+))?"
 )  # the base names of diffusers and transformers; a variant stands before or after the number of the shard
 _INDEX = re.compile(r"(?P<stem>.+)(?P<suffix>\.safetensors|\.bin)\.index(?:\.(?P<variant>.+))?\.json")
-_SHARD = re.compile(r"-\d{5}-of-\d{5}")
 
 
 def used(names: Iterable[str], variant: str | None, where: str) -> tuple[str, ...]:
@@ -276,38 +269,29 @@ def used(names: Iterable[str], variant: str | None, where: str) -> tuple[str, ..
     several sets could be meant; ``where`` names the folder in it."""
     names = sorted(names)
     notes = [name for name in names if NOTES.fullmatch(name)]
-    sets = [(name, *found) for name in names if (found := _weights(name))]
+    sets = {name: found for name in names if (found := _weights(name))}
     asked = f"choosing the weights in {where}" + (f" (variant {variant!r})" if variant else "")
     if not sets:
         if variant is not None:
             raise LoadError(asked, "there are no weights", "Remove the variant, or correct the place")
         return tuple(notes)
-    fitting = [one for one in sets if one[3] == variant]
+    fitting = {name: (rank, base) for name, (rank, base, its) in sets.items() if its == variant}
     if not fitting:
-        known = ", ".join(sorted({one[3] or "none" for one in sets}))
+        known = some({its or "none" for _, _, its in sets.values()})
         raise LoadError(asked, f"the weights there have other variants ({known})", "Ask for one of these variants")
-    best = min(one[1] for one in fitting)
-    fitting = [one for one in fitting if one[1] == best]
-    bases = sorted({one[2] for one in fitting})
-    if len(bases) > 1:
-        some = ", ".join(bases[:6]) + (f" and {len(bases) - 6} more" if len(bases) > 6 else "")
-        raise LoadError(asked, f"{len(bases)} sets of weights could be meant ({some})", "Name one with `file`")
-    return tuple(sorted([*notes, *(one[0] for one in fitting)]))
-
-
-def is_weights(name: str) -> bool:
-    return any(name.endswith(suffixes) for suffixes in FORMATS)
+    best = min(rank for rank, _ in fitting.values())
+    chosen = {name: base for name, (rank, base) in fitting.items() if rank == best}
+    if len(bases := {*chosen.values()}) > 1:
+        raise LoadError(asked, f"{len(bases)} sets of weights could be meant ({some(bases)})", "Name one with `file`")
+    return tuple(sorted([*notes, *chosen]))
 
 
 def _weights(name: str) -> tuple[int, str, str | None] | None:
     """(rank of the format, name of the set, variant), or None for a file that holds no weights."""
     if index := _INDEX.fullmatch(name):
         return (0 if index["suffix"] == ".safetensors" else 2), index["stem"], index["variant"]
-    for rank, suffixes in enumerate(FORMATS):
-        for suffix in suffixes:
-            if name.endswith(suffix):
-                stem = name.removesuffix(suffix)
-                if match := _SET.fullmatch(stem):
-                    return rank, match["base"], match["a"] or match["b"]
-                return rank, _SHARD.sub("", stem), None
-    return None
+    path = PurePosixPath(name)
+    if (rank := FORMATS.get(path.suffix)) is None:
+        return None
+    match = _SET.fullmatch(path.stem)
+    return (rank, match["base"], match["a"] or match["b"]) if match else (rank, SHARD.sub("", path.stem), None)
