@@ -11,9 +11,9 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ditkit.checkpoints.convert.folders import appearing, write_json
 from ditkit.checkpoints.files.stored import SIZES
@@ -73,13 +73,12 @@ def convert(
     located = parts_of(src, variant) if located is None else located
     for part in located.parts.values():
         _check_outside(part.path, src, dst)
-    plan = _plan(located, layout)
     with appearing(dst) as folder:
-        _write(plan, folder, dtype, shard_bytes, progress)
+        remarks = _write(located, layout, folder, dtype, shard_bytes, progress)
         _compare(located, layout, folder, dst)
         written = (file for file in sorted(folder.rglob("*")) if file.is_file())
         files = {str(file.relative_to(folder)): file.stat().st_size for file in written}
-    return Converted(dst, layout, files, _types(located, dtype), tuple(plan.remarks))
+    return Converted(dst, layout, files, _types(located, dtype), tuple(remarks))
 
 
 def _check_target(src: Path, dst: Path, overwrite: bool) -> None:
@@ -121,40 +120,46 @@ def _check_outside(place: Path, src: Path, dst: Path) -> None:
 # --- what is written where
 
 
-class Weights(NamedTuple):
-    """``source`` goes to ``folder`` as ``base`` with its ending: one file or shards, or with ``pickle`` a ``.pth``."""
-
-    component: str
-    folder: Path
-    base: str
-    source: TensorSource
-    pickle: bool
-
-
-@dataclass
-class Plan:
-    """``json``: file -> its content. ``copies``: folder -> the files that go into it. ``remarks``: what is not carried
-    over, as sentences. All paths are relative to the model's folder."""
-
-    weights: list[Weights] = field(default_factory=list)
-    json: dict[Path, Mapping[str, Any]] = field(default_factory=dict)
-    copies: dict[Path, list[Path]] = field(default_factory=dict)
-    remarks: list[str] = field(default_factory=list)
-
-
-def _plan(located: ModelParts, layout: str) -> Plan:
-    """How the model is written. Raises LoadError for tensors that are unknown or missing."""
-    plan, one = Plan(), len(located.parts) == 1
-    for part in located.parts.values():
-        _plan_part(part, layout, Path() if one else _place(part, located, layout), plan)
+def _write(
+    located: ModelParts, layout: str, folder: Path, dtype: str | None, limit: int, progress: Progress
+) -> list[str]:
+    """Write the parts, small files first, so that what a layout cannot say is told early. What is not carried over is
+    returned as sentences. Raises LoadError for tensors that are unknown or missing."""
+    one, remarks, weights, index = len(located.parts) == 1, list[str](), [], dict[str, list[str]]()
+    for name, part in located.parts.items():
+        place, own = folder if one else folder / _place(part, located, layout), part.row.written_as(layout)
+        if part.source is None:
+            index[name] = ["transformers", "T5TokenizerFast"]
+            _copy_notes(part.path, place)
+        elif own is None:
+            remarks.append(f"{name} has no place in the layout {layout} and was left behind")
+        else:
+            form = part.row.layouts[own]
+            remarks += [form.remark] if form.remark else []
+            weights.append((name, place, form, _named(part, part.source, own)))
+            if not form.pickle and (config := part.row.write_config(own, part.config)) is not None:
+                write_json(place / "config.json", config)
+                index[name] = [form.library, config.get("_class_name") or config["architectures"][0]]
     if not one:
-        if layout == "diffusers":
-            _plan_index(located, plan)
-        plan.remarks += [f"incomplete: {problem.found}" for problem in located.problems]
-    plan.remarks += [f"{name} is no part and was left behind ({why})" for name, why in located.unused.items()]
+        remarks += _write_index(located, index, folder) if layout == "diffusers" else []
+        remarks += [f"incomplete: {problem.found}" for problem in located.problems]
+    total, done = sum(_bytes(source, dtype) for *_, source in weights), 0
+    for name, place, form, source in weights:
+
+        def wrote(tensor: str, size: int, name: str = name) -> None:
+            nonlocal done
+            done += size
+            progress(name, done, total)
+
+        place.mkdir(parents=True, exist_ok=True)
+        if form.pickle:
+            write_pickle(place / f"{form.file}.pth", source, dtype, wrote)
+        else:
+            write_set(place, form.file, source, dtype, limit, wrote)
+    remarks += [f"{name} is no part and was left behind ({why})" for name, why in located.unused.items()]
     if Path(located.path).is_dir() and (Path(located.path) / "ditkit.toml").is_file():
-        plan.remarks.append("ditkit.toml was left behind: write its defaults anew for the new folder")
-    return plan
+        remarks.append("ditkit.toml was left behind: write its defaults anew for the new folder")
+    return remarks
 
 
 def _place(part: Part, located: ModelParts, layout: str) -> Path:
@@ -165,21 +170,6 @@ def _place(part: Part, located: ModelParts, layout: str) -> Path:
         return NATIVE_TOKENIZER
     two = "transformer_2" in located.parts
     return next((Path(name) for name, component in EXPERTS.items() if two and component == part.component), Path())
-
-
-def _plan_part(part: Part, layout: str, folder: Path, plan: Plan) -> None:
-    if part.source is None:
-        plan.copies[folder] = _tokenizer_files(part.path)
-        return
-    own = part.row.written_as(layout)
-    if own is None:
-        plan.remarks.append(f"{part.component} has no place in the layout {layout} and was left behind")
-        return
-    form = part.row.layouts[own]
-    plan.weights.append(Weights(part.component, folder, form.file, _named(part, part.source, own), form.pickle))
-    plan.remarks += [form.remark] if form.remark else []
-    if not form.pickle and (config := part.row.write_config(own, part.config)) is not None:
-        plan.json[folder / "config.json"] = config
 
 
 def _named(part: Part, source: TensorSource, layout: str) -> TensorSource:
@@ -196,65 +186,37 @@ def _named(part: Part, source: TensorSource, layout: str) -> TensorSource:
     return mapped
 
 
-def _tokenizer_files(folder: Path) -> list[Path]:
-    """The vocabulary and its settings; programs and pictures are never among them."""
-    return sorted(file for file in folder.iterdir() if file.is_file() and NOTES.fullmatch(file.name))
+def _copy_notes(folder: Path, place: Path) -> None:
+    """A vocabulary and its settings; programs and pictures are never among them."""
+    place.mkdir(parents=True, exist_ok=True)
+    for file in folder.iterdir():
+        if file.is_file() and NOTES.fullmatch(file.name):
+            shutil.copy(file, place)
 
 
-def _plan_index(located: ModelParts, plan: Plan) -> None:
-    """The index, and the components without weights: taken from a folder of diffusers, else written anew."""
+def _write_index(located: ModelParts, index: Mapping[str, list[str]], folder: Path) -> list[str]:
+    """The index, and the components without weights: taken from a folder of diffusers, else written anew. ``index``:
+    component -> library and class. Returns what is to be said of it."""
     main, task = main_of(located.parts), located.task
     if main is None or task is None or task not in main.row.tasks:
-        plan.remarks.append("there is no transformer of a known task, so there is no model_index.json")
-        return
+        return ["there is no transformer of a known task, so there is no model_index.json"]
     about = main.row.tasks[task]
-    index: dict[str, Any] = of_class(about.pipeline)
-    for name, part in located.parts.items():
-        config = plan.json.get(Path(name, "config.json"))
-        if part.source is None:
-            index[name] = ["transformers", "T5TokenizerFast"]
-        elif config is not None:
-            library = part.row.layouts[str(part.row.other)].library
-            index[name] = [library, config["_class_name"] if "_class_name" in config else config["architectures"][0]]
+    whole: dict[str, Any] = {name: [None, None] for name in about.optional} | of_class(about.pipeline) | index
     for part in located.parts.values():
         for name, (library, cls, file, content) in part.row.beside(part.config, task).items():
             own = Path(located.path) / name
             if located.layout == "diffusers" and own.is_dir():
-                plan.copies[Path(name)] = _tokenizer_files(own)
+                _copy_notes(own, folder / name)
                 cls = read_json(own / file).get("_class_name", cls) if (own / file).is_file() else cls
             else:
-                plan.json[Path(name, file)] = content
-            index[name] = [library, cls]
-    if located.boundary is not None:
-        index["boundary_ratio"] = located.boundary
-    if located.expand_timesteps:
-        index["expand_timesteps"] = True
-    plan.json[Path(INDEX)] = {name: [None, None] for name in about.optional} | index
+                write_json(folder / name / file, content)
+            whole[name] = [library, cls]
+    whole |= {} if located.boundary is None else {"boundary_ratio": located.boundary}
+    write_json(folder / INDEX, whole | ({"expand_timesteps": True} if located.expand_timesteps else {}))
+    return []
 
 
-# --- writing it
-
-
-def _write(plan: Plan, folder: Path, dtype: str | None, limit: int, progress: Progress) -> None:
-    for place, files in plan.copies.items():
-        (folder / place).mkdir(parents=True, exist_ok=True)
-        for file in files:
-            shutil.copy(file, folder / place)
-    for place, content in plan.json.items():
-        write_json(folder / place, content)
-    total, done = sum(_bytes(weights.source, dtype) for weights in plan.weights), 0
-    for component, place, base, source, pickle in plan.weights:
-
-        def wrote(name: str, size: int, component: str = component) -> None:
-            nonlocal done
-            done += size
-            progress(component, done, total)
-
-        (folder / place).mkdir(parents=True, exist_ok=True)
-        if pickle:
-            write_pickle(folder / place / f"{base}.pth", source, dtype, wrote)
-        else:
-            write_set(folder / place, base, source, dtype, limit, wrote)
+# --- what was written
 
 
 def _bytes(source: TensorSource, dtype: str | None) -> int:

@@ -5,7 +5,6 @@ is downloaded, and nothing here imports what was. Leaves out: which files a comp
 """
 
 import contextlib
-import os
 import re
 import secrets
 from collections.abc import Callable, Iterable, Iterator
@@ -18,6 +17,7 @@ from ditkit.errors import LoadError, MissingDependency
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+NAME = re.compile(rf"hf:(?P<repo>{REPO.pattern})(/(?P<folder>[^@]*))?(@(?P<revision>.+))?")
 DATA = (".json", ".toml", ".lock", ".txt", ".model", ".safetensors", ".gguf", ".pth", ".pt", ".bin", ".ckpt")
 """Suffixes of files that may be downloaded. Weights in pickles are read without running what is in them."""
 OFFLINE = ("it is not in the cache, and this run is offline", "Run it once with the network")
@@ -36,13 +36,10 @@ class HubName:
         """None when ``text`` does not begin with ``hf:``. Raises LoadError when it does and the rest is no name."""
         if not text.startswith("hf:"):
             return None
-        name, at, revision = text.removeprefix("hf:").partition("@")
-        owner, _, rest = name.partition("/")
-        short, _, folder = rest.partition("/")
-        repo = f"{owner}/{short}"
-        if not REPO.fullmatch(repo) or (at and not revision) or not inside(folder):
+        found = NAME.fullmatch(text)
+        if found is None or not inside(found["folder"] or ""):
             raise LoadError(f"the hub name {text!r}", "it cannot be understood", "Write hf:OWNER/NAME@REVISION")
-        return cls(repo, folder.strip("/"), revision or None)
+        return cls(found["repo"], (found["folder"] or "").strip("/"), found["revision"])
 
 
 def inside(path: str) -> bool:
@@ -122,8 +119,8 @@ class Hub:
         folder = self._folder(repo) / "snapshots" / commit
         if not folder.is_dir():
             raise LoadError(asked, *OFFLINE)
-        found = (Path(at, name) for at, _, files in os.walk(folder) for name in files)
-        return Listing(repo, commit, tuple(sorted(file.relative_to(folder).as_posix() for file in found)))
+        files = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if not file.is_dir())
+        return Listing(repo, commit, tuple(files))
 
     def _ask(self, asked: str, repo: str, question: Callable[[], Any]) -> Any:
         try:
