@@ -18,7 +18,7 @@ from ditkit.errors import LoadError
 from ditkit.registry import Registry, Row, resolve
 
 BUILT_IN = ("wan:WAN", "wan:VACE_MODULE", "wan_vae:WAN_VAE", "wan_vae:WAN_VAE22", "umt5:UMT5", "clip:CLIP",
-            "taehv:TAEHV", "umt5:TOKENIZER")  # fmt: skip
+            "wan_vae:TAEHV", "umt5:TOKENIZER")  # fmt: skip
 KINDS: Registry["Kind"] = Registry(
     "kind of network", "ditkit.kinds",
     {row.partition(":")[2].lower(): f"ditkit.checkpoints.kinds.{row}" for row in BUILT_IN},
@@ -159,14 +159,11 @@ class Kind(Row):
         """Its name, with its code where it is not ditkit's own: what is equal computes the same."""
         return KINDS.pinned(self.name)
 
-    @property
-    def other(self) -> str | None:
-        """The name of the layout that is not native, if there is one."""
-        return next((name for name in self.layouts if name != "native"), None)
-
     def written_as(self, layout: str) -> str | None:
         """The name of its own layout for a model in ``layout``: transformers' networks lie in folders of diffusers."""
-        return layout if layout in self.layouts else None if layout == "native" else self.other
+        if layout in self.layouts or layout == "native":
+            return layout if layout in self.layouts else None
+        return next((name for name in self.layouts if name != "native"), None)
 
     def read_config(
         self, layout: str, config: Fields | None, tensors: Tensors | None = None, rules: Rules = (),

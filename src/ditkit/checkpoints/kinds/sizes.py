@@ -72,8 +72,9 @@ class SizeReader:
         self.fields: dict[str, Any] = {}
         self.where: dict[str, str] = {}
 
-    def error(self, found: str, do: str = "Use whole, unmodified weights") -> LoadError:
-        return LoadError(f"reading sizes from weights in the {self.layout} layout", found, do)
+    def error(self, found: str) -> LoadError:
+        asked = f"reading sizes from weights in the {self.layout} layout"
+        return LoadError(asked, found, "Use whole, unmodified weights")
 
     def name(self, native: str) -> str:
         return self.names.get(native, native)

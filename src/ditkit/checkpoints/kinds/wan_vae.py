@@ -1,9 +1,10 @@
-"""The VAEs of Wan 2.1 and 2.2, in Wan's own layout and in that of diffusers, where both are ``AutoencoderKLWan``.
+"""The VAEs of Wan 2.1 and 2.2, in Wan's own layout and in that of diffusers, where both are ``AutoencoderKLWan``; and
+TAEHV, the tiny ones for previews (taew2_1, taew2_2 and its larger decoder).
 
-Sources: Wan2.1 ``wan/modules/vae.py``, Wan2.2 ``wan/modules/vae2_2.py``; diffusers ``autoencoder_kl_wan.py``.
+Sources: Wan2.1 ``wan/modules/vae.py``, Wan2.2 ``wan/modules/vae2_2.py``; diffusers ``autoencoder_kl_wan.py``;
+https://github.com/madebyollin/taehv ``taehv.py``.
 """
 
-import re
 from collections.abc import Callable
 from functools import partial
 from itertools import product
@@ -110,37 +111,27 @@ def vae22_keys(levels: int, num_res_blocks: int) -> KeyTable:
 
 # --- sizes
 
-LEVELS = {
-    ("wan_vae", "native"): (r"encoder\.downsamples\.(\d{1,3})\.residual\.2\.weight", "encoder.downsamples.{}"),
-    ("wan_vae", "diffusers"): (r"encoder\.down_blocks\.(\d{1,3})\.conv1\.weight", "encoder.down_blocks.{}"),
-    ("wan_vae22", "native"): (
-        r"encoder\.downsamples\.(\d{1,3})\.downsamples\.(\d{1,3})\.residual\.2\.weight",
-        "encoder.downsamples.{}.downsamples.{}",
-    ),
-    ("wan_vae22", "diffusers"): (
-        r"encoder\.down_blocks\.(\d{1,3})\.resnets\.(\d{1,3})\.conv1\.weight", "encoder.down_blocks.{}.downsampler",
-    ),
-}  # fmt: skip
-"""Of the encoder: the name of a residual block, with its number or those of its level and in it, and of a halving.
-Numbers have three digits at most, because lists are made up to them."""
-
 
 def vae_sizes(tensors: Tensors, layout: str = "native", kind: str = "wan_vae") -> Sizes:
     """Fields of ``WanVAEConfig`` (2.1) or, with kind ``wan_vae22``, of ``WanVAE22Config``."""
-    read, first = SizeReader(tensors, layout, KeyTable.of(_trunk())), "encoder.conv1.weight"
+    read, other = SizeReader(tensors, layout, KeyTable.of(_trunk())), layout != "native"
+    first, names = "encoder.conv1.weight", _names if kind == "wan_vae" else _names22
     dim, z = read.axis("dim", first, 0, 5), read.axis("z_dim", "conv2.weight", 0, 5)
-    pattern, halving = LEVELS[kind, layout]
-    levels, halvings = (_flat_levels if kind == "wan_vae" else _named_levels)(tensors, pattern)
-    blocks, counts = "the names of the encoder's blocks", [len(level) for level in levels]
-    if len(set(counts)) != 1 or not counts[0]:
-        raise read.error(f"the levels of the encoder have {counts} residual blocks")
-    read.tell("num_res_blocks", counts[0], blocks)
-    widths = [read.shape(level[-1], 5)[0] for level in levels]
+    inner = [name for name in tensors if name.startswith("encoder.down")]  # without its ends and its middle
+    residual = ".conv1.weight" if other else ".residual.2.weight"
+    levels = 1 + sum(name.endswith(".resample.1.weight") for name in inner)
+    blocks, rest = divmod(sum(name.endswith(residual) for name in inner), levels)
+    if rest or not blocks:
+        raise read.error(f"the {levels} levels of its encoder have {blocks * levels + rest} residual blocks")
+    read.tell("num_res_blocks", blocks, "the names of the encoder's blocks")
+    lasts = [names("encoder", level, blocks - 1, blocks)[other] for level in range(levels)]
+    widths = [read.shape(last + residual, 5)[0] for last in lasts]
     if any(width % dim for width in widths):
         raise read.error(f"the levels of the encoder are {widths} wide, no multiples of {dim}")
     mult = read.tell("dim_mult", tuple(width // dim for width in widths), "the shapes of the encoder's blocks")
-    times = (f"{halving.format(*numbers)}.time_conv.weight" for numbers in halvings)
-    read.tell("temporal_downsample", tuple(name in tensors for name in times), f"{blocks} (time_conv)")
+    halvings = [names("encoder", level, blocks, blocks)[other] for level in range(levels - 1)]
+    temporal = tuple(f"{halving}.time_conv.weight" in tensors for halving in halvings)
+    read.tell("temporal_downsample", temporal, "the names of the encoder's blocks (time_conv)")
     if kind == "wan_vae22":
         read.axis("dec_dim", "decoder.conv1.weight", 0, 5, mult[-1])
         read.side("patch_size", first, 5)
@@ -148,27 +139,21 @@ def vae_sizes(tensors: Tensors, layout: str = "native", kind: str = "wan_vae") -
     return read.sizes(() if known else ("latents_mean", "latents_std"))
 
 
-def _flat_levels(tensors: Tensors, pattern: str) -> tuple[list[list[str]], list[tuple[int, ...]]]:
-    """(the residual blocks of each level, the numbers of the halving after each level but the last).
-
-    The blocks of 2.1 are numbered through; a number without a residual block is a halving."""
-    residual = {int(match[1]): name for name in tensors if (match := re.fullmatch(pattern, name))}
-    levels: list[list[str]] = [[]]
-    halvings: list[tuple[int, ...]] = []
-    for number in range(1 + max(residual, default=-1)):
-        if number in residual:
-            levels[-1].append(residual[number])
-        else:
-            levels.append([])
-            halvings.append((number,))
-    return levels, halvings
-
-
-def _named_levels(tensors: Tensors, pattern: str) -> tuple[list[list[str]], list[tuple[int, ...]]]:
-    found = sorted((int(m[1]), int(m[2]), name) for name in tensors if (m := re.fullmatch(pattern, name)))
-    numbers = sorted({level for level, _, _ in found})
-    levels = [[name for level, _, name in found if level == number] for number in numbers]
-    return levels, [(number, len(levels[number])) for number in numbers[:-1]]
+def taehv_sizes(tensors: Tensors, layout: str = "native") -> Sizes:
+    """Fields of ``TAEHVConfig``. Which levels of the decoder double the frames is not told: a file may have more rows
+    there than are used, so the official choice stands."""
+    read = SizeReader(tensors, layout)
+    big = "decoder.0.weight" in tensors
+    read.tell("variant", "super" if big else "base", "decoder.0" if big else "decoder.1")
+    read.axis("encoder_width", "encoder.0.weight", 0, 4)
+    read.side("patch_size", "encoder.0.weight", 4)
+    read.axis("z_dim", "encoder.17.weight", 0, 4)
+    joins = [read.shape(f"encoder.{n}.conv.weight", 4) for n in (2, 7, 12)]
+    read.tell("temporal_downsample", tuple(frames > dim for dim, frames, *_ in joins), "encoder.2, 7 and 12")
+    levels = ((0, 1), (4, 4), (11, 4), (18, 4)) if big else ((1, 1), (8, 1), (14, 1), (20, 1))
+    widths = tuple(read.shape(f"decoder.{n}.weight", 4)[0] // shuffle for n, shuffle in levels)
+    read.tell("decoder_widths", widths, "the decoder's convolutions")
+    return read.sizes()
 
 
 # --- configs
@@ -291,5 +276,16 @@ WAN_VAE22 = Kind(
     load="ditkit.assembly.loaders:load_wan_vae22", optional_keys=True,
     get="Take Wan2.2_VAE.pth of Wan-AI/Wan2.2-TI2V-5B or vae/ of Wan-AI/Wan2.2-TI2V-5B-Diffusers",
     unsaid={"latents_mean": WAN22_MEAN, "latents_std": WAN22_STD},
+    ports=ports, strides=strides, preview=PREVIEW,
+)  # fmt: skip
+TAEHV = Kind(
+    "taehv", "TAEHV", "a TAEHV", ("preview_decoder", "vae"),
+    {
+        "native": Layout((("encoder.17.weight", "decoder.1.weight", "decoder.3.conv.0.weight"),
+                          ("encoder.17.weight", "decoder.0.weight", "decoder.1.conv.3.weight"))),
+    },
+    taehv_sizes,
+    config_class="ditkit.models.taehv:TAEHVConfig", module="ditkit.models.taehv:TAEHV",
+    load="ditkit.assembly.loaders:load_taehv", get="Take taew2_1 or taew2_2 of madebyollin/taehv",
     ports=ports, strides=strides, preview=PREVIEW,
 )  # fmt: skip
