@@ -194,7 +194,7 @@ def _copy_notes(folder: Path, place: Path) -> None:
             shutil.copy(file, place)
 
 
-def _write_index(located: ModelParts, index: Mapping[str, list[str]], folder: Path) -> list[str]:
+def _write_index(located: ModelParts, index: dict[str, list[str]], folder: Path) -> list[str]:
     """The index, and the components without weights: taken from a folder of diffusers, else written anew. ``index``:
     component -> library and class. Returns what is to be said of it."""
     main, task = main_of(located.parts), located.task

@@ -6,7 +6,7 @@ Sources: Wan2.1 ``wan/modules/clip.py``; transformers ``modeling_clip.py``, ``CL
 import math
 from typing import Any
 
-from ditkit.checkpoints.kinds.configs import EPSILON, ConfigFormat, ConfigKeys, Key, same
+from ditkit.checkpoints.kinds.configs import EPSILON, Check, ConfigFormat, ConfigKeys, Key, same
 from ditkit.checkpoints.kinds.kind import Kind, Layout, Port
 from ditkit.checkpoints.kinds.sizes import Fields, SizeReader, Sizes, Tensors
 from ditkit.checkpoints.views.key_table import WB, KeyTable, Rule, leaves
@@ -39,11 +39,9 @@ def clip_keys(num_layers: int, *, projection: bool = False, prefixed: bool = Fal
             thirds = tuple(f"{other}.self_attn.{x}_proj.{leaf}" for x in "qkv")
             rules.append(Rule((f"{native}.attn.to_qkv.{leaf}",), thirds))
     rules = [Rule((native,), (other,)) for native, other in pairs] + rules
-    aliases = {FILE_PREFIX + name: name for rule in rules for name in rule.other}
-    if prefixed:
-        first = {second: first for first, second in aliases.items()}
-        rules = [Rule(r.native, tuple(first[name] for name in r.other), r.ones, r.transpose) for r in rules]
-        aliases = first
+    first, second = (FILE_PREFIX, "") if prefixed else ("", FILE_PREFIX)
+    rules = [Rule(r.native, tuple(first + name for name in r.other), r.ones) for r in rules]
+    aliases = {second + name.removeprefix(first): name for rule in rules for name in rule.other}
     native, other = PROJECTION
     if projection:
         rules.append(Rule((native,), (other,), transpose=True))
@@ -79,11 +77,6 @@ def clip_sizes(tensors: Tensors, layout: str = "transformers") -> Sizes:
 def _read_native(keys: ConfigKeys, fields: dict[str, Any]) -> None:
     fields["intermediate_size"] = fields["hidden_size"] * keys.take("vision_mlp_ratio", 4)
     keys.said["intermediate_size"] = "vision_dim x vision_mlp_ratio"
-    fields["hidden_act"] = keys.only("activation", "gelu", "quick_gelu")
-
-
-def _read_transformers(keys: ConfigKeys, fields: dict[str, Any]) -> None:
-    fields["hidden_act"] = keys.only("hidden_act", "quick_gelu", "gelu")  # the first is transformers' default
 
 
 def _check(keys: ConfigKeys, fields: Fields) -> None:
@@ -118,23 +111,22 @@ WITHOUT_EFFECT = """
     return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss
     tie_encoder_decoder tie_word_embeddings tokenizer_class top_k top_p torchscript typical_p use_bfloat16
 """  # most of it transformers 4 wrote into every nested config, for text that a vision tower does not generate
+GELU = Check(lambda value: value in ("quick_gelu", "gelu"), "and only 'quick_gelu' or 'gelu' is supported")
 NATIVE = ConfigFormat(
     {
         "vision_dim": Key("hidden_size"), "vision_layers": Key("num_hidden_layers"),
         "vision_heads": Key("num_attention_heads"), "image_size": Key("image_size"), "patch_size": Key("patch_size"),
-        "norm_eps": Key("layer_norm_eps", 1e-5, EPSILON),
+        "norm_eps": Key("layer_norm_eps", 1e-5, EPSILON), "activation": Key("hidden_act", "gelu", GELU),
     },
     {"vision_pool": ("token",)}, _read_native,
     ignored=("embed_dim", "vocab_size", "max_text_len", "text_dim", "text_heads", "text_layers"),
 )  # fmt: skip
 TRANSFORMERS = ConfigFormat(
     same(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, image_size=224,
-         patch_size=32) | same(EPSILON, layer_norm_eps=1e-5),
-    {"model_type": ("clip_vision_model",), "num_channels": (3,)}, _read_transformers,
-    lambda fields: {"hidden_act": fields["hidden_act"]},
-    {"architectures": ["CLIPVisionModel"], "attention_dropout": 0.0},
-    ignored=WITHOUT_EFFECT.split(),
-    nested={"clip": "vision_config"},
+         patch_size=32) | same(EPSILON, layer_norm_eps=1e-5) | same(GELU, hidden_act="quick_gelu"),
+    {"model_type": ("clip_vision_model",), "num_channels": (3,)},
+    written={"architectures": ["CLIPVisionModel"], "attention_dropout": 0.0},
+    ignored=WITHOUT_EFFECT.split(), nested={"clip": "vision_config"},
 )  # fmt: skip
 CLIP = Kind(
     "clip", "CLIP", "a CLIP image encoder", ("image_encoder",),

@@ -15,6 +15,8 @@ from typing import Any
 from ditkit.errors import LoadError, nearest
 
 REQUIRED: Any = object()
+UNSET: Any = object()
+"""Default of a key whose field is left to the config class."""
 DIFFUSERS_VERSION = "0.42.1"  # the release whose layout is written
 Rules = Collection[str]
 """Named exceptions: the ``claims`` of kinds, and ``strict_config``."""
@@ -62,8 +64,8 @@ def _list(fits: Callable[[Any], bool], what: str, make: Callable[[Any], Any] = t
 
 COUNT = Check(_is_count, "not a whole number of at least 1")
 MAYBE_COUNT = Check(lambda value: value is None or _is_count(value), "neither null nor a whole number above 0")
-COUNTS, TRUTHS = _list(lambda x: type(x) is int, "whole numbers"), _list(lambda x: type(x) is bool, "true and false")
-NUMBERS = _list(is_number, "finite numbers", lambda value: tuple(map(float, value)))
+COUNTS, BOOLS = _list(lambda x: type(x) is int, "whole numbers"), _list(lambda x: type(x) is bool, "true and false")
+FLOATS = _list(is_number, "finite numbers", lambda value: tuple(map(float, value)))
 EPSILON = Check(lambda value: is_number(value) and 0 < value < 1, "not a finite number between 0 and 1", float)
 """What a norm adds to a variance: without it, or below 0, a row of zeros becomes undefined numbers."""
 
@@ -92,6 +94,8 @@ class ConfigKeys:
 
     def take(self, key: str, default: Any = REQUIRED, check: Check = COUNT) -> Any:
         value = self.any(key, default)
+        if value is UNSET:
+            return value
         if not check.fits(value):
             raise self.error(f"{key} is {value!r}, {check.wanted}", "Correct the config")
         return check.make(value)
@@ -138,7 +142,8 @@ class ConfigFormat:
     """The config.json of one layout of one kind, read and written by one table.
 
     ``keys``: key -> field. ``fixed``: key -> the values that it may have, the first is the default and is written.
-    ``read`` and ``write``: what is made of several keys or fields. ``written``: keys without effect on inference, as
+    ``derived``: key -> the value that follows from the fields, and the only one that it may have. ``read`` and
+    ``write``: what else is made of several keys or fields. ``written``: keys without effect on inference, as
     they are written; ``ignored``: more of these. ``silent``: keys that are not written at these values. ``nested``:
     model type of a larger network -> the key under which ours is."""
 
@@ -150,6 +155,7 @@ class ConfigFormat:
     ignored: Collection[str] = ()
     silent: Mapping[str, Any] = field(default_factory=dict)
     nested: Mapping[str, str] = field(default_factory=dict)
+    derived: Mapping[str, Callable[[Mapping[str, Any]], Any]] = field(default_factory=dict)
 
     def inner(self, config: Mapping[str, Any], asked: str) -> Mapping[str, Any]:
         """The part of ``config`` that is about our network. Raises LoadError."""
@@ -163,15 +169,20 @@ class ConfigFormat:
         for name, values in self.fixed.items():
             keys.only(name, *values)
         fields = {key.field: keys.take(name, key.default, key.check) for name, key in self.keys.items()}
+        fields = {name: value for name, value in fields.items() if value is not UNSET}
         keys.said.update({key.field: name for name, key in self.keys.items()})
         self.read(keys, fields)
+        for name, value in self.derived.items():
+            keys.only(name, value(fields))
         keys.ignore([*self.written, *self.ignored])
         keys.done()
         return fields
 
     def config(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         values = {name: fields[key.field] for name, key in self.keys.items()}
-        values |= {name: options[0] for name, options in self.fixed.items()} | {**self.written, **self.write(fields)}
+        values |= {name: options[0] for name, options in self.fixed.items()}
+        values |= {name: value(fields) for name, value in self.derived.items()}
+        values |= {**self.written, **self.write(fields)}
         return {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in values.items()

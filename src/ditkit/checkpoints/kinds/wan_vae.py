@@ -10,7 +10,7 @@ from functools import partial
 from itertools import product
 from typing import Any
 
-from ditkit.checkpoints.kinds.configs import COUNTS, NUMBERS, TRUTHS, ConfigFormat, ConfigKeys, Key, of_class, same
+from ditkit.checkpoints.kinds.configs import BOOLS, COUNTS, FLOATS, UNSET, ConfigFormat, ConfigKeys, Key, of_class, same
 from ditkit.checkpoints.kinds.kind import Kind, Layout, Port
 from ditkit.checkpoints.kinds.sizes import Fields, SizeReader, Sizes, Tensors
 from ditkit.checkpoints.views.key_table import KeyTable, Pairs, leaves
@@ -165,38 +165,27 @@ def _read(keys: ConfigKeys, fields: dict[str, Any], residual: bool) -> None:
     mult, temporal, z_dim = fields["dim_mult"], fields["temporal_downsample"], fields["z_dim"]
     found = f"temperal_downsample has {len(temporal)} values where dim_mult has {len(mult)}"
     keys.require(bool(mult) and min(mult) > 0 and len(temporal) == len(mult) - 1, found)
-    patch = fields.get("patch_size", 1)
-    for key in ("in_channels", "out_channels"):
-        keys.only(key, 3 * patch**2)
     if residual:
         fields["dec_dim"] = keys.take("decoder_base_dim", fields["dim"])
         keys.said["dec_dim"] = "decoder_base_dim"
     else:
-        keys.only("patch_size", None, 1)
         keys.only("decoder_base_dim", None, fields["dim"])
     usual = len(WAN22_MEAN if residual else WAN21_MEAN)
-    keys.known += ("latents_mean", "latents_std")
     for key in ("latents_mean", "latents_std"):
-        if key in keys.rest:
-            fields[key] = keys.take(key, check=NUMBERS)
+        if key in fields:
             keys.require(len(fields[key]) == z_dim, f"{key} has {len(fields[key])} values where z_dim is {z_dim}")
         elif z_dim != usual:
             raise keys.error(f"it has no {key}, and the usual one is for {usual} channels", "Add it to the config")
-    least = min(fields.get("latents_std", (1.0,)), default=1.0)  # where there are none ours are the official ones
+    least = min(fields.get("latents_std", (1.0,)), default=1.0)
     keys.require(least > 0, f"latents_std has the value {least}")
-    keys.only("scale_factor_spatial", patch * 2 ** (len(mult) - 1))
-    keys.only("scale_factor_temporal", 2 ** sum(temporal))
 
 
-def _write(fields: Fields, residual: bool) -> dict[str, Any]:
-    patch = fields["patch_size"] if residual else 1
-    return {
-        **of_class(VAE_CLASS), "in_channels": 3 * patch**2, "out_channels": 3 * patch**2,
-        "decoder_base_dim": fields["dec_dim"] if residual else None, "patch_size": patch if residual else None,
-        "scale_factor_spatial": patch * 2 ** (len(fields["dim_mult"]) - 1),
-        "scale_factor_temporal": 2 ** sum(fields["temporal_downsample"]),
-        "latents_mean": fields["latents_mean"], "latents_std": fields["latents_std"],
-    }  # fmt: skip
+def _write(fields: Fields) -> dict[str, Any]:
+    return of_class(VAE_CLASS) | {"decoder_base_dim": fields.get("dec_dim")}
+
+
+def _pixels(fields: Fields) -> int:
+    return 3 * int(fields.get("patch_size", 1)) ** 2
 
 
 def _diffusers(residual: bool) -> ConfigFormat:
@@ -204,10 +193,16 @@ def _diffusers(residual: bool) -> ConfigFormat:
         {
             "base_dim": Key("dim", 96), "z_dim": Key("z_dim", 16), "num_res_blocks": Key("num_res_blocks", 2),
             "dim_mult": Key("dim_mult", (1, 2, 4, 4), COUNTS),
-            "temperal_downsample": Key("temporal_downsample", (False, True, True), TRUTHS),
-        } | (same(patch_size=2) if residual else {}),
-        {"attn_scales": ((),), "is_residual": (residual,)},
-        partial(_read, residual=residual), partial(_write, residual=residual), written={"dropout": 0.0},
+            "temperal_downsample": Key("temporal_downsample", (False, True, True), BOOLS),
+            **same(FLOATS, latents_mean=UNSET, latents_std=UNSET), **(same(patch_size=2) if residual else {}),
+        },
+        {"attn_scales": ((),), "is_residual": (residual,)} | ({} if residual else {"patch_size": (None, 1)}),
+        partial(_read, residual=residual), _write, {"dropout": 0.0},
+        derived={
+            "in_channels": _pixels, "out_channels": _pixels,
+            "scale_factor_spatial": lambda fields: fields.get("patch_size", 1) * 2 ** (len(fields["dim_mult"]) - 1),
+            "scale_factor_temporal": lambda fields: 2 ** sum(fields["temporal_downsample"]),
+        },
     )  # fmt: skip
 
 
@@ -216,7 +211,7 @@ def _native(**more: Key) -> ConfigFormat:
         {
             "dim": Key("dim"), "z_dim": Key("z_dim"), "num_res_blocks": Key("num_res_blocks"),
             "dim_mult": Key("dim_mult", check=COUNTS),
-            "temperal_downsample": Key("temporal_downsample", check=TRUTHS), **more,
+            "temperal_downsample": Key("temporal_downsample", check=BOOLS), **more,
         },
         {"attn_scales": ((),)}, ignored=("dropout",),
     )  # fmt: skip

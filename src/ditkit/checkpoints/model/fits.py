@@ -105,16 +105,12 @@ class _Look:
         return KINDS[wanted[name]] if name in wanted else kinds_of(name)[0]
 
     def where(self, name: str) -> str:
-        if self.layout == "diffusers":
-            return f"in {Path(self.path) / name}"
-        if self.layout == "native" and name in EXPERTS.values() and len(self.parts.keys() & set(EXPERTS.values())) == 1:
-            return f"in {next(Path(self.path) / folder for folder, part in EXPERTS.items() if part == name)}"
-        if self.layout == "native" and name == "tokenizer":
-            return f"in {Path(self.path) / NATIVE_TOKENIZER}"
-        if self.layout == "host":
-            return f"at {self.path}"
-        if self.layout == "file":
-            return "in a single file"
+        places = {"diffusers": f"in {Path(self.path) / name}", "host": f"at {self.path}", "file": "in a single file"}
+        if self.layout in places:
+            return places[self.layout]
+        folders = {part: folder for folder, part in EXPERTS.items()}
+        if name == "tokenizer" or (name in folders and len(self.parts.keys() & folders) == 1):
+            return f"in {Path(self.path) / folders.get(name, NATIVE_TOKENIZER)}"
         listed = some(f"{file}: {why}" for file, why in self.unused.items()) if self.unused else ""
         return f"among the files of {self.path}" + (f" (not used: {listed})" if listed else "")
 
@@ -137,12 +133,13 @@ class _Look:
 
     def fits(self) -> Iterable[LoadError]:
         """The widths at which one part hands over to another, by their names."""
-        main = main_of(self.parts)
-        ours = {} if main is None else _ports(main)
+        if (main := main_of(self.parts)) is None:
+            return
+        ours = _ports(main)
         for name, part in self.parts.items():
             for what, (width, field) in _ports(part).items() if name not in EXPERTS.values() else ():
                 need, own = ours.get(what, Port(None, ""))
-                if main is not None and None not in (need, width) and need != width:
+                if None not in (need, width) and need != width:
                     found = (f"its transformer{_at(main)} has {need} as the {what} ({own}) and its {name}{_at(part)} "
                              f"{width} ({field} of {part.kind})")  # fmt: skip
                     yield self.problem(found, self.kind_of(name).get if name == "vae" else "Use parts of one model")
