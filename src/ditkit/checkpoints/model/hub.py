@@ -131,29 +131,29 @@ class Hub:
     def _sentence(self, asked: str, repo: str, error: BaseException) -> LoadError:
         from huggingface_hub import errors
 
-        where = f"{(self.endpoint or _library().constants.ENDPOINT).rstrip('/')}/{repo}"
-        login = "log in with `hf auth login` or set HF_TOKEN"
         causes = list(_causes(error))
-        for kind, found, do in (
-            (errors.GatedRepoError, "its authors let in only who accepts their terms",
-             f"Accept them at {where}, then {login}"),
-            (errors.RevisionNotFoundError, "the repository has no such revision",
-             f"Choose one that {where}/commits/main shows"),
-            (errors.RepositoryNotFoundError, "there is no such repository, or it is private",
-             f"Check the name at {where}; if it is private, {login}"),
-        ):  # fmt: skip
-            if any(isinstance(cause, kind) for cause in causes):
-                return LoadError(asked, found, do)
         refused = next((cause for cause in causes if isinstance(cause, errors.HfHubHTTPError)), None)
         status = refused and getattr(refused.response, "status_code", None)
-        if status in (401, 403):
-            return LoadError(asked, f"the hub refuses the token ({status})", f"Give one that may read {where}")
-        if self._offline:
-            return LoadError(asked, *OFFLINE)
-        if status == 404:
-            return LoadError(asked, "the repository has no such file at this revision", f"Look at {where}")
-        if status is not None:
-            return LoadError(asked, f"the hub answers {status}", "Try again later")
+        where = f"{(self.endpoint or _library().constants.ENDPOINT).rstrip('/')}/{repo}"
+        login = "log in with `hf auth login` or set HF_TOKEN"
+
+        def is_a(kind: type[Exception]) -> bool:
+            return any(isinstance(cause, kind) for cause in causes)
+
+        for applies, found, do in (
+            (is_a(errors.GatedRepoError), "its authors let in only who accepts their terms",
+             f"Accept them at {where}, then {login}"),
+            (is_a(errors.RevisionNotFoundError), "the repository has no such revision",
+             f"Choose one that {where}/commits/main shows"),
+            (is_a(errors.RepositoryNotFoundError), "there is no such repository, or it is private",
+             f"Check the name at {where}; if it is private, {login}"),
+            (status in (401, 403), f"the hub refuses the token ({status})", f"Give one that may read {where}"),
+            (self._offline, *OFFLINE),
+            (status == 404, "the repository has no such file at this revision", f"Look at {where}"),
+            (status is not None, f"the hub answers {status}", "Try again later"),
+        ):  # fmt: skip
+            if applies:
+                return LoadError(asked, found, do)
         first = str(causes[-1]).strip().splitlines()
         found = f"{type(causes[-1]).__name__}{': ' + first[0] if first else ''}".rstrip(".")
         return LoadError(asked, f"it failed ({found})", "Try again; what is already here is not fetched twice")

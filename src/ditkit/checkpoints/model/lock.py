@@ -104,8 +104,7 @@ def _pinned(place: Location, entry: Entry, asked: str) -> Location:
         if digests.get(name) != digest:
             raise LoadError(asked, f"they pin {name} of the {place.component} to different hashes", AGAIN)
     sizes = {name: size for name, (size, _) in entry.files.items()}
-    revision = entry.revision or place.revision
-    return replace(place, revision=revision, sha256=digests, sizes=sizes, names=tuple(entry.files))
+    return replace(place, revision=entry.revision or place.revision, sha256=digests, sizes=sizes)
 
 
 def verify(place: Location, at: Path) -> int:

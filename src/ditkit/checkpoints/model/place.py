@@ -25,8 +25,8 @@ class Location:
     """Where one component lies: ``path`` (absolute) or ``repo`` with its ``revision``, then ``subfolder``, ``file``.
 
     ``written`` is how the manifest says it. ``sha256`` maps names of files to hex digests, as far as they are pinned:
-    relative to the repository, or to the component's own folder when it is local. ``names`` are all its files when it
-    is locked, else None."""
+    relative to the repository, or to the component's own folder when it is local. ``sizes`` has all its files when it
+    is locked, else it is None."""
 
     component: str
     written: str
@@ -37,8 +37,7 @@ class Location:
     variant: str | None = None
     file: str | None = None
     sha256: Mapping[str, str] = field(default_factory=dict)
-    sizes: Mapping[str, int] = field(default_factory=dict)
-    names: tuple[str, ...] | None = None
+    sizes: Mapping[str, int] | None = None
 
     @property
     def pinned(self) -> bool:
@@ -59,7 +58,7 @@ class Location:
     def absent(self) -> bool:
         """An index names it in its usual place, and there is no such folder. Of a locked one the files are named, so
         their place has to be right."""
-        return self.path is not None and self.afar and self.names is None and self.written == f"./{self.component}"
+        return self.path is not None and self.afar and self.sizes is None and self.written == f"./{self.component}"
 
     def resolve(self, hub: Hub | None = None) -> Path:
         """The component's folder or file on this machine, fetched if need be.
@@ -79,9 +78,11 @@ class Location:
 
     def _fetched(self, hub: Hub) -> Path:
         repo, commit = str(self.repo), str(self.revision)
-        names: Iterable[str] = (self.inner + name.removeprefix(self.prefix) for name in self.names or ())
-        files = self.files_of(hub.look(repo, commit)) if self.names is None else names
-        return hub.fetch(repo, commit, files) / self.subfolder / (self.file or "")
+        if self.sizes is None:
+            names = self.files_of(hub.look(repo, commit))
+        else:
+            names = tuple(self.inner + name.removeprefix(self.prefix) for name in self.sizes)
+        return hub.fetch(repo, commit, names) / self.subfolder / (self.file or "")
 
     def pin(self, hub: Hub) -> "Location":
         """The same place at the commit that its branch or tag means now."""
@@ -144,9 +145,9 @@ def check_names(place: Location, at: Path) -> None:
     files, asked = files_at(place, at), f"opening the {place.component} at {at}"
     if lost := sorted(place.sha256.keys() - files.keys()):
         raise LoadError(asked, f"{lost[0]} is pinned and is not there", "Get it again, or lock the manifest again")
-    if place.names is not None and (new := sorted(files.keys() - set(place.names))):
+    if place.sizes is not None and (new := sorted(files.keys() - place.sizes.keys())):
         raise LoadError(asked, f"{new[0]} is there and is not locked", AGAIN)
-    for name, size in place.sizes.items():
+    for name, size in (place.sizes or {}).items():
         if (found := files[name].stat().st_size) != size:
             raise LoadError(asked, f"{name} has {found} bytes and had {size} when it was locked", AGAIN)
 
