@@ -94,14 +94,10 @@ TRANSFORMERS = ConfigFormat(
 UMT5 = Kind(
     "umt5", "UMT5", "a UMT5 text encoder", ("text_encoder",),
     {
-        "native": Layout(
-            (("token_embedding.weight", "blocks.0.pos_embedding.embedding.weight"),),
-            NATIVE, ("umt5_encoder",), file="models_t5_umt5-xxl-enc-bf16", pickle=True,
-        ),
-        "transformers": Layout(
-            (("encoder.final_layer_norm.weight", BIAS.format(0)),), TRANSFORMERS, model_types=("umt5",),
-            file="model", library="transformers",
-        ),
+        "native": Layout((("token_embedding.weight", "blocks.0.pos_embedding.embedding.weight"),), NATIVE,
+                         ("umt5_encoder",), file="models_t5_umt5-xxl-enc-bf16", pickle=True),
+        "transformers": Layout((("encoder.final_layer_norm.weight", BIAS.format(0)),), TRANSFORMERS,
+                               model_types=("umt5",), file="model", library="transformers"),
     },
     umt5_sizes, lambda fields: umt5_keys(fields["num_layers"]), own="other", aliases=UMT5_ALIASES,
     config_class="ditkit.models.umt5:UMT5Config", module="ditkit.models.umt5:build",

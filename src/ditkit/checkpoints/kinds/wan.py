@@ -313,15 +313,10 @@ DIFFUSERS = ConfigFormat(
 WAN = Kind(
     "wan", "Wan", "a Wan transformer", ("transformer", "transformer_2"),
     {
-        "native": Layout(
-            (("patch_embedding.weight", "head.modulation", "blocks.0.self_attn.q.weight"),),
-            NATIVE, ("WanModel", "VaceWanModel"),
-        ),
-        "diffusers": Layout(
-            (("patch_embedding.weight", "condition_embedder.text_embedder.linear_1.weight",
-              "blocks.0.attn1.to_q.weight"),),
-            DIFFUSERS, (TRANSFORMER_CLASS, VACE_CLASS),
-        ),
+        "native": Layout((("patch_embedding.weight", "head.modulation", "blocks.0.self_attn.q.weight"),), NATIVE,
+                         ("WanModel", "VaceWanModel")),
+        "diffusers": Layout((("patch_embedding.weight", f"{TEXT}.linear_1.weight", "blocks.0.attn1.to_q.weight"),),
+                            DIFFUSERS, (TRANSFORMER_CLASS, VACE_CLASS)),
     },
     transformer_sizes, _keys, config_class="ditkit.models.wan:WanConfig", module="ditkit.models.wan:WanTransformer",
     load="ditkit.assembly.loaders:load_wan",

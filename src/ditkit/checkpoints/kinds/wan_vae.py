@@ -242,10 +242,8 @@ WAN_VAE = Kind(
     {
         "native": Layout(((DECODER, "encoder.downsamples.0.residual.0.gamma"),), _native(), ("WanVAE",),
                          file="Wan2.1_VAE", pickle=True),
-        "diffusers": Layout(
-            ((DECODER_DIFFUSERS, "encoder.down_blocks.0.norm1.gamma"),), _diffusers(False), (VAE_CLASS,),
-            mine=lambda config: not _is_residual(config),
-        ),
+        "diffusers": Layout(((DECODER_DIFFUSERS, "encoder.down_blocks.0.norm1.gamma"),), _diffusers(False),
+                            (VAE_CLASS,), mine=lambda config: not _is_residual(config)),
     },
     vae_sizes, lambda fields: vae_keys(len(fields["dim_mult"]), fields["num_res_blocks"]),
     optional_keys=True, config_class="ditkit.models.wan_vae:WanVAEConfig", module="ditkit.models.wan_vae:WanVAE",
@@ -257,14 +255,10 @@ WAN_VAE = Kind(
 WAN_VAE22 = Kind(
     "wan_vae22", "Wan 2.2", "a Wan VAE", ("vae",),
     {
-        "native": Layout(
-            ((DECODER, "encoder.downsamples.0.downsamples.0.residual.0.gamma"),), _native(dec_dim=Key("dec_dim")),
-            ("Wan2_2_VAE",), file="Wan2.2_VAE", pickle=True,
-        ),
-        "diffusers": Layout(
-            ((DECODER_DIFFUSERS, "encoder.down_blocks.0.resnets.0.norm1.gamma"),), _diffusers(True), (VAE_CLASS,),
-            mine=_is_residual,
-        ),
+        "native": Layout(((DECODER, "encoder.downsamples.0.downsamples.0.residual.0.gamma"),),
+                         _native(dec_dim=Key("dec_dim")), ("Wan2_2_VAE",), file="Wan2.2_VAE", pickle=True),
+        "diffusers": Layout(((DECODER_DIFFUSERS, "encoder.down_blocks.0.resnets.0.norm1.gamma"),), _diffusers(True),
+                            (VAE_CLASS,), mine=_is_residual),
     },
     partial(vae_sizes, kind="wan_vae22"), lambda fields: vae22_keys(len(fields["dim_mult"]), fields["num_res_blocks"]),
     config_class="ditkit.models.wan_vae22:WanVAE22Config", module="ditkit.models.wan_vae22:WanVAE22",
