@@ -24,8 +24,8 @@ WHOLE = ("config.json", "configuration.json")
 """What a repository in Wan's own layout has at its top. One that has none of these is a collection, not a model."""
 LIBRARIES = (None, "diffusers", "transformers")
 """A class of another library would be code that comes with the model; none is ever run."""
-INDEX_NOTES = {"boundary_ratio": "boundary", "expand_timesteps": "expand_timesteps"}
-"""Keys of an index -> of ``[model]``. ``boundary``: the share of the timesteps from which on the first of two experts
+VALUES = {"boundary": "boundary_ratio", "expand_timesteps": "expand_timesteps"}
+"""Keys of ``[model]`` -> of an index. ``boundary``: the share of the timesteps from which on the first of two experts
 works."""
 SPEC = ("pretrained_model_name_or_path", "repo", "subfolder", "revision", "variant", "type_hint",
         "default_creation_method")  # fmt: skip
@@ -35,21 +35,17 @@ SPEC = ("pretrained_model_name_or_path", "repo", "subfolder", "revision", "varia
 class Manifest(Places):
     """``components`` by name, as far as the manifest names them; the rest is looked for in ``folder``.
 
-    ``model`` has the keys of ``[model]``; ``tables`` are the other tables of ``ditkit.toml``, unchecked.
-    ``unknown``: keys of the index that nobody here knows, such as components of newer pipelines."""
+    ``values``: what is said of the whole model, under the names of an index. ``tables``: the other tables of
+    ``ditkit.toml``, unchecked. ``unknown``: keys of the index that nobody here knows, such as components of newer
+    pipelines."""
 
-    model: Mapping[str, Any] = field(default_factory=dict)
+    values: Mapping[str, Any] = field(default_factory=dict)
     tables: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     unknown: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
-    def values(self) -> dict[str, Any]:
-        """The notes on the whole model, under their names in an index."""
-        return {name: self.model[note] for name, note in INDEX_NOTES.items() if note in self.model}
-
     def notes(self, rules: Rules) -> list[str]:
         """One sentence for each unknown key. Raises LoadError where the rules are strict."""
-        known = (*component_names(), *WITHOUT_WEIGHTS, *INDEX_NOTES)
+        known = (*component_names(), *WITHOUT_WEIGHTS, *VALUES.values())
         return note_unknown(f"reading {self.index}", self.index.name if self.index else "", self.unknown, known, rules)
 
     @staticmethod
@@ -97,28 +93,25 @@ class Manifest(Places):
 
 
 def _read(folder: Path, name: str | None, base: Base) -> Manifest:
-    there = [one for one in NAMES if (folder / one).is_file()]
-    wanted = there if name is None else [name]
-    own = next((one for one in wanted if one.endswith(".toml")), None)
-    if name is not None and own is not None:  # a manifest that was named stands beside the index of its folder
-        wanted += [one for one in there if not one.endswith(".toml")]
-    index = next((one for one in wanted if one.endswith(".json")), None)
-    components, model, unknown = _read_index(folder / index, base) if index else ({}, {}, {})
-    at, beside = (folder / one if one else None for one in (own or index, index))
-    tables = read_toml(at, "Correct it") if own and at else {}
-    for table, values in tables.items():
-        check_known(table, ("components", "model", "defaults", "preview"), f"reading {at}", "table")
-        if not isinstance(values, dict):
-            raise LoadError(f"reading {at}", f"{table} is {values!r}, not a table", f"Write [{table}] above its keys")
+    own = folder / (name or NAMES[0])
+    toml = own if own.suffix == ".toml" and own.is_file() else None
+    indexes = [own] if name and not toml else [folder / MODULAR, folder / INDEX]
+    index = next((file for file in indexes if file.suffix == ".json" and file.is_file()), None)
+    components, values, unknown = _read_index(index, base) if index else ({}, {}, {})
+    tables = read_toml(toml, "Correct it") if toml else {}
+    for key, table in tables.items():
+        check_known(key, ("components", "model", "defaults", "preview"), f"reading {toml}", "table")
+        if not isinstance(table, dict):
+            raise LoadError(f"reading {toml}", f"{key} is {table!r}, not a table", f"Write [{key}] above its keys")
     for key, value in tables.pop("components", {}).items():
-        components[key] = _place(key, value, f"reading [components] of {at}", base)
+        components[key] = _place(key, value, f"reading [components] of {toml}", base)
     for key, value in tables.pop("model", {}).items():
-        model[key] = _note(key, value, f"reading [model] of {at}")
-    return Manifest(folder, at, beside, components, False, model, tables, unknown)
+        values[VALUES.get(key, key)] = _checked(key, value, f"reading [model] of {toml}")
+    return Manifest(folder, toml or index, index, components, False, values, tables, unknown)
 
 
-def _note(name: str, value: Any, asked: str) -> Any:
-    check_known(name, [*INDEX_NOTES.values()], asked, "key")
+def _checked(name: str, value: Any, asked: str) -> Any:
+    check_known(name, VALUES, asked, "key")
     truth = name == "expand_timesteps"
     if not (type(value) is bool if truth else type(value) in (int, float) and 0 <= value <= 1):
         wanted = "true or false" if truth else "a number from 0 to 1"
@@ -139,20 +132,20 @@ def _read_index(file: Path, base: Base) -> tuple[dict[str, Location], dict[str, 
     come the keys that are not known."""
     asked = f"reading {file}"
     components: dict[str, Location] = {}
-    notes: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     unknown: dict[str, Any] = {}
     for name, value in read_json(file).items():
         if name == "auto_map":
             raise LoadError(asked, "it names code in the repository (auto_map)", "Use a model without code of its own")
         if name.startswith("_") or value in (None, [None, None]):
             continue
-        if name in INDEX_NOTES:
-            notes[INDEX_NOTES[name]] = value
+        if name in VALUES.values():
+            values[name] = value
         elif name in (*component_names(), *SIDE):
             components[name] = _indexed(name, value, asked, base, unknown)
         elif name not in WITHOUT_WEIGHTS:
             unknown[name] = value
-    return components, notes, unknown
+    return components, values, unknown
 
 
 def _indexed(name: str, value: Any, asked: str, base: Base, unknown: dict[str, Any]) -> Location:
