@@ -83,10 +83,10 @@ class Hub:
             return self._cached(asked, repo, revision or "main")
         api = _library().HfApi(endpoint=self.endpoint, token=self.token)
         info = self._ask(asked, repo, lambda: api.model_info(repo, revision=revision, timeout=30))
-        names = tuple(sorted(file.rfilename for file in info.siblings or ()))
+        names = sorted(file.rfilename for file in info.siblings or () if inside(file.rfilename))
         if not COMMIT.fullmatch(revision or ""):
             _remember(self._folder(repo) / "refs" / (revision or "main"), info.sha)
-        return Listing(repo, info.sha, tuple(name for name in names if inside(name)))
+        return Listing(repo, info.sha, tuple(names))
 
     def fetch(self, repo: str, commit: str, names: Iterable[str]) -> Path:
         """The folder that stands for the repository at ``commit``, with these files in it; what is there already is

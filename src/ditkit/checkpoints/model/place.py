@@ -159,12 +159,9 @@ class LocalBase:
     folder: Path
 
     def place(self, component: str, path: str, subfolder: str | None) -> dict[str, Any]:
-        own = self.folder / component
-        if path != ".":
-            found = Path(os.path.normpath(self.folder / os.path.expanduser(path)))
-        else:
-            found = own if subfolder is None and own.is_dir() else self.folder
-        return {"path": found, "subfolder": subfolder or ""}
+        own = path == "." and subfolder is None and (self.folder / component).is_dir()
+        place = os.path.normpath(self.folder / (component if own else os.path.expanduser(path)))
+        return {"path": Path(place), "subfolder": subfolder or ""}
 
 
 @dataclass(frozen=True)
