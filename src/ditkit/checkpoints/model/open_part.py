@@ -13,7 +13,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from ditkit.checkpoints.files.opening import open_source
 from ditkit.checkpoints.files.text import read_json, readable
 from ditkit.checkpoints.kinds.configs import ConfigKeys, Rules, is_number
 from ditkit.checkpoints.kinds.detect import Detected, recognise
@@ -47,6 +46,8 @@ def opened(
     if component is not None and component not in (known := component_names()):
         found = f"there is no such component{nearest(component, known)}"
         raise LoadError(f"opening {path} as {component!r}", found, f"Choose one of {', '.join(known)}")
+    from ditkit.checkpoints.files.opening import open_source  # the formats bring torch
+
     source = open_source(path, variant, entry)
     file = (path if path.is_dir() else source.path.parent) / "config.json"
     said = read_json(file) if file.is_file() else None
