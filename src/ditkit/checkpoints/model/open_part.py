@@ -46,7 +46,7 @@ def opened(
     if component is not None and component not in (known := component_names()):
         found = f"there is no such component{nearest(component, known)}"
         raise LoadError(f"opening {path} as {component!r}", found, f"Choose one of {', '.join(known)}")
-    from ditkit.checkpoints.files.opening import open_source  # the formats bring torch
+    from ditkit.checkpoints.files.opening import open_source  # not before a file is opened
 
     source = open_source(path, variant, entry)
     file = (path if path.is_dir() else source.path.parent) / "config.json"
