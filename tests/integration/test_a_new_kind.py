@@ -16,7 +16,7 @@ from ditkit.checkpoints.kinds.detect import detect
 from ditkit.checkpoints.kinds.kind import KINDS, kind_of_config
 from ditkit.checkpoints.load import load_into
 from ditkit.checkpoints.lora.read import inspect_lora, read_lora
-from ditkit.checkpoints.model.locate import locate
+from ditkit.checkpoints.model.find import locate
 from ditkit.checkpoints.model.open_part import open_part
 from ditkit.cli.inspect import examine
 from ditkit.cli.main import main

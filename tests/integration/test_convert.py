@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from ditkit.assembly import MODELS
 from ditkit.checkpoints.convert.convert import convert
-from ditkit.checkpoints.model.locate import locate
+from ditkit.checkpoints.model.find import locate
 from ditkit.checkpoints.model.open_part import open_part
 from ditkit.cli.main import main
 from ditkit.errors import LoadError, OutputError, SetupError

@@ -30,7 +30,7 @@ def server(monkeypatch):
 
 @pytest.fixture
 def hub(server, tmp_path):
-    return Hub(server.endpoint, TOKEN, tmp_path / "cache", progress=False)
+    return Hub(server.endpoint, TOKEN, tmp_path / "cache")
 
 
 def model(tiny_model: Path) -> dict[str, bytes]:
@@ -270,7 +270,7 @@ def test_a_commit_that_is_gone_from_the_hub_is_an_error(server, hub, tiny_model,
     opened = locked(tmp_path / "m", hub)
     repo.commit(model(tiny_model) | {"vae/config.json": b"{}"})
     del repo.commits[first]
-    fresh = Hub(server.endpoint, TOKEN, tmp_path / "another cache", progress=False)
+    fresh = Hub(server.endpoint, TOKEN, tmp_path / "another cache")
     with pytest.raises(LoadError, match="the repository has no such revision"):
         opened.components["vae"].resolve(fresh)
 

@@ -21,7 +21,7 @@ import ditkit
 from ditkit.assembly import TASKS
 from ditkit.checkpoints.kinds.kind import KINDS
 from ditkit.checkpoints.kinds.wan import VACE_LAYERS
-from ditkit.checkpoints.model.locate import locate
+from ditkit.checkpoints.model.find import locate
 from ditkit.errors import LoadError, RequestError
 from ditkit.models import clip, taehv, umt5
 from ditkit.models.published import OFFICIAL

@@ -29,7 +29,7 @@ from ditkit.assembly.model import Model
 from ditkit.checkpoints.convert.convert import convert
 from ditkit.checkpoints.files.opening import open_source
 from ditkit.checkpoints.kinds.kind import KINDS
-from ditkit.checkpoints.model.locate import locate
+from ditkit.checkpoints.model.find import locate
 from ditkit.checkpoints.model.open_part import open_part
 from ditkit.checkpoints.views.mapped import Mapped
 from ditkit.checkpoints.views.source import TensorFacts, View

@@ -16,7 +16,7 @@ from ditkit.checkpoints.kinds.kind import KINDS
 from ditkit.checkpoints.kinds.umt5 import UMT5_ALIASES, umt5_keys
 from ditkit.checkpoints.kinds.wan import IMAGE_CLAIM, transformer_keys
 from ditkit.checkpoints.kinds.wan_vae import vae22_keys, vae_keys
-from ditkit.checkpoints.model.locate import locate
+from ditkit.checkpoints.model.find import locate
 from ditkit.checkpoints.model.manifest import Manifest
 from ditkit.errors import LoadError, OutputError
 from ditkit.models.umt5 import UMT5Config, build

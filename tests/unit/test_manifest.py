@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from ditkit.checkpoints.model.hub import HubName
 from ditkit.checkpoints.model.lock import Entry, changes, lock_file, lock_text, make_lock, read_lock, verify
 from ditkit.checkpoints.model.manifest import Manifest
-from ditkit.checkpoints.model.place import place_of
-from ditkit.checkpoints.model.used import used
+from ditkit.checkpoints.model.place import place_of, used
 from ditkit.cli.main import main
 from ditkit.errors import LoadError
 
@@ -67,7 +66,7 @@ def test_local_places_are_relative_to_the_manifest(parts, monkeypatch):
         "text_encoder": parts / "text_encoder",
         "tokenizer": parts / "tokenizer",
     }
-    assert opened.model == {"boundary": 0.875}
+    assert opened.values == {"boundary_ratio": 0.875}
     assert Manifest.open(parts / "ditkit.toml").resolve() == opened.resolve()
 
 
@@ -183,7 +182,7 @@ def test_an_index_of_diffusers_for_two_experts(tmp_path):
     }
     opened = Manifest.open(index(tmp_path, values | {"boundary_ratio": 0.9, "expand_timesteps": False}))
     assert opened.resolve() == {name: tmp_path / name for name in names}
-    assert opened.model == {"boundary": 0.9, "expand_timesteps": False}
+    assert opened.values == {"boundary_ratio": 0.9, "expand_timesteps": False}
 
 
 def test_a_modular_index_with_parts_from_elsewhere(tmp_path):
@@ -231,7 +230,7 @@ def test_f19_f20_what_a_model_says_of_itself_survives_a_lock(parts):
     assert main(["lock", str(parts)]) == 0
     assert (parts / "ditkit.toml").read_bytes() == text
     after = Manifest.open(parts)
-    assert (after.model, after.tables, set(after.components)) == (before.model, before.tables, set(before.components))
+    assert (after.values, after.tables, set(after.components)) == (before.values, before.tables, set(before.components))
 
 
 def test_f21_no_absolute_path_is_written(parts, tmp_path):

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ditkit.checkpoints.load import load_into
-from ditkit.checkpoints.model.locate import locate, weight_files
+from ditkit.checkpoints.model.find import locate, weight_files
 from ditkit.checkpoints.model.open_part import open_part
 from ditkit.errors import LoadError
 from ditkit.models.wan import WanConfig, WanTransformer

@@ -7,10 +7,9 @@ import torch
 
 from ditkit.checkpoints.kinds.clip import clip_sizes
 from ditkit.checkpoints.kinds.kind import KINDS
-from ditkit.checkpoints.kinds.taehv import taehv_sizes
 from ditkit.checkpoints.kinds.umt5 import umt5_sizes
 from ditkit.checkpoints.kinds.wan import task_of, transformer_sizes
-from ditkit.checkpoints.kinds.wan_vae import vae_sizes
+from ditkit.checkpoints.kinds.wan_vae import taehv_sizes, vae_sizes
 from ditkit.checkpoints.views.mapped import Mapped
 from ditkit.checkpoints.views.source import TensorFacts, View
 from ditkit.errors import LoadError

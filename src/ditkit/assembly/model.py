@@ -18,7 +18,7 @@ from ditkit.assembly.notes import LatentsRgb, check_defaults, check_preview
 from ditkit.assembly.tasks import TASKS
 from ditkit.checkpoints.kinds.kind import KINDS
 from ditkit.checkpoints.model.find import at_host, find
-from ditkit.checkpoints.model.part import FoundModel, Part, Scope, main_of
+from ditkit.checkpoints.model.part import ModelParts, Part, Scope, main_of
 from ditkit.errors import LoadError, RequestError
 from ditkit.pictures import FIELDS as PICTURES
 from ditkit.registry import resolve
@@ -64,9 +64,8 @@ class Model:
         return cls._of(address, at_host(address, about, setup, scope), setup)
 
     @classmethod
-    def _of(cls, name: str, found: FoundModel, setup: Setup | None) -> Model:
-        located = found.located.check()
-        known = {**located.elsewhere, **located.parts}
+    def _of(cls, name: str, found: ModelParts, setup: Setup | None) -> Model:
+        known = {**found.check().elsewhere, **found.parts}
         strides, patch = geometry(known)
         main, vae = main_of(known), known.get("vae")
         if (
@@ -83,8 +82,8 @@ class Model:
             channels = vae.row.ports(vae.row.config(vae.config))["latent channels"].width or 0
             rgb = check_preview(found.tables.get("preview"), found.file, channels) or official_preview(vae, channels)
         return cls(
-            name, located.path, located.parts, located.task or "", found.flow_shift, defaults, rgb, strides, patch,
-            located.boundary, found.processor, found.verify, located.elsewhere,
+            name, found.path, found.parts, found.task or "", found.flow_shift, defaults, rgb, strides, patch,
+            found.boundary, found.processor, found.verify, found.elsewhere,
         )  # fmt: skip
 
     def describe(self) -> dict[str, Any]:

@@ -6,15 +6,12 @@ memory holds one copy of the weights and one tensor more.
 Leaves out: where tensors come from (``files/``, ``views/``) and what they are called elsewhere (``kinds``).
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -26,23 +23,17 @@ from ditkit.checkpoints.views.source import Stored, TensorSource, cast, no_inspe
 from ditkit.contracts import Swap
 from ditkit.errors import LoadError, SetupError
 
-NOTHING: Mapping[str, str] = MappingProxyType({})
 Device = torch.device | str
 Slot = tuple[nn.Module, str]
 """A module, and the name of one of its own parameters or buffers."""
 
 
 def load_into(
-    module: nn.Module,
-    source: TensorSource,
-    names: Mapping[str, str] | None = None,
-    *,
+    module: nn.Module, source: TensorSource, names: Mapping[str, str] | None = None, *,
     dtype_of: Callable[[str], torch.dtype | None] = lambda name: None,
-    device_of: Device | Callable[[str], Device] = "cpu",
-    swaps: Sequence[Swap] = (),
-    aliases: Mapping[str, str] = NOTHING,
-    check_finite: bool = False,
-) -> None:
+    device_of: Device | Callable[[str], Device] = "cpu", swaps: Sequence[Swap] = (),
+    aliases: Mapping[str, str] = {}, check_finite: bool = False,
+) -> None:  # fmt: skip
     """Replace every parameter and persistent buffer of ``module`` by the tensor of that name in ``source``.
 
     ``names``: the source's name -> the module's name; None when they are equal, and then nothing is unknown.
@@ -56,10 +47,12 @@ def load_into(
     Raises LoadError for unknown, missing, doubled, mis-shaped and non-float tensors, counting all of them; for those
     that have no place after the swaps, and those that stay without data. SetupError for a swap that matches nothing."""
     asked = f"loading {type(module).__name__} from {source.path}"
-    if isinstance(device_of, str | torch.device):
-        device_of = _everywhere(device_of)
+
+    def device(name: str) -> torch.device:
+        return torch.device(device_of if isinstance(device_of, str | torch.device) else device_of(name))
+
     wanted = _wanted(module, aliases)
-    target = fit(asked, wanted, source, names, aliases=aliases)
+    target = fit(asked, wanted, source, names, aliases)
     own = {id(tensor): name for name, tensor in wanted.items()}
     own |= {id(t): aliases[n] for n, t in module.state_dict(keep_vars=True).items() if n in aliases}
     later: set[tuple[int, str]] = set()
@@ -67,11 +60,11 @@ def load_into(
         apply_swaps(module, swaps)
         slots, brought = _slots(asked, module, wanted, own)
         for place, slot in brought.items():
-            _move(slot, torch.device(device_of(place)))
+            _move(slot, device(place))
         done: dict[str, tuple[SourceTensor, Tensor | None]] = {}
         for key in source.tensors:
             name = target[key]
-            tensor = SourceTensor(asked, source, key, dtype_of(name), torch.device(device_of(name)), check_finite)
+            tensor = SourceTensor(asked, source, key, dtype_of(name), device(name), check_finite)
             if tensor.device.type == "meta":
                 later |= {(id(owner), leaf) for owner, leaf in slots[name]}
             elif name not in done:
@@ -139,25 +132,15 @@ def identify_weights(
     return identify
 
 
-def mismatches(
-    module: nn.Module,
-    source: TensorSource,
-    names: Mapping[str, str] | None = None,
-    *,
-    aliases: Mapping[str, str] = NOTHING,
-) -> list[str]:
+def mismatches(module: nn.Module, source: TensorSource, aliases: Mapping[str, str]) -> list[str]:
     """What ``load_into`` would refuse about names, shapes and types, as words; it reads no data."""
-    return _compare(_wanted(module, aliases), source, names, aliases)[1]
+    return _compare(_wanted(module, aliases), source, None, aliases)[1]
 
 
 def fit(
-    asked: str,
-    wanted: Mapping[str, Tensor],
-    source: TensorSource,
-    names: Mapping[str, str] | None = None,
-    *,
-    aliases: Mapping[str, str] = NOTHING,
-) -> dict[str, str]:
+    asked: str, wanted: Mapping[str, Tensor], source: TensorSource, names: Mapping[str, str] | None,
+    aliases: Mapping[str, str],
+) -> dict[str, str]:  # fmt: skip
     """The source's names -> those of ``wanted`` (tensors on the meta device), all found; it reads no data. Raises
     LoadError as ``load_into`` does. With ``read`` this is for weights that no module of torch holds."""
     target, problems = _compare(wanted, source, names, aliases)
@@ -168,9 +151,14 @@ def fit(
 
 def read(asked: str, source: TensorSource, key: str, dtype: torch.dtype | None, *, check_finite: bool = True) -> Tensor:
     """One tensor as ``dtype`` (None: as it is stored), on the CPU. Raises LoadError where it is not finite."""
-    seen = _Seen()
-    tensor = cast(source, key, dtype, seen if check_finite else no_inspection)
-    if not seen.all_finite:
+    finite = True
+
+    def look(part: Tensor) -> None:
+        nonlocal finite
+        finite = finite and _is_finite(part)
+
+    tensor = cast(source, key, dtype, look if check_finite else no_inspection)
+    if not finite:
         raise LoadError(asked, f"{key} holds infinite or undefined numbers as {tensor.dtype}", "Use other weights")
     return tensor
 
@@ -201,46 +189,29 @@ def _compare(
         else:
             taken.add(name)
             target[key] = aliases.get(name, name)
-    pairs = [(key, source.tensors[key], wanted[name]) for key, name in target.items()]
-    shapes = [
-        f"{key} has {list(info.shape)} where the model has {list(tensor.shape)}"
-        for key, info, tensor in pairs
-        if info.shape != tuple(tensor.shape)
-    ]
-    kinds = [
-        f"{key} is {info.dtype}"
-        for key, info, tensor in pairs
-        if getattr(torch, DTYPES[info.dtype]).is_floating_point != tensor.dtype.is_floating_point
-    ]
-    return target, [
-        f"{len(items)} {text} ({some(items)})"
-        for items, text in (
-            (wanted.keys() - target.values(), "tensors are missing"),
-            (unknown, "tensors are unknown to the model"),
-            (doubled, "tensors come twice under two names"),
-            (shapes, "tensors have another shape"),
-            (kinds, "tensors have a type that is no weight"),
-        )
-        if items
-    ]
+    shapes, kinds = [], []
+    for key, name in target.items():
+        info, tensor = source.tensors[key], wanted[name]
+        if info.shape != tuple(tensor.shape):
+            shapes.append(f"{key} has {list(info.shape)} where the model has {list(tensor.shape)}")
+        if getattr(torch, DTYPES[info.dtype]).is_floating_point != tensor.dtype.is_floating_point:
+            kinds.append(f"{key} is {info.dtype}")
+    problems = {
+        "tensors are missing": wanted.keys() - target.values(), "tensors are unknown to the model": unknown,
+        "tensors come twice under two names": doubled, "tensors have another shape": shapes,
+        "tensors have a type that is no weight": kinds,
+    }  # fmt: skip
+    return target, [f"{len(items)} {text} ({some(items)})" for text, items in problems.items() if items]
 
 
-class _Seen:
-    """Looks at the parts of a tensor for numbers that are not finite.
-
-    A sum carries infinities and NaN on, and is one pass without a copy: many times faster than ``isfinite``, twice as
-    fast as least and greatest. A sum of finite numbers can be infinite too, so then they are looked at one by one."""
-
-    def __init__(self) -> None:
-        self.all_finite = True
-
-    def __call__(self, part: Tensor) -> None:
-        if not part.is_floating_point() or not self.all_finite:
-            return
-        if part.element_size() == 1:  # torch sums no 8-bit floats
-            part = part.float()
-        if not math.isfinite(part.sum().item()):
-            self.all_finite = bool(part.isfinite().all())
+def _is_finite(part: Tensor) -> bool:
+    """A sum carries infinities and NaN on, in one pass without a copy: many times faster than ``isfinite``. A sum of
+    finite numbers can be infinite too, so then they are looked at one by one."""
+    if not part.is_floating_point():
+        return True
+    if part.element_size() == 1:  # torch sums no 8-bit floats
+        part = part.float()
+    return math.isfinite(part.sum().item()) or bool(part.isfinite().all())
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
@@ -269,16 +240,9 @@ def _slots(
         if (tensor := getattr(owner, leaf)).is_meta and tensor.shape == wanted[name].shape:
             found[name] = [brought.pop(name)]
     if lost := wanted.keys() - found.keys():
-        raise LoadError(
-            asked,
-            f"{len(lost)} tensors have no place after the swaps ({some(lost)})",
-            "Let the new modules take over the old parameters (not copies of them), or have some of the same names",
-        )
+        do = "Let the new modules take over the old parameters (not copies of them), or have some of the same names"
+        raise LoadError(asked, f"{len(lost)} tensors have no place after the swaps ({some(lost)})", do)
     return found, brought
-
-
-def _everywhere(device: Device) -> Callable[[str], Device]:
-    return lambda name: device
 
 
 def _fill(tensor: SourceTensor, slots: Iterable[Slot]) -> Tensor | None:

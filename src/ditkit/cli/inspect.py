@@ -161,7 +161,7 @@ def _load_problems(part: Part) -> list[str]:
         module = part.row.skeleton(part.config)
     except (TypeError, ValueError) as error:
         return [str(error)]
-    return mismatches(module, part.source, aliases=part.row.aliases)
+    return mismatches(module, part.source, part.row.aliases)
 
 
 def _lora(path: Path, source: Any, model: str | None) -> dict[str, Any]:
@@ -171,7 +171,7 @@ def _lora(path: Path, source: Any, model: str | None) -> dict[str, Any]:
         return {"path": str(path), "kind": "lora", **inspect_lora(source)}
     from ditkit.checkpoints.model.find import find
 
-    part = find(model).located.parts.get("transformer")
+    part = find(model).parts.get("transformer")
     if part is None or part.source is None:
         raise LoadError(f"holding {path} against {model}", "that has no transformer", "Name a whole model")
     targets = {name: facts.shape for name, facts in part.source.tensors.items()}

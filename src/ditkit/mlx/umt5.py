@@ -236,7 +236,7 @@ def _load(
     if odd:
         found = f"{odd[0]} has rows of {wanted[odd[0]].shape[1]} numbers, and they are packed by {GROUP}"
         raise SetupError(asked, found, "Use the backend mlx")
-    target = fit(asked, wanted, source, names, aliases=UMT5_ALIASES)
+    target = fit(asked, wanted, source, names, UMT5_ALIASES)
     weights: dict[str, mx.array | Packed] = {}
     for key in source.tensors:
         name = target[key]

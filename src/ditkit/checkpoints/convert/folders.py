@@ -1,9 +1,7 @@
 """Folders that appear whole or not at all, and components written in the layout of diffusers from tensors in memory.
 
-Leaves out: what is in them (plan.py), and large files (``files/writing.py``).
+Leaves out: what is in them (convert.py), and large files (``files/writing.py``).
 """
-
-from __future__ import annotations
 
 import json
 import os
@@ -14,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ditkit.checkpoints.kinds.configs import DIFFUSERS_VERSION
+from ditkit.checkpoints.kinds.configs import of_class
 from ditkit.errors import OutputError
 
 if TYPE_CHECKING:
@@ -52,13 +50,10 @@ def write_json(file: Path, value: Mapping[str, Any]) -> None:
 
 
 def write_component(
-    folder: str | Path,
-    config: Mapping[str, Any] | None,
-    tensors: Mapping[str, Tensor] | None = None,
-    config_name: str = "config.json",
-    weights_name: str = "diffusion_pytorch_model.safetensors",
+    folder: str | Path, config: Mapping[str, Any] | None, tensors: "Mapping[str, Tensor] | None" = None,
+    config_name: str = "config.json", weights_name: str = "diffusion_pytorch_model.safetensors",
     files: Sequence[str | Path] = (),
-) -> None:
+) -> None:  # fmt: skip
     """Write one component: its config, its ``tensors`` (already under the names of the layout) and copies of ``files``.
 
     For a text encoder ``weights_name`` is ``model.safetensors``. The folder appears complete or not at all; one that is
@@ -82,18 +77,15 @@ def write_component(
 
 
 def write_index(
-    folder: str | Path,
-    components: Mapping[str, tuple[str, str]],
-    pipeline: str = "WanPipeline",
-    values: Mapping[str, Any] | None = None,
-) -> None:
+    folder: str | Path, components: Mapping[str, tuple[str, str]], pipeline: str = "WanPipeline",
+    values: Mapping[str, Any] = {},
+) -> None:  # fmt: skip
     """Write ``model_index.json`` for components that are there: name -> (library, class). Write it last.
 
     Raises OutputError when a component's folder is not there."""
     folder = Path(folder)
     if absent := sorted(name for name in components if not (folder / name).is_dir()):
         raise OutputError(f"writing {folder}/model_index.json", f"there is no {', '.join(absent)}", "Write these first")
-    index = {"_class_name": pipeline, "_diffusers_version": DIFFUSERS_VERSION, **(values or {})}
     temporary = folder / "model_index.json.tmp"
-    write_json(temporary, index | {name: list(kind) for name, kind in components.items()})
+    write_json(temporary, {**of_class(pipeline), **values, **components})
     os.replace(temporary, folder / "model_index.json")

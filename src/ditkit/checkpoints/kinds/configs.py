@@ -6,8 +6,6 @@ newer version writes: the tensors decide, so it is noted with its value and stop
 among the rules. Leaves out: which keys a config has (the files of the kinds).
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -17,27 +15,30 @@ from typing import Any
 from ditkit.errors import LoadError, nearest
 
 REQUIRED: Any = object()
+UNSET: Any = object()
+"""Default of a key whose field is left to the config class."""
 DIFFUSERS_VERSION = "0.42.1"  # the release whose layout is written
+Rules = Collection[str]
+"""Named exceptions: the ``claims`` of kinds, and ``strict_config``."""
 STRICT = "strict_config"
 """Rule: a key that is not known is an error."""
-REFUSED = ("quantization_config",)
-"""Keys of any config that change what its tensors mean."""
 
 
-def note_unknown(
-    asked: str, file: str, unknown: Mapping[str, Any], known: Iterable[str], rules: Collection[str] = ()
-) -> tuple[str, ...]:
+def of_class(name: str) -> dict[str, Any]:
+    """How a file of diffusers begins."""
+    return {"_class_name": name, "_diffusers_version": DIFFUSERS_VERSION}
+
+
+def note_unknown(asked: str, file: str, unknown: Mapping[str, Any], known: Iterable[str], rules: Rules) -> list[str]:
     """One sentence for each key that ``file`` has and nobody knows. Raises LoadError where the rules are strict."""
-    if STRICT in rules and unknown:
-        key = next(iter(unknown))
-        raise LoadError(
-            asked, f"the key {key!r} of {file} is unknown{nearest(key, known)}", "Remove it if it has no effect"
-        )
-    return tuple(
-        f"{file} has {key} = {json.dumps(value, default=str)[:80]}, which is not known here and was left out"
-        f"{nearest(key, known)}"
-        for key, value in unknown.items()
-    )
+    notes = []
+    for key, value in unknown.items():
+        hint = nearest(key, known)
+        if STRICT in rules:
+            raise LoadError(asked, f"the key {key!r} of {file} is unknown{hint}", "Remove it if it has no effect")
+        shown = json.dumps(value, default=str)[:80]
+        notes.append(f"{file} has {key} = {shown}, which is not known here and was left out{hint}")
+    return notes
 
 
 def is_number(value: Any) -> bool:
@@ -62,27 +63,24 @@ def _list(fits: Callable[[Any], bool], what: str, make: Callable[[Any], Any] = t
 
 
 COUNT = Check(_is_count, "not a whole number of at least 1")
-COUNT_OR_NONE = Check(lambda value: value is None or _is_count(value), "neither null nor a whole number above 0")
-COUNTS, TRUTHS = _list(lambda x: type(x) is int, "whole numbers"), _list(lambda x: type(x) is bool, "true and false")
-NUMBERS = _list(is_number, "finite numbers", lambda value: tuple(map(float, value)))
+MAYBE_COUNT = Check(lambda value: value is None or _is_count(value), "neither null nor a whole number above 0")
+COUNTS, BOOLS = _list(lambda x: type(x) is int, "whole numbers"), _list(lambda x: type(x) is bool, "true and false")
+FLOATS = _list(is_number, "finite numbers", lambda value: tuple(map(float, value)))
 EPSILON = Check(lambda value: is_number(value) and 0 < value < 1, "not a finite number between 0 and 1", float)
 """What a norm adds to a variance: without it, or below 0, a row of zeros becomes undefined numbers."""
 
 
 class ConfigKeys:
-    """The keys of one config, taken one by one. ``rules``: named exceptions, such as ``strict_config``.
-    ``notes`` grows by what is unknown; ``said``: field -> what the config calls it, for messages."""
+    """The keys of one config, taken one by one. ``notes`` grows by what is unknown; ``said``: field -> what the config
+    calls it, for messages."""
 
-    def __init__(
-        self, config: Mapping[str, Any], asked: str, rules: Collection[str] = (), notes: list[str] | None = None
-    ):
-        self.asked, self.rules, self.config, self.notes = asked, rules, config, [] if notes is None else notes
+    def __init__(self, config: Mapping[str, Any], asked: str, rules: Rules, notes: list[str]):
+        self.asked, self.rules, self.config, self.notes = asked, rules, config, notes
         self.rest = {key: value for key, value in config.items() if not key.startswith("_")}
         self.known: list[str] = []
         self.said: dict[str, str] = {}
-        for key in REFUSED:
-            if self.rest.get(key) is not None:
-                raise self.error(f"it has a {key}, and ditkit does not compute such weights")
+        if self.rest.get("quantization_config") is not None:  # it changes what the tensors mean
+            raise self.error("it has a quantization_config, and ditkit does not compute such weights")
 
     def error(self, found: str, do: str = "Use a model of a supported kind") -> LoadError:
         return LoadError(self.asked, found, do)
@@ -96,6 +94,8 @@ class ConfigKeys:
 
     def take(self, key: str, default: Any = REQUIRED, check: Check = COUNT) -> Any:
         value = self.any(key, default)
+        if value is UNSET:
+            return value
         if not check.fits(value):
             raise self.error(f"{key} is {value!r}, {check.wanted}", "Correct the config")
         return check.make(value)
@@ -105,8 +105,7 @@ class ConfigKeys:
         value = self.any(key, supported[0])
         value = tuple(value) if isinstance(value, list) else value
         if not any(value == option and type(value) is type(option) for option in supported):
-            listed = " or ".join(repr(option) for option in supported)
-            raise self.error(f"{key} is {value!r}, and only {listed} is supported")
+            raise self.error(f"{key} is {value!r}, and only {' or '.join(map(repr, supported))} is supported")
         return value
 
     def ignore(self, keys: Iterable[str]) -> None:
@@ -143,7 +142,8 @@ class ConfigFormat:
     """The config.json of one layout of one kind, read and written by one table.
 
     ``keys``: key -> field. ``fixed``: key -> the values that it may have, the first is the default and is written.
-    ``read`` and ``write``: what is made of several keys or fields. ``written``: keys without effect on inference, as
+    ``derived``: key -> the value that follows from the fields, and the only one that it may have. ``read`` and
+    ``write``: what else is made of several keys or fields. ``written``: keys without effect on inference, as
     they are written; ``ignored``: more of these. ``silent``: keys that are not written at these values. ``nested``:
     model type of a larger network -> the key under which ours is."""
 
@@ -155,6 +155,7 @@ class ConfigFormat:
     ignored: Collection[str] = ()
     silent: Mapping[str, Any] = field(default_factory=dict)
     nested: Mapping[str, str] = field(default_factory=dict)
+    derived: Mapping[str, Callable[[Mapping[str, Any]], Any]] = field(default_factory=dict)
 
     def inner(self, config: Mapping[str, Any], asked: str) -> Mapping[str, Any]:
         """The part of ``config`` that is about our network. Raises LoadError."""
@@ -168,8 +169,11 @@ class ConfigFormat:
         for name, values in self.fixed.items():
             keys.only(name, *values)
         fields = {key.field: keys.take(name, key.default, key.check) for name, key in self.keys.items()}
+        fields = {name: value for name, value in fields.items() if value is not UNSET}
         keys.said.update({key.field: name for name, key in self.keys.items()})
         self.read(keys, fields)
+        for name, value in self.derived.items():
+            keys.only(name, value(fields))
         keys.ignore([*self.written, *self.ignored])
         keys.done()
         return fields
@@ -177,6 +181,7 @@ class ConfigFormat:
     def config(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         values = {name: fields[key.field] for name, key in self.keys.items()}
         values |= {name: options[0] for name, options in self.fixed.items()}
+        values |= {name: value(fields) for name, value in self.derived.items()}
         values |= {**self.written, **self.write(fields)}
         return {
             name: list(value) if isinstance(value, tuple) else value

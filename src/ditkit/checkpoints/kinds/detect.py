@@ -5,8 +5,6 @@ but cannot be run (relatives of Wan with branches of their own) is named, with t
 Leaves out: the kinds themselves (their rows), the config and the other parts of a model, and the families of LoRAs.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field

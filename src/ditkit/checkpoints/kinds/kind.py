@@ -5,28 +5,24 @@ Classes of higher rooms are named (``ditkit.models.wan:WanConfig``) and imported
 Leaves out: loading itself (``ditkit.assembly.loaders``), and what is known of a task (``ditkit.assembly.tasks``).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
-from ditkit.checkpoints.kinds.configs import ConfigFormat, ConfigKeys
-from ditkit.checkpoints.kinds.sizes import Sizes, Tensors, settle
+from ditkit.checkpoints.kinds.configs import ConfigFormat, ConfigKeys, Rules
+from ditkit.checkpoints.kinds.sizes import Fields, Sizes, Tensors
 from ditkit.checkpoints.views.key_table import KeyTable, Side
 from ditkit.checkpoints.views.mapped import Mapped
 from ditkit.checkpoints.views.source import TensorSource
 from ditkit.errors import LoadError
 from ditkit.registry import Registry, Row, resolve
 
-Fields = Mapping[str, Any]
-BUILT_IN = {
-    "wan": "wan:WAN", "vace_module": "wan:VACE_MODULE", "wan_vae": "wan_vae:WAN_VAE", "wan_vae22": "wan_vae:WAN_VAE22",
-    "umt5": "umt5:UMT5", "clip": "clip:CLIP", "taehv": "taehv:TAEHV", "tokenizer": "umt5:TOKENIZER",
-}  # fmt: skip
-KINDS: Registry[Kind] = Registry(
-    "kind of network", "ditkit.kinds", {name: f"ditkit.checkpoints.kinds.{row}" for name, row in BUILT_IN.items()}
-)
+BUILT_IN = ("wan:WAN", "wan:VACE_MODULE", "wan_vae:WAN_VAE", "wan_vae:WAN_VAE22", "umt5:UMT5", "clip:CLIP",
+            "wan_vae:TAEHV", "umt5:TOKENIZER")  # fmt: skip
+KINDS: Registry["Kind"] = Registry(
+    "kind of network", "ditkit.kinds",
+    {row.partition(":")[2].lower(): f"ditkit.checkpoints.kinds.{row}" for row in BUILT_IN},
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -163,42 +159,36 @@ class Kind(Row):
         """Its name, with its code where it is not ditkit's own: what is equal computes the same."""
         return KINDS.pinned(self.name)
 
-    @property
-    def other(self) -> str | None:
-        """The name of the layout that is not native, if there is one."""
-        return next((name for name in self.layouts if name != "native"), None)
-
     def written_as(self, layout: str) -> str | None:
         """The name of its own layout for a model in ``layout``: transformers' networks lie in folders of diffusers."""
-        return layout if layout in self.layouts else None if layout == "native" else self.other
+        if layout in self.layouts or layout == "native":
+            return layout if layout in self.layouts else None
+        return next((name for name in self.layouts if name != "native"), None)
 
     def read_config(
-        self, layout: str, config: Fields | None, tensors: Tensors | None = None, rules: Collection[str] = (),
+        self, layout: str, config: Fields | None, tensors: Tensors | None = None, rules: Rules = (),
         notes: list[str] | None = None,
     ) -> dict[str, Any]:  # fmt: skip
         """The fields of the config class: from ``config``, held against the tensors where there are some; from their
-        shapes where there is no config. ``tensors``: facts under the layout's names. ``rules``: names of ``claims``,
-        and ``strict_config``. ``notes`` grows by unknown keys. Raises LoadError."""
+        shapes where there is no config. ``tensors``: facts under the layout's names. ``notes`` grows by unknown keys.
+        Raises LoadError."""
         if config is None:
-            assert tensors is not None
-            return settle(f"telling the sizes of {self.name} from its tensors", self.sizes(tensors, layout), None)
-        form = self.layouts[layout].config
-        asked = f"reading the config of {self.noun}"
+            return self.sizes(tensors or {}, layout).alone(f"telling the sizes of {self.name} from its tensors")
+        form, asked = self.layouts[layout], f"reading the config of {self.noun}"
         said = config.get("_class_name", config.get("model_type"))
-        known = (*self.layouts[layout].classes, *self.layouts[layout].model_types)
-        if form is None or (said is not None and said not in known):
+        if form.config is None or said not in (None, *form.classes, *form.model_types):
             raise LoadError(asked, f"it is of {said!r}", "Use the config.json of these weights")
-        keys = ConfigKeys(form.inner(config, asked), asked, rules, notes)
-        fields = form.fields(keys)
+        keys = ConfigKeys(form.config.inner(config, asked), asked, rules, [] if notes is None else notes)
+        fields = form.config.fields(keys)
         if tensors is None:
             return fields
-        sizes = self.sizes(tensors, layout)
-        do, advice = "Use the config of these weights", dict[str, str]()
+        sizes, advice = self.sizes(tensors, layout), dict[str, str]()
         for rule, claim in self.claims.items():
-            advice[claim.fields[0]] = f"{do}; if they are whole, {claim.advice}, or allow {rule}"
-            if rule in rules and sizes.fields[claim.fields[0]] is None:
+            first = claim.fields[0]
+            advice[first] = f"Use the config of these weights; if they are whole, {claim.advice}, or allow {rule}"
+            if rule in rules and sizes.fields[first] is None:
                 fields |= dict.fromkeys(claim.fields)
-        whole = settle(asked, sizes, fields, keys.said, advice)
+        whole = sizes.beside(asked, fields, keys.said, advice)
         self.check(keys, whole)
         return whole
 

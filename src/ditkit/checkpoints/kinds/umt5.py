@@ -3,18 +3,14 @@
 Sources: Wan2.1 ``wan/modules/t5.py``; transformers ``modeling_umt5.py``, ``UMT5Config``.
 """
 
-from __future__ import annotations
-
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 from ditkit.checkpoints.kinds.configs import EPSILON, ConfigFormat, ConfigKeys, Key, same
-from ditkit.checkpoints.kinds.kind import Fields, Kind, Layout, Port
-from ditkit.checkpoints.kinds.sizes import SizeReader, Sizes, Tensors
+from ditkit.checkpoints.kinds.kind import Kind, Layout, Port
+from ditkit.checkpoints.kinds.sizes import Fields, SizeReader, Sizes, Tensors
 from ditkit.checkpoints.views.key_table import KeyTable
 
-UMT5_ALIASES: Mapping[str, str] = MappingProxyType({"encoder.embed_tokens.weight": "shared.weight"})
+UMT5_ALIASES = {"encoder.embed_tokens.weight": "shared.weight"}
 """transformers' second name for the token embedding; a file may have either name or both."""
 BIAS = "encoder.block.{}.layer.0.SelfAttention.relative_attention_bias.weight"
 
@@ -38,22 +34,17 @@ def umt5_keys(num_layers: int) -> KeyTable:
 
 def umt5_sizes(tensors: Tensors, layout: str = "transformers") -> Sizes:
     """Fields of ``UMT5Config``. The greatest distance is not told; 128 is the only one in use."""
-    read = SizeReader(tensors, layout)
-    if layout == "native":
-        embedding, block, blocks = "token_embedding.weight", "blocks.0.", r"blocks\.(\d+)\."
-        table, query, feed = "pos_embedding.embedding.weight", "attn.q.weight", "ffn.gate.0.weight"
-    else:
-        embedding = "shared.weight" if "shared.weight" in tensors else "encoder.embed_tokens.weight"
-        block, blocks = "encoder.block.0.layer.", r"encoder\.block\.(\d+)\."
-        table, query = "0.SelfAttention.relative_attention_bias.weight", "0.SelfAttention.q.weight"
-        feed = "1.DenseReluDense.wi_0.weight"
+    read, native = SizeReader(tensors, layout, umt5_keys(1)), layout == "native"
+    embedding, table = "token_embedding.weight", "blocks.0.pos_embedding.embedding.weight"
+    if read.name(embedding) not in tensors and not native:
+        embedding = "encoder.embed_tokens.weight"
     read.axis("vocab_size", embedding, 0, 2)
     read.axis("d_model", embedding, 1, 2)
-    read.axis("relative_attention_num_buckets", block + table, 0, 2)
-    heads = read.axis("num_heads", block + table, 1, 2)
-    read.axis("d_kv", block + query, 0, 2, heads)
-    read.axis("d_ff", block + feed, 0, 2)
-    read.count("num_layers", blocks, "the names of the blocks")
+    read.axis("relative_attention_num_buckets", table, 0, 2)
+    heads = read.axis("num_heads", table, 1, 2)
+    read.axis("d_kv", "blocks.0.attn.q.weight", 0, 2, heads)
+    read.axis("d_ff", "blocks.0.ffn.gate.0.weight", 0, 2)
+    read.count("num_layers", r"blocks\.(\d+)\." if native else r"encoder\.block\.(\d+)\.", "the names of the blocks")
     return read.sizes()
 
 
@@ -103,22 +94,17 @@ TRANSFORMERS = ConfigFormat(
 UMT5 = Kind(
     "umt5", "UMT5", "a UMT5 text encoder", ("text_encoder",),
     {
-        "native": Layout(
-            (("token_embedding.weight", "blocks.0.pos_embedding.embedding.weight"),),
-            NATIVE, ("umt5_encoder",),
-            file="models_t5_umt5-xxl-enc-bf16", pickle=True,
-        ),
-        "transformers": Layout(
-            (("encoder.final_layer_norm.weight", BIAS.format(0)),), TRANSFORMERS, model_types=("umt5",),
-            file="model", library="transformers",
-        ),
+        "native": Layout((("token_embedding.weight", "blocks.0.pos_embedding.embedding.weight"),), NATIVE,
+                         ("umt5_encoder",), file="models_t5_umt5-xxl-enc-bf16", pickle=True),
+        "transformers": Layout((("encoder.final_layer_norm.weight", BIAS.format(0)),), TRANSFORMERS,
+                               model_types=("umt5",), file="model", library="transformers"),
     },
     umt5_sizes, lambda fields: umt5_keys(fields["num_layers"]), own="other", aliases=UMT5_ALIASES,
     config_class="ditkit.models.umt5:UMT5Config", module="ditkit.models.umt5:build",
     load="ditkit.assembly.loaders:load_umt5",
     get="Take models_t5_umt5-xxl-enc-bf16.pth of a native Wan repository or text_encoder/ of a -Diffusers one",
     tell=_tell, check=_check,
-    unsaid=MappingProxyType({"layer_norm_epsilon": 1e-6, "relative_attention_max_distance": 128}),
+    unsaid={"layer_norm_epsilon": 1e-6, "relative_attention_max_distance": 128},
     ports=lambda config: {"width of the text": Port(config.d_model, "d_model")},
 )  # fmt: skip
 TOKENIZER = Kind(

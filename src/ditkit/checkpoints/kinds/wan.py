@@ -5,27 +5,14 @@ Sources: Wan2.1 and Wan2.2 ``wan/modules/{model,vace_model}.py``, ``wan/configs`
 ``comfy/model_detection.py`` (names of relatives).
 """
 
-from __future__ import annotations
-
 import math
 import re
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
-from ditkit.checkpoints.kinds.configs import (
-    COUNT_OR_NONE,
-    COUNTS,
-    DIFFUSERS_VERSION,
-    EPSILON,
-    ConfigFormat,
-    ConfigKeys,
-    Key,
-    same,
-)
-from ditkit.checkpoints.kinds.kind import Claim, Fields, Kind, Layout, LoraTargets, Port, Published
-from ditkit.checkpoints.kinds.sizes import SizeReader, Sizes, Tensors, count
-from ditkit.checkpoints.views.key_table import WB, KeyTable, Pairs, Rule, leaves
+from ditkit.checkpoints.kinds.configs import COUNTS, EPSILON, MAYBE_COUNT, ConfigFormat, ConfigKeys, Key, of_class, same
+from ditkit.checkpoints.kinds.kind import Claim, Kind, Layout, LoraTargets, Port, Published
+from ditkit.checkpoints.kinds.sizes import Fields, SizeReader, Sizes, Tensors, count
+from ditkit.checkpoints.views.key_table import KeyTable, Pairs, leaves
 from ditkit.errors import LoadError
 
 # --- names of tensors: native, diffusers
@@ -42,53 +29,36 @@ IMAGE_EMBEDDING = {
 }  # fmt: skip
 POSITIONS = ("img_emb.emb_pos", f"{IMAGE}.pos_embed")
 BLOCK = {  # native norm1 and norm2, and diffusers' norm1 and norm3, hold nothing
-    "norm3": "norm2", "ffn.0": "ffn.net.0.proj", "ffn.2": "ffn.net.2", "self_attn.o": "attn1.to_out.0",
-    "cross_attn.q": "attn2.to_q", "cross_attn.o": "attn2.to_out.0",
+    "norm3": "norm2", "ffn.0": "ffn.net.0.proj", "ffn.2": "ffn.net.2",
+    "self_attn.o": "attn1.to_out.0", **{f"self_attn.{x}": f"attn1.to_{x}" for x in "qkv"},
+    "cross_attn.o": "attn2.to_out.0", **{f"cross_attn.{x}": f"attn2.to_{x}" for x in "qkv"},
 }  # fmt: skip
-SELF = {f"self_attn.{x}": f"attn1.to_{x}" for x in "qkv"}
-CROSS = {f"cross_attn.{x}": f"attn2.to_{x}" for x in "kv"}
-CROSS_IMAGE = {f"cross_attn.{x}_img": f"attn2.add_{x}_proj" for x in "kv"}
+BLOCK_IMAGE = {f"cross_attn.{x}_img": f"attn2.add_{x}_proj" for x in "kv"}
+NORMS = {f"{native}.norm_{x}": f"{other}.norm_{x}"
+         for native, other in (("self_attn", "attn1"), ("cross_attn", "attn2")) for x in "qk"}  # fmt: skip
+NORMS_IMAGE = {"cross_attn.norm_k_img": "attn2.norm_added_k"}
 
 
-def transformer_keys(
-    num_layers: int, *, image: bool = False, image_positions: bool = False, vace: int = 0, fused: bool = False
-) -> KeyTable:
+def transformer_keys(num_layers: int, *, image: bool = False, image_positions: bool = False, vace: int = 0) -> KeyTable:
     """The transformer: native <-> diffusers ``WanTransformer3DModel``, or ``WanVACETransformer3DModel``.
 
     ``image``: it has the branch for CLIP features. ``image_positions``: that has learned positions (first and last
-    frame). ``vace``: the number of control blocks. ``fused``: the diffusers file holds the fused projections
-    (``to_qkv``, ``to_kv``, ``to_added_kv``) in place of the single ones."""
-    trunk = TRUNK | (IMAGE_EMBEDDING if image else {})
+    frame). ``vace``: the number of control blocks."""
+    trunk, block, norms = TRUNK, BLOCK, NORMS
+    if image:
+        trunk, block, norms = TRUNK | IMAGE_EMBEDDING, BLOCK | BLOCK_IMAGE, NORMS | NORMS_IMAGE
     pairs: Pairs = [pair for names in trunk.items() for pair in leaves(*names)]
     pairs += [("head.modulation", "scale_shift_table"), *([POSITIONS] if image_positions else [])]
-    rules: list[Rule] = []
-    for n in range(num_layers):
-        _block(f"blocks.{n}", image, fused, pairs, rules)
+    for at in (*(f"blocks.{n}" for n in range(num_layers)), *(f"vace_blocks.{n}" for n in range(vace))):
+        pairs.append((f"{at}.modulation", f"{at}.scale_shift_table"))
+        pairs += [pair for ours, theirs in block.items() for pair in leaves(f"{at}.{ours}", f"{at}.{theirs}")]
+        pairs += [(f"{at}.{ours}.weight", f"{at}.{theirs}.weight") for ours, theirs in norms.items()]
+    for n in range(vace):
+        pairs += leaves(f"vace_blocks.{n}.after_proj", f"vace_blocks.{n}.proj_out")
     if vace:
         pairs += leaves("vace_patch_embedding", "vace_patch_embedding")
         pairs += leaves("vace_blocks.0.before_proj", "vace_blocks.0.proj_in")
-    for n in range(vace):
-        _block(f"vace_blocks.{n}", image, fused, pairs, rules)
-        pairs += leaves(f"vace_blocks.{n}.after_proj", f"vace_blocks.{n}.proj_out")
-    return KeyTable.of(pairs, *rules)
-
-
-def _block(block: str, image: bool, fused: bool, pairs: Pairs, rules: list[Rule]) -> None:
-    pairs.append((f"{block}.modulation", f"{block}.scale_shift_table"))
-    pairs += [pair for native, other in BLOCK.items() for pair in leaves(f"{block}.{native}", f"{block}.{other}")]
-    for native, other in (("self_attn", "attn1"), ("cross_attn", "attn2")):
-        pairs += [(f"{block}.{native}.norm_{x}.weight", f"{block}.{other}.norm_{x}.weight") for x in "qk"]
-    groups = [(SELF, "attn1.to_qkv"), (CROSS, "attn2.to_kv")]
-    if image:
-        pairs.append((f"{block}.cross_attn.norm_k_img.weight", f"{block}.attn2.norm_added_k.weight"))
-        groups.append((CROSS_IMAGE, "attn2.to_added_kv"))
-    for members, together in groups:
-        if fused:
-            for leaf in WB:
-                names = tuple(f"{block}.{native}.{leaf}" for native in members)
-                rules.append(Rule(names, (f"{block}.{together}.{leaf}",)))
-        else:
-            pairs += [pair for names in members.items() for pair in leaves(*(f"{block}.{name}" for name in names))]
+    return KeyTable.of(pairs)
 
 
 def _keys(fields: Fields) -> KeyTable:
@@ -113,56 +83,45 @@ def lora_group(name: str) -> str:
 # --- sizes
 
 HEAD_WIDTH = 128  # of every official transformer
-SIZE_NAMES = MappingProxyType({(1536, 8960, 30): "1.3B", (3072, 14336, 30): "5B", (5120, 13824, 40): "14B"})
+SIZE_NAMES = {(1536, 8960, 30): "1.3B", (3072, 14336, 30): "5B", (5120, 13824, 40): "14B"}
 """(dim, ffn_dim, num_layers) -> what the model is called."""
 
 
 def transformer_sizes(tensors: Tensors, layout: str = "native") -> Sizes:
     """Fields of ``WanConfig``. Optional branches are there when their tensors are. ``layout``: native or diffusers."""
-    native, read = layout == "native", SizeReader(tensors, layout)
-    first, positions = "patch_embedding.weight", POSITIONS[not native]
-    text, time, image, head, ffn = (
-        f"{name if native else (TRUNK | IMAGE_EMBEDDING | BLOCK)[name]}.weight"
-        for name in ("text_embedding.0", "time_embedding.0", "img_emb.proj.0", "head.head", "ffn.0")
-    )
-    image_keys = ".cross_attn.k_img.weight" if native else ".attn2.add_k_proj.weight"
+    read = SizeReader(tensors, layout, transformer_keys(1, image=True, image_positions=True))
+    first, image, positions = "patch_embedding.weight", "img_emb.proj.0.weight", POSITIONS[0]
     patch = read.tell("patch_size", tuple(read.shape(first, 5)[2:]), first)
     dim = read.axis("dim", first, 0, 5)
     read.axis("in_dim", first, 1, 5)
-    read.axis("text_dim", text, 1, 2)
-    read.axis("freq_dim", time, 1, 2)
-    read.axis("ffn_dim", f"blocks.0.{ffn}", 0, 2)
-    read.axis("out_dim", head, 0, 2, math.prod(patch))
+    read.axis("text_dim", "text_embedding.0.weight", 1, 2)
+    read.axis("freq_dim", "time_embedding.0.weight", 1, 2)
+    read.axis("ffn_dim", "blocks.0.ffn.0.weight", 0, 2)
+    read.axis("out_dim", "head.head.weight", 0, 2, math.prod(patch))
     layers = read.count("num_layers", r"blocks\.(\d+)\.", "the names of the blocks")
-    if any(name == image or name.endswith(image_keys) for name in tensors):
-        read.axis("image_dim", image, 0, 1)
-    else:
-        read.tell("image_dim", None, f"the weights, which have no {image}")
-    if positions in tensors:
-        read.axis("image_tokens", positions, 1, 3)
-    else:
-        read.tell("image_tokens", None, f"the weights, which have no {positions}")
-    assumed: dict[str, Any] = {} if dim % HEAD_WIDTH else {"num_heads": dim // HEAD_WIDTH}
+    branch = read.name("blocks.0.cross_attn.k_img.weight").removeprefix("blocks.0")
+    has_image = read.name(image) in tensors or any(name.endswith(branch) for name in tensors)
+    read.optional_axis(has_image, "image_dim", image, 0, 1)
+    read.optional_axis(read.name(positions) in tensors, "image_tokens", positions, 1, 3)
+    official: dict[str, Any] = {"num_heads": None if dim % HEAD_WIDTH else dim // HEAD_WIDTH}
     hints = count(tensors, r"vace_blocks\.(\d+)\.")
     if hints:
         read.axis("vace_in_dim", "vace_patch_embedding.weight", 1, 5)
-        layers_with_hints = tuple(range(0, layers, max(1, layers // hints)))
-        if len(layers_with_hints) == hints:
-            assumed["vace_layers"] = layers_with_hints
-    undecided = tuple(key for key in ("num_heads", "vace_layers")[: 1 + bool(hints)] if key not in assumed)
-    return read.sizes(assumed=assumed, lengths={"vace_layers": hints}, undecided=undecided)
+        with_hints = tuple(range(0, layers, max(1, layers // hints)))
+        official["vace_layers"] = with_hints if len(with_hints) == hints else None
+    return read.sizes(lengths={"vace_layers": hints}, **official)
 
 
 # --- tasks
 
 OPTIONAL = ("transformer_2", "image_encoder", "image_processor")
-TASKS: Mapping[str, Published] = MappingProxyType({
+TASKS = {
     "t2v": Published("WanPipeline", boundary=0.875),
     "i2v": Published("WanImageToVideoPipeline", boundary=0.9, optional=OPTIONAL),
     "flf2v": Published("WanImageToVideoPipeline", 16.0, optional=OPTIONAL),
     "vace": Published("WanVACEPipeline"),
     "ti2v": Published("WanPipeline", 5.0, expand_timesteps=True),
-})  # fmt: skip
+}
 
 
 def task_of(fields: Fields) -> str | None:
@@ -197,28 +156,26 @@ def _ports(config: Any) -> dict[str, Port]:
 
 def _scheduler(fields: Fields, task: str) -> dict[str, tuple[str, str, str, Fields]]:
     config = {
-        "_class_name": "UniPCMultistepScheduler", "_diffusers_version": DIFFUSERS_VERSION, "num_train_timesteps": 1000,
-        "prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": TASKS[task].flow_shift,
+        **of_class("UniPCMultistepScheduler"), "num_train_timesteps": 1000, "prediction_type": "flow_prediction",
+        "use_flow_sigmas": True, "flow_shift": TASKS[task].flow_shift,
     }  # fmt: skip
     return {"scheduler": ("diffusers", "UniPCMultistepScheduler", "scheduler_config.json", config)}
 
 
 # --- what a file of it could be
 
-RELATIVES = MappingProxyType({
+RELATIVES = {
     "face_adapter": "Animate", "motion_encoder": "Animate", r"\w*pose_patch_embedding": "Animate",
     "casual_audio_encoder": "S2V", "audio_proj": "HuMo", "control_adapter": "Fun-Camera", "ref_conv": "Fun-Reference",
     "dwpose_embedding": "UniAnimate",
-})  # fmt: skip
+}  # fmt: skip
 """First segments of names -> the relative of Wan that has such tensors. None of them runs here."""
 
-CHANNEL_RELATIVES = MappingProxyType({(48, 16): "Fun-Control", (32, 16): "control by extra channels"})
+CHANNEL_RELATIVES = {(48, 16): "Fun-Control", (32, 16): "control by extra channels"}
 """(in_dim, out_dim) of transformers whose condition is not the official one."""
 
-EXPERTS = (
-    "the role that its folder or a manifest gives it (high_noise_model is `transformer`, low_noise_model "
-    "`transformer_2`)"
-)
+EXPERTS = """the role that its folder or a manifest gives it (high_noise_model is `transformer`, low_noise_model \
+`transformer_2`)"""
 
 
 def _tell(layout: str, tensors: Tensors, sizes: Sizes) -> dict[str, Any]:
@@ -229,35 +186,33 @@ def _tell(layout: str, tensors: Tensors, sizes: Sizes) -> dict[str, Any]:
     channels = config["in_dim"], config["out_dim"]
     if variant is None and not relatives and channels in CHANNEL_RELATIVES:
         relatives = [CHANNEL_RELATIVES[channels]]
-    problems = tuple(f"it is {name}, a relative of Wan that ditkit does not run" for name in relatives)
+    problems = [f"it is {name}, a relative of Wan that ditkit does not run" for name in relatives]
     if variant is None and not problems:
-        problems = ("its {} input and {} output channels are those of no task that ditkit runs".format(*channels),)
+        problems = ["its {} input and {} output channels are those of no task that ditkit runs".format(*channels)]
     possible, decides, two = _possible(variant, size, config["image_dim"] is not None)
     versions = {version for name in possible for version in re.findall(r"Wan 2\.\d", name)}
     return {
         "family": " or ".join(sorted(versions)) or "Wan", "variant": relatives[0] if relatives else variant,
         "size_name": size, "possible": () if problems else possible, "decides": None if problems else decides,
-        "problems": problems, "two_experts": two and not problems,
+        "problems": tuple(problems), "two_experts": two and not problems,
     }  # fmt: skip
 
 
 def _possible(variant: str | None, size: str | None, image: bool) -> tuple[tuple[str, ...], str | None, bool]:
     """(the published models that these tensors could be, what tells them apart, whether all of them have two)."""
-    name = size or "of another size"
-    two = [f"Wan 2.2 {str(variant).upper()}-A14B, {noise}-noise expert" for noise in ("high", "low")]
-    if variant == "t2v" and size == "14B":
-        return ("Wan 2.1 T2V-14B", *two), EXPERTS, False
-    if variant == "t2v":
-        return (f"Wan 2.1 T2V {name}",) if size else (f"Wan T2V {name}",), None, False
-    if variant == "i2v" and not image:
-        one = (f"Wan 2.2 I2V {name}, one of two experts or alone",)
-        return tuple(two) if size == "14B" else one, EXPERTS, size == "14B"
-    if variant == "i2v" and size == "14B":
-        known = ("Wan 2.1 I2V-14B-480P", "Wan 2.1 I2V-14B-720P")
-        return known, "only the size of video that it was trained for", False
     if variant is None:
         return (), None, False
-    return (f"Wan 2.{2 if variant == 'ti2v' else 1} {variant.upper()} {name}",), None, False
+    task, large, name = variant.upper(), size == "14B", size or "of another size"
+    two = tuple(f"Wan 2.2 {task}-A14B, {noise}-noise expert" for noise in ("high", "low"))
+    if variant == "t2v" and large:
+        return ("Wan 2.1 T2V-14B", *two), EXPERTS, False
+    if variant == "i2v" and not image:
+        return two if large else (f"Wan 2.2 I2V {name}, one of two experts or alone",), EXPERTS, large
+    if variant == "i2v" and large:
+        known = ("Wan 2.1 I2V-14B-480P", "Wan 2.1 I2V-14B-720P")
+        return known, "only the size of video that it was trained for", False
+    version = "" if variant == "t2v" and not size else "2.2 " if variant == "ti2v" else "2.1 "
+    return (f"Wan {version}{task} {name}",), None, False
 
 
 # --- configs
@@ -274,7 +229,7 @@ def _check(keys: ConfigKeys, fields: Fields) -> None:
     dim, heads, layers = fields["dim"], fields["num_heads"], fields["vace_layers"]
     width = dim // heads
     found = f"{heads} heads for a width of {dim}, where each needs an even width of at least 6"
-    keys.require(dim % heads == 0 and width % 2 == 0 and width >= 6, found)
+    keys.require(dim % (2 * heads) == 0 and width >= 6, found)
     rising = not layers or (layers[0] == 0 and sorted(set(layers)) == [*layers] and layers[-1] < fields["num_layers"])
     found = f"vace_layers is {layers!r:.200}, which does not rise from 0 within {fields['num_layers']} blocks"
     keys.require(rising, found)
@@ -291,18 +246,16 @@ def _read_native(keys: ConfigKeys, fields: dict[str, Any]) -> None:
     if (task := keys.any("model_type", "t2v")) not in TASKS:
         raise keys.error(f"its model_type is {task!r}, and only {', '.join(TASKS)} are supported")
     if keys.config.get("_class_name") == "VaceWanModel":
-        given = keys.config.get("vace_layers") is not None
-        layers = keys.take("vace_layers", check=COUNTS) if given else keys.any("vace_layers", None)
-        every_second = tuple(range(0, fields["num_layers"], 2))  # what the class itself takes
-        fields |= {"vace_layers": layers if given else every_second, "vace_in_dim": keys.take("vace_in_dim", 96)}
+        if keys.rest.get("vace_layers") is None:
+            keys.rest["vace_layers"] = tuple(range(0, fields["num_layers"], 2))  # what the class itself takes
+        fields |= {"vace_layers": keys.take("vace_layers", check=COUNTS), "vace_in_dim": keys.take("vace_in_dim", 96)}
     else:
         keys.only("vace_layers", None, ())
 
 
 def _write_native(fields: Fields) -> dict[str, Any]:
     if (task := task_of(fields)) is None:
-        found = "the native layout has no name for its task"
-        raise LoadError("writing a transformer", found, "Use the layout of diffusers")
+        raise LoadError("writing it", "the native layout has no name for its task", "Use the layout of diffusers")
     vace = {name: fields[name] for name in ("vace_layers", "vace_in_dim")} if task == "vace" else {}
     name = "VaceWanModel" if vace else "WanModel"
     return {"_class_name": name, "_diffusers_version": "0.33.0", "model_type": task, **vace}  # as in the official files
@@ -312,27 +265,27 @@ def _read_diffusers(keys: ConfigKeys, fields: dict[str, Any]) -> None:
     width = keys.take("attention_head_dim", 128)
     dim = fields["num_heads"] * width
     keys.said["dim"] = f"num_attention_heads {fields['num_heads']} x attention_head_dim {width}"
-    out, added = keys.take("out_channels", 16, COUNT_OR_NONE), keys.take("added_kv_proj_dim", None, COUNT_OR_NONE)
+    out, added = keys.take("out_channels", 16, MAYBE_COUNT), keys.take("added_kv_proj_dim", None, MAYBE_COUNT)
     image, tokens = fields["image_dim"], fields["image_tokens"]
     if added not in (None, dim):
         raise keys.error(f"added_kv_proj_dim is {added}, and only the width {dim} is supported")
     if (image is None) != (added is None):
         raise keys.error(f"image_dim is {image} and added_kv_proj_dim is {added}", "Give both, or null for both")
     keys.require(image is not None or tokens is None, f"pos_embed_seq_len is {tokens} and image_dim is null")
-    fields |= {"dim": dim, "out_dim": fields["in_dim"] if out is None else out, "patch_size": PATCH, "text_len": 512}
+    fields |= {"dim": dim, "out_dim": fields["in_dim"] if out is None else out, "patch_size": PATCH, "text_len": 512,
+               "vace_layers": ()}  # fmt: skip
     keys.said |= {"out_dim": "out_channels", "vace_in_dim": "vace_in_channels"}
     if keys.config.get("_class_name") == VACE_CLASS:
         fields["vace_layers"] = keys.take("vace_layers", VACE_LAYERS, COUNTS)
         fields["vace_in_dim"] = keys.take("vace_in_channels", 96)
     else:
         keys.only("vace_layers", None, ())
-        fields["vace_layers"] = ()
 
 
 def _write_diffusers(fields: Fields) -> dict[str, Any]:
     layers = fields.get("vace_layers", ())
     return {
-        "_class_name": VACE_CLASS if layers else TRANSFORMER_CLASS, "_diffusers_version": DIFFUSERS_VERSION,
+        **of_class(VACE_CLASS if layers else TRANSFORMER_CLASS),
         "attention_head_dim": fields["dim"] // fields["num_heads"], "out_channels": fields["out_dim"],
         "added_kv_proj_dim": None if fields.get("image_dim") is None else fields["dim"],
     } | ({"vace_layers": layers, "vace_in_channels": fields.get("vace_in_dim", 96)} if layers else {})  # fmt: skip
@@ -348,8 +301,8 @@ NATIVE = ConfigFormat(
 DIFFUSERS = ConfigFormat(
     same(ffn_dim=13824, num_layers=40, text_dim=4096, freq_dim=256) | same(EPSILON, eps=1e-6) | {
         "num_attention_heads": Key("num_heads", 40), "in_channels": Key("in_dim", 16),
-        "image_dim": Key("image_dim", None, COUNT_OR_NONE),
-        "pos_embed_seq_len": Key("image_tokens", None, COUNT_OR_NONE),
+        "image_dim": Key("image_dim", None, MAYBE_COUNT),
+        "pos_embed_seq_len": Key("image_tokens", None, MAYBE_COUNT),
     },
     {"patch_size": (PATCH,), "qk_norm": ("rms_norm_across_heads",), "cross_attn_norm": (True,)},
     _read_diffusers, _write_diffusers, written={"rope_max_seq_len": 1024},  # the length of a table, not its values
@@ -360,15 +313,10 @@ DIFFUSERS = ConfigFormat(
 WAN = Kind(
     "wan", "Wan", "a Wan transformer", ("transformer", "transformer_2"),
     {
-        "native": Layout(
-            (("patch_embedding.weight", "head.modulation", "blocks.0.self_attn.q.weight"),),
-            NATIVE, ("WanModel", "VaceWanModel"),
-        ),
-        "diffusers": Layout(
-            (("patch_embedding.weight", "condition_embedder.text_embedder.linear_1.weight",
-              "blocks.0.attn1.to_q.weight"),),
-            DIFFUSERS, (TRANSFORMER_CLASS, VACE_CLASS),
-        ),
+        "native": Layout((("patch_embedding.weight", "head.modulation", "blocks.0.self_attn.q.weight"),), NATIVE,
+                         ("WanModel", "VaceWanModel")),
+        "diffusers": Layout((("patch_embedding.weight", f"{TEXT}.linear_1.weight", "blocks.0.attn1.to_q.weight"),),
+                            DIFFUSERS, (TRANSFORMER_CLASS, VACE_CLASS)),
     },
     transformer_sizes, _keys, config_class="ditkit.models.wan:WanConfig", module="ditkit.models.wan:WanTransformer",
     load="ditkit.assembly.loaders:load_wan",

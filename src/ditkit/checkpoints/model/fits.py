@@ -4,33 +4,26 @@ Each problem is a sentence of what was looked for, where, and how to get it. Wha
 it fits others are said by the row of its kind. Leaves out: opening parts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from ditkit.checkpoints.files.text import some
 from ditkit.checkpoints.kinds.kind import KINDS, Kind, Port, Published, kinds_of
-from ditkit.checkpoints.model.part import EXPERTS, WHOLE, ModelParts, Part, Scope, main_of, ordered
+from ditkit.checkpoints.model.part import EXPERTS, WHOLE, ModelParts, Part, Scope, component_names, main_of
 from ditkit.errors import LoadError
 
 NATIVE_TOKENIZER = Path("google", "umt5-xxl")
-USUAL = MappingProxyType({"tokenizer": "tokenizer", "text_encoder": "umt5", "vae": "wan_vae", "transformer": "wan"})
+USUAL = {"tokenizer": "tokenizer", "text_encoder": "umt5", "vae": "wan_vae", "transformer": "wan"}
 """What a model needs of which no transformer is known."""
+SECOND = ("the second expert", "Download the other expert too, from where this one is")
 
 
 def model_parts(
-    path: Path | str,
-    layout: str,
-    parts: Mapping[str, Part],
-    values: Mapping[str, Any],
-    unused: Mapping[str, str] = MappingProxyType({}),
-    promised: Collection[str] = (),
-    scope: Scope = WHOLE,
-) -> ModelParts:
+    path: Path | str, layout: str, parts: Mapping[str, Part], values: Mapping[str, Any],
+    unused: Mapping[str, str] = {}, promised: Collection[str] = (), scope: Scope = WHOLE,
+) -> ModelParts:  # fmt: skip
     """``parts`` as one model, with all that is wrong with it. ``path`` is what messages call it; ``values``: of its
     index or manifest (``boundary_ratio``, ``expand_timesteps``); ``promised``: components that its index names."""
     parts = {name: part for name, part in parts.items() if scope.opens(name)}
@@ -43,16 +36,16 @@ def model_parts(
     boundary, expand = values.get("boundary_ratio"), values.get("expand_timesteps")
     if boundary is None and "transformer_2" in look.parts and layout != "diffusers":
         boundary = about.boundary  # the layout has no place for it
-    problems = [*look.missing(needed, promised if scope.only is None else ()),
-                *(look.experts(boundary) if scope.only is None else ()), *look.fits()]  # fmt: skip
+    whole = scope.only is None
+    problems = [*look.missing(needed, promised if whole else ()), *(look.experts(boundary) if whole else ()),
+                *look.fits()]  # fmt: skip
     if expand not in (None, True, False):
         problems.append(look.problem(f"expand_timesteps is {expand!r}, not true or false", "Correct the index"))
     elif expand and main and not about.expand_timesteps:
         problems.append(look.problem(f"expand_timesteps is true and its transformer is {task}", "Correct the index"))
-    return ModelParts(
-        path, layout, ordered(parts), task, boundary, about.expand_timesteps if expand is None else bool(expand),
-        MappingProxyType(dict(unused)), tuple(problems), ordered(far),
-    )  # fmt: skip
+    here, elsewhere = ({name: found[name] for name in component_names() if name in found} for found in (parts, far))
+    expand = about.expand_timesteps if expand is None else bool(expand)
+    return ModelParts(path, layout, here, task, boundary, expand, unused, tuple(problems), elsewhere)
 
 
 def _needed(
@@ -98,8 +91,7 @@ class _Look:
         for name in needed:
             if name not in self.parts:
                 kind = self.kind_of(name)
-                noun = "the second expert" if name == "transformer_2" else kind.noun
-                do = "Download the other expert too, from where this one is" if name == "transformer_2" else kind.get
+                noun, do = SECOND if name == "transformer_2" else (kind.noun, kind.get)
                 yield self.problem(f"it needs {noun}, and there is none {self.where(name)}", do)
         for name in promised:
             if name not in (*self.parts, *needed):
@@ -113,16 +105,12 @@ class _Look:
         return KINDS[wanted[name]] if name in wanted else kinds_of(name)[0]
 
     def where(self, name: str) -> str:
-        if self.layout == "diffusers":
-            return f"in {Path(self.path) / name}"
-        if self.layout == "native" and name in EXPERTS.values() and len(self.parts.keys() & set(EXPERTS.values())) == 1:
-            return f"in {next(Path(self.path) / folder for folder, part in EXPERTS.items() if part == name)}"
-        if self.layout == "native" and name == "tokenizer":
-            return f"in {Path(self.path) / NATIVE_TOKENIZER}"
-        if self.layout == "host":
-            return f"at {self.path}"
-        if self.layout == "file":
-            return "in a single file"
+        places = {"diffusers": f"in {Path(self.path) / name}", "host": f"at {self.path}", "file": "in a single file"}
+        if self.layout in places:
+            return places[self.layout]
+        folders = {part: folder for folder, part in EXPERTS.items()}
+        if name == "tokenizer" or (name in folders and len(self.parts.keys() & folders) == 1):
+            return f"in {Path(self.path) / folders.get(name, NATIVE_TOKENIZER)}"
         listed = some(f"{file}: {why}" for file, why in self.unused.items()) if self.unused else ""
         return f"among the files of {self.path}" + (f" (not used: {listed})" if listed else "")
 
@@ -145,12 +133,13 @@ class _Look:
 
     def fits(self) -> Iterable[LoadError]:
         """The widths at which one part hands over to another, by their names."""
-        main = main_of(self.parts)
-        ours = {} if main is None else _ports(main)
+        if (main := main_of(self.parts)) is None:
+            return
+        ours = _ports(main)
         for name, part in self.parts.items():
             for what, (width, field) in _ports(part).items() if name not in EXPERTS.values() else ():
                 need, own = ours.get(what, Port(None, ""))
-                if main is not None and None not in (need, width) and need != width:
+                if None not in (need, width) and need != width:
                     found = (f"its transformer{_at(main)} has {need} as the {what} ({own}) and its {name}{_at(part)} "
                              f"{width} ({field} of {part.kind})")  # fmt: skip
                     yield self.problem(found, self.kind_of(name).get if name == "vae" else "Use parts of one model")

@@ -1,18 +1,15 @@
 """Files of a hub repository on the local disk, through the ``huggingface_hub`` library; its cache is used as it stands.
 
 Everything is fetched by commit, so that what lies in the cache cannot mean something else later. Nothing that could run
-is downloaded, and nothing here imports what was. Leaves out: which files a component needs (``used.py``).
+is downloaded, and nothing here imports what was. Leaves out: which files a component needs (place.py).
 """
 
-from __future__ import annotations
-
 import contextlib
-import functools
-import os
 import re
 import secrets
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -20,8 +17,10 @@ from ditkit.errors import LoadError, MissingDependency
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+NAME = re.compile(rf"hf:(?P<repo>{REPO.pattern})(/(?P<folder>[^@]*))?(@(?P<revision>.+))?")
 DATA = (".json", ".toml", ".lock", ".txt", ".model", ".safetensors", ".gguf", ".pth", ".pt", ".bin", ".ckpt")
 """Suffixes of files that may be downloaded. Weights in pickles are read without running what is in them."""
+OFFLINE = ("it is not in the cache, and this run is offline", "Run it once with the network")
 
 
 @dataclass(frozen=True)
@@ -33,19 +32,14 @@ class HubName:
     revision: str | None = None
 
     @classmethod
-    def parse(cls, text: str) -> HubName | None:
-        """None when ``text`` does not begin with ``hf:``, so that a folder is never taken for a repository.
-
-        Raises LoadError when it does and the rest is no name."""
+    def parse(cls, text: str) -> "HubName | None":
+        """None when ``text`` does not begin with ``hf:``. Raises LoadError when it does and the rest is no name."""
         if not text.startswith("hf:"):
             return None
-        name, at, revision = text.removeprefix("hf:").partition("@")
-        owner, _, rest = name.partition("/")
-        short, _, folder = rest.partition("/")
-        repo = f"{owner}/{short}"
-        if not REPO.fullmatch(repo) or (at and not revision) or not inside(folder):
+        found = NAME.fullmatch(text)
+        if found is None or not inside(found["folder"] or ""):
             raise LoadError(f"the hub name {text!r}", "it cannot be understood", "Write hf:OWNER/NAME@REVISION")
-        return cls(repo, folder.strip("/"), revision or None)
+        return cls(found["repo"], (found["folder"] or "").strip("/"), found["revision"])
 
 
 def inside(path: str) -> bool:
@@ -72,13 +66,12 @@ class Listing:
 class Hub:
     """How the hub is reached. ``endpoint``, ``token`` and ``cache`` are the library's own when they are None:
     HF_ENDPOINT, HF_TOKEN or the login of ``hf``, HF_HOME. ``offline``: the cache is all there is, no socket is opened;
-    HF_HUB_OFFLINE=1 means the same. ``progress``: bars on a terminal."""
+    HF_HUB_OFFLINE=1 means the same."""
 
     endpoint: str | None = None
     token: str | None = None
     cache: Path | None = None
     offline: bool = False
-    progress: bool = True
 
     def look(self, repo: str, revision: str | None = None) -> Listing:
         """What ``revision`` (the main branch when None) is now. Offline: what it was when it was last asked for,
@@ -90,10 +83,10 @@ class Hub:
             return self._cached(asked, repo, revision or "main")
         api = _library().HfApi(endpoint=self.endpoint, token=self.token)
         info = self._ask(asked, repo, lambda: api.model_info(repo, revision=revision, timeout=30))
-        names = tuple(sorted(file.rfilename for file in info.siblings or ()))
+        names = sorted(file.rfilename for file in info.siblings or () if inside(file.rfilename))
         if not COMMIT.fullmatch(revision or ""):
-            _remember(self._reference(repo, revision or "main"), info.sha)
-        return Listing(repo, info.sha, tuple(name for name in names if inside(name)))
+            _remember(self._folder(repo) / "refs" / (revision or "main"), info.sha)
+        return Listing(repo, info.sha, tuple(names))
 
     def fetch(self, repo: str, commit: str, names: Iterable[str]) -> Path:
         """The folder that stands for the repository at ``commit``, with these files in it; what is there already is
@@ -103,21 +96,14 @@ class Hub:
             asked = f"fetching {name} of {repo} at {commit[:12]}"
             if not name.endswith(DATA) or not inside(name):
                 raise LoadError(asked, "it is no file of weights or settings", "Correct the name")
-            file = self._ask(asked, repo, functools.partial(self._download, repo, commit, name))
-            folder = Path(file).parents[len(PurePosixPath(name).parts) - 1]
+            download = partial(
+                _library().hf_hub_download, repo, name, revision=commit, endpoint=self.endpoint, token=self.token,
+                cache_dir=self.cache, local_files_only=self._offline,
+            )  # fmt: skip
+            folder = Path(self._ask(asked, repo, download)).parents[len(PurePosixPath(name).parts) - 1]
         if folder is None:
             raise LoadError(f"fetching {repo}", "no file of it was asked for", "Name a component or a file")
         return folder
-
-    def _download(self, repo: str, commit: str, name: str) -> str:
-        return _library().hf_hub_download(
-            repo, name, revision=commit, endpoint=self.endpoint, token=self.token, cache_dir=self.cache,
-            local_files_only=self._offline, tqdm_class=None if self.progress else _no_bar(),
-        )  # fmt: skip
-
-    @property
-    def page(self) -> str:
-        return (self.endpoint or _library().constants.ENDPOINT).rstrip("/")
 
     @property
     def _offline(self) -> bool:
@@ -126,19 +112,15 @@ class Hub:
     def _folder(self, repo: str) -> Path:
         return Path(self.cache or _library().constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
 
-    def _reference(self, repo: str, revision: str) -> Path:
-        """Where the cache keeps the commit that a branch or tag meant last."""
-        return self._folder(repo) / "refs" / revision
-
     def _cached(self, asked: str, repo: str, revision: str) -> Listing:
-        reference, commit = self._reference(repo, revision), revision
-        if not COMMIT.fullmatch(revision) and reference.is_file():
-            commit = reference.read_text().strip()
+        reference = self._folder(repo) / "refs" / revision
+        named = not COMMIT.fullmatch(revision) and reference.is_file()
+        commit = reference.read_text().strip() if named else revision
         folder = self._folder(repo) / "snapshots" / commit
         if not folder.is_dir():
-            raise LoadError(asked, "it is not in the cache, and this run is offline", "Run it once with the network")
-        found = (Path(at, name) for at, _, files in os.walk(folder) for name in files)
-        return Listing(repo, commit, tuple(sorted(file.relative_to(folder).as_posix() for file in found)))
+            raise LoadError(asked, *OFFLINE)
+        files = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if not file.is_dir())
+        return Listing(repo, commit, tuple(files))
 
     def _ask(self, asked: str, repo: str, question: Callable[[], Any]) -> Any:
         try:
@@ -149,30 +131,29 @@ class Hub:
     def _sentence(self, asked: str, repo: str, error: BaseException) -> LoadError:
         from huggingface_hub import errors
 
-        where = f"{self.page}/{repo}"
-        login = "log in with `hf auth login` or set HF_TOKEN"
         causes = list(_causes(error))
+        refused = next((cause for cause in causes if isinstance(cause, errors.HfHubHTTPError)), None)
+        status = refused and getattr(refused.response, "status_code", None)
+        where = f"{(self.endpoint or _library().constants.ENDPOINT).rstrip('/')}/{repo}"
+        login = "log in with `hf auth login` or set HF_TOKEN"
 
-        for kind, found, do in (
-            (errors.GatedRepoError, "its authors let in only who accepts their terms",
+        def is_a(kind: type[Exception]) -> bool:
+            return any(isinstance(cause, kind) for cause in causes)
+
+        for applies, found, do in (
+            (is_a(errors.GatedRepoError), "its authors let in only who accepts their terms",
              f"Accept them at {where}, then {login}"),
-            (errors.RevisionNotFoundError, "the repository has no such revision",
+            (is_a(errors.RevisionNotFoundError), "the repository has no such revision",
              f"Choose one that {where}/commits/main shows"),
-            (errors.RepositoryNotFoundError, "there is no such repository, or it is private",
+            (is_a(errors.RepositoryNotFoundError), "there is no such repository, or it is private",
              f"Check the name at {where}; if it is private, {login}"),
+            (status in (401, 403), f"the hub refuses the token ({status})", f"Give one that may read {where}"),
+            (self._offline, *OFFLINE),
+            (status == 404, "the repository has no such file at this revision", f"Look at {where}"),
+            (status is not None, f"the hub answers {status}", "Try again later"),
         ):  # fmt: skip
-            if any(isinstance(cause, kind) for cause in causes):
+            if applies:
                 return LoadError(asked, found, do)
-        responses = [getattr(cause, "response", None) for cause in causes if isinstance(cause, errors.HfHubHTTPError)]
-        status = getattr(responses[0], "status_code", None) if responses else None
-        if status in (401, 403):
-            return LoadError(asked, f"the hub refuses the token ({status})", f"Give one that may read {where}")
-        if self._offline:
-            return LoadError(asked, "it is not in the cache, and this run is offline", "Run it once with the network")
-        if status == 404:
-            return LoadError(asked, "the repository has no such file at this revision", f"Look at {where}")
-        if status is not None:
-            return LoadError(asked, f"the hub answers {status}", "Try again later")
         first = str(causes[-1]).strip().splitlines()
         found = f"{type(causes[-1]).__name__}{': ' + first[0] if first else ''}".rstrip(".")
         return LoadError(asked, f"it failed ({found})", "Try again; what is already here is not fetched twice")
@@ -192,17 +173,6 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         seen.append(error)
         yield error
         error = error.__cause__ or error.__context__  # type: ignore[assignment]
-
-
-def _no_bar() -> type:
-    from tqdm import tqdm
-
-    class NoBar(tqdm):  # type: ignore[misc]  # it comes without types
-        def __init__(self, *args: Any, **more: Any):
-            more.pop("name", None)  # the library's own bars have a name, tqdm's do not
-            super().__init__(*args, **(more | {"disable": True}))
-
-    return NoBar
 
 
 def _library() -> Any:

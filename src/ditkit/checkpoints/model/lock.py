@@ -4,8 +4,6 @@ The manifest is written by a person and this file by ``ditkit lock``; with it a 
 an error. Leaves out: what the files are.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import tomllib
@@ -15,11 +13,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ditkit.checkpoints.files.text import readable
 from ditkit.checkpoints.model.hub import Hub
 from ditkit.checkpoints.model.place import AGAIN, Location, Places, check_names, files_at
 from ditkit.errors import LoadError
 
 INDEX = "index"
+ANEW = "Write it anew with `ditkit lock`"
 HEAD = "# Written by `ditkit lock`. Lock again instead of editing.\n"
 
 
@@ -33,9 +33,16 @@ class Entry:
 
 
 Lock = Mapping[str, Entry]
-
-
 P = TypeVar("P", bound=Places)
+
+
+def read_toml(file: Path, do: str) -> dict[str, Any]:
+    """Raises LoadError."""
+    with readable(f"reading {file}"):
+        try:
+            return tomllib.loads(file.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise LoadError(f"reading {file}", f"it is not valid TOML ({error})", do) from None
 
 
 def lock_file(manifest: Places) -> Path:
@@ -48,34 +55,26 @@ def read_lock(file: Path) -> Lock:
     """Empty when there is no such file. Raises LoadError when it cannot be understood."""
     if not file.is_file():
         return {}
-    asked = f"reading {file}"
+    raw, lock = read_toml(file, ANEW), {}
     try:
-        raw = tomllib.loads(file.read_text(encoding="utf-8"))
         if raw.pop("version", None) != 1:
             raise ValueError("it is of another version")
-        return {
-            name: Entry(
-                entry["place"],
-                entry.get("revision"),
-                {n: (int(f["size"]), str(f["sha256"])) for n, f in entry["files"].items()},
-            )
-            for name, entry in raw.get("components", {}).items()
-        }
-    except OSError as e:
-        raise LoadError(asked, f"it cannot be read ({e.strerror})", "Check the file and its permissions") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise LoadError(asked, f"it cannot be understood ({e})", "Write it anew with `ditkit lock`") from None
+        for name, entry in raw.get("components", {}).items():
+            files = {one: (int(of["size"]), str(of["sha256"])) for one, of in entry["files"].items()}
+            lock[name] = Entry(entry["place"], entry.get("revision"), files)
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise LoadError(f"reading {file}", f"it cannot be understood ({e})", ANEW) from None
+    return lock
 
 
 def lock_text(lock: Lock) -> str:
     """The file's text; equal locks have equal texts."""
     lines = [HEAD, "version = 1\n"]
     for name, entry in sorted(lock.items()):
-        lines.append(f"\n[components.{name}]\nplace = {_text(entry.written)}\n")
-        lines += [f"revision = {_text(entry.revision)}\n"] if entry.revision else []
-        lines.append(f"[components.{name}.files]\n")
-        for file, (size, digest) in sorted(entry.files.items()):
-            lines.append(f'{_text(file)} = {{ size = {size}, sha256 = "{digest}" }}\n')
+        revision = f"revision = {_text(entry.revision)}\n" if entry.revision else ""
+        lines.append(f"\n[components.{name}]\nplace = {_text(entry.written)}\n{revision}[components.{name}.files]\n")
+        lines += [f'{_text(file)} = {{ size = {size}, sha256 = "{digest}" }}\n'
+                  for file, (size, digest) in sorted(entry.files.items())]  # fmt: skip
     return "".join(lines)
 
 
@@ -105,13 +104,11 @@ def _pinned(place: Location, entry: Entry, asked: str) -> Location:
         if digests.get(name) != digest:
             raise LoadError(asked, f"they pin {name} of the {place.component} to different hashes", AGAIN)
     sizes = {name: size for name, (size, _) in entry.files.items()}
-    revision = entry.revision or place.revision
-    return replace(place, revision=revision, sha256=digests, sizes=sizes, names=tuple(entry.files))
+    return replace(place, revision=entry.revision or place.revision, sha256=digests, sizes=sizes)
 
 
 def verify(place: Location, at: Path) -> int:
-    """Hash every pinned file of the component that lies ``at`` a folder or file. Returns how many bytes were
-    read, 0 when nothing is pinned.
+    """Hash every pinned file of the component that lies ``at`` a folder or file. Returns how many bytes were read.
 
     Always reads the bytes: neither the size nor the time of change of a file is trusted. Raises LoadError with the
     first file that is not what it was."""
@@ -127,8 +124,7 @@ def verify(place: Location, at: Path) -> int:
 
 
 def _digests(files: Mapping[str, Path]) -> dict[str, str]:
-    """sha256 of each file, several at a time (hashing leaves the interpreter's lock)."""
-    with ThreadPoolExecutor(max_workers=4) as pool:
+    with ThreadPoolExecutor(max_workers=4) as pool:  # hashing leaves the interpreter's lock
         return dict(zip(files, pool.map(_digest, files.values()), strict=True))
 
 
@@ -141,11 +137,10 @@ def make_lock(manifest: Places, hub: Hub | None = None) -> dict[str, Entry]:
     """Resolve every component of a manifest that was opened without its lock, and hash all of its files.
 
     A branch or tag becomes the commit that it means now. Raises LoadError."""
-    hub = hub or Hub()
     if not manifest.components:
         do = "Name them under [components] in a ditkit.toml"
         raise LoadError(f"locking {manifest.folder}", "it names no components", do)
-    entries = {name: _entry(place, hub) for name, place in manifest.components.items()}
+    entries = {name: _entry(place, hub or Hub()) for name, place in manifest.components.items()}
     index = _index_entry(manifest)
     return entries | ({INDEX: index} if index else {})
 
@@ -159,8 +154,7 @@ def _index_entry(manifest: Places) -> Entry | None:
 
 
 def _entry(place: Location, hub: Hub) -> Entry:
-    place = place.pin(hub)
-    at = place.resolve(hub)
+    at = (place := place.pin(hub)).resolve(hub)
     verify(place, at)  # what the manifest itself pins
     files = files_at(place, at)
     found = {name: (files[name].stat().st_size, digest) for name, digest in _digests(files).items()}
@@ -178,13 +172,10 @@ def changes(before: Lock, after: Lock) -> list[tuple[str, str]]:
         if old.written != new.written:
             lines.append((name, f"place: {old.written} -> {new.written}"))
         if old.revision != new.revision:
-            lines.append((name, f"commit: {_short(old.revision)} -> {_short(new.revision)}"))
+            was, now = (str(entry.revision or "none")[:12] for entry in (old, new))
+            lines.append((name, f"commit: {was} -> {now}"))
         for file in sorted(old.files.keys() | new.files.keys()):
             if old.files.get(file) != new.files.get(file):
                 kind = "changed" if file in old.files and file in new.files else "new" if file in new.files else "gone"
                 lines.append((name, f"{file}: {kind}"))
     return lines
-
-
-def _short(revision: Any) -> str:
-    return str(revision or "none")[:12]

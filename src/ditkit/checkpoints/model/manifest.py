@@ -4,37 +4,29 @@ A manifest only names places; together they are one model. Leaves out: the place
 files (lock.py), and what the files are (open_part.py).
 """
 
-from __future__ import annotations
-
 import os
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from ditkit.checkpoints.files.text import read_json
+from ditkit.checkpoints.kinds.configs import Rules, note_unknown
 from ditkit.checkpoints.model.hub import DATA, REPO, Hub, HubName
-from ditkit.checkpoints.model.lock import with_lock
-from ditkit.checkpoints.model.part import component_names
+from ditkit.checkpoints.model.lock import read_toml, with_lock
+from ditkit.checkpoints.model.part import SIDE, WITHOUT_WEIGHTS, component_names
 from ditkit.checkpoints.model.place import Base, LocalBase, Location, Places, RemoteBase, check_known, location, short
 from ditkit.errors import LoadError
 
-MANIFEST, MODULAR, INDEX = "ditkit.toml", "modular_model_index.json", "model_index.json"
-NAMES = (MANIFEST, MODULAR, INDEX)
+MODULAR, INDEX = "modular_model_index.json", "model_index.json"
+NAMES = ("ditkit.toml", MODULAR, INDEX)
 WHOLE = ("config.json", "configuration.json")
 """What a repository in Wan's own layout has at its top. One that has none of these is a collection, not a model."""
-
-MADE_HERE = ("guider", "video_processor", "feature_extractor")
-"""Parts that diffusers lists and that have no files which ditkit reads; they are passed over by name."""
-
 LIBRARIES = (None, "diffusers", "transformers")
 """A class of another library would be code that comes with the model; none is ever run."""
-
-NOTES: Mapping[str, type] = MappingProxyType({"boundary": float, "expand_timesteps": bool})
-"""Keys of ``[model]``. ``boundary``: the share of the timesteps from which on the first of two experts works."""
-INDEX_NOTES = {"boundary_ratio": "boundary", "expand_timesteps": "expand_timesteps"}
+VALUES = {"boundary": "boundary_ratio", "expand_timesteps": "expand_timesteps"}
+"""Keys of ``[model]`` -> of an index. ``boundary``: the share of the timesteps from which on the first of two experts
+works."""
 SPEC = ("pretrained_model_name_or_path", "repo", "subfolder", "revision", "variant", "type_hint",
         "default_creation_method")  # fmt: skip
 
@@ -43,17 +35,18 @@ SPEC = ("pretrained_model_name_or_path", "repo", "subfolder", "revision", "varia
 class Manifest(Places):
     """``components`` by name, as far as the manifest names them; the rest is looked for in ``folder``.
 
-    ``model`` has notes of the kind of NOTES; ``tables`` are the other tables of ``ditkit.toml``, unchecked.
-    ``unknown``: keys of the index that nobody here knows, such as components of newer pipelines."""
+    ``values``: what is said of the whole model, under the names of an index. ``tables``: the other tables of
+    ``ditkit.toml``, unchecked. ``unknown``: keys of the index that nobody here knows, such as components of newer
+    pipelines."""
 
-    model: Mapping[str, Any] = field(default_factory=dict)
+    values: Mapping[str, Any] = field(default_factory=dict)
     tables: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     unknown: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
-    def values(self) -> dict[str, Any]:
-        """The notes on the whole model, under their names in an index."""
-        return {name: self.model[note] for name, note in INDEX_NOTES.items() if note in self.model}
+    def notes(self, rules: Rules) -> list[str]:
+        """One sentence for each unknown key. Raises LoadError where the rules are strict."""
+        known = (*component_names(), *WITHOUT_WEIGHTS, *VALUES.values())
+        return note_unknown(f"reading {self.index}", self.index.name if self.index else "", self.unknown, known, rules)
 
     @staticmethod
     def at(path: Path) -> str | None:
@@ -63,7 +56,7 @@ class Manifest(Places):
         return path.name if path.suffix == ".toml" or path.name in NAMES else None
 
     @classmethod
-    def open(cls, path: str | Path, lock: bool = True) -> Manifest:
+    def open(cls, path: str | Path, lock: bool = True) -> "Manifest":
         """The manifest of a folder, or a manifest file. Reads no weights and asks no hub.
 
         ``ditkit.toml`` counts before ``modular_model_index.json``, and that before ``model_index.json``, component by
@@ -77,7 +70,7 @@ class Manifest(Places):
         return with_lock(found) if lock else found
 
     @classmethod
-    def fetch(cls, name: str, hub: Hub | None = None) -> Manifest:
+    def fetch(cls, name: str, hub: Hub | None = None) -> "Manifest":
         """The manifest of ``hf:OWNER/NAME[/FOLDER]@REVISION``. Its components come from that same commit, unless they
         name another repository. Of one in Wan's own layout all data is fetched and ``components`` is empty."""
         hub = hub or Hub()
@@ -85,14 +78,12 @@ class Manifest(Places):
         if found is None:
             raise LoadError(f"the hub name {name!r}", "it does not begin with hf:", "Write hf:OWNER/NAME@REVISION")
         listing = hub.look(found.repo, found.revision)
-        top = listing.within(found.folder)
-        start = f"{found.folder}/" if found.folder else ""
+        top, start = listing.within(found.folder), f"{found.folder}/" if found.folder else ""
         names = [start + one for one in (*NAMES, "ditkit.lock") if one in top]
-        if not names and not set(top) & set(WHOLE):
+        if not names and not {*top} & {*WHOLE}:
             none = f"there is none of {', '.join((*NAMES, *WHOLE))} at {listing.commit[:12]}"
             raise LoadError(f"opening {name}", none, "Name the files that you want of it in a ditkit.toml of your own")
-        if not names:
-            names = [one for one in listing.names if one.startswith(start) and one.endswith(DATA)]
+        names = names or [one for one in listing.names if one.startswith(start) and one.endswith(DATA)]
         folder = hub.fetch(listing.repo, listing.commit, names) / found.folder
         return with_lock(_read(folder, None, RemoteBase(listing, found.folder)))
 
@@ -101,98 +92,71 @@ class Manifest(Places):
         return {name: place.resolve(hub) for name, place in self.components.items()}
 
 
-def _components() -> list[str]:
-    return [*component_names(), "image_processor", "scheduler"]
-
-
 def _read(folder: Path, name: str | None, base: Base) -> Manifest:
-    there = [one for one in NAMES if (folder / one).is_file()]
-    wanted = there if name is None else [name]
-    own = next((one for one in wanted if one.endswith(".toml")), None)
-    if name is not None and own is not None:  # a manifest that was named stands beside the index of its folder
-        wanted += [one for one in there if not one.endswith(".toml")]
-    index = next((one for one in wanted if one.endswith(".json")), None)
-    components, model, unknown = _read_index(folder / index, base) if index else ({}, {}, {})
-    tables: dict[str, Any] = {}
-    if own:
-        tables = _read_toml(folder / own)
-        components |= _places(tables.pop("components", {}), folder / own, base)
-        model |= _notes(tables.pop("model", {}), folder / own)
-    at, beside = (folder / name if name else None for name in (own or index, index))
-    return Manifest(folder, at, beside, components, False, model, tables, unknown)
-
-
-def _read_toml(file: Path) -> dict[str, Any]:
-    asked = f"reading {file}"
-    try:
-        raw = tomllib.loads(file.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise LoadError(asked, f"it cannot be read ({e.strerror})", "Check the file and its permissions") from None
-    except ValueError as e:
-        raise LoadError(asked, f"it is not valid TOML ({e})", "Correct it") from None
-    except RecursionError:
-        raise LoadError(asked, "its lists are nested too deeply", "Correct it") from None
-    for name, table in raw.items():
-        check_known(name, ("components", "model", "defaults", "preview"), asked, "table")
+    own = folder / (name or NAMES[0])
+    toml = own if own.suffix == ".toml" and own.is_file() else None
+    indexes = [own] if name and not toml else [folder / MODULAR, folder / INDEX]
+    index = next((file for file in indexes if file.suffix == ".json" and file.is_file()), None)
+    components, values, unknown = _read_index(index, base) if index else ({}, {}, {})
+    tables = read_toml(toml, "Correct it") if toml else {}
+    for key, table in tables.items():
+        check_known(key, ("components", "model", "defaults", "preview"), f"reading {toml}", "table")
         if not isinstance(table, dict):
-            raise LoadError(asked, f"{name} is {table!r}, not a table", f"Write [{name}] above its keys")
-    return raw
+            raise LoadError(f"reading {toml}", f"{key} is {table!r}, not a table", f"Write [{key}] above its keys")
+    for key, value in tables.pop("components", {}).items():
+        components[key] = _place(key, value, f"reading [components] of {toml}", base)
+    for key, value in tables.pop("model", {}).items():
+        values[VALUES.get(key, key)] = _checked(key, value, f"reading [model] of {toml}")
+    return Manifest(folder, toml or index, index, components, False, values, tables, unknown)
 
 
-def _notes(table: Mapping[str, Any], file: Path) -> dict[str, Any]:
-    asked = f"reading [model] of {file}"
-    for name, value in table.items():
-        check_known(name, tuple(NOTES), asked, "key")
-        truth = NOTES[name] is bool
-        if not (type(value) is bool if truth else type(value) in (int, float) and 0 <= value <= 1):
-            wanted = "true or false" if truth else "a number from 0 to 1"
-            raise LoadError(asked, f"{name} is {value!r}, not {wanted}", "Correct it")
-    return dict(table)
+def _checked(name: str, value: Any, asked: str) -> Any:
+    check_known(name, VALUES, asked, "key")
+    truth = name == "expand_timesteps"
+    if not (type(value) is bool if truth else type(value) in (int, float) and 0 <= value <= 1):
+        wanted = "true or false" if truth else "a number from 0 to 1"
+        raise LoadError(asked, f"{name} is {value!r}, not {wanted}", "Correct it")
+    return value
 
 
-def _places(table: Mapping[str, Any], file: Path, base: Base) -> dict[str, Location]:
-    asked = f"reading [components] of {file}"
-    places = {}
-    for name, value in table.items():
-        check_known(name, _components(), asked, "component")
-        keys = short(value) if isinstance(value, str) else value
-        if not isinstance(keys, dict):
-            raise LoadError(asked, f"{name} is {value!r}", "Give a path, hf:OWNER/NAME@REVISION, or a table")
-        places[name] = location(name, keys, f"reading [components.{name}] of {file}", base)
-    return places
+def _place(name: str, value: Any, asked: str, base: Base) -> Location:
+    check_known(name, [*component_names(), *SIDE], asked, "component")
+    keys = short(value) if isinstance(value, str) else value
+    if not isinstance(keys, dict):
+        raise LoadError(asked, f"{name} is {value!r}", "Give a path, hf:OWNER/NAME@REVISION, or a table")
+    return location(name, keys, f"{asked}, {name}", base)
 
 
 def _read_index(file: Path, base: Base) -> tuple[dict[str, Location], dict[str, Any], dict[str, Any]]:
     """An index of diffusers, of either kind: a pair for a component beside it, a triple for one from anywhere. Last
     come the keys that are not known."""
-    asked, known = f"reading {file}", _components()
+    asked = f"reading {file}"
     components: dict[str, Location] = {}
-    notes: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     unknown: dict[str, Any] = {}
     for name, value in read_json(file).items():
         if name == "auto_map":
             raise LoadError(asked, "it names code in the repository (auto_map)", "Use a model without code of its own")
-        if name.startswith("_") or name in MADE_HERE or value in (None, [None, None]):
+        if name.startswith("_") or value in (None, [None, None]):
             continue
-        if name in INDEX_NOTES:
-            notes[INDEX_NOTES[name]] = value
-        elif name in known:
+        if name in VALUES.values():
+            values[name] = value
+        elif name in (*component_names(), *SIDE):
             components[name] = _indexed(name, value, asked, base, unknown)
-        else:
+        elif name not in WITHOUT_WEIGHTS:
             unknown[name] = value
-    return components, notes, unknown
+    return components, values, unknown
 
 
 def _indexed(name: str, value: Any, asked: str, base: Base, unknown: dict[str, Any]) -> Location:
-    pair = isinstance(value, list) and len(value) in (2, 3) and all(x is None or isinstance(x, str) for x in value[:2])
-    if not pair:
+    if not (isinstance(value, list) and len(value) in (2, 3) and all(isinstance(x, str | None) for x in value[:2])):
         raise LoadError(asked, f"it gives {name} as {value}", "Write a library, a class and, if elsewhere, its place")
     spec = value[2] if len(value) == 3 else {"pretrained_model_name_or_path": ".", "subfolder": name}
     if not isinstance(spec, dict):
         raise LoadError(asked, f"the place of {name} is {spec!r}, not an object", "Correct it")
     unknown |= {f"{name}.{key}": found for key, found in spec.items() if key not in SPEC and found is not None}
-    hint = spec.get("type_hint") or [value[0]]
-    for one in (value[0], hint[0] if isinstance(hint, list) and hint else value[0]):
+    hint = spec.get("type_hint")
+    for one in (value[0], *(hint[:1] if isinstance(hint, list) else ())):
         if one not in LIBRARIES:
             do = "Only classes of diffusers and transformers are known; no code is loaded"
             raise LoadError(asked, f"{name} is a class of {one!r}", do)
@@ -200,10 +164,10 @@ def _indexed(name: str, value: Any, asked: str, base: Base, unknown: dict[str, A
     if not isinstance(where, str):
         raise LoadError(asked, f"{name} has no place ({where!r})", "Give pretrained_model_name_or_path")
     keys = {k: spec[k] for k in ("subfolder", "revision", "variant") if spec.get(k) is not None}
-    if REPO.fullmatch(where):
-        place = location(name, keys | {"repo": where}, f"{asked}, {name}", base)
-        if place.revision is None and isinstance(base, RemoteBase) and where == base.listing.repo:
-            return replace(place, revision=base.listing.commit)  # the revision of the whole is that of its parts
-        return place
-    keys.pop("revision", None)  # diffusers writes one for local places too, where it means nothing
-    return location(name, keys | {"path": where}, f"{asked}, {name}", base)
+    if not REPO.fullmatch(where):
+        keys.pop("revision", None)  # diffusers writes one for local places too, where it means nothing
+        return location(name, keys | {"path": where}, f"{asked}, {name}", base)
+    place = location(name, keys | {"repo": where}, f"{asked}, {name}", base)
+    if place.revision is None and isinstance(base, RemoteBase) and where == base.listing.repo:
+        return replace(place, revision=base.listing.commit)  # the revision of the whole is that of its parts
+    return place

@@ -1,29 +1,27 @@
 """A part of a model, opened but not read, and a whole model as parts that were held against each other.
 
-Leaves out: opening (open_part.py), finding (locate.py) and judging them (fits.py).
+Leaves out: opening (open_part.py), finding (find.py) and judging them (fits.py).
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, TypeVar
 
+from ditkit.checkpoints.kinds.configs import Rules
 from ditkit.checkpoints.kinds.detect import Detected
 from ditkit.checkpoints.kinds.kind import KINDS, Kind
 from ditkit.checkpoints.views.source import TensorSource
 from ditkit.errors import LoadError
 
 T = TypeVar("T")
-EXPERTS: Mapping[str, str] = MappingProxyType({
-    "high_noise_model": "transformer", "low_noise_model": "transformer_2",
-})  # fmt: skip
+EXPERTS = {"high_noise_model": "transformer", "low_noise_model": "transformer_2"}
 """Folder of the native layout -> component, by diffusers' rule that ``transformer`` is the one for high noise."""
 ORDER = (*EXPERTS.values(), "vae", "text_encoder", "image_encoder", "preview_decoder")
-WITHOUT_WEIGHTS = ("scheduler", "image_processor", "feature_extractor", "video_processor", "guider")
-"""Components of an index that we have no use for, or only for their settings: our own code does what they do."""
+SIDE = ("image_processor", "scheduler")
+"""Components without weights whose configs are read."""
+WITHOUT_WEIGHTS = (*SIDE, "feature_extractor", "video_processor", "guider")
+"""Components that an index lists and whose work our own code does; but for the first they are passed over by name."""
 
 
 def component_names() -> list[str]:
@@ -86,12 +84,11 @@ WHOLE = Scope()
 @dataclass(frozen=True)
 class Options:
     """How parts are opened. ``variant``: of the weights in each folder of diffusers. ``instead``: component -> a file
-    or folder that stands in for the model's own, or for one that it does not have. ``rules``: named exceptions
-    (``image_claim``) and ``strict_config``. ``scope``: which parts matter here."""
+    or folder that stands in for the model's own, or for one that it does not have. ``scope``: which parts matter."""
 
     variant: str | None = None
     instead: Mapping[str, Path] = field(default_factory=dict)
-    rules: Collection[str] = ()
+    rules: Rules = ()
     scope: Scope = WHOLE
 
 
@@ -99,7 +96,11 @@ class Options:
 class ModelParts:
     """A model's parts: ``parts`` are here, ``elsewhere`` at hosts. ``boundary``: the sigma below which
     ``transformer_2`` runs. ``expand_timesteps``: each token has its own timestep. ``unused``: files beside the parts,
-    and why they are none. ``problems``: what keeps the model from running; ``check`` raises the first."""
+    and why they are none. ``problems``: what keeps the model from running; ``check`` raises the first.
+
+    ``flow_shift``: of its scheduler. ``processor``: its own words on how pictures are prepared. ``tables``: those of
+    ``ditkit.toml`` that speak of requests, and ``file``, where they stand. ``verify``: for each part of a locked
+    manifest, what raises LoadError unless its files are those that were locked."""
 
     path: Path | str
     layout: str
@@ -110,27 +111,13 @@ class ModelParts:
     unused: Mapping[str, str] = field(default_factory=dict)
     problems: tuple[LoadError, ...] = ()
     elsewhere: Mapping[str, Part] = field(default_factory=dict)
+    flow_shift: float | None = None
+    tables: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    file: Path = Path()
+    processor: Mapping[str, Any] | None = None
+    verify: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
 
-    def check(self) -> ModelParts:
+    def check(self) -> "ModelParts":
         if self.problems:
             raise self.problems[0]
         return self
-
-
-def ordered(parts: Mapping[str, T]) -> Mapping[str, T]:
-    names: Iterable[str] = dict.fromkeys([*(name for name in component_names() if name in parts), *parts])
-    return MappingProxyType({name: parts[name] for name in names})
-
-
-@dataclass(frozen=True)
-class FoundModel:
-    """``tables``: those of ``ditkit.toml`` that speak of requests, and ``file``, where they stand. ``processor``: the
-    folder's own words on how pictures are prepared. ``verify``: for each part of a locked manifest, what raises
-    LoadError unless its files are those that were locked."""
-
-    located: ModelParts
-    flow_shift: float | None
-    tables: Mapping[str, Mapping[str, Any]]
-    file: Path
-    processor: Mapping[str, Any] | None = None
-    verify: Mapping[str, Callable[[], Any]] = field(default_factory=dict)

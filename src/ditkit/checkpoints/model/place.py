@@ -1,20 +1,19 @@
-"""Where one component of a model comes from: a folder or file on this machine, or a commit of a hub repository.
+"""Where one component of a model comes from: a folder or file on this machine, or a commit of a hub repository; and
+which files there it is made of: one set of weights of one variant, with configs and vocabularies, never programs.
 
 Leaves out: what names several places together (manifest.py), and hashing their files (lock.py).
 """
 
-from __future__ import annotations
-
 import os
+import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from types import MappingProxyType
 from typing import Any
 
-from ditkit.checkpoints.files.text import read_json
+from ditkit.checkpoints.files.formats import SHARD
+from ditkit.checkpoints.files.text import read_json, some
 from ditkit.checkpoints.model.hub import COMMIT, REPO, Hub, HubName, Listing, inside
-from ditkit.checkpoints.model.used import is_weights, used
 from ditkit.errors import LoadError, nearest
 
 AGAIN = "Lock the manifest again with `ditkit lock` if that is meant"
@@ -26,8 +25,8 @@ class Location:
     """Where one component lies: ``path`` (absolute) or ``repo`` with its ``revision``, then ``subfolder``, ``file``.
 
     ``written`` is how the manifest says it. ``sha256`` maps names of files to hex digests, as far as they are pinned:
-    relative to the repository, or to the component's own folder when it is local. ``names`` are all its files when it
-    is locked, else None."""
+    relative to the repository, or to the component's own folder when it is local. ``sizes`` has all its files when it
+    is locked, else it is None."""
 
     component: str
     written: str
@@ -38,8 +37,7 @@ class Location:
     variant: str | None = None
     file: str | None = None
     sha256: Mapping[str, str] = field(default_factory=dict)
-    sizes: Mapping[str, int] = field(default_factory=dict)
-    names: tuple[str, ...] | None = None
+    sizes: Mapping[str, int] | None = None
 
     @property
     def pinned(self) -> bool:
@@ -60,7 +58,7 @@ class Location:
     def absent(self) -> bool:
         """An index names it in its usual place, and there is no such folder. Of a locked one the files are named, so
         their place has to be right."""
-        return self.path is not None and self.afar and self.names is None and self.written == f"./{self.component}"
+        return self.path is not None and self.afar and self.sizes is None and self.written == f"./{self.component}"
 
     def resolve(self, hub: Hub | None = None) -> Path:
         """The component's folder or file on this machine, fetched if need be.
@@ -79,19 +77,16 @@ class Location:
         return place
 
     def _fetched(self, hub: Hub) -> Path:
-        assert self.repo is not None
-        assert self.revision is not None
-        if self.names is None:
-            names = self.files_of(hub.look(self.repo, self.revision))
+        repo, commit = str(self.repo), str(self.revision)
+        if self.sizes is None:
+            names = self.files_of(hub.look(repo, commit))
         else:
-            names = tuple(self.inner + name.removeprefix(self.prefix) for name in self.names)
-        return hub.fetch(self.repo, self.revision, names) / self.subfolder / (self.file or "")
+            names = tuple(self.inner + name.removeprefix(self.prefix) for name in self.sizes)
+        return hub.fetch(repo, commit, names) / self.subfolder / (self.file or "")
 
-    def pin(self, hub: Hub) -> Location:
+    def pin(self, hub: Hub) -> "Location":
         """The same place at the commit that its branch or tag means now."""
-        if self.pinned or self.repo is None:
-            return self
-        return replace(self, revision=hub.look(self.repo, self.revision).commit)
+        return self if self.pinned else replace(self, revision=hub.look(str(self.repo), self.revision).commit)
 
     @property
     def inner(self) -> str:
@@ -107,12 +102,12 @@ class Location:
     def files_of(self, listing: Listing) -> tuple[str, ...]:
         """Which files of the repository make this component. Raises LoadError when there are none."""
         start, where = self.inner, f"{self.repo}/{self.inner}".rstrip("/")
-        if self.file is not None:
-            there = listing.within(f"{start}{PurePosixPath(self.file).parent.as_posix()}".removesuffix(".").rstrip("/"))
-            beside = [PurePosixPath(self.file).with_name("config.json").as_posix()] if "config.json" in there else []
-            names: tuple[str, ...] = (self.file, *beside) if start + self.file in listing.names else ()
-        else:
+        if self.file is None:
             names = used(listing.within(self.subfolder), self.variant, where)
+        else:
+            config = str(PurePosixPath(self.file).with_name("config.json"))
+            there = tuple(name for name in (self.file, config) if start + name in listing.names)
+            names = there if self.file in there else ()
         if not names:
             found = f"there is no {self.file or 'file of weights or settings'} at {listing.commit[:12]}"
             do = "Correct its place in the manifest, or choose another revision"
@@ -134,21 +129,13 @@ class Places:
 
 def files_at(place: Location, at: Path) -> dict[str, Path]:
     """The files that make the component that lies ``at`` a folder or file, under the names that a lock uses."""
-    if at.is_file():
-        names: Iterable[str] = [at.name, *_beside(at)]
-        folder = at.parent
-    else:
-        folder = at
+    if not at.is_file():
         names = used([file.name for file in at.iterdir() if file.is_file()], place.variant, str(at))
-    return {place.prefix + name: folder / name for name in names}
-
-
-def _beside(file: Path) -> list[str]:
-    """What a loader reads beside a file of weights: the config there, and the shards that an index names."""
-    config = ["config.json"] if (file.parent / "config.json").is_file() else []
-    if not file.name.endswith(".index.json"):
-        return config
-    return [*config, *sorted({str(name) for name in read_json(file).get("weight_map", {}).values()})]
+        return {place.prefix + name: at / name for name in names}
+    beside = ["config.json"] if (at.parent / "config.json").is_file() else []  # what a loader reads too
+    if at.name.endswith(".index.json"):
+        beside += sorted({str(name) for name in read_json(at).get("weight_map", {}).values()})
+    return {place.prefix + name: at.parent / name for name in (at.name, *beside)}
 
 
 def check_names(place: Location, at: Path) -> None:
@@ -158,9 +145,9 @@ def check_names(place: Location, at: Path) -> None:
     files, asked = files_at(place, at), f"opening the {place.component} at {at}"
     if lost := sorted(place.sha256.keys() - files.keys()):
         raise LoadError(asked, f"{lost[0]} is pinned and is not there", "Get it again, or lock the manifest again")
-    if place.names is not None and (new := sorted(files.keys() - set(place.names))):
+    if place.sizes is not None and (new := sorted(files.keys() - place.sizes.keys())):
         raise LoadError(asked, f"{new[0]} is there and is not locked", AGAIN)
-    for name, size in place.sizes.items():
+    for name, size in (place.sizes or {}).items():
         if (found := files[name].stat().st_size) != size:
             raise LoadError(asked, f"{name} has {found} bytes and had {size} when it was locked", AGAIN)
 
@@ -172,12 +159,9 @@ class LocalBase:
     folder: Path
 
     def place(self, component: str, path: str, subfolder: str | None) -> dict[str, Any]:
-        own = self.folder / component
-        if path != ".":
-            found = Path(os.path.normpath(self.folder / os.path.expanduser(path)))
-        else:
-            found = own if subfolder is None and own.is_dir() else self.folder
-        return {"path": found, "subfolder": subfolder or ""}
+        own = path == "." and subfolder is None and (self.folder / component).is_dir()
+        place = os.path.normpath(self.folder / (component if own else os.path.expanduser(path)))
+        return {"path": Path(place), "subfolder": subfolder or ""}
 
 
 @dataclass(frozen=True)
@@ -192,8 +176,8 @@ class RemoteBase:
             found = f"its manifest names {path!r}, outside of it"
             do = "Use a manifest whose paths stay in their repository"
             raise LoadError(f"finding the {component} of {self.listing.repo}", found, do)
-        own = path == "." and subfolder is None and self.listing.within(_posix(self.folder, component))
-        place = _posix(self.folder, component if own else path, subfolder or "")
+        own = path == "." and subfolder is None and self.listing.within(str(PurePosixPath(self.folder, component)))
+        place = str(PurePosixPath(self.folder, component if own else path, subfolder or ""))
         at = {"repo": self.listing.repo, "revision": self.listing.commit}
         if place in self.listing.names:
             parent, _, file = place.rpartition("/")
@@ -204,20 +188,16 @@ class RemoteBase:
 Base = LocalBase | RemoteBase
 
 
-def _posix(*parts: str) -> str:
-    return PurePosixPath(*parts).as_posix()
-
-
 def check_known(name: str, known: Collection[str], asked: str, what: str) -> None:
     """Raises LoadError for a name that is not among ``known``."""
     if name not in known:
         raise LoadError(asked, f"it has an unknown {what} {name!r}{nearest(name, known)}", f"Use {', '.join(known)}")
 
 
-def place_of(component: str, text: str, folder: Path | None = None) -> Location:
-    """A place outside of any manifest: a path, relative to ``folder`` (the current one when None), or
-    ``hf:OWNER/NAME[/FOLDER or /FOLDER/FILE]@REVISION``. Raises LoadError."""
-    return location(component, short(text), f"{component}={text}", LocalBase(folder or Path.cwd()))
+def place_of(component: str, text: str) -> Location:
+    """A place outside of any manifest: a path, or ``hf:OWNER/NAME[/FOLDER or /FOLDER/FILE]@REVISION``. Raises
+    LoadError."""
+    return location(component, short(text), f"{component}={text}", LocalBase(Path.cwd()))
 
 
 def short(text: str) -> dict[str, Any]:
@@ -226,7 +206,7 @@ def short(text: str) -> dict[str, Any]:
     if hub is None:
         return {"path": text}
     folder, _, last = hub.folder.rpartition("/")
-    file = last if is_weights(last) else None
+    file = last if PurePosixPath(last).suffix in FORMATS else None
     keys = {"subfolder": folder if file else hub.folder, "file": file, "revision": hub.revision}
     return {"repo": hub.repo} | {key: value for key, value in keys.items() if value}
 
@@ -241,23 +221,23 @@ def location(name: str, keys: Mapping[str, Any], asked: str, base: Base) -> Loca
             raise LoadError(asked, f"{key} is {value!r}, not a text", "Correct it")
     if not isinstance(pins, dict) or not all(isinstance(v, str) and len(v) == 64 for v in pins.values()):
         raise LoadError(asked, "sha256 is not a table of files and their 64 digits", "Write it with `ditkit lock`")
-    if ("path" in keys) == ("repo" in keys):
-        both = "both path and repo" if "path" in keys else "neither path nor repo"
-        raise LoadError(asked, f"it has {both}", "Give one of them")
-    if "path" in keys and "revision" in keys:
-        raise LoadError(asked, "a path has no revision", "Remove it, or give a repo")
-    for key in ("subfolder", "file"):
-        if not inside(keys.get(key, "")):
-            raise LoadError(asked, f"{key} is {keys[key]!r}, outside of the place", "Correct it")
-    if "repo" in keys and not REPO.fullmatch(keys["repo"]):
-        raise LoadError(asked, f"repo is {keys['repo']!r}", "Write OWNER/NAME")
-    if "file" in keys and "variant" in keys:
-        raise LoadError(asked, "it has both file and variant", "Give one of them")
+    path, repo, subfolder, file = (keys.get(key, "") for key in ("path", "repo", "subfolder", "file"))
+    for wrong, found, do in (
+        (path and repo, "it has both path and repo", "Give one of them"),
+        (not path and not repo, "it has neither path nor repo", "Give one of them"),
+        (path and "revision" in keys, "a path has no revision", "Remove it, or give a repo"),
+        (not inside(subfolder), f"subfolder is {subfolder!r}, outside of the place", "Correct it"),
+        (not inside(file), f"file is {file!r}, outside of the place", "Correct it"),
+        (repo and not REPO.fullmatch(repo), f"repo is {repo!r}", "Write OWNER/NAME"),
+        (file and "variant" in keys, "it has both file and variant", "Give one of them"),
+    ):
+        if wrong:
+            raise LoadError(asked, found, do)
     where = keys.pop("path", None)
     written = _written(keys, where)
     if where is not None:
         keys = base.place(name, where, keys.pop("subfolder", None)) | keys
-    return Location(name, written, **keys, sha256=MappingProxyType(dict(pins)))
+    return Location(name, written, **keys, sha256=pins)
 
 
 def _written(keys: Mapping[str, str], path: str | None) -> str:
@@ -267,3 +247,49 @@ def _written(keys: Mapping[str, str], path: str | None) -> str:
     text += f"/{inner}" if inner else ""
     text += f"@{keys.get('revision', 'main')}" if path is None else ""
     return text + (f" (variant {keys['variant']})" if "variant" in keys else "")
+
+
+# --- which files of a folder are meant
+
+NOTES = re.compile(r"(?!.*\.index(\..+)?\.json$).+\.json|.+\.model|(merges|vocab)\.txt")
+FORMATS = {".safetensors": 0, ".gguf": 1, ".pth": 2, ".pt": 2, ".bin": 2, ".ckpt": 2}
+"""Endings of weights -> their rank; the lowest is taken before the others."""
+_SET = re.compile(
+    r"(?P<base>diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<a>[^.]+?))?(?:-\d{5}-of-\d{5})?(?:\.(?P<b>[^.]+))?"
+)  # the base names of diffusers and transformers; a variant stands before or after the number of the shard
+_INDEX = re.compile(r"(?P<stem>.+)(?P<suffix>\.safetensors|\.bin)\.index(?:\.(?P<variant>.+))?\.json")
+
+
+def used(names: Iterable[str], variant: str | None, where: str) -> tuple[str, ...]:
+    """The names, sorted, of one set of weights (if there are any) and of all notes.
+
+    ``names`` are the files of one folder, without paths. Raises LoadError when the variant is not there, and when
+    several sets could be meant; ``where`` names the folder in it."""
+    names = sorted(names)
+    notes = [name for name in names if NOTES.fullmatch(name)]
+    sets = {name: found for name in names if (found := _weights(name))}
+    asked = f"choosing the weights in {where}" + (f" (variant {variant!r})" if variant else "")
+    if not sets:
+        if variant is not None:
+            raise LoadError(asked, "there are no weights", "Remove the variant, or correct the place")
+        return tuple(notes)
+    fitting = {name: (rank, base) for name, (rank, base, its) in sets.items() if its == variant}
+    if not fitting:
+        known = some({its or "none" for _, _, its in sets.values()})
+        raise LoadError(asked, f"the weights there have other variants ({known})", "Ask for one of these variants")
+    best = min(rank for rank, _ in fitting.values())
+    chosen = {name: base for name, (rank, base) in fitting.items() if rank == best}
+    if len(bases := {*chosen.values()}) > 1:
+        raise LoadError(asked, f"{len(bases)} sets of weights could be meant ({some(bases)})", "Name one with `file`")
+    return tuple(sorted([*notes, *chosen]))
+
+
+def _weights(name: str) -> tuple[int, str, str | None] | None:
+    """(rank of the format, name of the set, variant), or None for a file that holds no weights."""
+    if index := _INDEX.fullmatch(name):
+        return (0 if index["suffix"] == ".safetensors" else 2), index["stem"], index["variant"]
+    path = PurePosixPath(name)
+    if (rank := FORMATS.get(path.suffix)) is None:
+        return None
+    match = _SET.fullmatch(path.stem)
+    return (rank, match["base"], match["a"] or match["b"]) if match else (rank, SHARD.sub("", path.stem), None)
