@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ditkit.checkpoints.files.stored import DTYPES
 from ditkit.checkpoints.files.text import some
-from ditkit.checkpoints.views.source import Stored, TensorSource, cast, no_inspection, stored
+from ditkit.checkpoints.views.source import Stored, TensorSource, no_inspection
 from ditkit.contracts import Swap
 from ditkit.errors import LoadError, SetupError
 
@@ -119,7 +119,7 @@ class SourceTensor:
     def stored(self) -> Stored:
         """Codes, scales and format, on its device. Its numbers are looked at too, where that was asked for, which takes
         as long as to read them. Raises LoadError for what has no stored form, such as a weight with a LoRA merged."""
-        self.used, found = True, stored(self.source, self.key)
+        self.used, found = True, self.source.stored(self.key)
         if self.check_finite:
             read(self.asked, self.source, self.key, self.dtype)
         return found.to(self.device)
@@ -169,7 +169,7 @@ def fit(
 def read(asked: str, source: TensorSource, key: str, dtype: torch.dtype | None, *, check_finite: bool = True) -> Tensor:
     """One tensor as ``dtype`` (None: as it is stored), on the CPU. Raises LoadError where it is not finite."""
     seen = _Seen()
-    tensor = cast(source, key, dtype, seen if check_finite else no_inspection)
+    tensor = source.cast(key, dtype, seen if check_finite else no_inspection)
     if not seen.all_finite:
         raise LoadError(asked, f"{key} holds infinite or undefined numbers as {tensor.dtype}", "Use other weights")
     return tensor
@@ -210,7 +210,7 @@ def _compare(
     kinds = [
         f"{key} is {info.dtype}"
         for key, info, tensor in pairs
-        if getattr(torch, DTYPES[info.dtype]).is_floating_point != tensor.dtype.is_floating_point
+        if DTYPES[info.dtype].is_floating_point != tensor.dtype.is_floating_point
     ]
     return target, [
         f"{len(items)} {text} ({some(items)})"

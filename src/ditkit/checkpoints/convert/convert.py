@@ -7,7 +7,6 @@ Leaves out: what is written where (plan.py), and how tensors get into files (wri
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -16,14 +15,12 @@ from pathlib import Path
 
 from ditkit.checkpoints.convert.folders import appearing, write_json
 from ditkit.checkpoints.convert.plan import LAYOUTS, Plan, plan
-from ditkit.checkpoints.files.stored import SIZES
 from ditkit.checkpoints.files.text import some
-from ditkit.checkpoints.files.writing import SHARD_BYTES, WANTED, write_pickle, write_set
+from ditkit.checkpoints.files.writing import SHARD_BYTES, WANTED, total_bytes, write_pickle, write_set
 from ditkit.checkpoints.model.find import parts_of
 from ditkit.checkpoints.model.locate import locate
 from ditkit.checkpoints.model.manifest import INDEX
 from ditkit.checkpoints.model.part import WITHOUT_WEIGHTS, ModelParts, Part
-from ditkit.checkpoints.views.source import TensorSource
 from ditkit.errors import LoadError, OutputError, SetupError, nearest
 
 Progress = Callable[[str, int, int], None]
@@ -135,7 +132,7 @@ def _write(made: Plan, folder: Path, dtype: str | None, limit: int, progress: Pr
             shutil.copy(file, folder / place)
     for place, content in made.json.items():
         write_json(folder / place, content)
-    total, done = sum(_bytes(weights.source, dtype) for weights in made.weights), 0
+    total, done = sum(total_bytes(weights.source, dtype) for weights in made.weights), 0
     for weights in made.weights:
 
         def wrote(name: str, size: int, component: str = weights.component) -> None:
@@ -148,12 +145,6 @@ def _write(made: Plan, folder: Path, dtype: str | None, limit: int, progress: Pr
             write_pickle(folder / weights.folder / f"{weights.base}.pth", weights.source, dtype, wrote)
         else:
             write_set(folder / weights.folder, weights.base, weights.source, dtype, limit, wrote)
-
-
-def _bytes(source: TensorSource, dtype: str | None) -> int:
-    return sum(
-        math.prod(facts.shape) * SIZES[WANTED[dtype] if dtype else facts.dtype] for facts in source.tensors.values()
-    )
 
 
 def _compare(located: ModelParts, layout: str, folder: Path, dst: Path) -> None:

@@ -26,14 +26,13 @@ import torch
 from torch import Tensor
 
 from ditkit.checkpoints.files.formats import HEADER_LIMIT, kind_of
-from ditkit.checkpoints.files.stored import DTYPES, StoredTensors, TensorInfo, read
-from ditkit.checkpoints.files.text import some
-from ditkit.checkpoints.views.source import Inspect, no_inspection
+from ditkit.checkpoints.files.stored import DTYPES, SIZES, StoredTensors, TensorInfo, read
+from ditkit.checkpoints.files.text import AGAIN, some
+from ditkit.checkpoints.views.source import Inspect, TensorSource
 from ditkit.errors import LoadError, nearest
 
-NAMES: Mapping[torch.dtype, str] = MappingProxyType({getattr(torch, name): key for key, name in DTYPES.items()})
+NAMES = MappingProxyType({dtype: name for name, dtype in DTYPES.items()})
 CONVERT = "Convert it to safetensors where you trust it"
-AGAIN = "Download the file again, it is damaged or incomplete"
 RULES: Mapping[frozenset[str], str] = MappingProxyType({
     frozenset({"generator", "generator_ema"}): "generator_ema",
     frozenset({"generator", "generator_ema", "critic"}): "generator_ema",
@@ -62,25 +61,22 @@ class PickleFile(StoredTensors):
         records = _records(path, asked)
         found = dict(_state_dicts(_skeleton(path, asked)))
         self.entries = tuple(found)
-        self.entry, note = _select(self.entries, entry, asked)
+        self.entry, self.notes = _select(self.entries, entry, asked)
         tensors = {name: _info(path, name, tensor, records, asked) for name, tensor in found[self.entry].items()}
         super().__init__(path, dict(sorted(tensors.items(), key=lambda item: item[1].start)), {})
-        self.notes = note
 
-    def _read(self, stream: IO[bytes], name: str, info: TensorInfo, look: Inspect = no_inspection) -> Tensor:
+    def _read(self, name: str, info: TensorInfo, look: Inspect) -> Tensor:
         if not isinstance(info, StridedInfo):
-            return read(stream, name, info, look)
-        items = info.size // getattr(torch, DTYPES[info.dtype]).itemsize
-        flat = read(stream, name, TensorInfo(info.file, info.dtype, (items,), info.start, info.size))
+            return read(name, info, look)
+        items = info.size // SIZES[info.dtype]
+        flat = read(name, TensorInfo(info.dtype, (items,), info.file, info.start, info.size))
         tensor = flat.as_strided(info.shape, info.stride).clone(memory_format=torch.contiguous_format)
         look(tensor.reshape(-1))
         return tensor
 
     def pieces(self, name: str, unit: int, size: int) -> Iterator[Tensor]:
-        if isinstance(self.tensors[name], StridedInfo):
-            yield self[name].reshape(-1).view(torch.uint8)
-        else:
-            yield from super().pieces(name, unit, size)
+        strided = isinstance(self.tensors[name], StridedInfo)
+        return (TensorSource if strided else StoredTensors).pieces(self, name, unit, size)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -205,5 +201,5 @@ def _info(path: Path, name: str, tensor: Tensor, records: Mapping[int, int], ask
     first = int(tensor.storage_offset())
     if begin not in records or min((first, *stride)) < 0 or (first + span) * width > records[begin]:
         raise LoadError(asked, f"the archive does not hold the data of {name}", AGAIN)
-    place = (path, NAMES[tensor.dtype], shape, begin + first * width, span * width)
+    place = (NAMES[tensor.dtype], shape, path, begin + first * width, span * width)
     return TensorInfo(*place) if span == math.prod(shape) and tensor.is_contiguous() else StridedInfo(*place, stride)

@@ -13,6 +13,8 @@ from typing import Any
 
 from ditkit.errors import LoadError
 
+AGAIN = "Download the file again, it is damaged or incomplete"
+
 
 def some(names: object, limit: int = 4) -> str:
     """The first few of many names, and how many more there are."""

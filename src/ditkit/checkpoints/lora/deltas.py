@@ -1,21 +1,23 @@
-"""How a LoRA changes one parameter: the arithmetic of each kind, without names and files' conventions.
+"""How a LoRA changes one parameter: the arithmetic of each kind, and which factors make which kind.
 
 A delta reads its factors when it is asked, so that nothing stays in memory. ``of(weight)`` is what is added to the
 weight at strength 1: float32 (float64 for a float64 weight), on its device, in its shape. Legend: r rank, o outputs, i
-inputs times the size of a convolution's kernel.
+inputs times the size of a convolution's kernel. Leaves out: how files name the factors (names.py).
 Sources: LoRA arXiv:2106.09685; LoHa and LoKr arXiv:2309.14859 and LyCORIS ``functional/``; DoRA arXiv:2402.09353.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from math import prod
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 Read = Callable[[str], Tensor]
+Shape = tuple[int, ...]
 
 
 class Delta(Protocol):
@@ -123,3 +125,66 @@ class Decomposed:
         norm = torch.linalg.vector_norm(merged, dim=[a for a in range(weight.ndim) if a != kept], keepdim=True)
         magnitude = _like(self.read(self.magnitude), weight).reshape(shape)
         return merged * (magnitude / norm.clamp(min=torch.finfo(norm.dtype).eps)) - plain
+
+
+class Form(NamedTuple):
+    """Factors that fit each other: what they make has ``size`` (outputs, inputs times kernel). ``rank``: None when
+    nothing is factored. ``delta``: (read, role -> key, scale) -> the delta."""
+
+    kind: str
+    size: Shape
+    rank: int | None
+    delta: Callable[[Read, Mapping[str, str], float], Delta]
+
+
+def _two(prefix: str) -> tuple[tuple[str, str, str, str], ...]:
+    return tuple((f"{prefix}_w{n}", f"{prefix}_w{n}_a", f"{prefix}_w{n}_b", f"{prefix}_t{n}") for n in (1, 2))
+
+
+KINDS = {"lora": (("", "up", "down", ""),), "loha": _two("hada"), "lokr": _two("lokr")}
+"""Kind -> its matrices, each by the roles of: the whole, two factors, a Tucker core."""
+
+
+def form_of(shapes: Mapping[str, Shape]) -> Form | None:
+    """What factors of these roles and shapes make; None where they are incomplete or do not fit each other."""
+    for kind, parts in KINDS.items():
+        if shapes.keys() <= {role for part in parts for role in part}:
+            found = [matrix for part in parts if (matrix := _matrix(shapes, *part))]
+            return _form(kind, found) if len(found) == len(parts) else None
+    return None
+
+
+Matrix = tuple[tuple[str, ...], Shape, int | None]
+"""The roles that are there, outputs and inputs, rank."""
+
+
+def _form(kind: str, matrices: list[Matrix]) -> Form | None:
+    (_, size, rank), (_, other, other_rank) = matrices[0], matrices[-1]
+    if kind == "lokr":
+        size, rank = (size[0] * other[0], size[1] * other[1]), other_rank or rank
+    elif size != other:
+        return None
+
+    def delta(read: Read, keys: Mapping[str, str], scale: float) -> Delta:
+        if kind == "lora":
+            return LowRank(read, keys["down"], keys["up"], scale)
+        first, second = (Product(read, tuple(keys[role] for role in roles)) for roles, _, _ in matrices)
+        return (Hadamard if kind == "loha" else Kronecker)(first, second, scale)
+
+    return Form(kind, size, rank, delta)
+
+
+def _matrix(shapes: Mapping[str, Shape], whole: str, a: str, b: str, core: str) -> Matrix | None:
+    """One that is stored whole, or as two factors, with a core between them where there is one."""
+    if whole in shapes:
+        shape = shapes[whole]
+        return ((whole,), (shape[0], prod(shape[1:])), None) if not {a, b, core} & shapes.keys() else None
+    if a not in shapes or b not in shapes or min(len(shapes[a]), len(shapes[b])) < 2:
+        return None
+    rank = shapes[b][0]
+    if core not in shapes:
+        return ((a, b), (shapes[a][0], prod(shapes[b][1:])), rank) if prod(shapes[a][1:]) == rank else None
+    kernel = shapes[core]
+    if len(kernel) < 2 or kernel[:2] != (shapes[a][0], rank):
+        return None
+    return (a, b, core), (shapes[a][1], shapes[b][1] * prod(kernel[2:])), rank

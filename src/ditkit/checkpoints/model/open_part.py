@@ -18,7 +18,7 @@ from ditkit.checkpoints.kinds.kind import KINDS, kind_of_config, kinds_of, side_
 from ditkit.checkpoints.model.part import Part, component_names
 from ditkit.checkpoints.model.side_configs import check_tokenizer
 from ditkit.checkpoints.views.mapped import Mapped
-from ditkit.checkpoints.views.source import TensorSource, notes_of
+from ditkit.checkpoints.views.source import TensorSource
 from ditkit.errors import LoadError, nearest
 
 
@@ -82,7 +82,7 @@ def _part(source: TensorSource, component: str | None, beside: Beside | None, ru
     return Part(
         component or row.components[0], found.kind, source.path, MappingProxyType(config),
         row.under_module_names(view, found.layout, config), found.layout, found.quantization, found,
-        (*notes_of(view), *notes),
+        (*view.notes, *notes),
     )  # fmt: skip
 
 

@@ -21,7 +21,6 @@ WB = ("weight", "bias")
 T = TypeVar("T")
 Side = Literal["native", "other"]
 Pairs = list[tuple[str, str]]
-NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class KeyTable:
     the end, as beginnings."""
 
     rules: tuple[Rule, ...]
-    aliases: Mapping[str, str] = field(default_factory=lambda: NOTHING)
+    aliases: Mapping[str, str] = field(default_factory=dict)
     ignored_native: tuple[str, ...] = ()
     ignored_other: tuple[str, ...] = ()
 
@@ -97,11 +96,8 @@ class KeyTable:
 def rename(tensors: Mapping[str, T], names: Mapping[str, str]) -> dict[str, T]:
     """``tensors`` under their new names. Raises LoadError for names that the table does not have."""
     if unknown := tensors.keys() - names.keys():
-        raise LoadError(
-            f"renaming {len(tensors)} tensors",
-            f"{len(unknown)} names are unknown ({some(unknown)})",
-            "Use weights of a supported model",
-        )
+        found = f"{len(unknown)} names are unknown ({some(unknown)})"
+        raise LoadError(f"renaming {len(tensors)} tensors", found, "Use weights of a supported model")
     return {names[name]: tensor for name, tensor in tensors.items()}
 
 
