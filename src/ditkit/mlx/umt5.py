@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ditkit.checkpoints.kinds.umt5 import UMT5_ALIASES
+from ditkit.checkpoints.kinds.umt5 import UMT5_ALIASES, umt5_keys
 from ditkit.checkpoints.load import fit, identify_weights, read, two_names_differ
 from ditkit.checkpoints.views.source import TensorSource
 from ditkit.errors import MissingDependency, SetupError
@@ -92,17 +92,13 @@ class Packed:
 def shapes(sizes: UMT5Config) -> dict[str, tuple[int, ...]]:
     """Every tensor of the encoder under transformers' name, once."""
     wide, inner = sizes.d_model, sizes.num_heads * sizes.d_kv
-    found: dict[str, tuple[int, ...]] = {"shared.weight": (sizes.vocab_size, wide)}
-    for n in range(sizes.num_layers):
-        attention, ff = f"encoder.block.{n}.layer.0", f"encoder.block.{n}.layer.1"
-        found |= {f"{attention}.SelfAttention.{k}.weight": (inner, wide) for k in "qkv"}
-        found[f"{attention}.SelfAttention.o.weight"] = (wide, inner)
-        buckets = (sizes.relative_attention_num_buckets, sizes.num_heads)
-        found[f"{attention}.SelfAttention.relative_attention_bias.weight"] = buckets
-        found |= {f"{ff}.DenseReluDense.{k}.weight": (sizes.d_ff, wide) for k in ("wi_0", "wi_1")}
-        found[f"{ff}.DenseReluDense.wo.weight"] = (wide, sizes.d_ff)
-        found |= {f"{layer}.layer_norm.weight": (wide,) for layer in (attention, ff)}
-    return {**found, "encoder.final_layer_norm.weight": (wide,)}
+    of_layer = {
+        "shared": (sizes.vocab_size, wide), **dict.fromkeys("qkv", (inner, wide)), "o": (wide, inner),
+        "relative_attention_bias": (sizes.relative_attention_num_buckets, sizes.num_heads),
+        "wi_0": (sizes.d_ff, wide), "wi_1": (sizes.d_ff, wide), "wo": (wide, sizes.d_ff),
+        "layer_norm": (wide,), "final_layer_norm": (wide,),
+    }  # fmt: skip
+    return {name: of_layer[name.split(".")[-2]] for name in umt5_keys(sizes.num_layers).to_other.values()}
 
 
 def is_linear(name: str) -> bool:

@@ -134,4 +134,4 @@ def _moving(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def _pick(rng: np.random.Generator, options: Sequence[str]) -> str:
-    return options[rng.integers(len(options))]
+    return options[int(rng.integers(len(options)))]

@@ -4,8 +4,6 @@ weights with a variant's name, or with none.
 Leaves out: what a file of each format holds.
 """
 
-from __future__ import annotations
-
 import re
 import stat
 from collections.abc import Mapping

@@ -9,8 +9,6 @@ Sources: the library; the specification (https://github.com/ggml-org/ggml/blob/m
 ``loader.py`` and ``tools/convert.py`` (names, ``comfy.gguf.orig_shape``); llama.cpp ``tensor_mapping.py`` (t5).
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import os

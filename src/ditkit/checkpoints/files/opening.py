@@ -3,8 +3,6 @@
 Leaves out: what the names mean (kinds), quantisation and prefixes (views).
 """
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -7,8 +7,6 @@ these are its entries, and one of them is meant. Leaves out: bare pickles of tor
 Sources: ``torch/serialization.py`` (``_checkpoint_offset``); PKWARE APPNOTE 4.3.7 (local headers of a zip).
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 import pickle

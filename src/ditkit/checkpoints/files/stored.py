@@ -5,8 +5,6 @@ change (or crash) a running model, and no second copy stands around. Leaves out:
 (safetensors.py, pickles.py, gguf.py), quantisation and prefixes (``views/``).
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

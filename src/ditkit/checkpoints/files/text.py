@@ -3,8 +3,6 @@
 Leaves out: tensors.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager

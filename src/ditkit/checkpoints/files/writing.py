@@ -5,8 +5,6 @@ layouts (convert.py), and appearing whole or not at all, which is for whoever wr
 Source of the formats: https://github.com/huggingface/safetensors#format; the index is huggingface_hub's.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence

@@ -6,8 +6,6 @@ inputs times the size of a convolution's kernel. Leaves out: how files name the 
 Sources: LoRA arXiv:2106.09685; LoHa and LoKr arXiv:2309.14859 and LyCORIS ``functional/``; DoRA arXiv:2402.09353.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod

@@ -3,8 +3,6 @@
 Leaves out: side weights, which leave the base alone (``nn/lora.py``).
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Sequence

@@ -6,13 +6,11 @@ name and nothing unknown passes. ``mapped.py`` applies a table to tensors; each 
 Leaves out: prefixes of whole files, LoRA, quantized flavours, GGUF's names.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 from ditkit.checkpoints.files.text import some
 from ditkit.errors import LoadError
@@ -66,7 +64,7 @@ class KeyTable:
                 raise ValueError("a name stands twice in a key table")
 
     @classmethod
-    def of(cls, pairs: Iterable[tuple[str, str]], *rules: Rule, **more: Any) -> KeyTable:
+    def of(cls, pairs: Iterable[tuple[str, str]], *rules: Rule, **more: Any) -> Self:
         """Renamed ``pairs`` (native, other), then ``rules`` that do more."""
         return cls((*(Rule((native,), (other,)) for native, other in pairs), *rules), **more)
 
