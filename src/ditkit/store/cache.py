@@ -133,7 +133,7 @@ class Cache:
         record = {"settings": dict(outcome.settings), "plugs": outcome.plugs}
         data = State({**outcome.written, RECORD: record}).to_bytes()
         if len(data) > self.limit:
-            return f"it has {_megabytes(len(data))}, the cache may have {_megabytes(self.limit)}"
+            return f"it has {len(data) / 1e6:.1f} MB, the cache may have {self.limit / 1e6:.1f} MB"
         try:
             self._add(question, record, data)
         except (OSError, sqlite3.Error) as e:
@@ -270,10 +270,6 @@ def _unknowable(question: CacheKey) -> str:
 
 def _date(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:.1f} MB"
 
 
 def _text(error: Exception) -> str:

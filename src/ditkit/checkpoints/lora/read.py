@@ -22,7 +22,7 @@ from torch import Tensor
 from ditkit.checkpoints.files.stored import FLOATS
 from ditkit.checkpoints.files.text import some
 from ditkit.checkpoints.kinds.kind import KINDS, LoraTargets
-from ditkit.checkpoints.lora.deltas import Decomposed, Delta, Full, LowRank, Shape, form_of
+from ditkit.checkpoints.lora.deltas import Change, Decomposed, Delta, Shape, form_of
 from ditkit.checkpoints.lora.names import OTHER_NETWORKS, Key, Names, blocks_in, read_key, refused
 from ditkit.checkpoints.lora.scale import read_scale
 from ditkit.checkpoints.views.source import TensorSource
@@ -86,7 +86,7 @@ class Adapter:
 
     def low_rank(self, name: str) -> list[tuple[Tensor, Tensor, float]] | None:
         """(down [r, i], up [o, r], scale) whose products are all that is added to ``name``; None when there is more."""
-        found = [delta for delta in self.deltas[name] if isinstance(delta, LowRank)]
+        found = [delta for delta in self.deltas[name] if isinstance(delta, Change) and delta.kind == "lora"]
         return [(*d.factors(), d.scale) for d in found] if len(found) == len(self.deltas[name]) else None
 
 
@@ -262,15 +262,16 @@ class _Survey:
             return
         stored_alpha = None if alpha is None else self._number(alpha)
         factor = self.scale.of(next(iter(rest.values())).spelled, form.rank, stored_alpha)
-        read, kind = self.source.__getitem__, form.kind
-        delta = form.delta(read, {role: key.text for role, key in rest.items()}, factor)
+        matrices = tuple(tuple(rest[role].text for role in matrix) for matrix in form.matrices)
+        change, kind = Change(form.kind, self.source.__getitem__, matrices, factor), form.kind
+        delta: Delta = change
         if magnitude is not None:
             axis = self._dora_axis(magnitude, form.size)
             if axis is None:
                 shape = list(self._shape(magnitude))
                 self._fault(f"{magnitude.text} has {shape}, one number for neither outputs nor inputs", keys)
                 return
-            delta, kind = Decomposed(delta, read, magnitude.text, axis), f"dora {kind}"
+            delta, kind = Decomposed(change, magnitude.text, axis), f"dora {kind}"
         self._add(f"{name}.weight", delta, kind)
         self.ranks[form.rank or 0] += 1
         if "attn" in self.about.group(f"{name}.weight"):
@@ -280,7 +281,7 @@ class _Survey:
 
     def _full(self, target: str, key: Key, kind: str, factor: float = 1.0) -> None:
         if self._fits(target, self._shape(key), 1):
-            self._add(target, Full(self.source.__getitem__, key.text, factor), kind)
+            self._add(target, Change("full", self.source.__getitem__, ((key.text,),), factor), kind)
 
     def _add(self, target: str, delta: Delta, kind: str) -> None:
         self.deltas.setdefault(target, []).append(delta)

@@ -7,7 +7,6 @@ Sources: ComfyUI ``comfy/ops.py``, ``comfy/quant_ops.py``, ``QUANTIZATION.md``; 
 """
 
 import functools
-import json
 import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
@@ -21,7 +20,7 @@ from torch import Tensor
 from ditkit.checkpoints.files import gguf
 from ditkit.checkpoints.files.gguf import BLOCKS
 from ditkit.checkpoints.files.stored import DTYPES, converted
-from ditkit.checkpoints.files.text import some
+from ditkit.checkpoints.files.text import json_object, some
 from ditkit.checkpoints.views.prefixes import shared_prefix, unwrapped
 from ditkit.checkpoints.views.source import Facts, Inspect, Stored, TensorSource, View
 from ditkit.errors import LoadError
@@ -186,7 +185,7 @@ class Dequantized(View):
             if tensors[name].dtype != "U8":
                 found_type = f"{name} is {tensors[name].dtype}, not bytes of JSON"
                 raise LoadError(self._asked, found_type, "Use another file")
-            setting = self._json(bytes(self.source[name].tolist()), name)
+            setting = json_object(bytes(self.source[name].tolist()), f"reading {name} of {self.path}")
             if found.setdefault(name.removesuffix(SETTINGS), setting) != setting:
                 raise LoadError(self._asked, f"{name} differs from what the file's metadata say", "Use another file")
         return found
@@ -195,22 +194,13 @@ class Dequantized(View):
         """From the header. The names there have the file's prefix, which the source may have lost."""
         values = self.metadata.get(METADATA, ())
         for text in (values,) if isinstance(values, str) else values:
-            layers = self._json(text.encode(), METADATA).get("layers")
+            layers = json_object(text.encode(), f"reading {METADATA} of {self.path}").get("layers")
             if not isinstance(layers, dict) or not all(isinstance(setting, dict) for setting in layers.values()):
                 raise LoadError(self._asked, f"{METADATA} names no layers", "Download the file again")
             prefix = shared_prefix(map(unwrapped, layers))
             for layer, setting in layers.items():
                 bare = unwrapped(layer).removeprefix(prefix)
                 yield (layer if f"{layer}.weight" in self.source.tensors else bare), setting
-
-    def _json(self, raw: bytes, name: str) -> dict[str, Any]:
-        try:
-            value = json.loads(raw)
-        except (ValueError, RecursionError):
-            value = None
-        if not isinstance(value, dict):
-            raise LoadError(self._asked, f"{name} is no JSON object", "Download the file again")
-        return value
 
     def _unsupported(self, found: str) -> LoadError:
         return LoadError(self._asked, found, "Use a file in 16 bits, scaled or plain float8, int8 or GGUF")
