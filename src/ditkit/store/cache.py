@@ -34,6 +34,7 @@ from ditkit.store.hashes import HASHES
 LAYOUT = "v1"
 RECORD = "@record"  # the field of an entry's State that is no field of a stage: settings and plugs
 COMPARED = 100  # entries of a stage, the last used ones, among which the nearest is looked for to explain a miss
+NAMED = 4  # differences that are told; more are counted
 REMEMBERED = 1024  # entries that are gone and still known by name
 ABANDONED = 3600.0  # seconds after which a file that nobody finished belongs to a process that died
 NAMELESS = "its class is in no file or is made in a function, or it keeps attributes that are no dataclass fields"
@@ -118,7 +119,8 @@ class Cache:
         differences, made, gone = min(found, key=lambda row: len(row[0]))
         if not differences:
             return f"it was made on {_date(made)}, and {gone or 'was not there a moment ago'}"
-        return f"the nearest one differs: {reasons.told(differences)}"
+        more = f" and {len(differences) - NAMED} more" if len(differences) > NAMED else ""
+        return f"the nearest one differs: {', '.join(differences[:NAMED])}{more}"
 
     # --- storing
 

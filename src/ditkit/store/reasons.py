@@ -12,7 +12,6 @@ from typing import Any
 from ditkit.stage_result import CacheKey
 
 _UNLASTING = re.compile(r"#[0-9a-f]{32}")
-NAMED = 4  # differences that are told; more are counted
 
 
 def describe(question: CacheKey, software: Mapping[str, str]) -> dict[str, Any]:
@@ -44,11 +43,6 @@ def differences(about: Mapping[str, Any], question: CacheKey, software: Mapping[
         *code,
         *_values(about["software"], now["software"]),
     ]
-
-
-def told(differences: list[str]) -> str:
-    more = len(differences) - NAMED
-    return ", ".join(differences[:NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def unlasting(plugs: Mapping[str, list[str]]) -> list[str]:

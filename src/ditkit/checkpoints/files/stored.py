@@ -30,7 +30,7 @@ from ditkit.store.hashes import HASHES
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType({code: getattr(torch, name) for name, code in CODES.items()})
 """Types as safetensors spells them -> those of torch."""
 SIZES = MappingProxyType({code: dtype.itemsize for code, dtype in DTYPES.items()})
-FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # without scales, other codes stand for no numbers
 PAGED = 2**20  # bytes; smaller tensors come from the ordinary heap
 PIECE = 2**19  # bytes that are read at once, few enough to stay in a processor's cache
 

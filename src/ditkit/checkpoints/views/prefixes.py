@@ -15,8 +15,11 @@ from ditkit.errors import LoadError
 
 WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "transformer.", "module.")
-MARKERS = frozenset({"scaled_fp8", "spiece_model"})
-"""Tensors that belong to the file and not to the network, so they may stand outside of the prefix."""
+MARKERS = MappingProxyType({
+    "spiece_model": "the tokenizer is opened from its own file", "scaled_fp8": "a marker; the scales say the same",
+})  # fmt: skip
+"""Tensors that belong to the file and not to the network, so they may stand outside of the prefix -> why nothing is
+lost without them."""
 
 
 def unwrapped(name: str) -> str:

@@ -21,7 +21,7 @@ from ditkit.checkpoints.files import gguf
 from ditkit.checkpoints.files.gguf import BLOCKS
 from ditkit.checkpoints.files.stored import DTYPES, converted
 from ditkit.checkpoints.files.text import json_object, some
-from ditkit.checkpoints.views.prefixes import shared_prefix, unwrapped
+from ditkit.checkpoints.views.prefixes import MARKERS, shared_prefix, unwrapped
 from ditkit.checkpoints.views.source import Facts, Inspect, Stored, TensorSource, View
 from ditkit.errors import LoadError
 
@@ -33,10 +33,6 @@ SCALES = (".scale_weight", ".weight_scale")
 ACTIVATIONS = (".scale_input", ".input_scale")
 SETTINGS = ".comfy_quant"
 METADATA = "_quantization_metadata"
-IGNORED: Mapping[str, str] = MappingProxyType(
-    {"spiece_model": "the tokenizer is opened from its own file", "scaled_fp8": "a marker; the scales say the same"}
-)
-"""Tensors that are no weights, and why nothing is lost without them."""
 REFUSED: Mapping[str, str] = MappingProxyType({
     ".weight_scale_2": "NVFP4", ".pre_quant_scale": "smoothed (AWQ) weights with pre_quant_scale",
     ".weight_s_rel": "ConvRot W4A8", ".weight_codebook": "ConvRot W4A8",
@@ -52,7 +48,7 @@ PAIRS = 2**16  # two 8-bit codes at once, where there are more codes than pairs
 
 def _beside(name: str) -> bool:
     """Whether a tensor is there for others, or for the file, and is no weight itself."""
-    return name in IGNORED or name.endswith((*SCALES, *ACTIVATIONS, SETTINGS))
+    return name in MARKERS or name.endswith((*SCALES, *ACTIVATIONS, SETTINGS))
 
 
 class Dequantized(View):
@@ -210,7 +206,7 @@ class Dequantized(View):
 
 
 def _notes(names: Collection[str]) -> Iterator[str]:
-    yield from (f"{name} was left out: {why}" for name, why in IGNORED.items() if name in names)
+    yield from (f"{name} was left out: {why}" for name, why in MARKERS.items() if name in names)
     if count := sum(name.endswith(ACTIVATIONS) for name in names):
         yield f"{count} scales of activations were left out: activations are not quantised"
 
