@@ -90,7 +90,7 @@ class GGUFFile(StoredTensors):
             if name in tensors:
                 raise LoadError(asked, f"two tensors would be {name}", "Use another file")
             tensors[name] = _info(path, header, *tensor)
-        super().__init__(path, dict(sorted(tensors.items(), key=lambda item: item[1].start)), header.fields)
+        super().__init__(path, tensors, header.fields)
 
 
 class _Header:

@@ -37,11 +37,13 @@ PIECE = 2**19  # bytes that are read at once, few enough to stay in a processor'
 
 @dataclass(frozen=True)
 class TensorInfo(Facts):
-    """Where a tensor lies; ``start`` and ``size`` in bytes."""
+    """Where a tensor lies; ``start`` and ``size`` in bytes. ``stride``, in elements, is that of one which is not
+    contiguous; then ``start`` and ``size`` span all its elements."""
 
     file: Path
     start: int
     size: int
+    stride: tuple[int, ...] | None = None
 
 
 class StoredTensors(TensorSource):
@@ -52,30 +54,32 @@ class StoredTensors(TensorSource):
     def __init__(self, path: Path, tensors: Mapping[str, TensorInfo], metadata: Mapping[str, Any]):
         if not tensors:
             raise LoadError(f"opening {path}", "it holds no tensors", "Download the file again")
+        by_place = sorted(tensors.items(), key=lambda item: (item[1].file, item[1].start))
+        self.tensors, self.metadata = MappingProxyType(dict(by_place)), MappingProxyType(dict(metadata))
         self.path = path
-        self.tensors, self.metadata = MappingProxyType(dict(tensors)), MappingProxyType(dict(metadata))
         self.files = tuple(dict.fromkeys(info.file for info in self.tensors.values()))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self.path)!r}: {len(self.tensors)} tensors in {len(self.files)} files)"
-
-    def _read(self, name: str, info: TensorInfo, look: Inspect) -> Tensor:
-        return read(name, info, look)
 
     def cast(self, name: str, dtype: torch.dtype | None = None, look: Inspect = no_inspection) -> Tensor:
         """Where ``dtype`` is not the stored one, the tensor is never whole in memory as it is stored."""
         info = self.tensors[name]
         stored = DTYPES.get(info.dtype, torch.uint8)
         if dtype in (None, stored):
-            return self._read(name, info, look)
+            return read(name, info, look)
         parts = self.pieces(name, stored.itemsize, PIECE)
         return converted(parts, info.shape, dtype, lambda part, begin: part.view(stored), look)
 
     def pieces(self, name: str, unit: int, size: int) -> Iterator[Tensor]:
         info, size = self.tensors[name], max(1, size // unit) * unit
+        if info.stride is not None:
+            yield from super().pieces(name, unit, size)
+            return
         buffer = torch.empty(min(size, info.size), dtype=torch.uint8)
         raw = bytes_of(buffer)
-        with _opened(info) as stream:
+        with info.file.open("rb") as stream:
+            stream.seek(info.start)
             for begin in range(0, info.size, size):
                 count = min(size, info.size - begin)
                 _fill(stream, raw[:count], name, info)
@@ -104,11 +108,17 @@ class StoredTensors(TensorSource):
 def read(name: str, info: TensorInfo, look: Inspect = no_inspection) -> Tensor:
     """One tensor, contiguous, in memory of its own; of a type that torch does not have its bytes, uint8 [n]. Raises
     LoadError when the file ends before."""
+    if info.stride is not None:
+        flat = read(name, TensorInfo(info.dtype, (info.size // SIZES[info.dtype],), info.file, info.start, info.size))
+        tensor = flat.as_strided(info.shape, info.stride).clone(memory_format=torch.contiguous_format)
+        look(tensor.reshape(-1))
+        return tensor
     known = DTYPES.get(info.dtype)
     tensor = new(info.shape, known) if known else new((info.size,), torch.uint8)
     flat = tensor.reshape(-1)
     raw, items = bytes_of(flat), PIECE // flat.itemsize
-    with _opened(info) as stream:
+    with info.file.open("rb") as stream:
+        stream.seek(info.start)
         for begin in range(0, flat.numel(), items):
             part = flat[begin : begin + items]
             start = begin * flat.itemsize
@@ -154,12 +164,6 @@ OWN: Mapping[str, int] = MappingProxyType(
 
 def bytes_of(tensor: Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data  # as bytes, because numpy has no bfloat16
-
-
-def _opened(info: TensorInfo) -> BufferedReader:
-    stream = info.file.open("rb")
-    stream.seek(info.start)
-    return stream
 
 
 def _fill(stream: BufferedReader, view: memoryview, name: str, info: TensorInfo) -> None:

@@ -26,13 +26,9 @@ Wrote = Callable[[str, int], None]
 """Called after each tensor with its name and the bytes written for it."""
 
 
-def ignore(name: str, size: int) -> None:
-    """For whoever does not want to know what was written."""
-
-
 def write_set(
     folder: Path, base: str, source: TensorSource, dtype: str | None = None, limit: int = SHARD_BYTES,
-    wrote: Wrote = ignore,
+    wrote: Wrote = lambda name, size: None,
 ) -> None:  # fmt: skip
     """``base.safetensors`` in ``folder``, or shards of at most ``limit`` bytes of tensors and their index.
 
@@ -52,7 +48,7 @@ def write_set(
 
 def write_file(
     file: Path, source: TensorSource, names: Sequence[str] | None = None, dtype: str | None = None,
-    wrote: Wrote = ignore,
+    wrote: Wrote = lambda name, size: None,
 ) -> None:  # fmt: skip
     """One safetensors file with the tensors ``names`` of ``source``, all when None; the widest types lie first, so that
     each tensor begins at a multiple of its own width."""
@@ -72,7 +68,9 @@ def write_file(
             wrote(name, _bytes(source, name, dtype))
 
 
-def write_pickle(file: Path, source: TensorSource, dtype: str | None = None, wrote: Wrote = ignore) -> None:
+def write_pickle(
+    file: Path, source: TensorSource, dtype: str | None = None, wrote: Wrote = lambda name, size: None
+) -> None:
     """A state dict as ``torch.save`` writes it, for the official code, which reads nothing else.
 
     ``torch.save`` wants all tensors at once, so they go through a file beside this one that is mapped into memory and
