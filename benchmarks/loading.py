@@ -26,7 +26,7 @@ from ditkit.checkpoints.files.writing import write_file, write_pickle, write_set
 from ditkit.checkpoints.kinds.kind import KINDS
 from ditkit.checkpoints.kinds.wan import transformer_keys
 from ditkit.checkpoints.views.mapped import Mapped
-from ditkit.checkpoints.views.source import TensorFacts, View
+from ditkit.checkpoints.views.source import Facts, View
 from ditkit.models.wan import WanConfig, WanTransformer
 
 SIZES: Mapping[str, WanConfig] = {
@@ -118,7 +118,7 @@ class Random(View):
     def __init__(self, config: WanConfig):
         with torch.device("meta"):
             module = WanTransformer(config)
-        self.tensors = {name: TensorFacts("BF16", tuple(t.shape)) for name, t in module.state_dict().items()}
+        self.tensors = {name: Facts("BF16", tuple(t.shape)) for name, t in module.state_dict().items()}
         self.notes = ()
         self.pool = torch.randn(2**22, generator=torch.Generator().manual_seed(0)).mul_(SCALE).bfloat16()
 
@@ -143,10 +143,8 @@ class Changed(View):
         self._from = {name_of(name): name for name in source.tensors}
         self._extra = extra
         spelled = {torch.float32: "F32", torch.uint8: "U8", torch.float8_e4m3fn: "F8_E4M3"}
-        own = {name: TensorFacts(spelled[t.dtype], tuple(t.shape)) for name, t in extra.items()}
-        self.tensors = {
-            name: TensorFacts(dtype_of(old), source.tensors[old].shape) for name, old in self._from.items()
-        } | own
+        own = {name: Facts(spelled[t.dtype], tuple(t.shape)) for name, t in extra.items()}
+        self.tensors = {name: Facts(dtype_of(old), source.tensors[old].shape) for name, old in self._from.items()} | own
 
     def __getitem__(self, name: str) -> torch.Tensor:
         if name in self._extra:

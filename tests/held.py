@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ditkit.checkpoints.files.stored import DTYPES
-from ditkit.checkpoints.views.source import TensorFacts
+from ditkit.checkpoints.views.source import Facts, TensorSource
 
-SPELLED = {getattr(torch, ours): theirs for theirs, ours in DTYPES.items()}
+SPELLED = {ours: theirs for theirs, ours in DTYPES.items()}
 
 
-class Held:
+class Held(TensorSource):
     """``read`` lists the names in the order in which their data was asked for."""
 
     path, files = Path("held"), ()
@@ -23,11 +23,7 @@ class Held:
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any] | None = None):
         self.held, self.metadata, self.read = dict(tensors), dict(metadata or {}), []
-        self.tensors = {name: TensorFacts(SPELLED[t.dtype], tuple(t.shape)) for name, t in self.held.items()}
-
-    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name in self.held:
-            yield name, self[name]
+        self.tensors = {name: Facts(SPELLED[t.dtype], tuple(t.shape)) for name, t in self.held.items()}
 
     def __getitem__(self, name: str) -> torch.Tensor:
         self.read.append(name)

@@ -9,8 +9,7 @@ import numpy as np
 import torch
 
 import ditkit
-from ditkit.lab.image_quality import SUBJECT, SUBJECT_TARGET, ImageQuality, image_quality
-from ditkit.lab.quality import held_out
+from ditkit.lab.quality import SUBJECT, SUBJECT_TARGET, ImageQuality, held_out, image_quality
 from ditkit.shapes.draw import MOTIONS, draw, motion_caption
 
 CARD = """---

@@ -10,8 +10,7 @@ from reference import rel
 import ditkit
 from ditkit.assembly import MODELS
 from ditkit.checkpoints.convert.convert import convert
-from ditkit.lab.image_quality import SUBJECT, image_quality
-from ditkit.lab.quality import held_out
+from ditkit.lab.quality import SUBJECT, held_out, image_quality
 from ditkit.schedulers.noise import initial_noise
 from ditkit.shapes.draw import MOTIONS, draw, motion_caption, plain_caption
 from ditkit.shapes.measure import measure, score

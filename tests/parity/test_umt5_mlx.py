@@ -24,8 +24,7 @@ from ditkit.checkpoints.kinds.umt5 import umt5_keys
 from ditkit.checkpoints.model.open_part import open_part
 from ditkit.contracts import TextEncoder
 from ditkit.errors import LoadError, MissingDependency, RequestError, SetupError
-from ditkit.mlx.arrays import Packed, to_mlx, to_torch
-from ditkit.mlx.umt5 import MLXTextEncoder, _inside, buckets_of, is_linear, shapes
+from ditkit.mlx.umt5 import MLXTextEncoder, Packed, _inside, buckets_of, is_linear, shapes, to_mlx, to_torch
 from ditkit.models.umt5 import UMT5Config, UMT5TextEncoder, build
 from ditkit.setup import Setup
 from ditkit.shapes.measure import psnr
@@ -395,8 +394,7 @@ def test_on_apple_silicon_its_gpu_and_bfloat16_are_chosen(monkeypatch):
 
 def test_without_mlx_the_error_gives_the_install_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "mlx.core", None)
-    for name in ("ditkit.mlx.arrays", "ditkit.mlx.umt5"):
-        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delitem(sys.modules, "ditkit.mlx.umt5")
     with pytest.raises(MissingDependency, match=r'pip install "ditkit\[mlx\]"'):
         text_encoder_of(Setup(backends={"text_encoder": "mlx"}))
     with pytest.raises(MissingDependency, match=r'pip install "ditkit\[mlx\]"'):

@@ -172,7 +172,7 @@ def test_what_the_first_of_two_places_read_counts_for_the_whole_loop(cache):
 def test_a_component_that_nothing_tells_from_another_one_is_not_cached(cache):
     results = Cache(cache, 10**6)
     assert looped(results, 1, thing=None) == 11
-    assert results.contents().stages == {}
+    assert results.contents() == {}
 
 
 PLAIN = """
@@ -204,7 +204,7 @@ def test_a_stage_that_was_rewritten_is_another_one(cache, tmp_path, monkeypatch)
         stage = importlib.reload(own_stage).Answer()
         for results in (Cache(cache, 10**6), Cache(cache, 10**6)):
             assert StageList([stage]).run(State({"seed": [1]}), {}, results=results)["answer"] == number
-    assert Cache(cache, 10**6).contents().stages["answer"][0] == 2
+    assert Cache(cache, 10**6).contents()["answer"][0] == 2
 
 
 def scaled(inner):

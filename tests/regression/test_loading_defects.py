@@ -32,7 +32,7 @@ from ditkit.checkpoints.kinds.kind import KINDS
 from ditkit.checkpoints.model.find import locate
 from ditkit.checkpoints.model.open_part import open_part
 from ditkit.checkpoints.views.mapped import Mapped
-from ditkit.checkpoints.views.source import TensorFacts, View
+from ditkit.checkpoints.views.source import Facts, View
 from ditkit.cli.inspect import examine
 from ditkit.errors import DitkitError, LoadError
 from ditkit.models import clip, umt5
@@ -190,7 +190,7 @@ class Shapes(View):
     path, notes = Path("x"), ()
 
     def __init__(self, module):
-        self.tensors = {name: TensorFacts("BF16", tuple(t.shape)) for name, t in module.state_dict().items()}
+        self.tensors = {name: Facts("BF16", tuple(t.shape)) for name, t in module.state_dict().items()}
 
 
 def on_meta(make):

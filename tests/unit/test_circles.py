@@ -11,7 +11,6 @@ from ditkit import __file__ as home
 PACKAGE = Path(home).parent
 
 KNOWN = {
-    frozenset({"checkpoints.files.gguf", "checkpoints.files.opening", "checkpoints.files.pickles"}),
     frozenset({"checkpoints.model.lock", "checkpoints.model.manifest"}),
     frozenset({"assembly.model", "assembly.pipelines"}),
     frozenset({"assembly.components", "assembly.identity"}),

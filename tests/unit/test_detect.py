@@ -230,7 +230,7 @@ def test_a_new_name_changes_nothing(folders, tmp_path):
 @pytest.mark.slow
 def test_what_cannot_be_told_is_listed(tmp_path):
     """Of a 14B text-to-video transformer no shape tells the version or the expert."""
-    from ditkit.checkpoints.views.source import TensorFacts, View
+    from ditkit.checkpoints.views.source import Facts, View
     from ditkit.models.published import OFFICIAL
     from ditkit.models.wan import WanTransformer
 
@@ -240,7 +240,7 @@ def test_what_cannot_be_told_is_listed(tmp_path):
         def __init__(self, name):
             with torch.device("meta"):
                 module = WanTransformer(OFFICIAL[name].config)
-            self.tensors = {k: TensorFacts("BF16", tuple(v.shape)) for k, v in module.state_dict().items()}
+            self.tensors = {k: Facts("BF16", tuple(v.shape)) for k, v in module.state_dict().items()}
 
     found = detect(Shapes("wan2.1-t2v-14b"))
     assert found == detect(Shapes("wan2.2-t2v-a14b"))

@@ -59,7 +59,7 @@ UMT5 = {
 
 
 def facts(shapes: dict[str, torch.Size | tuple[int, ...]]) -> dict[str, TensorInfo]:
-    return {name: TensorInfo(Path("x"), "F32", tuple(shape), 0, 0) for name, shape in shapes.items()}
+    return {name: TensorInfo("F32", tuple(shape), Path("x"), 0, 0) for name, shape in shapes.items()}
 
 
 def transformer_facts(fields: dict = WAN) -> dict[str, TensorInfo]:

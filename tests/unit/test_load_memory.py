@@ -19,7 +19,7 @@ from ditkit.checkpoints.load import load_into
 from ditkit.checkpoints.views.key_table import KeyTable, Rule
 from ditkit.checkpoints.views.mapped import Mapped
 from ditkit.checkpoints.views.prefixes import Unprefixed
-from ditkit.checkpoints.views.source import cast, pieces
+from ditkit.checkpoints.views.source import TensorSource
 from ditkit.errors import LoadError
 
 linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the peak memory from /proc")
@@ -83,13 +83,13 @@ def test_a_strided_tensor_of_a_pickle(tmp_path, small_pieces, wanted):
     weight = numbers(6, 40)
     torch.save({"a": weight[:, 3:20], "b": weight.T}, tmp_path / "x.pth")
     source = open_source(tmp_path / "x.pth")
-    same(cast(source, "a", wanted), weight[:, 3:20].contiguous().to(wanted))
-    same(cast(source, "b", wanted), weight.T.contiguous().to(wanted))
-    raw = torch.cat([part.clone() for part in pieces(source, "a", 4, 64)])
+    same(source.cast("a", wanted), weight[:, 3:20].contiguous().to(wanted))
+    same(source.cast("b", wanted), weight.T.contiguous().to(wanted))
+    raw = torch.cat([part.clone() for part in source.pieces("a", 4, 64)])
     assert torch.equal(raw.view(torch.float32), weight[:, 3:20].reshape(-1))
 
 
-class Plain:
+class Plain(TensorSource):
     """A source of somebody else's, with nothing but what every source has."""
 
     def __init__(self, tensors):
@@ -102,10 +102,10 @@ class Plain:
 def test_a_source_that_can_do_no_better_is_cast_as_a_whole():
     seen: list[int] = []
     weight = numbers(4, 3)
-    found = cast(Plain({"a": weight.T}), "a", torch.bfloat16, lambda part: seen.append(part.numel()))
+    found = Plain({"a": weight.T}).cast("a", torch.bfloat16, lambda part: seen.append(part.numel()))
     assert torch.equal(found, weight.T.bfloat16())
     assert seen == [12]
-    assert torch.equal(next(pieces(Plain({"a": weight}), "a", 4, 8)), weight.reshape(-1).view(torch.uint8))
+    assert torch.equal(next(Plain({"a": weight}).pieces("a", 4, 8)), weight.reshape(-1).view(torch.uint8))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

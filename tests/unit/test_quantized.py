@@ -210,7 +210,7 @@ def test_settings_that_contradict_the_weights(tmp_path):
     for broken in ("{", "[]", "{}", '{"layers": {"a": 1}}'):
         refused(tmp_path, both, "_quantization_metadata", metadata={"_quantization_metadata": broken})
     refused(tmp_path, {**both, "a.comfy_quant": torch.ones(3)}, "a.comfy_quant is F32, not bytes of JSON")
-    refused(tmp_path, {**both, "a.comfy_quant": torch.ones(3, dtype=torch.uint8)}, "a.comfy_quant is no JSON object")
+    refused(tmp_path, {**both, "a.comfy_quant": torch.ones(3, dtype=torch.uint8)}, "it is not valid JSON")
 
 
 def test_a_broken_scale_fails_when_it_is_read(tmp_path):

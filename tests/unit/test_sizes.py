@@ -11,7 +11,7 @@ from ditkit.checkpoints.kinds.umt5 import umt5_sizes
 from ditkit.checkpoints.kinds.wan import task_of, transformer_sizes
 from ditkit.checkpoints.kinds.wan_vae import taehv_sizes, vae_sizes
 from ditkit.checkpoints.views.mapped import Mapped
-from ditkit.checkpoints.views.source import TensorFacts, View
+from ditkit.checkpoints.views.source import Facts, View
 from ditkit.errors import LoadError
 from ditkit.models import clip, umt5
 from ditkit.models.published import OFFICIAL
@@ -35,7 +35,7 @@ class Shapes(View):
     notes = ()
 
     def __init__(self, module):
-        self.tensors = {name: TensorFacts("F32", tuple(t.shape)) for name, t in module.state_dict().items()}
+        self.tensors = {name: Facts("F32", tuple(t.shape)) for name, t in module.state_dict().items()}
 
 
 def on_meta(cls, config):
@@ -161,5 +161,5 @@ def test_hints_that_are_not_evenly_spread_need_a_config():
 ])  # fmt: skip
 def test_tensors_that_cannot_be_read(read, tensors, found):
     with pytest.raises(LoadError) as error:
-        read({name: TensorFacts("F32", shape) for name, shape in tensors.items()})
+        read({name: Facts("F32", shape) for name, shape in tensors.items()})
     assert found in str(error.value)

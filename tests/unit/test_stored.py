@@ -16,7 +16,7 @@ from ditkit.checkpoints.views.key_table import KeyTable, Rule
 from ditkit.checkpoints.views.mapped import Mapped
 from ditkit.checkpoints.views.prefixes import Unprefixed
 from ditkit.checkpoints.views.quantized import Dequantized
-from ditkit.checkpoints.views.source import Stored, stored
+from ditkit.checkpoints.views.source import Stored
 from ditkit.errors import LoadError
 
 TABLE = KeyTable.of(
@@ -61,11 +61,11 @@ CASES = {
 def test_a_form_stands_for_the_numbers_of_the_views(tmp_path, case):
     tensors, name, dtype, scales = CASES[case]
     source = view(tmp_path, tensors | {"a.bias": torch.arange(6.0)})
-    form = stored(source, "native.weight")
+    form = source.stored("native.weight")
     assert (form.format, form.codes.dtype, form.shape) == (name, dtype, (6, 8))
     assert (None if form.scales is None else tuple(form.scales.shape)) == scales
     assert torch.equal(numbers(form), source["native.weight"].float())
-    assert torch.equal(stored(source, "native.bias").codes, torch.arange(6.0))
+    assert torch.equal(source.stored("native.bias").codes, torch.arange(6.0))
 
 
 def test_blocks_of_gguf(tmp_path):
@@ -74,26 +74,26 @@ def test_blocks_of_gguf(tmp_path):
 
     data = {"model.a.weight": ("Q8_0", blocks("Q8_0", 6, 64)), "model.a.bias": ("F16", blocks("F16", 6))}
     source = Mapped(Dequantized(Unprefixed(open_source(written(tmp_path / "x.gguf", data)))), TABLE, "native")
-    form = stored(source, "native.weight")
+    form = source.stored("native.weight")
     assert (form.format, form.shape, form.codes.shape, form.scales) == ("gguf Q8_0", (6, 64), (12, 34), None)
     assert form.codes.numpy().tobytes() == data["model.a.weight"][1].tobytes()
     assert torch.equal(numbers(form), source["native.weight"])
     assert torch.equal(form.to("cpu").codes, form.codes)
-    plain = stored(source, "native.bias")
+    plain = source.stored("native.bias")
     assert (plain.format, plain.codes.dtype) == ("plain", torch.float16)
     assert gguf
 
 
 def test_what_is_joined_has_a_form_only_if_it_is_plain(tmp_path):
     source = view(tmp_path, {"q.weight": dense(), "k.weight": -dense()})
-    form = stored(source, "joined.weight")
+    form = source.stored("joined.weight")
     assert (form.format, form.shape) == ("plain", (12, 8))
     assert torch.equal(form.codes, source["joined.weight"])
     source = view(tmp_path, {"q.weight": dense().to(E4), "k.weight": dense().to(E4)})
     with pytest.raises(
         LoadError, match=r"keeping joined\.weight of .* as it is stored: Mapped made it of other tensors"
     ):
-        stored(source, "joined.weight")
+        source.stored("joined.weight")
 
 
 def test_a_merged_tensor_has_none_and_says_so(tmp_path):
@@ -105,12 +105,12 @@ def test_a_merged_tensor_has_none_and_says_so(tmp_path):
     save_file(factors, tmp_path / "lora.safetensors")
     shapes = {name: tuple(facts.shape) for name, facts in base.tensors.items()}
     merged = Merged(base, [(read_lora(TensorFiles(tmp_path / "lora.safetensors"), shapes), 1.0)])
-    assert stored(merged, "blocks.0.self_attn.k.weight").format == "plain"
+    assert merged.stored("blocks.0.self_attn.k.weight").format == "plain"
     with pytest.raises(LoadError, match=r"self_attn\.q\.weight of held as it is stored: a LoRA is merged into it"):
-        stored(merged, "blocks.0.self_attn.q.weight")
+        merged.stored("blocks.0.self_attn.q.weight")
 
 
 def test_codes_that_nobody_explained_are_no_numbers(tmp_path):
     save_file({"a.weight": dense().to(E4)}, tmp_path / "x.safetensors")
     with pytest.raises(LoadError, match="it is F8_E4M3, and nobody has told what that stands for"):
-        stored(TensorFiles(tmp_path), "a.weight")
+        TensorFiles(tmp_path).stored("a.weight")

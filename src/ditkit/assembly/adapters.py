@@ -118,7 +118,7 @@ class Adapters:
         """For the receipt: each file with its strength, its mode and how many tensors it changes."""
         return [
             {"file": adapter.path.name, "strength": strength, "mode": self.mode, "tensors": len(adapter.deltas),
-             "left_out": dict(adapter.report.left_out)}
+             "left_out": dict(adapter.report["left_out"])}
             for adapter, strength in self.by_expert.get(component, ())
         ]  # fmt: skip
 

@@ -202,11 +202,11 @@ class Components(Mapping[str, Any]):
         """File name -> sha256 of what a part is made of, LoRAs included; they are read, the part is not loaded.
 
         Of files with one name in different folders the second is ``NAME (2)``."""
-        from ditkit.checkpoints.files.stored import file_hash
+        from ditkit.store.hashes import HASHES
 
         part = self.model.parts[name]
         if part.source is None:
-            return {vocabulary(part).name: file_hash(vocabulary(part))}
+            return {vocabulary(part).name: HASHES.of(vocabulary(part))}
         found = dict(part.source.sha256)
         for adapter, _ in self.adapters.by_expert.get(name, ()):
             for file, sha256 in adapter.source.sha256.items():

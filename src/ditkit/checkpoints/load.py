@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ditkit.checkpoints.files.stored import DTYPES
 from ditkit.checkpoints.files.text import some
-from ditkit.checkpoints.views.source import Stored, TensorSource, cast, no_inspection, stored
+from ditkit.checkpoints.views.source import Stored, TensorSource, no_inspection
 from ditkit.contracts import Swap
 from ditkit.errors import LoadError, SetupError
 
@@ -112,7 +112,7 @@ class SourceTensor:
     def stored(self) -> Stored:
         """Codes, scales and format, on its device. Its numbers are looked at too, where that was asked for, which takes
         as long as to read them. Raises LoadError for what has no stored form, such as a weight with a LoRA merged."""
-        self.used, found = True, stored(self.source, self.key)
+        self.used, found = True, self.source.stored(self.key)
         if self.check_finite:
             read(self.asked, self.source, self.key, self.dtype)
         return found.to(self.device)
@@ -157,7 +157,7 @@ def read(asked: str, source: TensorSource, key: str, dtype: torch.dtype | None, 
         nonlocal finite
         finite = finite and _is_finite(part)
 
-    tensor = cast(source, key, dtype, look if check_finite else no_inspection)
+    tensor = source.cast(key, dtype, look if check_finite else no_inspection)
     if not finite:
         raise LoadError(asked, f"{key} holds infinite or undefined numbers as {tensor.dtype}", "Use other weights")
     return tensor
@@ -194,7 +194,7 @@ def _compare(
         info, tensor = source.tensors[key], wanted[name]
         if info.shape != tuple(tensor.shape):
             shapes.append(f"{key} has {list(info.shape)} where the model has {list(tensor.shape)}")
-        if getattr(torch, DTYPES[info.dtype]).is_floating_point != tensor.dtype.is_floating_point:
+        if DTYPES[info.dtype].is_floating_point != tensor.dtype.is_floating_point:
             kinds.append(f"{key} is {info.dtype}")
     problems = {
         "tensors are missing": wanted.keys() - target.values(), "tensors are unknown to the model": unknown,

@@ -18,8 +18,7 @@ from ditkit.request import Request
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ditkit.lab.image_quality import ImageQuality
-    from ditkit.lab.quality import Quality
+    from ditkit.lab.quality import ImageQuality, Quality
 
 app = typer.Typer(name="bench", help="Measure quality.", no_args_is_help=True)
 
@@ -42,8 +41,7 @@ def quality(
     Exit code 0 when the targets are reached, else 1."""
     from rich.progress import Progress
 
-    from ditkit.lab import image_quality as images
-    from ditkit.lab import quality as texts
+    from ditkit.lab import quality as lab
 
     if clips < 1:
         raise RequestError(f"--clips {clips}", "there is nothing to measure", "Give 1 or more")
@@ -56,12 +54,12 @@ def quality(
     fixed = {k: v for k, v in settled.of(Request).items() if k not in ("prompt", "seed", "image")}
     opened.model.request({"prompt": "x", **fixed, **({"image": "x"} if by_image else {})})
     out = show.console(stderr=as_json)
-    measured: Callable[..., Any] = images.image_quality if by_image else texts.quality
+    measured: Callable[..., Any] = lab.image_quality if by_image else lab.quality
     with Progress(console=out, disable=not out.is_terminal, transient=True) as bar:
         task = bar.add_task("clips", total=clips)
         result = measured(load(opened), clips, progress=lambda done, total: bar.update(task, completed=done), **fixed)
     if as_json:
-        targets = {"subject": images.SUBJECT_TARGET} if by_image else texts.TARGETS
+        targets = {"subject": lab.SUBJECT_TARGET} if by_image else lab.TARGETS
         print(json.dumps({**asdict(result), "reached": result.reached, "targets": targets}))
     elif by_image:
         show_image_quality(result, out)
@@ -84,7 +82,7 @@ def show_quality(result: Quality, out: Console) -> None:
 
 
 def show_image_quality(result: ImageQuality, out: Console) -> None:
-    from ditkit.lab.image_quality import SUBJECT, SUBJECT_TARGET
+    from ditkit.lab.quality import SUBJECT, SUBJECT_TARGET
 
     kept = f"{' and '.join(SUBJECT)} as in the picture"
     out.print(f"{'subject':11}{result.subject:7.1%}  target {SUBJECT_TARGET:.0%}  {kept}")

@@ -7,6 +7,7 @@ of the user.
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -38,11 +39,10 @@ def show_(cache: Folder = None, cache_gigabytes: Limit = None, file: File = None
     """Show the folder, the limit, and what is kept of each stage."""
     setup = settled(cache, cache_gigabytes, file)
     out, kept = show.console(), opened(setup)
-    found = None if kept is None else kept.contents()
-    stages = {} if found is None else found.stages
+    stages = {} if kept is None else kept.contents()
     out.print(f"folder {folder(setup)}{'' if kept else ' (not there yet)'}")
     out.print(f"limit  {setup.cache_gigabytes:g} GB")
-    out.print(f"kept   {sum(count for count, _ in stages.values())} results, {size(found.size if found else 0)}")
+    out.print(f"kept   {sum(count for count, _ in stages.values())} results, {size(total(stages))}")
     if stages:
         rows = [(stage, str(count), size(bytes_)) for stage, (count, bytes_) in stages.items()]
         out.print(show.table(("stage", "results", "size"), rows))
@@ -52,7 +52,7 @@ def show_(cache: Folder = None, cache_gigabytes: Limit = None, file: File = None
 def trim(cache: Folder = None, cache_gigabytes: Limit = None, file: File = None) -> None:
     """Throw away what was not used for the longest time, down to the limit."""
     kept = opened(settled(cache, cache_gigabytes, file))
-    freed, left = (0, 0) if kept is None else (kept.trim(), kept.contents().size)
+    freed, left = (0, 0) if kept is None else (kept.trim(), total(kept.contents()))
     show.console().print(f"freed {size(freed)}; {size(left)} are left")
 
 
@@ -65,7 +65,7 @@ def clear(
     """Throw everything away."""
     setup = settled(cache, None, file)
     kept = opened(setup)
-    held = 0 if kept is None else kept.contents().size
+    held = 0 if kept is None else total(kept.contents())
     if not yes and not sys.stdin.isatty():
         raise SetupError(f"clearing the cache {folder(setup)}", "nobody is there to be asked", "Add --yes")
     if yes or typer.confirm(f"Throw away {size(held)} in {folder(setup)}?"):
@@ -91,6 +91,10 @@ def opened(setup: Setup) -> Cache | None:
     from ditkit.store.cache import LAYOUT, open_cache
 
     return open_cache(setup) if (folder(setup) / LAYOUT).exists() else None
+
+
+def total(stages: Mapping[str, tuple[int, int]]) -> int:
+    return sum(size for _, size in stages.values())
 
 
 def size(count: int) -> str:

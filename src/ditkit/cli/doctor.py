@@ -99,8 +99,8 @@ def encoder() -> tuple[bool, str, str]:
 def embedded_model() -> list[tuple[bool, str, str]]:
     """Every model that comes with the package: its parts are all there and what their files hash to."""
     from ditkit.assembly import MODELS, Model
-    from ditkit.checkpoints.files.stored import file_hash
     from ditkit.errors import DitkitError
+    from ditkit.store.hashes import HASHES
 
     rows = []
     for name, folder in MODELS.items():
@@ -112,5 +112,5 @@ def embedded_model() -> list[tuple[bool, str, str]]:
         files = sorted(folder.rglob("*.safetensors"))
         size = sum(file.stat().st_size for file in files) / 1e6
         rows.append((True, f"model {name}", f"{folder}, {size:.1f} MB of weights"))
-        rows += [(True, f"  {file.relative_to(folder)}", f"sha256 {file_hash(file)[:16]}") for file in files]
+        rows += [(True, f"  {file.relative_to(folder)}", f"sha256 {HASHES.of(file)[:16]}") for file in files]
     return rows

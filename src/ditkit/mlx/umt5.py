@@ -12,61 +12,93 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ditkit.checkpoints.kinds.umt5 import UMT5_ALIASES
+from ditkit.checkpoints.kinds.umt5 import UMT5_ALIASES, umt5_keys
 from ditkit.checkpoints.load import fit, identify_weights, read, two_names_differ
 from ditkit.checkpoints.views.source import TensorSource
-from ditkit.errors import LoadError, RequestError, SetupError
+from ditkit.errors import MissingDependency, SetupError
 from ditkit.mlx import BITS, exact_name
-from ditkit.mlx.arrays import GROUP, Packed, mx, to_mlx, to_torch
+from ditkit.models.umt5 import UMT5Config, check_ids
+
+try:
+    import mlx.core as mx
+except ImportError:
+    raise MissingDependency("computing with MLX", "mlx is not installed", 'Run: pip install "ditkit[mlx]"') from None
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+GROUP = 64  # weights of a row that share a scale and an offset when they are packed: MLX's own default
 
 _turn = threading.Lock()
 """MLX makes no promise about threads that compute at the same time; encoders share one device anyway."""
 
 
-class Sizes(Protocol):
-    """``models.umt5.UMT5Config``."""
+def to_mlx(tensor: Tensor) -> mx.array:
+    """A copy, bit for bit, of float32, float16 or bfloat16 of any shape on the CPU. numpy, which stands between the
+    two, has no bfloat16: it travels as 16-bit words.
 
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def d_model(self) -> int: ...
-    @property
-    def d_kv(self) -> int: ...
-    @property
-    def d_ff(self) -> int: ...
-    @property
-    def num_layers(self) -> int: ...
-    @property
-    def num_heads(self) -> int: ...
-    @property
-    def relative_attention_num_buckets(self) -> int: ...
-    @property
-    def relative_attention_max_distance(self) -> int: ...
-    @property
-    def layer_norm_epsilon(self) -> float: ...
+    It is computed before it is handed on: since MLX 0.31 an array that is still to be computed is bound to the thread
+    that made it."""
+    if tensor.dtype != torch.bfloat16:
+        return mx.array(tensor.detach().numpy())
+    array = mx.array(tensor.detach().contiguous().view(torch.uint16).numpy()).view(mx.bfloat16)
+    mx.eval(array)
+    return array
 
 
-def shapes(sizes: Sizes) -> dict[str, tuple[int, ...]]:
+def to_torch(array: mx.array) -> Tensor:
+    """The same the other way."""
+    if array.dtype != mx.bfloat16:
+        return torch.from_numpy(np.array(array))
+    return torch.from_numpy(np.array(array.view(mx.uint16))).view(torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A weight [out, in] as integers of ``bits`` bits, with a scale and an offset for each 64 numbers of a row."""
+
+    weight: mx.array
+    scales: mx.array
+    biases: mx.array
+    bits: int
+
+    @classmethod
+    def of(cls, weight: mx.array, bits: int) -> Packed:
+        """``in`` must be a multiple of 64."""
+        packed = mx.quantize(weight, group_size=GROUP, bits=bits)
+        mx.eval(*packed)
+        return cls(*packed, bits=bits)
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight.nbytes + self.scales.nbytes + self.biases.nbytes
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        return self.scales.dtype
+
+    def apply(self, x: mx.array) -> mx.array:
+        """[..., in] -> [..., out]."""
+        return mx.quantized_matmul(
+            x, self.weight, self.scales, self.biases, transpose=True, group_size=GROUP, bits=self.bits
+        )
+
+
+def shapes(sizes: UMT5Config) -> dict[str, tuple[int, ...]]:
     """Every tensor of the encoder under transformers' name, once."""
     wide, inner = sizes.d_model, sizes.num_heads * sizes.d_kv
-    found: dict[str, tuple[int, ...]] = {"shared.weight": (sizes.vocab_size, wide)}
-    for n in range(sizes.num_layers):
-        attention, ff = f"encoder.block.{n}.layer.0", f"encoder.block.{n}.layer.1"
-        found |= {f"{attention}.SelfAttention.{k}.weight": (inner, wide) for k in "qkv"}
-        found[f"{attention}.SelfAttention.o.weight"] = (wide, inner)
-        buckets = (sizes.relative_attention_num_buckets, sizes.num_heads)
-        found[f"{attention}.SelfAttention.relative_attention_bias.weight"] = buckets
-        found |= {f"{ff}.DenseReluDense.{k}.weight": (sizes.d_ff, wide) for k in ("wi_0", "wi_1")}
-        found[f"{ff}.DenseReluDense.wo.weight"] = (wide, sizes.d_ff)
-        found |= {f"{layer}.layer_norm.weight": (wide,) for layer in (attention, ff)}
-    return {**found, "encoder.final_layer_norm.weight": (wide,)}
+    of_layer = {
+        "shared": (sizes.vocab_size, wide), **dict.fromkeys("qkv", (inner, wide)), "o": (wide, inner),
+        "relative_attention_bias": (sizes.relative_attention_num_buckets, sizes.num_heads),
+        "wi_0": (sizes.d_ff, wide), "wi_1": (sizes.d_ff, wide), "wo": (wide, sizes.d_ff),
+        "layer_norm": (wide,), "final_layer_norm": (wide,),
+    }  # fmt: skip
+    return {name: of_layer[name.split(".")[-2]] for name in umt5_keys(sizes.num_layers).to_other.values()}
 
 
 def is_linear(name: str) -> bool:
@@ -89,17 +121,14 @@ def buckets_of(distance: Tensor, buckets: int, reach: int) -> Tensor:
 class Network:
     """The encoder as a function of its weights."""
 
-    def __init__(self, sizes: Sizes, weights: Mapping[str, mx.array | Packed]):
+    def __init__(self, sizes: UMT5Config, weights: Mapping[str, mx.array | Packed]):
         self.sizes, self.weights = sizes, weights
 
     def __call__(self, ids: Sequence[int]) -> mx.array:
         """[L] -> [L, D]; still to be computed."""
-        places = torch.arange(len(ids))
-        sizes = self.sizes
-        buckets = buckets_of(
-            places[None] - places[:, None], sizes.relative_attention_num_buckets, sizes.relative_attention_max_distance
-        )
-        rows = mx.array(buckets.numpy())
+        sizes, places = self.sizes, torch.arange(len(ids))
+        buckets, reach = sizes.relative_attention_num_buckets, sizes.relative_attention_max_distance
+        rows = mx.array(buckets_of(places[None] - places[:, None], buckets, reach).numpy())
         x = self.table("shared")[mx.array(list(ids))]
         for n in range(sizes.num_layers):
             block = f"encoder.block.{n}"
@@ -168,14 +197,9 @@ class MLXTextEncoder:
 
     @classmethod
     def load(
-        cls,
-        config: Sizes,
-        source: TensorSource,
-        names: Mapping[str, str] | None = None,
-        dtype: torch.dtype = torch.bfloat16,
-        device: str = "cpu",
-        backend: str = "mlx",
-    ) -> MLXTextEncoder:
+        cls, config: UMT5Config, source: TensorSource, names: Mapping[str, str] | None = None,
+        dtype: torch.dtype = torch.bfloat16, device: str = "cpu", backend: str = "mlx",
+    ) -> MLXTextEncoder:  # fmt: skip
         """``names``, ``dtype`` and the exception of float16 as for ``UMT5TextEncoder.load``. ``device``: cpu, or
         MLX's GPU (mps, cuda:0). ``backend``: a key of ``BITS``; with bits, linear layers are packed from ``dtype``.
 
@@ -208,11 +232,7 @@ class MLXTextEncoder:
         """Ids of one prompt, unpadded -> [len(ids), D] in the encoder's dtype, on the CPU.
 
         Raises RequestError for no ids at all, LoadError for ids that the embedding does not have."""
-        if not len(ids):
-            raise RequestError("encoding a prompt", "it has no tokens", "Give at least the end token")
-        if not 0 <= min(ids) <= max(ids) < self.vocab_size:
-            found = f"the ids reach from {min(ids)} to {max(ids)} and it knows 0 to {self.vocab_size - 1}"
-            raise LoadError("encoding a prompt with this text encoder", found, "Use the tokenizer of the same model")
+        check_ids(ids, self.vocab_size)
         with _turn, mx.stream(_device(self.where)):
             rows = self.network(ids)
             mx.eval(rows)
@@ -224,16 +244,11 @@ def _device(name: str) -> mx.Device:
 
 
 def _load(
-    asked: str,
-    config: Sizes,
-    source: TensorSource,
-    names: Mapping[str, str] | None,
-    dtype: torch.dtype,
+    asked: str, config: UMT5Config, source: TensorSource, names: Mapping[str, str] | None, dtype: torch.dtype,
     bits: int | None,
-) -> dict[str, mx.array | Packed]:
+) -> dict[str, mx.array | Packed]:  # fmt: skip
     wanted = {name: torch.empty(shape, device="meta") for name, shape in shapes(config).items()}
-    odd = [name for name, tensor in wanted.items() if bits and is_linear(name) and tensor.shape[1] % GROUP]
-    if odd:
+    if odd := [name for name, tensor in wanted.items() if bits and is_linear(name) and tensor.shape[1] % GROUP]:
         found = f"{odd[0]} has rows of {wanted[odd[0]].shape[1]} numbers, and they are packed by {GROUP}"
         raise SetupError(asked, found, "Use the backend mlx")
     target = fit(asked, wanted, source, names, UMT5_ALIASES)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ditkit.checkpoints.load import Device, identify_weights, load_into
-from ditkit.checkpoints.views.source import Facts, Inspect, TensorFacts, TensorSource, View
+from ditkit.checkpoints.views.source import Facts, Inspect, TensorSource, View
 from ditkit.contracts import Swap
 from ditkit.models.vae_layers import FeatureCache
 from ditkit.nn.loaded import Loaded
@@ -182,7 +182,7 @@ class LastRows(View):
         super().__init__(source, tuple(notes))
         self.rows = longer
         self.tensors = {
-            name: TensorFacts(facts.dtype, (longer.get(name, facts.shape[0]), *facts.shape[1:]))
+            name: Facts(facts.dtype, (longer.get(name, facts.shape[0]), *facts.shape[1:]))
             for name, facts in source.tensors.items()
         }
 

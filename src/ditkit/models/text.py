@@ -14,9 +14,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from ditkit.checkpoints.files.stored import file_hash
 from ditkit.errors import LoadError
 from ditkit.state import digest
+from ditkit.store.hashes import HASHES
 
 END = "</s>"
 
@@ -33,7 +33,7 @@ def tokenizer_fingerprint(file: Path) -> str:
     """Stands for the file and for the cleaning, which rests on ftfy and its version."""
     import ftfy
 
-    return digest(file_hash(file), "clean 1", ftfy.__version__)
+    return digest(HASHES.of(file), "clean 1", ftfy.__version__)
 
 
 class WanTokenizer:

@@ -48,6 +48,15 @@ def build(config: UMT5Config) -> nn.Module:
         return UMT5EncoderModel(theirs).eval().requires_grad_(False)
 
 
+def check_ids(ids: Sequence[int], vocab_size: int) -> None:
+    """Raises RequestError for no ids at all, LoadError for ids that the embedding does not have."""
+    if not len(ids):
+        raise RequestError("encoding a prompt", "it has no tokens", "Give at least the end token")
+    if not 0 <= min(ids) <= max(ids) < vocab_size:
+        found = f"the ids reach from {min(ids)} to {max(ids)} and it knows 0 to {vocab_size - 1}"
+        raise LoadError("encoding a prompt with this text encoder", found, "Use the tokenizer of the same model")
+
+
 class UMT5TextEncoder:
     """Satisfies ``contracts.TextEncoder``; ``model`` is a filled ``UMT5EncoderModel``. Threads may share an encoder."""
 
@@ -94,11 +103,7 @@ class UMT5TextEncoder:
         """Ids of one prompt, unpadded -> [len(ids), D] in the encoder's dtype and on its device.
 
         Raises RequestError for no ids at all, LoadError for ids that the embedding does not have."""
-        if not len(ids):
-            raise RequestError("encoding a prompt", "it has no tokens", "Give at least the end token")
-        if not 0 <= min(ids) <= max(ids) < self.vocab_size:
-            found = f"the ids reach from {min(ids)} to {max(ids)} and it knows 0 to {self.vocab_size - 1}"
-            raise LoadError("encoding a prompt with this text encoder", found, "Use the tokenizer of the same model")
+        check_ids(ids, self.vocab_size)
         with torch.no_grad():
             batch = torch.tensor([list(ids)], dtype=torch.long, device=self.device)
             return self.model(input_ids=batch).last_hidden_state[0]

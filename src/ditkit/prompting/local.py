@@ -36,14 +36,14 @@ class LocalExpander:
     @property
     def fingerprint(self) -> str:
         """Of all files that decide what it says, and of its dtype; it is not loaded for that."""
-        from ditkit.checkpoints.files.stored import file_hash
+        from ditkit.store.hashes import HASHES
 
         with self._lock:
             if self._fingerprint is None:
                 self._check()
                 kinds = {".json", ".jinja", ".txt", ".model", ".safetensors", ".bin"}
                 files = sorted(f for f in self.folder.iterdir() if f.suffix in kinds)
-                self._fingerprint = digest("transformers", self._place()[0], {f.name: file_hash(f) for f in files})
+                self._fingerprint = digest("transformers", self._place()[0], {f.name: HASHES.of(f) for f in files})
             return self._fingerprint
 
     def _check(self) -> None:

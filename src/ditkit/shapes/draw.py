@@ -4,8 +4,6 @@ Clips are drawn from signed distances, so edges are smooth and a shape can stand
 Leaves out: measuring a finished clip (``measure.py``) and training (``training/shapes.py``).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,14 +12,8 @@ import numpy as np
 WIDTH = HEIGHT = 64
 FRAMES = 13
 SHAPES = ("circle", "square", "triangle")
-COLORS = {
-    "red": (230, 40, 40),
-    "green": (40, 190, 70),
-    "blue": (50, 90, 245),
-    "yellow": (245, 215, 50),
-    "white": (245, 245, 245),
-    "purple": (165, 60, 200),
-}
+COLORS = {"red": (230, 40, 40), "green": (40, 190, 70), "blue": (50, 90, 245), "yellow": (245, 215, 50),
+          "white": (245, 245, 245), "purple": (165, 60, 200)}  # fmt: skip
 BACKGROUNDS = {"black": (10, 10, 12), "gray": (112, 114, 116), "navy": (16, 24, 84)}
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 MOTIONS = (*DIRECTIONS, "still", "growing")
@@ -45,9 +37,9 @@ class Scene:
 
 def sample_scene(rng: np.random.Generator, **fixed: str) -> Scene:
     """A random scene whose shape never leaves the frame; ``fixed`` pins shape, color, motion or background."""
-    shape = fixed.get("shape") or SHAPES[rng.integers(len(SHAPES))]
-    color = fixed.get("color") or tuple(COLORS)[rng.integers(len(COLORS))]
-    background = fixed.get("background") or tuple(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
+    shape = fixed.get("shape") or _pick(rng, SHAPES)
+    color = fixed.get("color") or _pick(rng, tuple(COLORS))
+    background = fixed.get("background") or _pick(rng, tuple(BACKGROUNDS))
     motion = fixed.get("motion") or MOTIONS[rng.choice(len(MOTIONS), p=MOTION_ODDS)]
     radius, travel = rng.uniform(8.5, 11), rng.uniform(22, 30)
     if motion == "growing":
@@ -95,16 +87,10 @@ def plain_caption(scene: Scene) -> str:
     return f"a {scene.color} {scene.shape} {motion_caption(scene)} on a {scene.background} background"
 
 
-_SHAPE_WORDS = {
-    "circle": ("circle", "circle", "ball", "disc"),
-    "square": ("square", "square", "box"),
-    "triangle": ("triangle",),
-}
-_BACKGROUND_WORDS = {
-    "black": ("black", "black", "dark"),
-    "gray": ("gray", "gray", "grey"),
-    "navy": ("navy", "navy", "navy blue"),
-}
+_SHAPE_WORDS = {"circle": ("circle", "circle", "ball", "disc"), "square": ("square", "square", "box"),
+                "triangle": ("triangle",)}  # fmt: skip
+_BACKGROUND_WORDS = {"black": ("black", "black", "dark"), "gray": ("gray", "gray", "grey"),
+                     "navy": ("navy", "navy", "navy blue")}  # fmt: skip
 _MOTION_WORDS = {
     "still": ("standing still", "resting", "not moving", "that stays still", "at rest"),
     "growing": ("growing", "getting bigger", "that grows", "becoming larger"),
@@ -113,6 +99,7 @@ _MOTION_WORDS = {
     "up": ("upwards", "up", "to the top"),
     "down": ("downwards", "down", "to the bottom"),
 }
+_SUBJECTS = ("it", "the shape", "the thing", "")
 _VERBS = ("moving", "sliding", "gliding", "drifting", "flying", "that moves", "that travels", "that floats")
 _TEMPLATES = (
     "a {color} {shape} {motion} on a {background} background",
@@ -127,30 +114,24 @@ _TEMPLATES = (
 
 def other_caption(scene: Scene, rng: np.random.Generator) -> str:
     """One of some thousand other wordings of the same scene."""
-
-    def pick(options: Sequence[str]) -> str:
-        return options[int(rng.integers(len(options)))]
-
-    motion = pick(_MOTION_WORDS[scene.motion])
-    if scene.motion in DIRECTIONS:
-        motion = f"{pick(_VERBS)} {motion}"
-    return pick(_TEMPLATES).format(
-        color=scene.color, shape=pick(_SHAPE_WORDS[scene.shape]), background=pick(_BACKGROUND_WORDS[scene.background]),
-        motion=motion,
-    )  # fmt: skip
-
-
-_SUBJECTS = ("it", "the shape", "the thing", "")
+    motion, template = _moving(scene, rng), _pick(rng, _TEMPLATES)
+    shape, background = _pick(rng, _SHAPE_WORDS[scene.shape]), _pick(rng, _BACKGROUND_WORDS[scene.background])
+    return template.format(color=scene.color, shape=shape, background=background, motion=motion)
 
 
 def motion_caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
     """Only what moves and how, for a model that has the first frame: "moving left", or another wording of it."""
+    plain = {"still": "standing still", "growing": "growing"}.get(scene.motion, f"moving {scene.motion}")
     if rng is None:
-        return {"still": "standing still", "growing": "growing"}.get(scene.motion, f"moving {scene.motion}")
-    words = _MOTION_WORDS[scene.motion]
-    motion = words[rng.integers(len(words))]
-    if scene.motion in DIRECTIONS:
-        motion = f"{_VERBS[rng.integers(len(_VERBS))]} {motion}"
-    plain = motion_caption(scene)
-    subject = _SUBJECTS[rng.integers(len(_SUBJECTS))]
+        return plain
+    motion, subject = _moving(scene, rng), _pick(rng, _SUBJECTS)
     return f"{subject} {plain if rng.random() < 0.4 else motion}".strip()
+
+
+def _moving(scene: Scene, rng: np.random.Generator) -> str:
+    motion = _pick(rng, _MOTION_WORDS[scene.motion])
+    return f"{_pick(rng, _VERBS)} {motion}" if scene.motion in DIRECTIONS else motion
+
+
+def _pick(rng: np.random.Generator, options: Sequence[str]) -> str:
+    return options[int(rng.integers(len(options)))]

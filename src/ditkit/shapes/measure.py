@@ -6,19 +6,15 @@ centres, shape is the drawn outline of the same area that fits the cover best. W
 is wrong in ``score``. Leaves out: anything that a clip of one plain object on a plain ground does not have.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from ditkit.errors import RequestError, nearest
-
-from . import draw
-from .draw import BACKGROUNDS, COLORS, MOTIONS, SHAPES, Scene
+from ditkit.shapes import draw
+from ditkit.shapes.draw import BACKGROUNDS, COLORS, MOTIONS, SHAPES, Scene
 
 # Limits, with the drawn world in mind. Lengths are in frame widths: drawn shapes travel 0.34 to 0.47.
 SPREAD = 36.0  # median distance of border pixels from the background, above which there is none (RGB levels)
@@ -32,8 +28,11 @@ AXIS = 2.0  # along its axis it must go this many times as far as across
 WANDER = 0.06  # most deviation (root mean square) from a straight way at an even pace
 GROWING, STEADY = 1.6, 1.35  # last radius / first: from which it grows, up to which it keeps its size
 SOFTNESS = (0.0, 1.0, 1.75, 2.5)  # pixels of blur (sigma) that an outline is tried with
-Named = Mapping[str, tuple[int, int, int]]
 FIT, FIT_LEAD = 0.78, 0.01  # least overlap with the best outline, and least lead over the next
+
+Named = Mapping[str, tuple[int, int, int]]
+DOWN, UP, RIGHT, LEFT = np.s_[:, 1:], np.s_[:, :-1], np.s_[:, :, 1:], np.s_[:, :, :-1]
+NEIGHBOURS = ((DOWN, UP), (UP, DOWN), (RIGHT, LEFT), (LEFT, RIGHT))  # pixels of [T, H, W], and those beside them
 
 
 @dataclass(frozen=True)
@@ -96,15 +95,9 @@ def measure(video: np.ndarray) -> Reading:
     areas = cover.sum((1, 2))
     seen = largest.sum((1, 2)) >= MIN_AREA * height * width
     count = int(np.median(objects[seen])) if seen.any() else 0
-    common: dict[str, Any] = {
-        "background": background,
-        "background_rgb": _rgb(ground),
-        "rgb": _rgb(rgb),
-        "seen": float(seen.mean()),
-        "objects": count,
-    }
+    whole = replace(empty, rgb=_rgb(rgb), seen=float(seen.mean()), objects=count)
     if seen.mean() < SEEN or count != 1:
-        return Reading(confidence=confidence, **common)
+        return whole
 
     moments = np.arange(frames)[seen]
     areas, cover, region = areas[seen], cover[seen], region[seen]
@@ -126,17 +119,12 @@ def measure(video: np.ndarray) -> Reading:
     shape = best if fit[best] >= FIT and lead >= FIT_LEAD else None
     confidence["shape"] = float(min(1.0, lead / (1 - fit[second] + 1e-6)))
     named = {"color": color, "shape": shape, "motion": motion, "background": background}
-    return Reading(
-        color=color,
-        shape=shape,
-        motion=motion,
-        confidence={key: value for key, value in confidence.items() if named[key] is not None},
-        area=float(areas.mean() / (height * width)),
-        travel=travel,
-        growth=growth,
+    confidence = {key: value for key, value in confidence.items() if named[key] is not None}
+    area = float(areas.mean() / (height * width))
+    return replace(
+        whole, color=color, shape=shape, motion=motion, confidence=confidence, area=area, travel=travel, growth=growth,
         fit=fit,
-        **common,
-    )
+    )  # fmt: skip
 
 
 def score(reading: Reading, wanted: Scene | Mapping[str, str] | str) -> dict[str, bool]:
@@ -152,9 +140,8 @@ def score(reading: Reading, wanted: Scene | Mapping[str, str] | str) -> dict[str
         raise RequestError("scoring a clip", "nothing is wanted of it", f"name some of {', '.join(known)}")
     for key, word in wanted.items():
         if key not in known:
-            raise RequestError(
-                f"scoring {key!r}", f"it is not measured{nearest(key, known)}", f"use {', '.join(known)}"
-            )
+            found = f"it is not measured{nearest(key, known)}"
+            raise RequestError(f"scoring {key!r}", found, f"use {', '.join(known)}")
         if word not in known[key]:
             found = f"it is no {key}{nearest(word, known[key])}"
             raise RequestError(f"scoring {word!r}", found, f"use one of {', '.join(known[key])}")
@@ -174,9 +161,8 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 def _read_caption(text: str) -> dict[str, str]:
     match = re.fullmatch(r"a (\w+) (\w+) (moving \w+|standing still|growing) on a (\w+) background", text.strip())
     if not match:
-        raise RequestError(
-            f"scoring {text!r}", "it is not a plain caption", "word it as ditkit.shapes.draw.plain_caption"
-        )
+        do = "word it as ditkit.shapes.draw.plain_caption"
+        raise RequestError(f"scoring {text!r}", "it is not a plain caption", do)
     color, shape, motion, background = match.groups()
     motion = {"standing still": "still"}.get(motion, motion.removeprefix("moving "))
     return {"color": color, "shape": shape, "motion": motion, "background": background}
@@ -210,9 +196,8 @@ def _name(rgb: np.ndarray, names: Named, others: Named) -> tuple[str | None, flo
 
 def _largest(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Per frame of ``mask`` [T, H, W]: the largest 4-connected region, and how many have SECOND of its size or more."""
-    labels = _regions(mask)
     largest, objects = np.zeros_like(mask), np.zeros(len(mask), int)
-    for index, frame in enumerate(labels):
+    for index, frame in enumerate(_regions(mask)):
         found, sizes = np.unique(frame[frame >= 0], return_counts=True)
         if len(found):
             largest[index] = frame == found[sizes.argmax()]
@@ -226,10 +211,8 @@ def _regions(mask: np.ndarray) -> np.ndarray:
     labels = np.where(mask, np.arange(mask.size).reshape(mask.shape), -1)
     while True:
         grown = labels.copy()
-        np.maximum(grown[:, 1:], labels[:, :-1], out=grown[:, 1:], where=mask[:, 1:])
-        np.maximum(grown[:, :-1], labels[:, 1:], out=grown[:, :-1], where=mask[:, :-1])
-        np.maximum(grown[:, :, 1:], labels[:, :, :-1], out=grown[:, :, 1:], where=mask[:, :, 1:])
-        np.maximum(grown[:, :, :-1], labels[:, :, 1:], out=grown[:, :, :-1], where=mask[:, :, :-1])
+        for here, beside in NEIGHBOURS:
+            np.maximum(grown[here], labels[beside], out=grown[here], where=mask[here])
         grown[mask] = grown.ravel()[grown[mask]]
         if np.array_equal(grown, labels):
             return labels
@@ -239,10 +222,8 @@ def _regions(mask: np.ndarray) -> np.ndarray:
 def _widen(mask: np.ndarray, by: int) -> np.ndarray:
     for _ in range(by):
         wide = mask.copy()
-        wide[:, 1:] |= mask[:, :-1]
-        wide[:, :-1] |= mask[:, 1:]
-        wide[:, :, 1:] |= mask[:, :, :-1]
-        wide[:, :, :-1] |= mask[:, :, 1:]
+        for here, beside in NEIGHBOURS:
+            wide[here] |= mask[beside]
         mask = wide
     return mask
 

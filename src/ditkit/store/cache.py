@@ -8,8 +8,6 @@ if it asked for them; the one whose settings have the same values now is the one
 holds the write lock of the index meanwhile. Leaves out: what a question is made of (``pipeline.py``).
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib
@@ -20,13 +18,12 @@ import secrets
 import sqlite3
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ditkit.errors import OutputError, SetupError, StateError
+from ditkit.errors import DitkitError, OutputError, SetupError, StateError
 from ditkit.setup import Setup
 from ditkit.stage_result import CacheKey, StageResult
 from ditkit.state import State, digest
@@ -35,20 +32,12 @@ from ditkit.store.database import Database, private
 from ditkit.store.hashes import HASHES
 
 LAYOUT = "v1"
-RECORD = "@record"
-"""The field of an entry's State that is no field of a stage: settings and plugs."""
-
-COMPARED = 100
-"""Of how many entries of a stage, the last used ones, the nearest is looked for to explain a miss."""
-
+RECORD = "@record"  # the field of an entry's State that is no field of a stage: settings and plugs
+COMPARED = 100  # entries of a stage, the last used ones, among which the nearest is looked for to explain a miss
+NAMED = 4  # differences that are told; more are counted
+REMEMBERED = 1024  # entries that are gone and still known by name
+ABANDONED = 3600.0  # seconds after which a file that nobody finished belongs to a process that died
 NAMELESS = "its class is in no file or is made in a function, or it keeps attributes that are no dataclass fields"
-
-REMEMBERED = 1024
-"""How many entries that are gone are still known by name."""
-
-ABANDONED = 3600.0
-"""Seconds after which a file that nobody finished belongs to a process that died."""
-
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS entries (
     id INTEGER PRIMARY KEY,
@@ -63,32 +52,18 @@ CREATE INDEX IF NOT EXISTS by_use ON entries (gone, used, size);
 _NOW = "(SELECT COALESCE(MAX(used), 0) + 1 FROM entries)"  # counts uses: clocks may go back
 
 
-@dataclass(frozen=True)
-class Contents:
-    """``stages``: entries and bytes of each, the largest first."""
-
-    folder: Path
-    stages: Mapping[str, tuple[int, int]]
-
-    @property
-    def size(self) -> int:
-        return sum(size for _, size in self.stages.values())
-
-
 class Cache:
-    """Satisfies ``running.ResultCache``. Threads and processes may share a folder. What goes wrong with it is said in
-    the reasons that ``find`` and ``store`` give; a run goes on without it."""
+    """Satisfies ``execution.place.ResultCache``. Threads and processes may share a folder. What goes wrong with it is
+    said in the reasons that ``find`` and ``store`` give; a run goes on without it."""
 
     def __init__(self, folder: str | os.PathLike[str], limit: int):
         """``limit``: bytes of all results together. Raises SetupError where the folder cannot be used."""
         self.folder, self.limit = Path(folder), limit
         self.results = self.folder / LAYOUT / "results"
-        try:
+        with _usable(self.folder, SetupError, "Choose another folder, or remove this one"):
             private(self.results)
             self.index = Database(self.results.parent / "index.sqlite", SCHEMA)
             self._sweep()
-        except (OSError, sqlite3.Error) as e:
-            raise _unusable(self.folder, e) from None
 
     # --- finding
 
@@ -98,34 +73,32 @@ class Cache:
             return None, why
         try:
             with self.index.reading() as db:
-                rows = db.execute(
-                    "SELECT id, about, file, sha256, made, machine FROM entries"
-                    " WHERE first = ? AND gone = '' ORDER BY used DESC", (_first(question),)
-                ).fetchall()  # fmt: skip
+                same = "SELECT id, about, file, sha256, made, machine FROM entries WHERE first = ? AND gone = ''"
+                rows = db.execute(f"{same} ORDER BY used DESC", (_first(question),)).fetchall()
             for number, about, file, sha256, made, machine in rows:
                 if reasons.fits(json.loads(about), question):
-                    return self._read(number, file, sha256), f"made on {_date(made)} on {machine}"
+                    found = self._read(number, file, sha256)
+                    return (None, found) if isinstance(found, str) else (found, f"made on {_date(made)} on {machine}")
             return None, self._nearest(question)
-        except _Damaged as e:
-            return None, str(e)
         except (OSError, sqlite3.Error) as e:
             return None, f"the cache cannot be read ({_text(e)})"
         except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as e:  # whatever damage leads to
             return None, f"the index of the cache is damaged ({e!r}); `ditkit cache clear` makes a new one"
 
-    def _read(self, number: int, file: str, sha256: str) -> StageResult:
+    def _read(self, number: int, file: str, sha256: str) -> StageResult | str:
+        """An entry; or, as it is no more, why it cannot be used."""
         try:
             data = (self.results / Path(file).name).read_bytes()
         except FileNotFoundError:
             self._drop(number, "its file is gone")
-            raise _Damaged("its file was removed a moment ago, or by hand") from None
+            return "its file was removed a moment ago, or by hand"
         try:
             if hashlib.sha256(data).hexdigest() != sha256:
                 raise StateError(f"reading {file}", "its bytes are others", "Make it again")
             state = State.from_bytes(data, file)
         except StateError:
             self._drop(number, "its file was damaged")
-            raise _Damaged("its file was damaged, and is removed") from None
+            return "its file was damaged, and is removed"
         with contextlib.suppress(sqlite3.Error), self.index.writing() as db:
             db.execute(f"UPDATE entries SET used = {_NOW} WHERE id = ?", (number,))
         record = state[RECORD]
@@ -137,10 +110,8 @@ class Cache:
 
     def _nearest(self, question: CacheKey) -> str:
         with self.index.reading() as db:
-            rows = db.execute(
-                "SELECT about, made, gone FROM entries WHERE stage = ? ORDER BY used DESC LIMIT ?",
-                (question.stage, COMPARED),
-            ).fetchall()
+            latest = "SELECT about, made, gone FROM entries WHERE stage = ? ORDER BY used DESC LIMIT ?"
+            rows = db.execute(latest, (question.stage, COMPARED)).fetchall()
         if not rows:
             return f"no result of {question.stage} is kept"
         found = [(reasons.differences(json.loads(about), question, _software(question)), made, gone)
@@ -148,7 +119,8 @@ class Cache:
         differences, made, gone = min(found, key=lambda row: len(row[0]))
         if not differences:
             return f"it was made on {_date(made)}, and {gone or 'was not there a moment ago'}"
-        return f"the nearest one differs: {reasons.told(differences)}"
+        more = f" and {len(differences) - NAMED} more" if len(differences) > NAMED else ""
+        return f"the nearest one differs: {', '.join(differences[:NAMED])}{more}"
 
     # --- storing
 
@@ -163,7 +135,7 @@ class Cache:
         record = {"settings": dict(outcome.settings), "plugs": outcome.plugs}
         data = State({**outcome.written, RECORD: record}).to_bytes()
         if len(data) > self.limit:
-            return f"it has {_megabytes(len(data))}, the cache may have {_megabytes(self.limit)}"
+            return f"it has {len(data) / 1e6:.1f} MB, the cache may have {self.limit / 1e6:.1f} MB"
         try:
             self._add(question, record, data)
         except (OSError, sqlite3.Error) as e:
@@ -225,30 +197,26 @@ class Cache:
 
     # --- looking after it
 
-    def contents(self) -> Contents:
-        """Raises OutputError."""
-        with _said(self.folder), self.index.reading() as db:
+    def contents(self) -> dict[str, tuple[int, int]]:
+        """Entries and bytes of each stage, the largest first. Raises OutputError."""
+        with _usable(self.folder), self.index.reading() as db:
             rows = db.execute("SELECT stage, COUNT(*), SUM(size) FROM entries WHERE gone = '' GROUP BY stage"
                               " ORDER BY SUM(size) DESC, stage").fetchall()  # fmt: skip
-            return Contents(self.folder, {stage: (count, size) for stage, count, size in rows})
+            return {stage: (count, size) for stage, count, size in rows}
 
     def trim(self) -> int:
         """Evict down to the limit; bytes that were freed. Raises OutputError."""
-        with _said(self.folder):
+        with _usable(self.folder):
             self._sweep()
             with self.index.writing() as db:
                 return self._shrink(db, self.limit)
 
     def clear(self) -> int:
         """Forget everything; bytes that were freed. Raises OutputError."""
-        with _said(self.folder), self.index.writing() as db:
+        with _usable(self.folder), self.index.writing() as db:
             freed = self._shrink(db, -1)
             db.execute("DELETE FROM entries")
         return freed
-
-
-class _Damaged(Exception):
-    """An entry that cannot be used; its text says why."""
 
 
 def folder_of(setting: str) -> Path:
@@ -270,10 +238,8 @@ def remember_hashes(setup: Setup) -> None:
     SetupError."""
     if setup.cache is not None:
         folder = folder_of(setup.cache)
-        try:
+        with _usable(folder, SetupError, "Choose another folder, or remove this one"):
             HASHES.keep_in(private(folder / LAYOUT))
-        except (OSError, sqlite3.Error) as e:
-            raise _unusable(folder, e) from None
 
 
 @functools.cache
@@ -283,14 +249,7 @@ def software() -> Mapping[str, str]:
     text = hashlib.sha256()
     for file in sorted(package.rglob("*.py")):
         text.update(f"{file.relative_to(package)}\0".encode() + file.read_bytes())
-    return {"ditkit": text.hexdigest()[:12], "torch": _version("torch"), "transformers": _version("transformers")}
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "none"
+    return {"ditkit": text.hexdigest()[:12], "torch": version("torch"), "transformers": version("transformers")}
 
 
 def _first(question: CacheKey) -> str:
@@ -315,21 +274,13 @@ def _date(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
 
 
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:.1f} MB"
-
-
 def _text(error: Exception) -> str:
     return (getattr(error, "strerror", None) or str(error)).lower()
 
 
-def _unusable(folder: Path, error: Exception) -> SetupError:
-    return SetupError(f"the cache {folder}", _text(error), "Choose another folder, or remove this one")
-
-
 @contextlib.contextmanager
-def _said(folder: Path) -> Any:
+def _usable(folder: Path, error: type[DitkitError] = OutputError, do: str = "Remove the folder") -> Iterator[None]:
     try:
         yield
     except (OSError, sqlite3.Error) as e:
-        raise OutputError(f"the cache {folder}", _text(e), "Remove the folder") from None
+        raise error(f"the cache {folder}", _text(e), do) from None

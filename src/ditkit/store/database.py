@@ -1,16 +1,13 @@
 """A sqlite file that several processes and threads use at once: a connection for each piece of work, none that a fork
 could inherit. Leaves out: what is in it."""
 
-from __future__ import annotations
-
 import contextlib
 import sqlite3
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-WAIT = 60.0
-"""Seconds to wait for another process that writes."""
+WAIT = 60.0  # seconds to wait for another process that writes
 
 
 def private(folder: Path) -> Path:
@@ -30,7 +27,7 @@ class Database:
         end = time.monotonic() + WAIT
         while True:
             try:
-                with self._connected() as db:
+                with self.reading() as db:
                     db.execute("PRAGMA journal_mode=WAL")
                     db.executescript(schema)
                 return
@@ -40,7 +37,7 @@ class Database:
                 time.sleep(0.01)
 
     @contextlib.contextmanager
-    def _connected(self) -> Iterator[sqlite3.Connection]:
+    def reading(self) -> Iterator[sqlite3.Connection]:
         connection = sqlite3.connect(self.file, timeout=WAIT, isolation_level=None)
         try:
             connection.execute("PRAGMA synchronous=NORMAL")
@@ -49,14 +46,9 @@ class Database:
             connection.close()
 
     @contextlib.contextmanager
-    def reading(self) -> Iterator[sqlite3.Connection]:
-        with self._connected() as db:
-            yield db
-
-    @contextlib.contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
         """All of it or nothing, and nobody else writes meanwhile; others read what was there before."""
-        with self._connected() as db:
+        with self.reading() as db:
             db.execute("BEGIN IMMEDIATE")
             try:
                 yield db

@@ -5,8 +5,6 @@ ctime is what makes this safe: nobody can set it back, as one can the mtime. A f
 seconds is not remembered, because a clock's tick could hide the next change; git calls such files racily clean.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import os
@@ -17,9 +15,7 @@ from pathlib import Path
 
 from ditkit.store.database import Database
 
-SETTLED = 2.0
-"""Seconds; the coarsest clock among file systems in use is that of FAT."""
-
+SETTLED = 2.0  # seconds; the coarsest clock among file systems in use is that of FAT
 SCHEMA = "CREATE TABLE IF NOT EXISTS hashes (path TEXT PRIMARY KEY, stamp TEXT NOT NULL, sha256 TEXT NOT NULL)"
 
 

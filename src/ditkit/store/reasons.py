@@ -4,8 +4,6 @@
 which entries are compared (``cache.py``).
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping
@@ -15,26 +13,13 @@ from ditkit.stage_result import CacheKey
 
 _UNLASTING = re.compile(r"#[0-9a-f]{32}")
 
-NAMED = 4
-"""Differences that are told; more are counted."""
-
-
-def canonical(value: Any) -> str:
-    """1 and 1.0 and true are three values here, as they are in fingerprints."""
-    return json.dumps(value, sort_keys=True)
-
 
 def describe(question: CacheKey, software: Mapping[str, str]) -> dict[str, Any]:
     """What is known before the stage runs; all of it is in the first key."""
     return {
-        "stage": question.stage,
-        "version": question.version,
-        "code": question.code,
-        "software": dict(software),
-        "options": dict(question.options),
-        "weights": dict(question.weights),
-        "inputs": dict(question.inputs),
-    }
+        "stage": question.stage, "version": question.version, "code": question.code, "software": dict(software),
+        "options": dict(question.options), "weights": dict(question.weights), "inputs": dict(question.inputs),
+    }  # fmt: skip
 
 
 def fits(about: Mapping[str, Any], question: CacheKey) -> bool:
@@ -60,11 +45,6 @@ def differences(about: Mapping[str, Any], question: CacheKey, software: Mapping[
     ]
 
 
-def told(differences: list[str]) -> str:
-    more = len(differences) - NAMED
-    return ", ".join(differences[:NAMED]) + (f" and {more} more" if more > 0 else "")
-
-
 def unlasting(plugs: Mapping[str, list[str]]) -> list[str]:
     """Plugs whose names no other process has (``contracts.identify``): NAME#UUID."""
     return [plug for plugged in plugs.values() for plug in plugged if _UNLASTING.search(plug)]
@@ -73,16 +53,15 @@ def unlasting(plugs: Mapping[str, list[str]]) -> list[str]:
 def _others(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     """Of things that are known by their fingerprints."""
     changed = [f"{name} is another one" for name in now if name in then and then[name] != now[name]]
-    return [
-        *changed,
-        *(f"{name} is new" for name in now if name not in then),
-        *(f"{name} is gone" for name in then if name not in now),
-    ]
+    new = [f"{name} is new" for name in now if name not in then]
+    return [*changed, *new, *(f"{name} is gone" for name in then if name not in now)]
 
 
 def _values(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    names = [n for n in dict.fromkeys((*then, *now)) if canonical(then.get(n)) != canonical(now.get(n))]
-    return [f"{name} was {_short(then.get(name))}, is {_short(now.get(name))}" for name in names]
+    """1 and 1.0 and true are three values here, as they are in fingerprints."""
+    texts = {n: [json.dumps(x.get(n), sort_keys=True) for x in (then, now)] for n in dict.fromkeys((*then, *now))}
+    changed = [name for name, (before, after) in texts.items() if before != after]
+    return [f"{name} was {_short(then.get(name))}, is {_short(now.get(name))}" for name in changed]
 
 
 def _short(value: Any) -> str:

@@ -7,7 +7,6 @@ say nothing about their types, and no config for them. Leaves out: how tensors g
 Sources: Wan2.1 and Wan2.2 ``wan/configs``, the file lists of the published repositories.
 """
 
-import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -16,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ditkit.checkpoints.convert.folders import appearing, write_json
-from ditkit.checkpoints.files.stored import SIZES
 from ditkit.checkpoints.files.text import read_json, some
-from ditkit.checkpoints.files.writing import SHARD_BYTES, WANTED, write_pickle, write_set
+from ditkit.checkpoints.files.writing import SHARD_BYTES, WANTED, total_bytes, write_pickle, write_set
 from ditkit.checkpoints.kinds.configs import of_class
 from ditkit.checkpoints.kinds.kind import side_of
 from ditkit.checkpoints.model.find import locate, parts_of
@@ -143,7 +141,7 @@ def _write(
     if not one:
         remarks += _write_index(located, index, folder) if layout == "diffusers" else []
         remarks += [f"incomplete: {problem.found}" for problem in located.problems]
-    total, done = sum(_bytes(source, dtype) for *_, source in weights), 0
+    total, done = sum(total_bytes(source, dtype) for *_, source in weights), 0
     for name, place, form, source in weights:
 
         def wrote(tensor: str, size: int, name: str = name) -> None:
@@ -217,11 +215,6 @@ def _write_index(located: ModelParts, index: dict[str, list[str]], folder: Path)
 
 
 # --- what was written
-
-
-def _bytes(source: TensorSource, dtype: str | None) -> int:
-    tensors = source.tensors.values()
-    return sum(math.prod(facts.shape) * SIZES[WANTED[dtype] if dtype else facts.dtype] for facts in tensors)
 
 
 def _compare(located: ModelParts, layout: str, folder: Path, dst: Path) -> None:

@@ -4,8 +4,6 @@ weights with a variant's name, or with none.
 Leaves out: what a file of each format holds.
 """
 
-from __future__ import annotations
-
 import re
 import stat
 from collections.abc import Mapping
@@ -19,9 +17,12 @@ HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors library
 OTHERS = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".gguf")  # looked at in a folder that has no safetensors
 INDEX = re.compile(r"(.+)\.safetensors\.index(?:\.(.+))?\.json")
 SHARD = re.compile(r"-\d{5}-of-\d{5}")
-VARIANT = re.compile(
-    r"(?:diffusion_pytorch_model|pytorch_model|model)\.(.+)"
-)  # the base names of diffusers and transformers
+VARIANT = re.compile(r"(?:diffusion_pytorch_model|pytorch_model|model)\.(.+)")  # as diffusers and transformers name it
+FORMATS: Mapping[str, tuple[re.Pattern[bytes], str]] = MappingProxyType({
+    "gguf": (re.compile(b"GGUF"), "a GGUF file"), "torch": (re.compile(b"PK\x03\x04"), "a checkpoint of torch"),
+    "old torch": (re.compile(b"\x80[\x02-\x05]"), "a pickle"), "index": (re.compile(rb"\s*\{"), "a JSON file"),
+})  # fmt: skip
+"""Formats besides safetensors -> how their files begin, and what to call one."""
 
 
 def kind_of(file: Path) -> str:
@@ -35,16 +36,7 @@ def kind_of(file: Path) -> str:
             start = stream.read(9)
     if start[5:] == b"\0\0\0{":  # first, because the length before it may begin with the mark of another format
         return "safetensors"
-    return next((kind for kind, mark in MARKS.items() if mark.match(start)), "unknown")
-
-
-MARKS: Mapping[str, re.Pattern[bytes]] = MappingProxyType({
-    "gguf": re.compile(b"GGUF"), "torch": re.compile(b"PK\x03\x04"), "old torch": re.compile(b"\x80[\x02-\x05]"),
-    "index": re.compile(rb"\s*\{"),
-})  # fmt: skip
-KINDS: Mapping[str, str] = MappingProxyType({
-    "torch": "a checkpoint of torch", "old torch": "a pickle", "gguf": "a GGUF file", "index": "a JSON file",
-})  # fmt: skip
+    return next((kind for kind, (mark, _) in FORMATS.items() if mark.match(start)), "unknown")
 
 
 def chosen(path: str | Path, variant: str | None) -> Path:
@@ -72,13 +64,10 @@ def _in_folder(folder: Path, variant: str | None) -> Path:
     if not indices and not loose:
         loose = [file for file in sorted(folder.iterdir()) if file.suffix in OTHERS]
     if parts := [file.name for file in loose if SHARD.search(file.name)]:
-        raise LoadError(
-            asked, f"{len(parts)} shards are named by no index ({some(parts)})", "Add the .safetensors.index.json file"
-        )
+        found = f"{len(parts)} shards are named by no index ({some(parts)})"
+        raise LoadError(asked, found, "Add the .safetensors.index.json file")
     sets: dict[Path, str | None] = {index: match[2] for index, match in indices.items()}
-    for file in loose:
-        match = VARIANT.fullmatch(file.stem)
-        sets[file] = match[1] if match else None
+    sets |= {file: match[1] if (match := VARIANT.fullmatch(file.stem)) else None for file in loose}
     if not sets:
         found = "it holds no .safetensors file, and no " + ", ".join(OTHERS)
         raise LoadError(asked, found, "Check the path, or download the model again")
@@ -94,12 +83,9 @@ def _in_folder(folder: Path, variant: str | None) -> Path:
 
 def read_shards(index: Path) -> dict[str, str]:
     """tensor name -> shard file name, from ``*.safetensors.index.json``."""
-    names = read_json(index).get("weight_map")
+    asked, names = f"reading {index}", read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(shard, str) for shard in names.values()):
-        raise LoadError(f"reading {index}", "it has no weight_map of tensor names to files", "Download the file again")
-    outside = {shard for shard in names.values() if Path(shard).name != shard or not shard.endswith(".safetensors")}
-    if outside:
-        raise LoadError(
-            f"reading {index}", f"it names {some(outside)}", "Use an index whose shards are safetensors files beside it"
-        )
+        raise LoadError(asked, "it has no weight_map of tensor names to files", "Download the file again")
+    if outside := {name for name in names.values() if Path(name).name != name or not name.endswith(".safetensors")}:
+        raise LoadError(asked, f"it names {some(outside)}", "Use an index whose shards are safetensors files beside it")
     return names

@@ -3,12 +3,12 @@
 Leaves out: what the names mean (kinds), quantisation and prefixes (views).
 """
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 
 from ditkit.checkpoints.files.formats import chosen, kind_of
+from ditkit.checkpoints.files.gguf import GGUFFile
+from ditkit.checkpoints.files.pickles import PickleFile
 from ditkit.checkpoints.files.safetensors import TensorFiles
 from ditkit.checkpoints.files.stored import StoredTensors
 from ditkit.errors import LoadError
@@ -34,13 +34,9 @@ def open_source(path: str | Path, variant: str | None = None, entry: str | None 
     path = chosen(path, variant)
     kind = kind_of(path)
     if kind in ("torch", "old torch"):
-        from ditkit.checkpoints.files.pickles import PickleFile
-
         return PickleFile(path, entry)
     if entry is not None:
         raise LoadError(f"opening {path}", f"entry {entry!r} was given with a file that has no entries", "Leave it out")
     if kind == "gguf":
-        from ditkit.checkpoints.files.gguf import GGUFFile
-
         return GGUFFile(path)
     return TensorFiles(path)

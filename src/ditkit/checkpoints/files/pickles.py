@@ -7,8 +7,6 @@ these are its entries, and one of them is meant. Leaves out: bare pickles of tor
 Sources: ``torch/serialization.py`` (``_checkpoint_offset``); PKWARE APPNOTE 4.3.7 (local headers of a zip).
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 import pickle
@@ -16,7 +14,6 @@ import re
 import struct
 import zipfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -26,27 +23,15 @@ import torch
 from torch import Tensor
 
 from ditkit.checkpoints.files.formats import HEADER_LIMIT, kind_of
-from ditkit.checkpoints.files.stored import DTYPES, StoredTensors, TensorInfo, read
-from ditkit.checkpoints.files.text import some
-from ditkit.checkpoints.views.source import Inspect, no_inspection
+from ditkit.checkpoints.files.stored import DTYPES, StoredTensors, TensorInfo
+from ditkit.checkpoints.files.text import AGAIN, some
 from ditkit.errors import LoadError, nearest
 
-NAMES: Mapping[torch.dtype, str] = MappingProxyType({getattr(torch, name): key for key, name in DTYPES.items()})
+NAMES = MappingProxyType({dtype: name for name, dtype in DTYPES.items()})
 CONVERT = "Convert it to safetensors where you trust it"
-AGAIN = "Download the file again, it is damaged or incomplete"
-RULES: Mapping[frozenset[str], str] = MappingProxyType({
-    frozenset({"generator", "generator_ema"}): "generator_ema",
-    frozenset({"generator", "generator_ema", "critic"}): "generator_ema",
-})  # fmt: skip
-"""All entries of a checkpoint -> the one that is taken when none is named. Source: Self-Forcing ``inference.py``,
-whose ``--use_ema`` its authors recommend."""
-
-
-@dataclass(frozen=True)
-class StridedInfo(TensorInfo):
-    """``start`` and ``size`` span all elements; ``stride`` is counted in elements."""
-
-    stride: tuple[int, ...]
+EMA = "generator_ema"
+"""The entry that is taken when none is named, and beside it are a generator and perhaps its critic. Source:
+Self-Forcing ``inference.py``, whose ``--use_ema`` its authors recommend."""
 
 
 class PickleFile(StoredTensors):
@@ -62,25 +47,9 @@ class PickleFile(StoredTensors):
         records = _records(path, asked)
         found = dict(_state_dicts(_skeleton(path, asked)))
         self.entries = tuple(found)
-        self.entry, note = _select(self.entries, entry, asked)
+        self.entry, self.notes = _select(self.entries, entry, asked)
         tensors = {name: _info(path, name, tensor, records, asked) for name, tensor in found[self.entry].items()}
-        super().__init__(path, dict(sorted(tensors.items(), key=lambda item: item[1].start)), {})
-        self.notes = note
-
-    def _read(self, stream: IO[bytes], name: str, info: TensorInfo, look: Inspect = no_inspection) -> Tensor:
-        if not isinstance(info, StridedInfo):
-            return read(stream, name, info, look)
-        items = info.size // getattr(torch, DTYPES[info.dtype]).itemsize
-        flat = read(stream, name, TensorInfo(info.file, info.dtype, (items,), info.start, info.size))
-        tensor = flat.as_strided(info.shape, info.stride).clone(memory_format=torch.contiguous_format)
-        look(tensor.reshape(-1))
-        return tensor
-
-    def pieces(self, name: str, unit: int, size: int) -> Iterator[Tensor]:
-        if isinstance(self.tensors[name], StridedInfo):
-            yield self[name].reshape(-1).view(torch.uint8)
-        else:
-            yield from super().pieces(name, unit, size)
+        super().__init__(path, tensors, {})
 
     @cached_property
     def fingerprint(self) -> str:
@@ -99,8 +68,8 @@ def _select(known: tuple[str, ...], entry: str | None, asked: str) -> tuple[str,
         return entry, ()
     if len(known) == 1:
         return known[0], ()
-    if chosen := RULES.get(frozenset(known)):
-        return chosen, (f"the entry {chosen} of {some(known)} was taken, as the official inference code does",)
+    if {EMA, "generator"} <= {*known} <= {EMA, "generator", "critic"}:
+        return EMA, (f"the entry {EMA} of {some(known)} was taken, as the official inference code does",)
     raise LoadError(asked, f"it holds {len(known)} state dicts ({some(known)})", "Name one of them: FILE#ENTRY")
 
 
@@ -205,5 +174,6 @@ def _info(path: Path, name: str, tensor: Tensor, records: Mapping[int, int], ask
     first = int(tensor.storage_offset())
     if begin not in records or min((first, *stride)) < 0 or (first + span) * width > records[begin]:
         raise LoadError(asked, f"the archive does not hold the data of {name}", AGAIN)
-    place = (path, NAMES[tensor.dtype], shape, begin + first * width, span * width)
-    return TensorInfo(*place) if span == math.prod(shape) and tensor.is_contiguous() else StridedInfo(*place, stride)
+    plain = span == math.prod(shape) and tensor.is_contiguous()
+    start, size = begin + first * width, span * width
+    return TensorInfo(NAMES[tensor.dtype], shape, path, start, size, None if plain else stride)

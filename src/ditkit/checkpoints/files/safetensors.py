@@ -3,17 +3,15 @@
 Source of the format: https://github.com/huggingface/safetensors#format
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ditkit.checkpoints.files.formats import HEADER_LIMIT, KINDS, chosen, kind_of, read_shards
+from ditkit.checkpoints.files.formats import FORMATS, HEADER_LIMIT, chosen, kind_of, read_shards
 from ditkit.checkpoints.files.stored import DTYPES, SIZES, StoredTensors, TensorInfo
-from ditkit.checkpoints.files.text import printable, readable, some
+from ditkit.checkpoints.files.text import AGAIN, printable, readable, some
 from ditkit.errors import LoadError
 
 
@@ -40,17 +38,16 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
 def _header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """The tensors of ``read_header``, and the file's ``__metadata__``."""
     asked = f"opening {file}"
-    again = "Download the file again, it is damaged or incomplete"
-    if (kind := kind_of(file)) in KINDS:
-        raise LoadError(asked, f"it is {KINDS[kind]}, not safetensors", "Convert it to safetensors")
+    if (kind := kind_of(file)) in FORMATS:
+        raise LoadError(asked, f"it is {FORMATS[kind][1]}, not safetensors", "Convert it to safetensors")
     with readable(asked), file.open("rb") as stream:
         size = file.stat().st_size
         length = int.from_bytes(stream.read(8), "little")
         if size < 8:
-            raise LoadError(asked, f"it has only {size} bytes", again)
+            raise LoadError(asked, f"it has only {size} bytes", AGAIN)
         if length > min(size - 8, HEADER_LIMIT):
-            found = f"it has {size} bytes, too few for a header of {length}"
-            raise LoadError(asked, f"it is no safetensors file, or it is damaged ({found})", again)
+            found = f"it is no safetensors file, or damaged (it has {size} bytes, too few for a header of {length})"
+            raise LoadError(asked, found, AGAIN)
         raw = stream.read(length)
     try:
         header = json.loads(raw, object_pairs_hook=_no_duplicates)
@@ -58,25 +55,22 @@ def _header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         if not all(isinstance(text, str) for text in metadata.values()):
             raise ValueError("its __metadata__ holds something other than texts")
         printable(header)
-        places = sorted(
-            ((*entry["data_offsets"], name, entry["dtype"], entry["shape"]) for name, entry in header.items())
-        )
+        places = sorted((*info["data_offsets"], name, info["dtype"], info["shape"]) for name, info in header.items())
         tensors, end = {}, 0
         for start, stop, name, dtype, shape in places:
             if dtype not in DTYPES:
-                raise LoadError(
-                    asked, f"{name} is stored as {dtype}", f"Use a file with types among {', '.join(DTYPES)}"
-                )
+                do = f"Use a file with types among {', '.join(DTYPES)}"
+                raise LoadError(asked, f"{name} is stored as {dtype}", do)
             if not all(type(number) is int for number in (start, stop, *shape)):
                 raise ValueError(f"the shape or the place of {name} is not made of whole numbers")
             if start != end or stop - start != math.prod(shape) * SIZES[dtype] or min(shape, default=0) < 0:
                 raise ValueError(f"the bytes of {name} do not fit its shape {shape} or their neighbours")
-            tensors[name] = TensorInfo(file, dtype, tuple(shape), 8 + length + start, stop - start)
+            tensors[name] = TensorInfo(dtype, tuple(shape), file, 8 + length + start, stop - start)
             end = stop
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise LoadError(asked, f"its header cannot be understood ({error})", again) from None
+        raise LoadError(asked, f"its header cannot be understood ({error})", AGAIN) from None
     if 8 + length + end != size:
-        raise LoadError(asked, f"it has {size} bytes where its header asks for {8 + length + end}", again)
+        raise LoadError(asked, f"it has {size} bytes where its header asks for {8 + length + end}", AGAIN)
     return tensors, metadata
 
 
@@ -100,16 +94,13 @@ def _sharded(index: Path) -> tuple[dict[str, TensorInfo], dict[str, Any]]:
     if lost := [f"{name} in {shard}" for name, shard in listed - found.keys()]:
         raise LoadError(asked, f"{len(lost)} tensors of the index are not in their shard ({some(lost)})", again)
     if stray := [f"{name} in {shard}" for name, shard in found.keys() - listed]:
-        raise LoadError(
-            asked, f"the shards hold {len(stray)} tensors that the index does not name ({some(stray)})", again
-        )
+        text = f"the shards hold {len(stray)} tensors that the index does not name ({some(stray)})"
+        raise LoadError(asked, text, again)
     return {name: info for (name, _), info in found.items()}, _merged([notes for _, notes in headers.values()])
 
 
 def _merged(notes: Sequence[Mapping[str, str]]) -> dict[str, Any]:
     """The notes of all shards: one value where they agree, a tuple of the different ones where they do not."""
-    values: dict[str, dict[str, None]] = {}
-    for note in notes:
-        for key, value in note.items():
-            values.setdefault(key, {})[value] = None
-    return {key: next(iter(found)) if len(found) == 1 else tuple(found) for key, found in values.items()}
+    keys = dict.fromkeys(key for note in notes for key in note)
+    values = {key: tuple(dict.fromkeys(note[key] for note in notes if key in note)) for key in keys}
+    return {key: found[0] if len(found) == 1 else found for key, found in values.items()}

@@ -5,8 +5,6 @@ change (or crash) a running model, and no second copy stands around. Leaves out:
 (safetensors.py, pickles.py, gguf.py), quantisation and prefixes (``views/``).
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
@@ -15,94 +13,82 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from io import BufferedReader
 from pathlib import Path
 from types import MappingProxyType
-from typing import IO, TYPE_CHECKING, Any
+from typing import Any
 
-from ditkit.checkpoints.views.source import Inspect, no_inspection
+import torch
+from torch import Tensor
+
+from ditkit.checkpoints.files.text import readable
+from ditkit.checkpoints.views.source import Facts, Inspect, TensorSource, no_inspection
 from ditkit.errors import LoadError
+from ditkit.state import CODES
 from ditkit.store.hashes import HASHES
 
-if TYPE_CHECKING:
-    import torch
-
-DTYPES = MappingProxyType({
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "C64": "complex64", "BOOL": "bool",
-    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
-    "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8",
-})  # fmt: skip
-"""Types as safetensors spells them -> as torch spells them."""
-
-SIZES = MappingProxyType({"F64": 8, "C64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2,
-                          "I16": 2, "U16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "BOOL": 1, "I8": 1, "U8": 1})  # fmt: skip
+DTYPES: Mapping[str, torch.dtype] = MappingProxyType({code: getattr(torch, name) for name, code in CODES.items()})
+"""Types as safetensors spells them -> those of torch."""
+SIZES = MappingProxyType({code: dtype.itemsize for code, dtype in DTYPES.items()})
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # without scales, other codes stand for no numbers
 PAGED = 2**20  # bytes; smaller tensors come from the ordinary heap
 PIECE = 2**19  # bytes that are read at once, few enough to stay in a processor's cache
 
 
 @dataclass(frozen=True)
-class TensorInfo:
-    """Where a tensor lies: ``dtype`` as safetensors names it (``BF16``), ``start`` and ``size`` in bytes."""
+class TensorInfo(Facts):
+    """Where a tensor lies; ``start`` and ``size`` in bytes. ``stride``, in elements, is that of one which is not
+    contiguous; then ``start`` and ``size`` span all its elements."""
 
     file: Path
-    dtype: str
-    shape: tuple[int, ...]
     start: int
     size: int
+    stride: tuple[int, ...] | None = None
 
 
-class StoredTensors:
+class StoredTensors(TensorSource):
     """Tensors in files, of any format: ``tensors`` says where each lies, and data is read when it is asked for."""
+
+    tensors: Mapping[str, TensorInfo]
 
     def __init__(self, path: Path, tensors: Mapping[str, TensorInfo], metadata: Mapping[str, Any]):
         if not tensors:
             raise LoadError(f"opening {path}", "it holds no tensors", "Download the file again")
+        by_place = sorted(tensors.items(), key=lambda item: (item[1].file, item[1].start))
+        self.tensors, self.metadata = MappingProxyType(dict(by_place)), MappingProxyType(dict(metadata))
         self.path = path
-        self.tensors: Mapping[str, TensorInfo] = MappingProxyType(dict(tensors))
-        self.metadata: Mapping[str, Any] = MappingProxyType(dict(metadata))
         self.files = tuple(dict.fromkeys(info.file for info in self.tensors.values()))
-        self.notes: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self.path)!r}: {len(self.tensors)} tensors in {len(self.files)} files)"
 
-    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, tensor) one by one, each read once, in memory of its own."""
-        for file in self.files:
-            with file.open("rb", buffering=0) as stream:
-                for name, info in self.tensors.items():
-                    if info.file == file:
-                        yield name, self._read(stream, name, info)
-
-    def __getitem__(self, name: str) -> torch.Tensor:
+    def cast(self, name: str, dtype: torch.dtype | None = None, look: Inspect = no_inspection) -> Tensor:
+        """Where ``dtype`` is not the stored one, the tensor is never whole in memory as it is stored."""
         info = self.tensors[name]
-        with info.file.open("rb", buffering=0) as stream:
-            return self._read(stream, name, info)
-
-    def _read(self, stream: IO[bytes], name: str, info: TensorInfo, look: Inspect = no_inspection) -> torch.Tensor:
-        return read(stream, name, info, look)
-
-    def cast(self, name: str, dtype: torch.dtype | None = None, look: Inspect = no_inspection) -> torch.Tensor:
-        """The tensor as ``dtype``; where that is not the stored one, it is never whole in memory as it is stored."""
-        import torch
-
-        info = self.tensors[name]
-        stored = getattr(torch, DTYPES.get(info.dtype, "uint8"))
-        if dtype is None or dtype == stored:
-            with info.file.open("rb", buffering=0) as stream:
-                return self._read(stream, name, info, look)
+        stored = DTYPES.get(info.dtype, torch.uint8)
+        if dtype in (None, stored):
+            return read(name, info, look)
         parts = self.pieces(name, stored.itemsize, PIECE)
         return converted(parts, info.shape, dtype, lambda part, begin: part.view(stored), look)
 
-    def pieces(self, name: str, unit: int, size: int) -> Iterator[torch.Tensor]:
-        info = self.tensors[name]
-        with info.file.open("rb", buffering=0) as stream:
-            yield from read_pieces(stream, name, info, max(1, size // unit) * unit)
+    def pieces(self, name: str, unit: int, size: int) -> Iterator[Tensor]:
+        info, size = self.tensors[name], max(1, size // unit) * unit
+        if info.stride is not None:
+            yield from super().pieces(name, unit, size)
+            return
+        buffer = torch.empty(min(size, info.size), dtype=torch.uint8)
+        raw = bytes_of(buffer)
+        with info.file.open("rb") as stream:
+            stream.seek(info.start)
+            for begin in range(0, info.size, size):
+                count = min(size, info.size - begin)
+                _fill(stream, raw[:count], name, info)
+                yield buffer[:count]
 
     @property
     def sha256(self) -> dict[str, str]:
-        """File name -> hex digest of its content, counted when asked for and remembered while the file stays as is."""
-        return {file.name: file_hash(file) for file in self.files}
+        """Counted when asked for and remembered while the files stay as they are."""
+        return {file.name: HASHES.of(file) for file in self.files}
 
     @cached_property
     def fingerprint(self) -> str:
@@ -115,46 +101,35 @@ class StoredTensors:
 
         A change that lies between the samples is not seen; ``fingerprint`` sees all of them. Places do not matter."""
         names = [(name, info.dtype, info.shape, info.start, info.size) for name, info in self.tensors.items()]
-        about = [names, [file_sample(file) for file in self.files]]
-        return hashlib.sha256(json.dumps(about).encode()).hexdigest()
+        samples = [file_sample(file) for file in self.files]
+        return hashlib.sha256(json.dumps([names, samples]).encode()).hexdigest()
 
 
-def read(stream: IO[bytes], name: str, info: TensorInfo, look: Inspect = no_inspection) -> torch.Tensor:
-    """The bytes of one tensor, contiguous, in memory of its own. Raises LoadError when the file ends before."""
-    import torch
-
-    tensor = new(info.shape, getattr(torch, DTYPES[info.dtype]))
+def read(name: str, info: TensorInfo, look: Inspect = no_inspection) -> Tensor:
+    """One tensor, contiguous, in memory of its own; of a type that torch does not have its bytes, uint8 [n]. Raises
+    LoadError when the file ends before."""
+    if info.stride is not None:
+        flat = read(name, TensorInfo(info.dtype, (info.size // SIZES[info.dtype],), info.file, info.start, info.size))
+        tensor = flat.as_strided(info.shape, info.stride).clone(memory_format=torch.contiguous_format)
+        look(tensor.reshape(-1))
+        return tensor
+    known = DTYPES.get(info.dtype)
+    tensor = new(info.shape, known) if known else new((info.size,), torch.uint8)
     flat = tensor.reshape(-1)
     raw, items = bytes_of(flat), PIECE // flat.itemsize
-    stream.seek(info.start)
-    for begin in range(0, flat.numel(), items):
-        part = flat[begin : begin + items]
-        start = begin * flat.itemsize
-        _fill(stream, raw[start : start + part.nbytes], name, info)
-        look(part)
+    with info.file.open("rb") as stream:
+        stream.seek(info.start)
+        for begin in range(0, flat.numel(), items):
+            part = flat[begin : begin + items]
+            start = begin * flat.itemsize
+            _fill(stream, raw[start : start + part.nbytes], name, info)
+            look(part)
     return tensor
 
 
-def read_pieces(stream: IO[bytes], name: str, info: TensorInfo, size: int) -> Iterator[torch.Tensor]:
-    """The bytes of one tensor in turn, uint8 [size] and the rest; the memory is used again for each."""
-    import torch
-
-    buffer = torch.empty(min(size, info.size), dtype=torch.uint8)
-    raw = bytes_of(buffer)
-    stream.seek(info.start)
-    for begin in range(0, info.size, size):
-        count = min(size, info.size - begin)
-        _fill(stream, raw[:count], name, info)
-        yield buffer[:count]
-
-
 def converted(
-    parts: Iterable[torch.Tensor],
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    numbers: Callable[[torch.Tensor, int], torch.Tensor],
-    look: Inspect = no_inspection,
-) -> torch.Tensor:
+    parts: Iterable[Tensor], shape: Sequence[int], dtype: torch.dtype, numbers: Callable[..., Tensor], look: Inspect
+) -> Tensor:
     """A new tensor made of stored bytes, piece by piece. ``numbers``: (bytes, how many numbers came before) -> the
     numbers in them, of any type; they are rounded to ``dtype`` here, once."""
     tensor = new(shape, dtype)
@@ -168,15 +143,13 @@ def converted(
     return tensor
 
 
-def new(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+def new(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """A tensor without data. A large one has pages of its own: freed, they go back at once. malloc keeps holes of up to
     32 MB, and with them a load with a cast peaked at two copies.
 
     The pages are private, because shared ones take a third more time, and a forked process would write into the weights
     of its parent. They are made at once, which takes a quarter less time than one after the other, when each is first
     written to; all of them will be."""
-    import torch
-
     size = math.prod(shape) * dtype.itemsize
     if size <= PAGED:
         return torch.empty(tuple(shape), dtype=dtype)
@@ -189,36 +162,21 @@ OWN: Mapping[str, int] = MappingProxyType(
 )
 
 
-def bytes_of(tensor: torch.Tensor) -> memoryview:
-    import torch
-
-    data: Any = tensor.reshape(-1).view(torch.uint8).numpy()  # as bytes, because numpy has no bfloat16
-    return memoryview(data)
+def bytes_of(tensor: Tensor) -> memoryview:
+    return tensor.reshape(-1).view(torch.uint8).numpy().data  # as bytes, because numpy has no bfloat16
 
 
-def _fill(stream: IO[bytes], view: memoryview, name: str, info: TensorInfo) -> None:
-    filled = 0
-    while filled < len(view):
-        count = stream.readinto(view[filled:])  # type: ignore[attr-defined]
-        if not count:
-            raise LoadError(f"reading {name} from {info.file}", "the file became shorter", "Download the file again")
-        filled += count
+def _fill(stream: BufferedReader, view: memoryview, name: str, info: TensorInfo) -> None:
+    if stream.readinto(view) < len(view):
+        raise LoadError(f"reading {name} from {info.file}", "the file became shorter", "Download the file again")
 
 
 def file_sample(file: Path, count: int = 17, length: int = 2**14) -> str:
     """sha256 of a file's size and of ``count`` even samples of ``length`` bytes, the first and the last among them."""
-    try:
-        with file.open("rb") as stream:
-            size = stream.seek(0, os.SEEK_END)
-            digest = hashlib.sha256(str(size).encode())
-            for n in range(count):
-                stream.seek(max(0, size - length) * n // (count - 1))
-                digest.update(stream.read(length))
-    except OSError as e:
-        raise LoadError(f"reading {file}", f"it cannot be read ({e.strerror})", "Check the path") from None
+    with readable(f"reading {file}"), file.open("rb") as stream:
+        size = stream.seek(0, os.SEEK_END)
+        digest = hashlib.sha256(str(size).encode())
+        for n in range(count):
+            stream.seek(max(0, size - length) * n // (count - 1))
+            digest.update(stream.read(length))
     return digest.hexdigest()
-
-
-def file_hash(file: Path) -> str:
-    """sha256 of a file, remembered while the file stays as it is (``store/hashes.py``)."""
-    return HASHES.of(file)

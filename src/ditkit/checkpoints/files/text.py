@@ -3,8 +3,6 @@
 Leaves out: tensors.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ditkit.errors import LoadError
+
+AGAIN = "Download the file again, it is damaged or incomplete"
 
 
 def some(names: object, limit: int = 4) -> str:
@@ -41,15 +41,20 @@ def readable(asked: str) -> Iterator[None]:
 
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object from ``file``. Raises LoadError when it is missing, unreadable or not an object."""
-    asked = f"reading {file}"
-    with readable(asked):
-        try:
-            value = json.loads(file.read_text(encoding="utf-8"))
-            printable(value)
-        except ValueError as error:
-            raise LoadError(asked, f"it is not valid JSON ({error})", "Download the file again") from None
-        except RecursionError:
-            raise LoadError(asked, "it is nested too deeply", "Download the file again") from None
+    with readable(f"reading {file}"):
+        raw = file.read_bytes()
+    return json_object(raw, f"reading {file}")
+
+
+def json_object(raw: bytes, asked: str) -> dict[str, Any]:
+    """Raises LoadError when it is none."""
+    try:
+        value = json.loads(raw.decode())
+        printable(value)
+    except ValueError as error:
+        raise LoadError(asked, f"it is not valid JSON ({error})", "Download the file again") from None
+    except RecursionError:
+        raise LoadError(asked, "it is nested too deeply", "Download the file again") from None
     if not isinstance(value, dict):
         raise LoadError(asked, f"it holds a {type(value).__name__}, not an object", "Download the file again")
     return value

@@ -3,24 +3,20 @@
 Leaves out: side weights, which leave the base alone (``nn/lora.py``).
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
 
 from ditkit.checkpoints.files.text import some
 from ditkit.checkpoints.lora.deltas import wide
 from ditkit.checkpoints.lora.read import Adapter
-from ditkit.checkpoints.views.source import Facts, Inspect, Stored, TensorFacts, TensorSource, View, not_stored
+from ditkit.checkpoints.views.source import Facts, Inspect, Stored, TensorSource, View
 from ditkit.errors import LoadError
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
 
 
 class Merged(View):
@@ -35,16 +31,13 @@ class Merged(View):
         self.adapters = tuple((adapter, strength) for adapter, strength in adapters if strength)
         changed = {name for adapter, _ in self.adapters for name in adapter.deltas}
         if lost := changed - source.tensors.keys():
-            raise LoadError(
-                f"merging {len(self.adapters)} LoRAs into {source.path}",
-                f"{len(lost)} tensors that they change are not there ({some(lost)})",
-                "Use LoRAs and weights of one model",
-            )
-        tensors = {
-            name: TensorFacts("F64" if info.dtype == "F64" else "F32", info.shape) if name in changed else info
-            for name, info in source.tensors.items()
-        }
-        self.tensors: Mapping[str, Facts] = MappingProxyType(tensors)
+            asked = f"merging {len(self.adapters)} LoRAs into {source.path}"
+            found = f"{len(lost)} tensors that they change are not there ({some(lost)})"
+            raise LoadError(asked, found, "Use LoRAs and weights of one model")
+        tensors = dict(source.tensors)
+        for name in changed:
+            tensors[name] = Facts("F64" if tensors[name].dtype == "F64" else "F32", tensors[name].shape)
+        self.tensors = MappingProxyType(tensors)
 
     def same(self, name: str) -> str | None:
         return None if self._changes(name) else name
@@ -61,7 +54,7 @@ class Merged(View):
 
     def stored(self, name: str) -> Stored:
         if self._changes(name):
-            raise not_stored(self, name, "a LoRA is merged into it (lora_mode=side puts it beside the weights)")
+            raise self.not_stored(name, "a LoRA is merged into it (lora_mode=side puts it beside the weights)")
         return super().stored(name)
 
     def _changes(self, name: str) -> list[tuple[Adapter, float]]:

@@ -3,7 +3,7 @@
 Trainers and converters name one and the same thing in many ways. A key is a prefix, the name of a module, and a role
 (``lora_A``, ``alpha``, ``diff_b``). Roles and prefixes are tables; a module's name is looked up among all names that
 its kind has in its native and its diffusers spelling, with dots or underscores. Nothing is replaced inside a name.
-Leaves out: shapes, scales and the arithmetic (lora.py, lora_deltas.py).
+Leaves out: shapes, scales and the arithmetic (read.py, deltas.py).
 Sources: peft ``save_and_load.py``; musubi-tuner ``lora_wan.py``; LyCORIS ``modules/``; ComfyUI ``comfy/lora.py``.
 """
 
@@ -40,30 +40,14 @@ REFUSED: Mapping[str, str] = MappingProxyType(
 """A segment of a key -> what it belongs to, which needs more than adding to weights."""
 
 
-@dataclass(frozen=True)
-class Prefix:
-    """What may stand before a module's name. ``flat``: the rest has underscores for dots."""
-
-    text: str
-    family: str
-    flat: bool = False
-
-
-PREFIXES = (
-    Prefix("base_model.model.", "peft"),
-    Prefix("pipe.dit.", "diffsynth"),
-    Prefix("model.diffusion_model.", "comfy"),
-    Prefix("diffusion_model.", "comfy"),
-    Prefix("transformer_2.", "diffusers"),
-    Prefix("transformer.", "diffusers"),
-    Prefix("model.", "wrapped"),
-    Prefix("module.", "wrapped"),
-    Prefix("_orig_mod.", "wrapped"),
-    Prefix("lora_unet__", "videox", flat=True),
-    Prefix("lora_unet_", "kohya", flat=True),
-    Prefix("lora_transformer_", "onetrainer", flat=True),
-    Prefix("lycoris_", "lycoris", flat=True),
-)
+PREFIXES: Mapping[str, str] = MappingProxyType({
+    "base_model.model.": "peft", "pipe.dit.": "diffsynth", "model.diffusion_model.": "comfy",
+    "diffusion_model.": "comfy", "transformer_2.": "diffusers", "transformer.": "diffusers", "model.": "wrapped",
+    "module.": "wrapped", "_orig_mod.": "wrapped", "lora_unet__": "videox", "lora_unet_": "kohya",
+    "lora_transformer_": "onetrainer", "lycoris_": "lycoris",
+})  # fmt: skip
+"""What may stand before a module's name -> the family of the file. After one without a dot at its end, the rest has
+underscores for dots."""
 OTHER_NETWORKS = ("lora_te_", "lora_te1_", "lora_te2_", "text_encoder.", "text_encoders.")
 
 
@@ -79,23 +63,13 @@ class Names:
         """For networks of up to so many blocks, with every branch that exists. Of a tensor that the other layout cuts
         or joins only the native name is known."""
         dotted: dict[str, str] = {}
-        rules = targets.names(blocks).rules
-        for other, native in (
-            (rule.other[0] if rule.renames else name, name) for rule in rules for name in rule.native
-        ):
-            for theirs, ours in ((other, native), (native, native), (_owner(native), _owner(native))):
-                dotted[theirs] = ours
-                if _leaf(theirs) in ("weight", "bias"):
-                    dotted[_owner(theirs)] = _owner(ours)
+        for rule in targets.names(blocks).rules:
+            for native in rule.native:
+                other, owner = rule.other[0] if rule.renames else native, native.rpartition(".")[0] or native
+                dotted |= {other: native, native: native, owner: owner}
+                if other.endswith((".weight", ".bias")):
+                    dotted[other.rpartition(".")[0]] = owner
         return cls(MappingProxyType(dotted), MappingProxyType({n.replace(".", "_"): v for n, v in dotted.items()}))
-
-
-def _owner(name: str) -> str:
-    return name.rpartition(".")[0] or name
-
-
-def _leaf(name: str) -> str:
-    return name.rpartition(".")[2]
 
 
 @dataclass(frozen=True)
@@ -135,13 +109,13 @@ def _resolve(name: str, names: Names) -> tuple[str | None, str, tuple[str, ...],
     families: list[str] = []
     expert = None
     while name not in names.dotted:
-        prefix = next((p for p in PREFIXES if name.startswith(p.text)), None)
+        prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), None)
         if prefix is None:
             return None, name, tuple(families), expert
-        families.append(prefix.family)
-        name = name[len(prefix.text) :]
-        expert = prefix.text[:-1] if prefix.text[:-1] in EXPERTS else expert
-        if prefix.flat:  # some converters leave a part of the dots
+        families.append(PREFIXES[prefix])
+        name = name.removeprefix(prefix)
+        expert = prefix[:-1] if prefix[:-1] in EXPERTS else expert
+        if not prefix.endswith("."):  # some converters leave a part of the dots
             return names.flat.get(name.replace(".", "_")), name, tuple(families), expert
     return names.dotted[name], name, tuple(families), expert
 

@@ -6,8 +6,6 @@ Leaves out: the strength that a person gives, which multiplies the whole change.
 Sources: peft ``LoraConfig``; diffusers ``loaders/lora_base.py`` (``lora_adapter_metadata``); LyCORIS ``modules/``.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re
@@ -39,11 +37,9 @@ class Scale:
         when nothing is factored; LyCORIS then gives alpha no meaning, and peft takes the rank of its settings."""
         told = self._pattern("rank_pattern", name, self.config.get("r"))
         if rank is not None and isinstance(told, int) and told != rank:
-            raise LoadError(
-                f"reading the LoRA {self.path}",
-                f"its settings give {name} the rank {told}, and its factors have {rank}",
-                "Use the settings that belong to the file, or move those away",
-            )
+            found = f"its settings give {name} the rank {told}, and its factors have {rank}"
+            do = "Use the settings that belong to the file, or move those away"
+            raise LoadError(f"reading the LoRA {self.path}", found, do)
         rank = rank if rank is not None else told
         if self.alpha is not None:
             alpha = self.alpha
@@ -51,11 +47,8 @@ class Scale:
             alpha = self._pattern("alpha_pattern", name, self.config.get("lora_alpha", self.config.get("alpha")))
         if alpha is None or rank is None:
             if self.root and rank is not None:
-                raise LoadError(
-                    f"reading the LoRA {self.path} as rs-LoRA",
-                    f"it has no alpha for {name}",
-                    "Give the alpha that it was trained with",
-                )
+                asked = f"reading the LoRA {self.path} as rs-LoRA"
+                raise LoadError(asked, f"it has no alpha for {name}", "Give the alpha that it was trained with")
             return 1.0
         return float(alpha) / (math.sqrt(rank) if self.root else rank)
 
@@ -86,18 +79,16 @@ def read_scale(source: TensorSource, alpha: float | None, rs_lora: bool | None, 
 def _config(source: TensorSource, expert: str) -> dict[str, Any]:
     """peft's settings: those in the file itself, or those beside a file in peft's spelling."""
     asked = f"reading the settings of the LoRA {source.path}"
-    config: Any = {}
+    config: dict[str, Any] = {}
+    segments = {segment for name in source.tensors for segment in name.split(".")}
     if METADATA in source.metadata:
         try:
-            raw = json.loads(source.metadata[METADATA])
-            config = _of_component(raw, expert)
+            config = _of_component(json.loads(source.metadata[METADATA]), expert)
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise LoadError(asked, f"{METADATA} in the file is damaged ({error})", "Save the file again") from None
-    elif _peft_spelling(source):
+    elif segments & {"lora_A", "lora_B", "base_model"}:
         file = (source.path if source.path.is_dir() else source.path.parent) / CONFIG
         config = read_json(file) if file.is_file() else {}
-    if not config:
-        return {}
     kind, start = config.get("peft_type"), config.get("init_lora_weights")
     if kind not in (None, *PEFT_KINDS):
         raise LoadError(asked, f"it is of the kind {kind}", f"Use one among {', '.join(PEFT_KINDS)}")
@@ -105,10 +96,7 @@ def _config(source: TensorSource, expert: str) -> dict[str, Any]:
         raise LoadError(asked, f"it began as {start}, which changed the base weights too", "Convert it to plain LoRA")
     if config.get("fan_in_fan_out") or config.get("layer_replication"):
         raise LoadError(asked, "it sets fan_in_fan_out or layer_replication", "Use a LoRA of plain linear layers")
-    has_magnitude = any(
-        "lora_magnitude_vector" in name.split(".") or name.endswith(".dora_scale") for name in source.tensors
-    )
-    if config.get("use_dora") and not has_magnitude:
+    if config.get("use_dora") and not segments & {"lora_magnitude_vector", "dora_scale"}:
         raise LoadError(asked, "they say DoRA and the file has no magnitudes", "Save the file again, with them")
     return config
 
@@ -122,8 +110,3 @@ def _of_component(raw: Mapping[str, Any], expert: str) -> dict[str, Any]:
         raise ValueError(f"it has settings for {', '.join(sorted(found))}, and none for {expert}")
     prefix = f"{expert if expert in found else found.pop()}."
     return {key.removeprefix(prefix): value for key, value in raw.items() if key.startswith(prefix)}
-
-
-def _peft_spelling(source: TensorSource) -> bool:
-    parts = {part for name in source.tensors for part in name.split(".")}
-    return bool(parts & {"lora_A", "lora_B"}) or any(name.startswith("base_model.model.") for name in source.tensors)

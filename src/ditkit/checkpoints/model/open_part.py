@@ -19,7 +19,7 @@ from ditkit.checkpoints.kinds.detect import Detected, recognise
 from ditkit.checkpoints.kinds.kind import KINDS, Kind, kind_of_config, kinds_of, side_of
 from ditkit.checkpoints.model.part import Part, component_names
 from ditkit.checkpoints.views.mapped import Mapped
-from ditkit.checkpoints.views.source import TensorSource, notes_of
+from ditkit.checkpoints.views.source import TensorSource
 from ditkit.errors import LoadError, nearest
 
 
@@ -75,7 +75,7 @@ def opened(
     return Part(
         component or row.components[0], row.name, source.path, MappingProxyType(config),
         row.under_module_names(view, detected.layout, config), detected.layout, detected.quantization, detected,
-        (*notes_of(view), *notes),
+        (*view.notes, *notes),
     )  # fmt: skip
 
 

@@ -6,13 +6,11 @@ name and nothing unknown passes. ``mapped.py`` applies a table to tensors; each 
 Leaves out: prefixes of whole files, LoRA, quantized flavours, GGUF's names.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 from ditkit.checkpoints.files.text import some
 from ditkit.errors import LoadError
@@ -21,7 +19,6 @@ WB = ("weight", "bias")
 T = TypeVar("T")
 Side = Literal["native", "other"]
 Pairs = list[tuple[str, str]]
-NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,7 @@ class KeyTable:
     the end, as beginnings."""
 
     rules: tuple[Rule, ...]
-    aliases: Mapping[str, str] = field(default_factory=lambda: NOTHING)
+    aliases: Mapping[str, str] = field(default_factory=dict)
     ignored_native: tuple[str, ...] = ()
     ignored_other: tuple[str, ...] = ()
 
@@ -67,7 +64,7 @@ class KeyTable:
                 raise ValueError("a name stands twice in a key table")
 
     @classmethod
-    def of(cls, pairs: Iterable[tuple[str, str]], *rules: Rule, **more: Any) -> KeyTable:
+    def of(cls, pairs: Iterable[tuple[str, str]], *rules: Rule, **more: Any) -> Self:
         """Renamed ``pairs`` (native, other), then ``rules`` that do more."""
         return cls((*(Rule((native,), (other,)) for native, other in pairs), *rules), **more)
 
@@ -97,11 +94,8 @@ class KeyTable:
 def rename(tensors: Mapping[str, T], names: Mapping[str, str]) -> dict[str, T]:
     """``tensors`` under their new names. Raises LoadError for names that the table does not have."""
     if unknown := tensors.keys() - names.keys():
-        raise LoadError(
-            f"renaming {len(tensors)} tensors",
-            f"{len(unknown)} names are unknown ({some(unknown)})",
-            "Use weights of a supported model",
-        )
+        found = f"{len(unknown)} names are unknown ({some(unknown)})"
+        raise LoadError(f"renaming {len(tensors)} tensors", found, "Use weights of a supported model")
     return {names[name]: tensor for name, tensor in tensors.items()}
 
 

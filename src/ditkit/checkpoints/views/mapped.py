@@ -13,14 +13,12 @@ from typing import TYPE_CHECKING
 
 from ditkit.checkpoints.files.text import some
 from ditkit.checkpoints.views.key_table import KeyTable, Rule, Side
-from ditkit.checkpoints.views.source import Facts, Inspect, Stored, TensorFacts, TensorSource, View, cast, stored
+from ditkit.checkpoints.views.source import Facts, Inspect, Stored, TensorSource, View
 from ditkit.errors import LoadError, nearest
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-DO = "Use the unmodified weights of one model"
 
 
 @dataclass(frozen=True)
@@ -46,26 +44,26 @@ class Mapped(View):
     def __init__(self, source: TensorSource, table: KeyTable, to: Side, of: Side | None = None):
         super().__init__(source)
         self.table, self.to = table, to
-        self._asked = f"mapping the names of {source.path}"
         side: Side = of or ("other" if to == "native" else "native")
         rules = table.by_name(side)
         if side == to:
             rules = {name: Rule((name,), (name,)) for name in rules}
-        places, ignored, unknown = self._sort(rules, side)
-        self.ignored, self.unknown = tuple(ignored), tuple(unknown)
-        self._known = rules.keys()
+        self._known, aliases = rules.keys(), table.aliases if side == "other" else {}
+        firsts = {name: aliases.get(name, name) for name in source.tensors if not table.ignores(name, side)}
+        self.ignored = tuple(name for name in source.tensors if name not in firsts)
+        self.unknown = tuple(name for name, first in firsts.items() if first not in rules)
+        places: dict[str, list[str]] = {}  # name in the rules -> its names in the source
+        for name, first in firsts.items():
+            if first in rules:
+                places.setdefault(first, []).append(name)
         self._twice = {names[0]: names[1:] for names in places.values() if len(names) > 1}
         self._pieces: dict[str, _Piece] = {}
         for first, names in places.items():
             self._pieces |= self._made_of(first, names[0], rules[first], places)
-        if mixed := sorted(self._pieces.keys() & set(unknown)):
+        if mixed := self._pieces.keys() & set(self.unknown):
             raise self._error(f"{len(mixed)} tensors are there in both layouts ({some(mixed)})")
-        self._pieces |= {name: _Piece(None, (name,)) for name in unknown}
-        tensors = {name: self._facts(name, piece) for name, piece in self._pieces.items()}
-        self.tensors: Mapping[str, Facts] = MappingProxyType(tensors)
-
-    def __repr__(self) -> str:
-        return f"Mapped({self.source!r}, to={self.to!r}: {len(self.tensors)} tensors)"
+        self._pieces |= {name: _Piece(None, (name,)) for name in self.unknown}
+        self.tensors = MappingProxyType({name: self._facts(name, piece) for name, piece in self._pieces.items()})
 
     def require_known(self) -> Mapped:
         """Itself. Raises LoadError when the table does not know a name of the source."""
@@ -76,66 +74,35 @@ class Mapped(View):
 
     def same(self, name: str) -> str | None:
         piece = self._pieces[name]
-        for member in piece.members:
-            self._check_twice(member)
+        for first in piece.members:
+            for second in self._twice.get(first, ()):
+                if not self.source[first].equal(self.source[second]):
+                    raise self._error(f"{second} differs from {first}, which is another name of the same tensor")
         return piece.members[0] if piece.rule is None or piece.rule.renames else None
 
     def made(self, name: str, dtype: torch.dtype | None, look: Inspect) -> Tensor:
         """Each member is cast while it is read; what is done to them afterwards moves numbers and changes none."""
-        piece = self._pieces[name]
-        if len(piece.members) == 1:
-            return self._arranged(name, piece, cast(self.source, piece.members[0], dtype, look))
-        return self._joined(name, piece, dtype, look)
+        piece, shape = self._pieces[name], self.tensors[name].shape
+        first = self.source.cast(piece.members[0], dtype, look)
+        if len(piece.members) > 1:
+            out = first.new_empty(shape)
+            for share, member in zip(out.chunk(len(piece.members)), piece.members, strict=True):
+                share.copy_(first if member == piece.members[0] else self.source.cast(member, dtype, look))
+            return out
+        assert piece.rule is not None
+        if (count := len(piece.rule.names(self.to))) > 1:
+            return first.chunk(count)[piece.share].clone()  # the rest of the rows can go
+        return first.T.contiguous() if piece.rule.transpose else first.reshape(shape)
 
     def stored(self, name: str) -> Stored:
         members = self._pieces[name].members
-        if self.same(name) is None and all(stored(self.source, m).format == "plain" for m in members):
-            return Stored("plain", tuple(self.tensors[name].shape), self[name])
+        if self.same(name) is None and all(self.source.stored(member).format == "plain" for member in members):
+            return Stored("plain", self.tensors[name].shape, self[name])
         return super().stored(name)
-
-    def _arranged(self, name: str, piece: _Piece, member: Tensor) -> Tensor:
-        rule = piece.rule
-        assert rule is not None
-        if len(self._to(rule)) > 1:
-            return member.chunk(len(self._to(rule)))[piece.share].clone()  # the rest of the rows can go
-        if rule.transpose:
-            return member.T.contiguous()
-        return member.reshape(self.tensors[name].shape)
-
-    def _joined(self, name: str, piece: _Piece, dtype: torch.dtype | None, look: Inspect) -> Tensor:
-        import torch
-
-        first = cast(self.source, piece.members[0], dtype, look)
-        out = torch.empty(self.tensors[name].shape, dtype=first.dtype)
-        for share, member in zip(out.chunk(len(piece.members)), piece.members, strict=True):
-            share.copy_(first if member == piece.members[0] else cast(self.source, member, dtype, look))
-        return out
-
-    def _check_twice(self, member: str) -> None:
-        import torch
-
-        for second in self._twice.get(member, ()):
-            if not torch.equal(self.source[member], self.source[second]):
-                raise self._error(f"{second} differs from {member}, which is another name of the same tensor")
-
-    def _sort(self, rules: Mapping[str, Rule], side: Side) -> tuple[dict[str, list[str]], list[str], list[str]]:
-        """(name in the rules -> its names in the source, ignored names, unknown names), in the order of the source."""
-        places: dict[str, list[str]] = {}
-        ignored, unknown = [], []
-        aliases = self.table.aliases if side == "other" else {}
-        for name in self.source.tensors:
-            first = aliases.get(name, name)
-            if self.table.ignores(name, side):
-                ignored.append(name)
-            elif first in rules:
-                places.setdefault(first, []).append(name)
-            else:
-                unknown.append(name)
-        return places, ignored, unknown
 
     def _made_of(self, first: str, name: str, rule: Rule, places: Mapping[str, list[str]]) -> dict[str, _Piece]:
         """What the source's tensor ``name`` gives. A joined tensor comes with the first of its members."""
-        targets = self._to(rule)
+        targets = rule.names(self.to)
         if len(targets) > 1:
             return {target: _Piece(rule, (name,), share) for share, target in enumerate(targets)}
         members = rule.names("other" if self.to == "native" else "native")
@@ -145,20 +112,17 @@ class Mapped(View):
             return {}
         return {targets[0]: _Piece(rule, tuple(places[member][0] for member in members))}
 
-    def _to(self, rule: Rule) -> tuple[str, ...]:
-        return rule.names(self.to)
-
     def _facts(self, name: str, piece: _Piece) -> Facts:
         facts = self.source.tensors[piece.members[0]]
-        rule, shape = piece.rule, tuple(facts.shape)
+        rule, shape = piece.rule, facts.shape
         if rule is None or rule.renames:
             return facts
         if len(piece.members) > 1:
-            kinds = {(other.dtype, tuple(other.shape)) for other in map(self.source.tensors.__getitem__, piece.members)}
+            kinds = {(other.dtype, other.shape) for other in map(self.source.tensors.__getitem__, piece.members)}
             if len(kinds) > 1 or not shape:
                 raise self._error(f"{some(piece.members)} differ in type or shape and cannot be joined to {name}")
             shape = (shape[0] * len(piece.members), *shape[1:])
-        elif (count := len(self._to(rule))) > 1:
+        elif (count := len(rule.names(self.to))) > 1:
             if not shape or shape[0] % count:
                 raise self._error(f"{piece.members[0]} has the shape {list(shape)} and cannot be cut into {count}")
             shape = (shape[0] // count, *shape[1:])
@@ -172,7 +136,7 @@ class Mapped(View):
             raise self._error(f"{piece.members[0]} has the shape {list(shape)}, not {rule.ones} leading axes of 1")
         else:
             shape = shape[rule.ones :]
-        return TensorFacts(facts.dtype, shape)
+        return Facts(facts.dtype, shape)
 
     def _error(self, found: str) -> LoadError:
-        return LoadError(self._asked, found, DO)
+        return LoadError(f"mapping the names of {self.path}", found, "Use the unmodified weights of one model")

@@ -6,19 +6,20 @@ Sources: Self-Forcing ``inference.py``, ComfyUI ``model_detection.py``, torch ``
 ``eval_frame.py`` (``_orig_mod``), ``checkpoint_wrapper.py``.
 """
 
-from __future__ import annotations
-
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from types import MappingProxyType
 
 from ditkit.checkpoints.files.text import some
-from ditkit.checkpoints.views.source import Facts, TensorSource, View
+from ditkit.checkpoints.views.source import TensorSource, View
 from ditkit.errors import LoadError
 
 WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "transformer.", "module.")
-MARKERS = frozenset({"scaled_fp8", "spiece_model"})
-"""Tensors that belong to the file and not to the network, so they may stand outside of the prefix."""
+MARKERS = MappingProxyType({
+    "spiece_model": "the tokenizer is opened from its own file", "scaled_fp8": "a marker; the scales say the same",
+})  # fmt: skip
+"""Tensors that belong to the file and not to the network, so they may stand outside of the prefix -> why nothing is
+lost without them."""
 
 
 def unwrapped(name: str) -> str:
@@ -30,9 +31,7 @@ def shared_prefix(names: Iterable[str]) -> str:
     """The prefixes of the table that all ``names`` begin with, one after the other; markers do not count."""
     names = [name for name in names if name not in MARKERS]
     found = ""
-    while names and (
-        here := next((prefix for prefix in PREFIXES if all(name.startswith(prefix) for name in names)), "")
-    ):
+    while here := next((p for p in PREFIXES if names and all(name.startswith(p) for name in names)), ""):
         found += here
         names = [name.removeprefix(here) for name in names]
     return found
@@ -50,20 +49,14 @@ class Unprefixed(View):
         for name, middle in inner.items():
             bare = middle.removeprefix(self.prefix)
             if bare in names:
-                raise LoadError(
-                    f"removing the prefixes in {source.path}",
-                    f"{some((name, names[bare]))} would both be {bare}",
-                    "Use a file that holds one network once",
-                )
+                asked, both = f"removing the prefixes in {source.path}", some((name, names[bare]))
+                raise LoadError(asked, f"{both} would both be {bare}", "Use a file that holds one network once")
             names[bare] = name
         wrappers = {part for name in source.tensors for part in name.split(".")} & WRAPPERS
-        away = [*([self.prefix] if self.prefix else []), *sorted(wrappers)]
-        super().__init__(source, tuple(f"{part} was removed from the names" for part in away))
-        self._names: Mapping[str, str] = MappingProxyType(names)
-        self.tensors: Mapping[str, Facts] = MappingProxyType({b: source.tensors[name] for b, name in names.items()})
-
-    def __repr__(self) -> str:
-        return f"Unprefixed({self.source!r}, prefix={self.prefix!r})"
+        away = (self.prefix, *sorted(wrappers))
+        super().__init__(source, tuple(f"{part} was removed from the names" for part in away if part))
+        self._names = names
+        self.tensors = MappingProxyType({bare: source.tensors[name] for bare, name in names.items()})
 
     def same(self, name: str) -> str:
         return self._names[name]

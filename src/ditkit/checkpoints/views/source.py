@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 from ditkit.errors import LoadError
 
@@ -21,22 +22,18 @@ if TYPE_CHECKING:
 Inspect = Callable[["Tensor"], None]
 """Called with each part of a new tensor, flat, just after it was made: it is in the processor's cache then."""
 
+PLAIN = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16")
+"""Types whose tensors are numbers as they stand; fewer bits may need a scale."""
+
 
 def no_inspection(part: Tensor) -> None:
     """The look of somebody who does not want to see anything."""
 
 
-class Facts(Protocol):
+@dataclass(frozen=True)
+class Facts:
     """Of one tensor: ``dtype`` as safetensors spells it (``BF16``), or a GGUF type such as ``Q4_K``; its shape."""
 
-    @property
-    def dtype(self) -> str: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-
-@dataclass(frozen=True)
-class TensorFacts:
     dtype: str
     shape: tuple[int, ...]
 
@@ -65,112 +62,77 @@ class Stored:
         return Stored(self.format, self.shape, self.codes.to(device), scales)
 
 
-PLAIN = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16")
-"""Types whose tensors are numbers as they stand; fewer bits may need a scale."""
-
-
-class TensorSource(Protocol):
+class TensorSource:
     """``tensors`` is complete when the source is opened. Iterating gives each tensor once, in memory of its own that
-    the caller may keep; a tensor that is not wanted any more can be dropped before the next one is read."""
+    the caller may keep; a tensor that is not wanted any more can be dropped before the next one is read.
 
-    @property
-    def path(self) -> Path: ...
-    @property
-    def files(self) -> tuple[Path, ...]: ...
-    @property
-    def tensors(self) -> Mapping[str, Facts]: ...
-    @property
-    def metadata(self) -> Mapping[str, Any]:
-        """The file's own notes (safetensors ``__metadata__``, GGUF fields); empty where there are none."""
-        ...
+    A subclass gives ``tensors``, and ``__getitem__`` or ``cast``. ``metadata``: the file's own notes (safetensors
+    ``__metadata__``, GGUF fields). ``notes``: in plain words what was left out or chosen on the way."""
 
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]: ...
-    def __getitem__(self, name: str) -> Tensor: ...
+    path: Path
+    files: tuple[Path, ...] = ()
+    tensors: Mapping[str, Facts]
+    metadata: Mapping[str, Any] = MappingProxyType({})
+    notes: tuple[str, ...] = ()
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        for name in self.tensors:
+            yield name, self[name]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.cast(name)
+
+    def cast(self, name: str, dtype: torch.dtype | None = None, look: Inspect = no_inspection) -> Tensor:
+        """The tensor as ``dtype`` (None: as it is stored), bit-equal to ``self[name].to(dtype)``. Where a source can,
+        there is no copy of it in another type."""
+        tensor = self[name].to(dtype)
+        look(tensor.reshape(-1))
+        return tensor
+
+    def pieces(self, name: str, unit: int, size: int) -> Iterator[Tensor]:
+        """The stored bytes of a tensor in turn: uint8 [k x unit], about ``size`` bytes at a time, or all at once where
+        the source can do no better. One buffer may serve them all, so use a piece before asking for the next."""
+        import torch
+
+        yield self[name].contiguous().reshape(-1).view(torch.uint8)
+
+    def stored(self, name: str) -> Stored:
+        """A tensor in the form that its file holds, on the CPU. Raises LoadError where it has none."""
+        facts = self.tensors[name]
+        if facts.dtype not in PLAIN:
+            raise self.not_stored(name, f"it is {facts.dtype}, and nobody has told what that stands for")
+        return Stored("plain", facts.shape, self[name])
+
+    def not_stored(self, name: str, why: str) -> LoadError:
+        do = "Leave it out of the swap, or take its numbers (read)"
+        return LoadError(f"keeping {name} of {self.path} as it is stored", why, do)
 
     @property
     def sha256(self) -> dict[str, str]:
         """File name -> hex digest of its content."""
-        ...
+        raise NotImplementedError
 
     @property
     def fingerprint(self) -> str:
         """One hash over the contents of all files (slow, exact)."""
-        ...
+        raise NotImplementedError
 
     @property
     def sketch(self) -> str:
         """One hash over headers, sizes and samples (milliseconds)."""
-        ...
+        raise NotImplementedError
 
 
-@runtime_checkable
-class Casting(Protocol):
-    """A source that makes a tensor in the type that is wanted, with no copy of it in another one."""
-
-    def cast(self, name: str, dtype: torch.dtype | None = None, look: Inspect = no_inspection) -> Tensor: ...
-
-
-@runtime_checkable
-class InPieces(Protocol):
-    """A source that gives a tensor's stored bytes in turn: uint8 [k x unit], about ``size`` bytes at a time. One buffer
-    serves them all, so a piece is used before the next one is asked for."""
-
-    def pieces(self, name: str, unit: int, size: int) -> Iterator[Tensor]: ...
-
-
-@runtime_checkable
-class Storing(Protocol):
-    """A source that knows what it makes numbers of."""
-
-    def stored(self, name: str) -> Stored: ...
-
-
-def cast(source: TensorSource, name: str, dtype: torch.dtype | None = None, look: Inspect = no_inspection) -> Tensor:
-    """``source[name]`` as ``dtype`` (None: as it is stored), bit-equal to ``source[name].to(dtype)``."""
-    if isinstance(source, Casting):
-        return source.cast(name, dtype, look)
-    tensor = source[name].to(dtype)
-    look(tensor.reshape(-1))
-    return tensor
-
-
-def pieces(source: TensorSource, name: str, unit: int, size: int) -> Iterator[Tensor]:
-    """The stored bytes of a tensor as ``InPieces`` has them, or in one piece where the source can do no better."""
-    import torch
-
-    if isinstance(source, InPieces):
-        yield from source.pieces(name, unit, size)
-    else:
-        yield source[name].contiguous().reshape(-1).view(torch.uint8)
-
-
-def stored(source: TensorSource, name: str) -> Stored:
-    """A tensor in the form that its file holds, on the CPU. Raises LoadError where it has none."""
-    if isinstance(source, Storing):
-        return source.stored(name)
-    facts = source.tensors[name]
-    if facts.dtype not in PLAIN:
-        raise not_stored(source, name, f"it is {facts.dtype}, and nobody has told what that stands for")
-    return Stored("plain", tuple(facts.shape), source[name])
-
-
-def not_stored(source: TensorSource, name: str, why: str) -> LoadError:
-    return LoadError(
-        f"keeping {name} of {source.path} as it is stored", why, "Leave it out of the swap, or take its numbers (read)"
-    )
-
-
-class View:
+class View(TensorSource):
     """A source seen in another way: same place, same files, same hashes. A subclass gives ``tensors``, tells with
-    ``same`` which of them are only called differently, and makes the others.
-
-    ``notes`` says in plain words what was left out or chosen on the way, innermost first."""
-
-    tensors: Mapping[str, Facts]
+    ``same`` which of them are only called differently, and makes the others. ``notes`` begin with the innermost."""
 
     def __init__(self, source: TensorSource, notes: tuple[str, ...] = ()):
-        self.source = source
-        self.notes: tuple[str, ...] = (*notes_of(source), *notes)
+        self.source, self.notes = source, (*source.notes, *notes)
+        self.path, self.files, self.metadata = source.path, source.files, source.metadata
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.source!r})"
 
     def same(self, name: str) -> str | None:
         """What ``source`` calls the very same tensor; None for one that is made here."""
@@ -179,41 +141,18 @@ class View:
     def made(self, name: str, dtype: torch.dtype | None, look: Inspect) -> Tensor:
         raise NotImplementedError
 
-    def __getitem__(self, name: str) -> Tensor:
-        return self.cast(name)
-
     def cast(self, name: str, dtype: torch.dtype | None = None, look: Inspect = no_inspection) -> Tensor:
         same = self.same(name)
-        return self.made(name, dtype, look) if same is None else cast(self.source, same, dtype, look)
+        return self.made(name, dtype, look) if same is None else self.source.cast(same, dtype, look)
 
     def pieces(self, name: str, unit: int, size: int) -> Iterator[Tensor]:
-        import torch
-
-        if (same := self.same(name)) is None:
-            yield self[name].contiguous().reshape(-1).view(torch.uint8)
-        else:
-            yield from pieces(self.source, same, unit, size)
+        same = self.same(name)
+        return super().pieces(name, unit, size) if same is None else self.source.pieces(same, unit, size)
 
     def stored(self, name: str) -> Stored:
         if (same := self.same(name)) is None:
-            raise not_stored(self, name, f"{type(self).__name__} made it of other tensors")
-        return stored(self.source, same)
-
-    @property
-    def path(self) -> Path:
-        return self.source.path
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        return self.source.files
-
-    @property
-    def metadata(self) -> Mapping[str, Any]:
-        return self.source.metadata
-
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        for name in self.tensors:
-            yield name, self[name]
+            raise self.not_stored(name, f"{type(self).__name__} made it of other tensors")
+        return self.source.stored(same)
 
     @property
     def sha256(self) -> dict[str, str]:
@@ -226,13 +165,3 @@ class View:
     @property
     def sketch(self) -> str:
         return self.source.sketch
-
-
-@runtime_checkable
-class Noted(Protocol):
-    notes: tuple[str, ...]
-
-
-def notes_of(source: TensorSource) -> tuple[str, ...]:
-    """What ``source`` has to say about itself; nothing when it keeps no notes."""
-    return source.notes if isinstance(source, Noted) else ()
