@@ -258,11 +258,11 @@ def terminal():
 def test_the_live_view_changes_nothing_and_shows_pictures(model):
     pipe = ditkit.load(model)
     out = terminal()
-    view = show.view(out, False, pipe.look(), 5)
-    assert isinstance(view, show.Live)
     pictures = []
-    with view:
-        watched = pipe(PROMPT, seed=1, listeners=[view, lambda e: pictures.append(view.picture)])
+    with show.view(out, False, pipe.look(), 5) as listeners:
+        view = listeners[-1]
+        assert isinstance(view, show.Live)
+        watched = pipe(PROMPT, seed=1, listeners=[*listeners, lambda e: pictures.append(view.picture)])
     assert watched.state.equal(pipe(PROMPT, seed=1).state)
     assert any(p is not None and p.plain.count("\n") == 15 and len(p.plain.splitlines()[0]) == 32 for p in pictures)
     assert view.progress.tasks[0].completed == 5, "frames decoded"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ditkit.cli import show
-from ditkit.cli.flags import RawSettings, with_settings
+from ditkit.cli.flags import AsJson, RawSettings, with_settings
 from ditkit.cli.opening import load, settle
 from ditkit.errors import RequestError
 from ditkit.request import Request
@@ -21,20 +21,12 @@ if TYPE_CHECKING:
     from ditkit.lab.image_quality import ImageQuality
     from ditkit.lab.quality import Quality
 
-app = typer.Typer(name="bench", help="Measure quality.", no_args_is_help=True)
 
-
-@app.callback()
-def group() -> None:
-    pass
-
-
-@app.command("quality")
 @with_settings
 def quality(
     given: RawSettings,
     clips: Annotated[int, typer.Option(help="How many held-out prompts and seeds, 1 or more.")] = 72,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> int:
     """Generate clips of the drawn world and measure colour, shape and direction from their pixels.
 

@@ -16,29 +16,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ditkit.cli import show
-from ditkit.cli.flags import Plugs, bring_plugs, to_path
-from ditkit.cli.located import located as find_parts
-from ditkit.cli.located import packaged
+from ditkit.cli.flags import AsJson, PathArgument, Plugs, bring_plugs
+from ditkit.cli.opening import packaged
 from ditkit.errors import DitkitError, LoadError
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.text import Text
 
     from ditkit.checkpoints.model.part import Part
 
 UNUSABLE = 2
-
-
-def add_to(app: typer.Typer) -> None:
-    app.command("inspect")(inspect)
+LONG = 8  # longer lists, such as the statistics of latents, are for --json
 
 
 def inspect(
     path: Annotated[
-        Path,
-        typer.Argument(parser=to_path, help="A file of weights, the folder of a model or a part, or a packaged model."),
+        Path, PathArgument(help="A file of weights, the folder of a model or a part, or a packaged model.")
     ],
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
     variant: Annotated[str | None, typer.Option(help="Which weights of a Diffusers folder, such as fp16.")] = None,
     model: Annotated[str | None, typer.Option(help="For a LoRA: the model that it is for.")] = None,
     plugs: Plugs = None,
@@ -69,6 +64,7 @@ def examine(path: Path, variant: str | None = None, model: str | None = None) ->
 def _examine(path: Path, variant: str | None, model: str | None) -> dict[str, Any]:
     from ditkit.checkpoints.files.opening import open_source
     from ditkit.checkpoints.kinds.detect import recognise
+    from ditkit.checkpoints.model.find import parts_of
 
     if path.is_file() and path.suffix != ".toml":
         source = open_source(path)
@@ -79,9 +75,9 @@ def _examine(path: Path, variant: str | None, model: str | None) -> dict[str, An
             return {"path": str(path), **_detected(found), "usable": False, "problems": list(found.problems)}
     if model is not None:
         raise LoadError(f"inspecting {path}", "--model was given and it is no LoRA", "Leave --model out")
-    located = find_parts(path, variant)
+    located = parts_of(path, variant)
     parts = {name: _part(part) for name, part in located.parts.items()}
-    problems = [f"{name}: {problem}" for name, about in parts.items() for problem in about.pop("problems")]
+    problems = [f"{name}: {fault}" for name, part in located.parts.items() for fault in _part_problems(part)]
     whole = located.unused or any((path / name).exists() for name in ("model_index.json", "ditkit.toml"))
     one = len(parts) == 1 and not whole  # a damaged file beside one good part is no folder of that part
     needs = [f"{problem.found}. {problem.do}." for problem in located.problems]
@@ -114,14 +110,8 @@ def _detected(found: Any) -> dict[str, Any]:
 
 
 def _part(part: Part) -> dict[str, Any]:
-    """Facts about one part, and what keeps it from loading (``problems``)."""
     if part.source is None or part.detected is None:
-        return {
-            "kind": part.kind,
-            "path": str(part.path),
-            "notes": list(part.notes),
-            "problems": _tokenizer_problems(part),
-        }
+        return {"kind": part.kind, "path": str(part.path), "notes": list(part.notes)}
     stored = part.source
     while hasattr(stored, "source"):
         stored = stored.source
@@ -138,25 +128,20 @@ def _part(part: Part) -> dict[str, Any]:
         "types": dict(types.most_common()),
         "config": {key: list(value) if isinstance(value, tuple) else value for key, value in part.config.items()},
         "notes": list(part.notes),
-        "problems": _load_problems(part),
     }
 
 
-def _tokenizer_problems(part: Part) -> list[str]:
-    from ditkit.models.text import WanTokenizer
-
-    try:
-        WanTokenizer(part.path)
-    except DitkitError as error:
-        return [error.found]
-    return []
-
-
-def _load_problems(part: Part) -> list[str]:
+def _part_problems(part: Part) -> list[str]:
     """What strict loading would refuse, found on a module without memory."""
     from ditkit.checkpoints.load import mismatches
+    from ditkit.models.text import WanTokenizer
 
-    assert part.source is not None
+    if part.source is None or part.detected is None:
+        try:
+            WanTokenizer(part.path)
+        except DitkitError as error:
+            return [error.found]
+        return []
     try:
         module = part.row.skeleton(part.config)
     except (TypeError, ValueError) as error:
@@ -185,13 +170,13 @@ def _print(report: Mapping[str, Any]) -> None:
     out = show.console()
     out.print(f"{report['path']}: {_title(report)}")
     for name, about in report.get("parts", {}).items():
-        out.print(show.heading(name))
-        out.print(show.table(("what", "value"), _rows(about)))
+        out.print(show.section(name, _facts(about)))
     if "parts" not in report:
-        rest = {key: value for key, value in report.items() if key not in ("path", "problems", "usable")}
-        out.print(show.table(("what", "value"), _rows(rest)))
+        out.print(_facts({key: value for key, value in report.items() if key not in ("path", "problems", "usable")}))
     for title, key in (("Left aside", "unused"), ("To make a clip", "needs"), ("Problems", "problems")):
-        _list(out, title, report.get(key, ()))
+        if found := report.get(key):
+            items = map(": ".join, found.items()) if isinstance(found, Mapping) else found
+            out.print(show.section(title, "\n".join(f"  {item}" for item in items)))
 
 
 def _title(report: Mapping[str, Any]) -> str:
@@ -206,15 +191,9 @@ def _title(report: Mapping[str, Any]) -> str:
     return f"{what}, {report['layout']} layout; {usable}"
 
 
-def _rows(about: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [
-        (key.replace("_", " "), _text(key, value))
-        for key, value in about.items()
-        if value not in (None, "", [], (), {})
-    ]
-
-
-LONG = 8  # longer lists, such as the statistics of latents, are for --json
+def _facts(about: Mapping[str, Any]) -> Text:
+    told = {key: value for key, value in about.items() if value not in (None, "", [], (), {})}
+    return show.table(("what", "value"), [(key.replace("_", " "), _text(key, value)) for key, value in told.items()])
 
 
 def _text(key: str, value: Any) -> str:
@@ -230,11 +209,3 @@ def _text(key: str, value: Any) -> str:
     if key == "coverage":
         return f"{value:.1%}"
     return f"{value:,}" if type(value) is int else str(value)
-
-
-def _list(out: Console, title: str, items: Any) -> None:
-    if not items:
-        return
-    out.print(show.heading(title))
-    for item in items.items() if isinstance(items, Mapping) else items:
-        out.print(f"  {': '.join(item) if isinstance(item, tuple) else item}")

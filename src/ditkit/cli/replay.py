@@ -9,14 +9,9 @@ from typing import Annotated
 import typer
 
 from ditkit.cli import show
-from ditkit.cli.flags import Plugs, to_path
+from ditkit.cli.flags import PathArgument, PathOption, Plugs, Quiet
 from ditkit.cli.opening import model_name
-from ditkit.cli.run_options import Quiet
 from ditkit.errors import RequestError
-
-
-def add_to(app: typer.Typer) -> None:
-    app.command("replay")(replay)
 
 
 def named_pictures(texts: list[str]) -> dict[str, str | list[str]]:
@@ -29,18 +24,13 @@ def named_pictures(texts: list[str]) -> dict[str, str | list[str]]:
         if not equals or name not in FIELDS:
             do = f"Write NAME=FILE with one of {', '.join(FIELDS)}"
             raise RequestError(f"--picture {text}", "it does not name a picture", do)
-        before = found.get(name, [])
-        found[name] = [*before, file] if name == "reference_images" else file
+        found[name] = [*found.get(name, []), file] if name == "reference_images" else file
     return found
 
 
 def replay(
-    file: Annotated[
-        Path, typer.Argument(metavar="FILE", parser=to_path, help="A clip that ditkit wrote, or its .json.")
-    ],
-    out: Annotated[
-        Path | None, typer.Option(metavar="PATH", parser=to_path, help="Write the clip that was made again here.")
-    ] = None,
+    file: Annotated[Path, PathArgument(metavar="FILE", help="A clip that ditkit wrote, or its .json.")],
+    out: Annotated[Path | None, PathOption(metavar="PATH", help="Write the clip that was made again here.")] = None,
     model: Annotated[
         str | None, typer.Option(metavar="FOLDER|NAME", help="Where its model is now. Default: where it was then.")
     ] = None,
@@ -55,8 +45,6 @@ def replay(
     plugs: Plugs = None,
 ) -> int:
     """Make a clip again and compare: exit code 0 when every pixel is the same, 1 when not."""
-    from contextlib import nullcontext
-
     from ditkit import media
     from ditkit import replay as replays
 
@@ -68,9 +56,7 @@ def replay(
     for difference in [*replays.plug_differences(script, pipe), *replays.machine_differences(script.manifest)]:
         print(f"note: {difference}", file=sys.stderr)
     console = show.console()
-    view = show.view(console, quiet, pipe.look(), request.frames)
-    with view or nullcontext():
-        listeners = [show.warn_of_truncation, *([] if view is None else [view])]
+    with show.view(console, quiet, pipe.look(), request.frames) as listeners:
         replayed = replays.replay(script, pipe, listeners, named_pictures(picture or []))
     if out is not None:
         clip = replayed.result.manifests[script.clip]

@@ -1,33 +1,25 @@
-"""RunOptions: which part of a run a command wants and where its results go; and the flags that say so.
+"""RunOptions: which part of a run a command wants, where its results go, and whether that can be.
 
-Leaves out: settings of the run itself (``flags.py``).
+Leaves out: the flags (``flags.py``), and whether the model and the settings fit, which shows when they are opened.
 """
 
 from __future__ import annotations
 
+import itertools
 import unicodedata
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from ditkit.cli.flags import to_path
-from ditkit.errors import OutputError
+from ditkit.errors import OutputError, PipelineError
 
 if TYPE_CHECKING:
+    from ditkit.contracts import Step
+    from ditkit.pipeline import Pipeline
     from ditkit.receipt import Recorder
     from ditkit.runs import Run
-
-OUT = "An .mp4, .gif or .npz file, or .png for a folder of frames. Default: outputs/PROMPT-SEED.mp4."
-Out = Annotated[Path | None, typer.Option(metavar="PATH", parser=to_path, help=OUT)]
-Sheet = Annotated[
-    Path | None, typer.Option(metavar="FILE.png", parser=to_path, help="The contact sheet. Default: beside the clip.")
-]
-NoSheet = Annotated[bool, typer.Option("--no-sheet", help="Make no contact sheet.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the paths of what was written.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object; whatever else is shown goes to stderr.")]
+    from ditkit.state import State
 
 
 @dataclass(frozen=True)
@@ -48,11 +40,8 @@ class RunOptions:
     kept: bool = False
     recorder: Recorder | None = None
 
-    def at(
-        self, out: Path, sheet: Path | None, setup: Mapping[str, Any], run: Run | None = None, kept: bool = False
-    ) -> RunOptions:
-        """The same part of a run, with places for its results."""
-        return replace(self, out=out, sheet=sheet, setup=setup, run=run, kept=kept or run is not None)
+    def sheets(self, count: int) -> list[Path]:
+        return [] if self.sheet is None else numbered(self.sheet, count)
 
 
 def default_out(prompt: str, seed: int) -> Path:
@@ -72,3 +61,62 @@ def sheet_for(out: Path, sheet: Path | None, no_sheet: bool) -> Path | None:
 def numbered(path: Path, count: int) -> list[Path]:
     """The names that ``Result.save`` gives to the clips of a run."""
     return [path] if count == 1 else [path.with_stem(f"{path.stem}-{i}") for i in range(count)]
+
+
+# --- before a run computes anything
+
+
+def check(pipe: Pipeline, state: State, goal: RunOptions) -> tuple[list[Step], bool]:
+    """The step table, and whether the run makes a video. Raises PipelineError for a part of a run that leads nowhere,
+    OutputError for every file that could not be written later."""
+    from ditkit.request import Request
+
+    steps = pipe.steps(Request(**state["request"]))
+    makes_video = _check_part(pipe, state, goal, len(steps))
+    _check_files(state, goal, makes_video)
+    return steps, makes_video
+
+
+def _check_part(pipe: Pipeline, state: State, goal: RunOptions, steps: int) -> bool:
+    if goal.start is not None:
+        pipe.stages.index(goal.start)
+    stages, done, stop = pipe.stages.slice(None, goal.until), state.get("step", 0), goal.stop_at_step
+    if stop is not None:
+        asked = f"--stop-at-step {stop}"
+        if not 1 <= stop <= steps:
+            raise PipelineError(asked, f"the run has {steps} steps", f"Give a number from 1 to {steps}")
+        if stop <= done:
+            raise PipelineError(asked, f"the State has {done} steps behind it", "Give a later step")
+        if not any(stage.name == "denoise" for stage in stages):
+            asked, found = f"{asked} with --until {goal.until}", "the run ends before it takes a step"
+            raise PipelineError(asked, found, "Leave one of them out")
+    early = stop is not None and stop < steps
+    makes = "video" in state or (not early and any("video" in stage.writes for stage in stages))
+    if not makes and goal.state is None and not goal.kept:
+        asked, found = "a run that stops before its video is made", "it would leave nothing behind"
+        raise PipelineError(asked, found, "Add --save-state FILE")
+    return makes
+
+
+def _check_files(state: State, goal: RunOptions, makes_video: bool) -> None:
+    from ditkit.media import check_writable, files
+
+    request, count = state["request"], len(state["prompt"])
+    clips, sheets = (numbered(goal.out, count), goal.sheets(count)) if makes_video else ([], [])
+    single = [("contact sheet", sheet) for sheet in sheets]
+    single += [] if goal.state is None else [("State", goal.state)]
+    places = [("clip", path.with_suffix("") if path.suffix.lower() == ".png" else path) for path in clips]
+    places += [("clip's manifest", path.with_suffix(".json")) for path in clips]
+    for (what, path), (other, at) in itertools.combinations([*places, *single], 2):
+        a, b = path.resolve(), at.resolve()
+        if a == b or a in b.parents:  # a folder of frames is replaced whole
+            found = f"the {what} goes there too" if a == b else f"the frames of the {what} replace the folder {path}"
+            raise OutputError(f"writing the {other} {at}", found, "Give one of them another name")
+    for path in clips:
+        check_writable(path, width=request["width"], height=request["height"], fps=request["fps"])
+    if any(sheet.suffix.lower() != ".png" for sheet in sheets):
+        raise OutputError(f"writing the contact sheet {goal.sheet}", "it is a PNG", "Give it the suffix .png")
+    for what, path in single:
+        if path.is_dir():
+            raise OutputError(f"writing the {what} {path}", "that is a folder", "Give the name of a file")
+        files.probe(path)
