@@ -255,10 +255,7 @@ def open_model(setup: Setup) -> Opened:
 
 
 def assembled(
-    opened: Opened,
-    seams: Seams | None = None,
-    listeners: Iterable[Listener] = (),
-    share_with: Pipeline | None = None,
+    opened: Opened, seams: Seams | None = None, listeners: Iterable[Listener] = (), share_with: Pipeline | None = None
 ) -> Pipeline:
     """The Pipeline of a model that was opened; for the rest see ``load``. Raises SetupError."""
     setup, model, places = opened.setup, opened.model, opened.places

@@ -157,7 +157,7 @@ def fork(
     """Begin a new run where another one stands, or stood, with changed settings."""
     from ditkit.execution.place import Interrupted
     from ditkit.runs import Run, located
-    from ditkit.runs.fork import as_parent, prepared, request_of, which_clip
+    from ditkit.runs.fork import prepared, request_of, which_clip
     from ditkit.runs.run import check_new
 
     parent = Run.open(source)
@@ -166,7 +166,8 @@ def fork(
     below = {k: v for k, v in before.items() if k not in replaced}
     settled, opened = settle(given, Layer.of({**below, **parent.description.setup}, f"run {parent.path}"))
     path = next_to(parent.path) if folder is None else located(folder)
-    keeping: dict[str, Any] = as_parent(parent) | said(every=every, keep_steps=keep_steps)
+    about = parent.description
+    keeping = {"every": about.every, "keep_steps": about.keep_steps, **said(every=every, keep_steps=keep_steps)}
     check_new(path, **keeping)
     pipe, request = load(opened), settled.request().model_dump()
     if before["sigmas"] is not None and request["sigmas"] == before["sigmas"]:
