@@ -1,8 +1,6 @@
 """The receipt: what really ran. A listener collects it during a run; with what was asked it becomes the manifest that
 a finished clip carries, and from a manifest the same clip can be made again."""
 
-from __future__ import annotations
-
 import platform
 import sys
 from collections.abc import Iterator, Mapping

@@ -4,8 +4,6 @@ First the weights are compared by hash; then the run is repeated with the record
 threads; then the frames are compared by hash. Leaves out: files (``media``) and what a manifest holds (``receipt``).
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping

@@ -1,7 +1,5 @@
 """``ditkit host``: offer stages of a model to other machines."""
 
-from __future__ import annotations
-
 import contextlib
 import sys
 from functools import partial

@@ -10,7 +10,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -64,20 +64,16 @@ def carried_out(pipe: Pipeline, state: State, goal: RunOptions) -> Iterator[Job]
         assert job.result is not None
         result = job.result if goal.run is None else goal.run.told(job.result)
         files = write(result, goal, makes_video)
-    except Interrupted as e:
-        if goal.run is not None:
-            raise kept_in(goal.run, e.stage, goal) from None
-        several = samples.count(e.state) < samples.count(state)
-        waiting = samples.split(state)[len(e.finished) + 1 :] if several else []
-        raise keep([*e.finished, e.state, *waiting], e.stage, goal, pipe) from None
-    except DitkitError:
+    except DitkitError as e:
+        if isinstance(e, Interrupted):
+            several = samples.count(e.state) < samples.count(state)
+            waiting = samples.split(state)[len(e.finished) + 1 :] if several else []
+            raise kept([*e.finished, e.state, *waiting], e.stage, goal, pipe) from None
         if goal.run is not None:
             say(f"the run is kept; once that is mended, go on with:\n  {go_on(goal.run, goal)}")
         raise
     except KeyboardInterrupt:  # outside the stages: before the first, or while the results were written
-        if goal.run is not None:
-            raise kept_in(goal.run, None, goal) from None
-        raise keep([job.result.state if job and job.result else state], None, goal, pipe) from None
+        raise kept([job.result.state if job and job.result else state], None, goal, pipe) from None
     report(result, files, goal, out)
 
 
@@ -144,28 +140,25 @@ class InterruptedRun(DitkitError):
         return f"{self.asked}: {self.found}. {self.do}"
 
 
-def keep(states: list[State], stage: str | None, goal: RunOptions, pipe: Pipeline) -> InterruptedRun:
-    """Save what an interrupted run has: one file, or one for each clip that was to be made alone."""
-    count = len(states)
-    paths = numbered(goal.state or goal.out.with_name(f"{goal.out.stem}.state.safetensors"), count)
-    outs, sheets = numbered(goal.out, count), [None] * count if goal.sheet is None else goal.sheets(count)
-    start, commands = goal.start and (stage or goal.start), []
-    with undisturbed():
-        for state, path, out, sheet in zip(states, paths, outs, sheets, strict=True):
-            state.save(path)
-            own = replace(goal, out=out, sheet=sheet, state=goal.state and path, start=start)
-            commands.append(go_on_from(path, own, pipe.setup.model))
-    reached = [f" after step {s['step']} of {len(s['sigmas']) - 1}" for s in states if "step" in s][-1:]
-    return _interrupted(f"{stage or 'the run'}{''.join(reached)}", ", ".join(map(str, paths)), commands)
-
-
-def kept_in(run: Run, stage: str | None, goal: RunOptions) -> InterruptedRun:
-    """What to say of an interrupted run whose folder has all that was done."""
-    return _interrupted(stage or "the run", shown(run.path), [go_on(run, goal)])
-
-
-def _interrupted(where: str, kept: str, commands: Iterable[str]) -> InterruptedRun:
-    found = f"everything until then is kept in {kept}"
+def kept(states: list[State], stage: str | None, goal: RunOptions, pipe: Pipeline) -> InterruptedRun:
+    """What to say of an interrupted run. What it has is saved, unless its folder has it already: one file, or one for
+    each clip that was to be made alone."""
+    where, commands = stage or "the run", []
+    if goal.run is not None:
+        places, commands = shown(goal.run.path), [go_on(goal.run, goal)]
+    else:
+        count = len(states)
+        paths = numbered(goal.state or goal.out.with_name(f"{goal.out.stem}.state.safetensors"), count)
+        outs, sheets = numbered(goal.out, count), [None] * count if goal.sheet is None else goal.sheets(count)
+        start = goal.start and (stage or goal.start)
+        with undisturbed():
+            for state, path, out, sheet in zip(states, paths, outs, sheets, strict=True):
+                state.save(path)
+                own = replace(goal, out=out, sheet=sheet, state=goal.state and path, start=start)
+                commands.append(go_on_from(path, own, pipe.setup.model))
+        reached = [f" after step {s['step']} of {len(s['sigmas']) - 1}" for s in states if "step" in s]
+        places, where = ", ".join(map(str, paths)), "".join([where, *reached[-1:]])
+    found = f"everything until then is kept in {places}"
     return InterruptedRun(f"interrupted in {where}", found, "\n  ".join(["Resume with:", *commands]))
 
 

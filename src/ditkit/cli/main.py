@@ -1,7 +1,5 @@
 """The command ``ditkit``: its list of commands, and what happens to errors. Starts without importing torch."""
 
-from __future__ import annotations
-
 import io
 import os
 import sys
@@ -11,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 import ditkit
-from ditkit.cli import bench, cache, doctor, expand, host, inspect, plan, replay, run, runs, show, weights
+from ditkit.cli import bench, cache, doctor, expand, host, inspect, plan, run, show, weights
 from ditkit.cli.terminal import interruptible
 from ditkit.errors import DitkitError
 from ditkit.request import OLD_NAMES
@@ -46,7 +44,7 @@ def common(
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "generate": run.generate, "expand": expand.expand, "demo": run.demo, "run": run.run, "fork": run.fork,
-    "runs": runs.runs, "plan": plan.plan, "replay": replay.replay, "stages": plan.stages, "plugs": plan.plugs,
+    "runs": plan.runs, "plan": plan.plan, "replay": run.replay, "stages": plan.stages, "plugs": plan.plugs,
     "host": host.host, "doctor": doctor.doctor, "inspect": inspect.inspect, "lock": weights.lock,
     "convert": weights.convert,
 }  # fmt: skip

@@ -1,15 +1,17 @@
-"""The commands that show and compute nothing: ``ditkit plan``, ``stages``, ``plugs`` and ``config explain``."""
+"""The commands that show and compute nothing: ``ditkit plan``, ``stages``, ``plugs``, ``config explain``, ``runs``."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import MISSING
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ditkit import pictures
 from ditkit.cli import show
-from ditkit.cli.flags import ModelName, Plugs, Prompt, RawSettings, bring_plugs, with_settings
+from ditkit.cli.flags import ModelName, PathArgument, Plugs, Prompt, RawSettings, bring_plugs, with_settings
 from ditkit.cli.opening import model_name, open_pipe, settle
 from ditkit.config import FIELDS, Settled, check_key
 from ditkit.errors import SetupError, nearest
@@ -20,6 +22,10 @@ if TYPE_CHECKING:
 
     from ditkit.execution.stage_list import StageList
     from ditkit.pipeline import Opened, Pipeline
+    from ditkit.runs import Listed
+
+
+PROMPT = 60  # letters of a prompt in the table of runs
 
 
 @with_settings
@@ -136,3 +142,41 @@ def of_stage(key: str, settled: Settled, opened: Opened) -> list[tuple[str, str,
         if setting in tables.get(name, {}) and show.value(tables[name][setting]) != rows[-1][1]:
             rows.append((key, show.value(tables[name][setting]), origin))
     return rows
+
+
+def runs(
+    folder: Annotated[Path, PathArgument(metavar="FOLDER", help="Where the runs lie.")] = Path("runs"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list.")] = False,
+) -> None:
+    """List the runs of a folder: name, progress, time, model, prompt; forks under what they were forked from."""
+    from ditkit.runs import listed
+
+    found = listed(folder)
+    if as_json:
+        print(json.dumps([_as_json(each) for each in found], ensure_ascii=False))
+        return
+    console = show.console()
+    columns = ("name", "progress", "begun", "model", "prompt")
+    console.print(show.table(columns, map(_row, found)) if found else f"no runs in {folder}")
+    for each in found:
+        if each.fault:
+            console.print(f"note: {each.fault}")
+
+
+def _row(each: Listed) -> tuple[str, ...]:
+    name = "  " * (each.depth - 1) + "└ " * bool(each.depth) + each.path.name
+    if each.run is None:
+        return name, each.progress, "", "", ""
+    description = each.run.description
+    prompt, above = description.request["prompt"], description.parent
+    what = prompt if isinstance(prompt, str) else " | ".join(prompt)
+    if above is not None:
+        changes = ", ".join(f"{k}={show.value(new)}" for k, (_, new) in above.changed.items())
+        what = f"{'' if above.step is None else f'@{above.step} '}{changes or 'nothing changed'}"
+    begun, model = description.created[:16].replace("T", " "), Path(description.model["name"]).name
+    return name, each.progress, begun, model, what if len(what) <= PROMPT else what[: PROMPT - 3] + "..."
+
+
+def _as_json(each: Listed) -> dict[str, Any]:
+    about = {"fault": each.fault} if each.run is None else each.run.description.model_dump(mode="json")
+    return {"path": str(each.path), "progress": each.progress, "depth": each.depth, **about}

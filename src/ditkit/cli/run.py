@@ -1,5 +1,5 @@
 """The commands that make a clip: ``ditkit generate``, ``demo``, ``run``, which stops after a stage or a step and goes
-on in another process, and ``fork``, which keeps of another run all that still fits its changed settings.
+on in another process, ``fork``, which keeps of another run all that still fits its changed settings, and ``replay``.
 
 With ``--run`` a run keeps its States in a folder and goes on from there with ``--resume``, however it ended.
 """
@@ -7,6 +7,7 @@ With ``--run`` a run keeps its States in a folder and goes on from there with ``
 from __future__ import annotations
 
 import itertools
+import sys
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -14,27 +15,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ditkit.cli import expand, job, run_options, show
-from ditkit.cli.flags import (
-    Every,
-    Json,
-    KeepSteps,
-    ModelName,
-    NoSheet,
-    Out,
-    PathOption,
-    Prompt,
-    Quiet,
-    RawSettings,
-    RunFolder,
-    Sheet,
-    kebab,
-    with_settings,
-)
-from ditkit.cli.opening import load, open_pipe, open_run, open_state, settle
+from ditkit.cli import expand, flags, job, run_options, show
+from ditkit.cli.flags import PathArgument, PathOption, RawSettings, kebab, with_settings
+from ditkit.cli.opening import load, model_name, open_pipe, open_run, open_state, settle
 from ditkit.cli.run_options import RunOptions, default_out, sheet_for
 from ditkit.config import Layer, Settled
-from ditkit.errors import DitkitError, SetupError, StateError
+from ditkit.errors import DitkitError, RequestError, SetupError, StateError
 from ditkit.setup import Setup
 
 if TYPE_CHECKING:
@@ -45,8 +31,8 @@ if TYPE_CHECKING:
 
 @with_settings
 def generate(
-    given: RawSettings, prompt: Prompt = None, out: Out = None, sheet: Sheet = None, no_sheet: NoSheet = False,
-    quiet: Quiet = False, as_json: Json = False,
+    given: RawSettings, prompt: flags.Prompt = None, out: flags.Out = None, sheet: flags.Sheet = None,
+    no_sheet: flags.NoSheet = False, quiet: flags.Quiet = False, as_json: flags.Json = False,
 ) -> None:  # fmt: skip
     """Make a clip from a prompt."""
     pipe, request, settled = open_pipe(given)
@@ -62,9 +48,9 @@ def demo(
         "a red circle moving left on a black background"
     ),
     seed: Annotated[int, typer.Option(help="Another seed gives another clip.")] = 7,
-    out: Out = Path("outputs/demo.mp4"),
-    model: ModelName = "shapes",
-    quiet: Quiet = False,
+    out: flags.Out = Path("outputs/demo.mp4"),
+    model: flags.ModelName = "shapes",
+    quiet: flags.Quiet = False,
 ) -> None:
     """Make a clip on the embedded model, in seconds."""
     pipe, request, _ = open_pipe(RawSettings({"prompt": [prompt], "seed": [str(seed)], "model": [model]}))
@@ -79,23 +65,23 @@ def demo(
 @with_settings
 def run(
     given: RawSettings,
-    prompt: Prompt = None,
+    prompt: flags.Prompt = None,
     source: Annotated[Path | None, PathOption("--from", metavar="FILE", help="Go on from this State.")] = None,
     start: Annotated[str | None, typer.Option(metavar="STAGE", help="Begin with this stage, done or not.")] = None,
     until: Annotated[str | None, typer.Option(metavar="STAGE", help="End with this stage.")] = None,
     save_state: Annotated[Path | None, PathOption(metavar="FILE", help="Save the State at the end.")] = None,
     stop_at_step: Annotated[int | None, typer.Option(metavar="K", help="End after K denoising steps.")] = None,
-    folder: RunFolder = None,
+    folder: flags.RunFolder = None,
     resume: Annotated[
         str | None, typer.Option(metavar="NAME|PATH", help="Go on with the run that is kept in this folder.")
     ] = None,
-    every: Every = None,
-    keep_steps: KeepSteps = None,
-    out: Out = None,
-    sheet: Sheet = None,
-    no_sheet: NoSheet = False,
-    quiet: Quiet = False,
-    as_json: Json = False,
+    every: flags.Every = None,
+    keep_steps: flags.KeepSteps = None,
+    out: flags.Out = None,
+    sheet: flags.Sheet = None,
+    no_sheet: flags.NoSheet = False,
+    quiet: flags.Quiet = False,
+    as_json: flags.Json = False,
 ) -> None:
     """Make a part of a clip, or go on from a saved State: the same bits as in one go."""
     ways = {"--from": source, "--run": folder, "--resume": resume}
@@ -145,14 +131,14 @@ def fork(
         int | None, typer.Option(metavar="K", help="Go on from the State after K steps. Default: keep what still fits.")
     ] = None,
     clip: Annotated[int | None, typer.Option(metavar="N", help="Which clip, of a run of several: 0, 1, ...")] = None,
-    folder: RunFolder = None,
-    every: Every = None,
-    keep_steps: KeepSteps = None,
-    out: Out = None,
-    sheet: Sheet = None,
-    no_sheet: NoSheet = False,
-    quiet: Quiet = False,
-    as_json: Json = False,
+    folder: flags.RunFolder = None,
+    every: flags.Every = None,
+    keep_steps: flags.KeepSteps = None,
+    out: flags.Out = None,
+    sheet: flags.Sheet = None,
+    no_sheet: flags.NoSheet = False,
+    quiet: flags.Quiet = False,
+    as_json: flags.Json = False,
 ) -> None:
     """Begin a new run where another one stands, or stood, with changed settings."""
     from ditkit.execution.place import Interrupted
@@ -225,3 +211,60 @@ def begun(
     setup = given(placed(settled.setup()))  # from every folder
     kept = Run.begin(path, pipe, state, **keeping, out=out, sheet=chosen, setup=setup, parent=parent)
     return state, replace(goal, run=kept)
+
+
+def replay(
+    file: Annotated[Path, PathArgument(metavar="FILE", help="A clip that ditkit wrote, or its .json.")],
+    out: Annotated[Path | None, PathOption(metavar="PATH", help="Write the clip that was made again here.")] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="FOLDER|NAME", help="Where its model is now. Default: where it was then.")
+    ] = None,
+    picture: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=FILE", help="Where a picture of its request is now, such as image=a.png."),
+    ] = None,
+    here: Annotated[
+        bool, typer.Option("--here", help="Run all stages here, though some ran at hosts or in other processes.")
+    ] = False,
+    quiet: flags.Quiet = False,
+    plugs: flags.Plugs = None,
+) -> int:
+    """Make a clip again and compare: exit code 0 when every pixel is the same, 1 when not."""
+    from ditkit import media
+    from ditkit import replay as replays
+
+    script = replays.read(file)
+    request = script.request
+    if out is not None:
+        media.check_writable(out, width=request.width, height=request.height, fps=request.fps)
+    pipe = replays.prepare(script, None if model is None else model_name(model), here, plugs or ())
+    for difference in [*replays.plug_differences(script, pipe), *replays.machine_differences(script.manifest)]:
+        print(f"note: {difference}", file=sys.stderr)
+    console = show.console()
+    with show.view(console, quiet, pipe.look(), request.frames) as listeners:
+        replayed = replays.replay(script, pipe, listeners, named_pictures(picture or []))
+    if out is not None:
+        clip = replayed.result.manifests[script.clip]
+        written = media.write_video(out, replayed.result.videos[script.clip], request.fps, clip)
+        console.print(f"clip   {written}")
+    if replayed.identical:
+        console.print(f"identical: {file} was made again, bit for bit")
+        return 0
+    console.print(f"different: {file} was not made again")
+    for difference in replayed.differences:
+        console.print(f"  {difference}")
+    return 1
+
+
+def named_pictures(texts: list[str]) -> dict[str, str | list[str]]:
+    """``image=a.png`` and the like; several of ``reference_images`` are a list. Raises RequestError."""
+    from ditkit.pictures import FIELDS
+
+    found: dict[str, str | list[str]] = {}
+    for text in texts:
+        name, equals, file = text.partition("=")
+        if not equals or name not in FIELDS:
+            do = f"Write NAME=FILE with one of {', '.join(FIELDS)}"
+            raise RequestError(f"--picture {text}", "it does not name a picture", do)
+        found[name] = [*found.get(name, []), file] if name == "reference_images" else file
+    return found
