@@ -1,7 +1,5 @@
-"""``ditkit cache``: look at the results of stages that are kept on disk, and throw some or all of them away.
-
-Which folder is meant follows from the settings ``cache`` and ``cache_gigabytes`` as in a run; without one it is that
-of the user.
+"""``ditkit cache``: look at the results of stages that are kept on disk, and throw some or all of them away. The folder
+is that of a run with the same settings; without any it is that of the user.
 """
 
 from __future__ import annotations

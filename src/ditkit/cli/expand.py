@@ -1,7 +1,4 @@
-"""``ditkit expand PROMPT``: what a language model makes of a prompt; and the question of a run whether to take it.
-
-Leaves out: expanding (``stages/expand_prompt.py``).
-"""
+"""``ditkit expand PROMPT``: what a language model makes of a prompt; and the question of a run whether to take it."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ import typer
 
 from ditkit import config
 from ditkit.cli import show, terminal
-from ditkit.cli.flags import Json, Prompt, Quiet, RawSettings, with_settings
+from ditkit.cli.flags import Json, Prompt, Quiet, RawSettings, RunOptions, with_settings
 from ditkit.errors import RequestError, SetupError
 from ditkit.events import Event, Events
 
@@ -31,7 +28,6 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-    from ditkit.cli.run_options import RunOptions
     from ditkit.pipeline import Pipeline
     from ditkit.receipt import Recorder
     from ditkit.state import State
@@ -115,6 +111,8 @@ def warn_of_fallback(event: Event) -> None:
 
 def taken(pipe: Pipeline, state: State, clip: int, out: Console, recorder: Recorder) -> State:
     """Ask what shall become of one clip's prompt, until that is settled. Raises typer.Exit for quit."""
+    from ditkit import samples
+
     attempt = state["request"]["expand_attempt"]
     while True:
         about = state["expansion"][clip]
@@ -128,21 +126,14 @@ def taken(pipe: Pipeline, state: State, clip: int, out: Console, recorder: Recor
                     return _with(state, clip, text, {**about, "chosen": "edited"})
                 typer.echo("An empty prompt cannot be used, nor one without an editor (set EDITOR).", err=True)
             case "again":
-                attempt += 1
-                state = again(pipe, state, clip, attempt, recorder)
+                attempt += 1  # which is another seed, and the same all else
+                part = samples.split(state, pipe.stages.table)[clip]
+                part = part.with_fields({"request": {**state["request"], "expand_attempt": attempt}})
+                new = pipe.run(part, start=STAGE, until=STAGE, listeners=[warn_of_fallback], recorder=recorder).state
+                state = _with(state, clip, new["expanded_prompt"][0], new["expansion"][0])
                 show_clip(out, state, clip)
             case "quit":
                 raise typer.Exit(1)
-
-
-def again(pipe: Pipeline, state: State, clip: int, attempt: int, recorder: Recorder) -> State:
-    """Another expansion for one clip: another seed, the same all else."""
-    from ditkit import samples
-
-    part = samples.split(state, pipe.stages.table)[clip]
-    part = part.with_fields({"request": {**state["request"], "expand_attempt": attempt}})
-    new = pipe.run(part, start=STAGE, until=STAGE, listeners=[warn_of_fallback], recorder=recorder).state
-    return _with(state, clip, new["expanded_prompt"][0], new["expansion"][0])
 
 
 def choice() -> str:

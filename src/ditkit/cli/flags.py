@@ -1,24 +1,29 @@
-"""Flags: one for each field of Request and Setup, made from the fields themselves; and those that commands share.
-
-Importing this does not import torch. Leaves out: what the settings are for (``request.py``, ``setup.py``), and the
-layers that they end in (``opening.py``).
+"""Flags: one for each field of Request and Setup, made from the fields themselves; those that commands share; and
+RunOptions, which part of a run they ask for and where its results go. Importing this does not import torch.
 """
+
+from __future__ import annotations
 
 import inspect
 import json
 import os
 import typing
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ditkit import config
 from ditkit.config import FIELDS, Layer
-from ditkit.errors import SetupError
+from ditkit.errors import OutputError, SetupError
+
+if TYPE_CHECKING:
+    from ditkit.receipt import Recorder
+    from ditkit.runs import Run
 
 
 def to_path(text: str | Path) -> Path:
@@ -177,3 +182,47 @@ def flag_of(key: str, value: Any) -> list[str]:
         entries = ", ".join(f"{json.dumps(k)} = {json.dumps(v)}" for k, v in value.items())
         return [f"--{kebab(key)}", "{" + entries + "}"]
     return [f"--{kebab(key)}", "none" if value is None else str(value)]
+
+
+# --- of a run
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """``setup``: the settings that somebody gave. ``run``: the folder that keeps the States, if one does; ``kept``: one
+    does, and may not be there yet. ``recorder``: that of a part which has run."""
+
+    out: Path
+    sheet: Path | None
+    state: Path | None = None
+    start: str | None = None
+    until: str | None = None
+    stop_at_step: int | None = None
+    setup: Mapping[str, Any] | None = None
+    quiet: bool = False
+    json: bool = False
+    run: Run | None = None
+    kept: bool = False
+    recorder: Recorder | None = None
+
+    def sheets(self, count: int) -> list[Path]:
+        return [] if self.sheet is None else numbered(self.sheet, count)
+
+
+def default_out(prompt: str, seed: int) -> Path:
+    """Letters, digits and marks of every script; as many as leave room in a file name for what is added to them."""
+    text = unicodedata.normalize("NFC", prompt.lower())
+    words = "".join(c if c.isalnum() or unicodedata.category(c)[0] == "M" else " " for c in text).split()
+    slug = "-".join(words)[:60].encode()[:180].decode(errors="ignore").rstrip("-")
+    return Path("outputs") / f"{slug or 'clip'}-{seed}.mp4"
+
+
+def sheet_for(out: Path, sheet: Path | None, no_sheet: bool) -> Path | None:
+    if sheet is not None and no_sheet:
+        raise OutputError(f"--sheet {sheet} with --no-sheet", "they contradict each other", "Give one of them")
+    return None if no_sheet else sheet or out.with_name(f"{out.stem}-sheet.png")
+
+
+def numbered(path: Path, count: int) -> list[Path]:
+    """The names that ``Result.save`` gives to the clips of a run."""
+    return [path] if count == 1 else [path.with_stem(f"{path.stem}-{i}") for i in range(count)]

@@ -1,11 +1,10 @@
 """Carry out one run from a State: check where it writes, show it, write what came out, keep what Ctrl-C cut off and
-tell the commands that go on from there.
-
-Leaves out: where the State and the settings come from (``opening.py``), and what is shown (``show.py``).
+tell the commands that go on. Leaves out: where the State and the settings come from (``opening.py``).
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shlex
@@ -17,14 +16,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ditkit.cli import expand, run_options, show
-from ditkit.cli.flags import flag_of
-from ditkit.cli.run_options import RunOptions, numbered, sheet_for
+from ditkit.cli import expand, show
+from ditkit.cli.flags import RunOptions, flag_of, numbered, sheet_for
 from ditkit.cli.terminal import undisturbed
-from ditkit.errors import DitkitError
+from ditkit.errors import DitkitError, OutputError, PipelineError
 from ditkit.events import Event
 
 if TYPE_CHECKING:
+    from ditkit.contracts import Step
     from ditkit.pipeline import Pipeline, Result
     from ditkit.runs import Run
     from ditkit.state import State
@@ -45,7 +44,7 @@ def carried_out(pipe: Pipeline, state: State, goal: RunOptions) -> Iterator[Job]
     from ditkit import samples
     from ditkit.execution.place import Interrupted
 
-    steps, makes_video = run_options.check(pipe, state, goal)
+    steps, makes_video = check(pipe, state, goal)
     out = show.console(stderr=goal.json)
     if not goal.quiet:
         out.print(show.step_table(steps))
@@ -75,6 +74,62 @@ def carried_out(pipe: Pipeline, state: State, goal: RunOptions) -> Iterator[Job]
     except KeyboardInterrupt:  # outside the stages: before the first, or while the results were written
         raise kept([job.result.state if job and job.result else state], None, goal, pipe) from None
     report(result, files, goal, out)
+
+
+def check(pipe: Pipeline, state: State, goal: RunOptions) -> tuple[list[Step], bool]:
+    """The step table, and whether the run makes a video. Raises PipelineError for a part of a run that leads nowhere,
+    OutputError for every file that could not be written later."""
+    from ditkit.request import Request
+
+    steps = pipe.steps(Request(**state["request"]))
+    makes_video = _check_part(pipe, state, goal, len(steps))
+    _check_files(state, goal, makes_video)
+    return steps, makes_video
+
+
+def _check_part(pipe: Pipeline, state: State, goal: RunOptions, steps: int) -> bool:
+    if goal.start is not None:
+        pipe.stages.index(goal.start)
+    stages, done, stop = pipe.stages.slice(None, goal.until), state.get("step", 0), goal.stop_at_step
+    if stop is not None:
+        asked = f"--stop-at-step {stop}"
+        if not 1 <= stop <= steps:
+            raise PipelineError(asked, f"the run has {steps} steps", f"Give a number from 1 to {steps}")
+        if stop <= done:
+            raise PipelineError(asked, f"the State has {done} steps behind it", "Give a later step")
+        if not any(stage.name == "denoise" for stage in stages):
+            asked, found = f"{asked} with --until {goal.until}", "the run ends before it takes a step"
+            raise PipelineError(asked, found, "Leave one of them out")
+    early = stop is not None and stop < steps
+    makes = "video" in state or (not early and any("video" in stage.writes for stage in stages))
+    if not makes and goal.state is None and not goal.kept:
+        asked, found = "a run that stops before its video is made", "it would leave nothing behind"
+        raise PipelineError(asked, found, "Add --save-state FILE")
+    return makes
+
+
+def _check_files(state: State, goal: RunOptions, makes_video: bool) -> None:
+    from ditkit.media import check_writable, files
+
+    request, count = state["request"], len(state["prompt"])
+    clips, sheets = (numbered(goal.out, count), goal.sheets(count)) if makes_video else ([], [])
+    single = [("contact sheet", sheet) for sheet in sheets]
+    single += [] if goal.state is None else [("State", goal.state)]
+    places = [("clip", path.with_suffix("") if path.suffix.lower() == ".png" else path) for path in clips]
+    places += [("clip's manifest", path.with_suffix(".json")) for path in clips]
+    for (what, path), (other, at) in itertools.combinations([*places, *single], 2):
+        a, b = path.resolve(), at.resolve()
+        if a == b or a in b.parents:  # a folder of frames is replaced whole
+            found = f"the {what} goes there too" if a == b else f"the frames of the {what} replace the folder {path}"
+            raise OutputError(f"writing the {other} {at}", found, "Give one of them another name")
+    for path in clips:
+        check_writable(path, width=request["width"], height=request["height"], fps=request["fps"])
+    if any(sheet.suffix.lower() != ".png" for sheet in sheets):
+        raise OutputError(f"writing the contact sheet {goal.sheet}", "it is a PNG", "Give it the suffix .png")
+    for what, path in single:
+        if path.is_dir():
+            raise OutputError(f"writing the {what} {path}", "that is a folder", "Give the name of a file")
+        files.probe(path)
 
 
 def note(event: Event) -> None:

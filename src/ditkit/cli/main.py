@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 import ditkit
-from ditkit.cli import bench, cache, doctor, expand, host, inspect, plan, run, show, weights
+from ditkit.cli import bench, cache, doctor, expand, host, plan, run, show, weights
 from ditkit.cli.terminal import interruptible
 from ditkit.errors import DitkitError
 from ditkit.request import OLD_NAMES
@@ -45,7 +45,7 @@ def common(
 COMMANDS: dict[str, Callable[..., Any]] = {
     "generate": run.generate, "expand": expand.expand, "demo": run.demo, "run": run.run, "fork": run.fork,
     "runs": plan.runs, "plan": plan.plan, "replay": run.replay, "stages": plan.stages, "plugs": plan.plugs,
-    "host": host.host, "doctor": doctor.doctor, "inspect": inspect.inspect, "lock": weights.lock,
+    "host": host.host, "doctor": doctor.doctor, "inspect": weights.inspect, "lock": weights.lock,
     "convert": weights.convert,
 }  # fmt: skip
 GROUPS: dict[str, tuple[str, dict[str, Callable[..., Any]]]] = {

@@ -1,7 +1,4 @@
-"""From typed settings to an open model: all layers settled, the model opened once; its Pipeline, State or Run.
-
-Leaves out: the flags themselves (``flags.py``).
-"""
+"""From typed settings to an open model: all layers settled, the model opened once; its Pipeline, State or Run."""
 
 from __future__ import annotations
 

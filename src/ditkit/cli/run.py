@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ditkit.cli import expand, flags, job, run_options, show
-from ditkit.cli.flags import PathArgument, PathOption, RawSettings, kebab, with_settings
+from ditkit.cli import expand, flags, job, show
+from ditkit.cli.flags import PathArgument, PathOption, RawSettings, RunOptions, default_out, sheet_for, with_settings
 from ditkit.cli.opening import load, model_name, open_pipe, open_run, open_state, settle
-from ditkit.cli.run_options import RunOptions, default_out, sheet_for
 from ditkit.config import Layer, Settled
 from ditkit.errors import DitkitError, RequestError, SetupError, StateError
 from ditkit.setup import Setup
@@ -90,7 +89,7 @@ def run(
     keeping = said(every=every, keep_steps=keep_steps)
     for key, value in keeping.items() if folder is None else ():
         found = "it says what a new run keeps, and there is no --run"
-        raise SetupError(f"--{kebab(key)} {value}", found, "Add --run NAME")
+        raise SetupError(f"--{flags.kebab(key)} {value}", found, "Add --run NAME")
     if start is not None and source is None:
         raise StateError(f"--start {start}", "there is no State to begin from", "Add --from FILE")
     goal = RunOptions(out or Path(), None, save_state, start, until, stop_at_step, quiet=quiet, json=as_json)
@@ -200,7 +199,7 @@ def begun(
     clip, new = out or path / "clip.mp4", not path.exists()
     goal = replace(goal, out=clip, sheet=sheet_for(clip, sheet, no_sheet), setup=settled.of(Setup), kept=True)
     try:
-        run_options.check(pipe, state, goal)
+        job.check(pipe, state, goal)
         state, goal = expand.before_run(pipe, state, goal, show.console(stderr=goal.json))
     except BaseException:  # leaves no empty folder that the checks made
         with suppress(OSError):

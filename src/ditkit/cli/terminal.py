@@ -1,7 +1,4 @@
-"""The terminal: signals that end a run in order, and a line that a person types.
-
-Leaves out: what is kept of the run (``job.py``), and what may be answered (``expand.py``).
-"""
+"""The terminal: signals that end a run in order, and a line that a person types."""
 
 import os
 import selectors

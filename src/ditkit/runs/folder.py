@@ -1,7 +1,5 @@
-"""RunFolder: a run as its folder holds it.
-
-There is ``run.json`` (what it is, settled when it begins and never changed), ``states`` (how far it came) and ``lock``.
-Leaves out: beginning and going on (``run.py``).
+"""RunFolder: a run as its folder holds it: ``run.json`` (what it is, settled when it begins and never changed),
+``states`` (how far it came) and ``lock``. Leaves out: beginning and going on (``run.py``).
 """
 
 from __future__ import annotations
@@ -142,10 +140,6 @@ class RunFolder:
         """A run that was begun, maybe by another process. ``pipe``: needed for one that was changed from Python. Raises
         StateError."""
         return cls(located(path), Description.read(located(path)), pipe)
-
-    @property
-    def name(self) -> str:
-        return self.path.name
 
     @property
     def pipe(self) -> Pipeline:

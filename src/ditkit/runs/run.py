@@ -1,7 +1,6 @@
 """Run: a run that is kept. It is begun, goes on from wherever its process ended, and gives the same bits; it is forked.
-And ``listed``: a folder of runs at a glance.
-
-Leaves out: what its folder holds (``folder.py``), and what a fork keeps (``fork.py``).
+And ``listed``: a folder of runs at a glance. Leaves out: what its folder holds (``folder.py``), what a fork keeps
+(``fork.py``).
 """
 
 from __future__ import annotations
@@ -220,7 +219,7 @@ def _ordered(runs: list[Run]) -> list[Listed]:
     """Each run once: of a folder that was copied the first one has the forks, and runs that are each other's forks,
     which nobody made with ditkit, come last."""
     ids, forks, found = {run.description.id for run in runs}, dict[str | None, list[Run]](), list[Listed]()
-    for run in sorted(runs, key=lambda run: (run.description.created, run.name)):
+    for run in sorted(runs, key=lambda run: (run.description.created, run.path.name)):
         above = run.description.parent
         forks.setdefault(above.id if above is not None and above.id in ids else None, []).append(run)
     while forks:
