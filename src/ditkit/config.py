@@ -8,6 +8,7 @@ it; a dotted key (``devices.vae=cpu``) changes one entry. Leaves out: the names 
 from __future__ import annotations
 
 import tomllib
+import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -202,6 +203,13 @@ def _fits(value: Any, annotation: Any) -> bool:
 @cache
 def _adapter(annotation: Any) -> TypeAdapter[Any]:
     return TypeAdapter(annotation, config=ConfigDict(strict=True))
+
+
+def takes_list(key: str) -> bool:
+    """Whether a setting may hold several values, so that its flag may be repeated."""
+    annotation = FIELDS[key].annotation
+    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    return any(typing.get_origin(option) is list for option in options)
 
 
 def check_key(key: str, asked: str) -> None:
