@@ -1,7 +1,5 @@
 """Cancel: a token that ends a run from any thread, as Ctrl-C does from the terminal."""
 
-from __future__ import annotations
-
 import threading
 
 

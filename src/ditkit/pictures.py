@@ -29,18 +29,13 @@ def take(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     plain: dict[str, Any] = dict(values)
     pixels: dict[str, Any] = {}
     for name in FIELDS:
-        value = values.get(name)
-        if name == "reference_images" and isinstance(value, list | tuple):
-            if any(not _is_path(item) for item in value):
-                pixels[name] = [_load(name, str(i), None) if _is_path(i) else _pixels(name, i) for i in value]
-                plain[name] = [_name(item) for item in pixels[name]]
-            else:
-                plain[name] = [str(item) for item in value]
-        elif value is not None and _is_path(value):
-            plain[name] = str(value)
+        value: Any = values.get(name)
+        several = name == "reference_images" and isinstance(value, list | tuple)
+        if all(map(_is_path, value if several else [value])):
+            plain[name] = [*map(str, value)] if several else str(value)
         elif value is not None:
-            pixels[name] = _pixels(name, value)
-            plain[name] = _name(pixels[name])
+            pixels[name] = pixels_of(name, value)
+            plain[name] = [*map(_name, pixels[name])] if several else _name(pixels[name])
     return plain, pixels
 
 
@@ -50,10 +45,9 @@ def placed(request: Request) -> Request:
     def whole(path: str) -> str:
         return path if path.startswith(IN_MEMORY) else os.path.abspath(os.path.expanduser(path))
 
-    given = {name: getattr(request, name) for name in FIELDS if getattr(request, name)}
-    return request.model_copy(
-        update={k: [*map(whole, v)] if isinstance(v, list) else whole(v) for k, v in given.items()}
-    )
+    given = {name: value for name in FIELDS if (value := getattr(request, name))}
+    places = {k: [*map(whole, v)] if isinstance(v, list) else whole(v) for k, v in given.items()}
+    return request.model_copy(update=places)
 
 
 def read(request: Request, pixels: Mapping[str, Any]) -> dict[str, Any]:
@@ -61,33 +55,22 @@ def read(request: Request, pixels: Mapping[str, Any]) -> dict[str, Any]:
     reference_images a list of such, control_video uint8 [T, H, W, 3], control_mask float32 [T or 1, H, W]."""
     found: dict[str, Any] = {}
     for name in FIELDS:
-        value = getattr(request, name)
-        if not value:
-            continue
-        if name == "reference_images":
-            given = pixels.get(name, [None] * len(value))
-            if len(given) != len(value):
-                raise RequestError(f"{len(given)} pictures as {name}", f"the request has {len(value)}", "Give as many")
-            found[name] = [_load(name, path, own) for path, own in zip(value, given, strict=True)]
-        else:
-            found[name] = _load(name, value, pixels.get(name))
-    _check_control(found, request.frames)
-    return found
-
-
-def _check_control(found: Mapping[str, Any], frames: int) -> None:
-    """A run makes as many frames as its control video has, and as its mask has unless that is one picture."""
+        value, own = getattr(request, name), pixels.get(name)
+        if name == "reference_images" and value:
+            if own is not None and len(own) != len(value):
+                raise RequestError(f"{len(own)} pictures as {name}", f"the request has {len(value)}", "Give as many")
+            found[name] = [*own] if own is not None else [_load(name, path) for path in value]
+        elif value:
+            found[name] = _load(name, value) if own is None else own
     if "control_mask" in found and "control_video" not in found:
-        raise RequestError(
-            "a control mask without a control video", "there is nothing to be kept", "Give control_video as well"
-        )
-    for name, wanted in (("control_video", (frames,)), ("control_mask", (1, frames))):
+        asked = "a control mask without a control video"
+        raise RequestError(asked, "there is nothing to be kept", "Give control_video as well")
+    frames = request.frames
+    for name, wanted in (("control_video", (frames,)), ("control_mask", (1, frames))):  # one mask may serve for all
         if name in found and len(found[name]) not in wanted:
-            raise RequestError(
-                f"{name} of {len(found[name])} frames",
-                f"the run makes {frames}",
-                f"Cut it, or ask for {frames} of them",
-            )
+            asked, do = f"{name} of {len(found[name])} frames", f"Cut it, or ask for {frames} of them"
+            raise RequestError(asked, f"the run makes {frames}", do)
+    return found
 
 
 def tensors(pictures: Mapping[str, Any], clips: int, request: Request) -> dict[str, Tensor]:
@@ -113,9 +96,9 @@ def tensors(pictures: Mapping[str, Any], clips: int, request: Request) -> dict[s
 
 def pixels_of(name: str, value: Any) -> Any:
     """What a file, or a picture in memory, given as ``name`` shows: an array, or a list of them."""
-    if name == "reference_images":
-        return [_load(name, str(item), None) if _is_path(item) else _pixels(name, item) for item in value]
-    return _load(name, str(value), None) if _is_path(value) else _pixels(name, value)
+    if name == "reference_images" and isinstance(value, list | tuple):
+        return [_pixels(name, item) for item in value]
+    return _pixels(name, value)
 
 
 def _is_path(value: Any) -> bool:
@@ -136,6 +119,8 @@ def _pixels(name: str, value: Any) -> Any:
 
     from ditkit.media import as_image
 
+    if _is_path(value):
+        return _load(name, str(value))
     if name not in ("control_video", "control_mask"):
         return as_image(value)
     if hasattr(value, "detach"):  # a tensor of any device and kind; so nothing of torch is imported here
@@ -146,37 +131,29 @@ def _pixels(name: str, value: Any) -> Any:
     if name == "control_video" and array.dtype == np.uint8 and array.ndim == 4 and array.shape[-1] == 3:
         return array
     if name == "control_mask" and array.dtype.kind == "f" and array.ndim == 3:
-        if not (array.size and array.min() >= 0 and array.max() <= 1):  # NaN is neither
+        if not (array.min() >= 0 and array.max() <= 1):  # NaN is neither
             raise RequestError(name, "it has values outside 0 to 1", "Divide a mask of 8 bits by 255")
         return array.astype(np.float32)
     wanted = "uint8 [T, H, W, 3]" if name == "control_video" else "floats [T, H, W] from 0 to 1"
     raise RequestError(f"{name} of {array.dtype} {list(array.shape)}", "it is of another form", f"Give {wanted}")
 
 
-def _load(name: str, path: str, pixels: np.ndarray | None) -> np.ndarray:
+def _load(name: str, path: str) -> np.ndarray:
     import numpy as np
 
     from ditkit.media import read_image, read_video
 
-    if pixels is not None:
-        return pixels
     if path.startswith(IN_MEMORY):
         raise RequestError(f"{name}={path}", "these pixels came from no file", f"Hand {name} over again")
-    if name in ("image", "last_image", "reference_images"):
-        return read_image(path)
     if name == "control_video":
         return read_video(path)[0]
-    return _mask(path).mean(-1).astype(np.float32) / 255
-
-
-def _mask(path: str) -> np.ndarray:
-    """A mask is a picture for all frames, or a video; what the file holds says which."""
-    from ditkit.media import read_image, read_video
-
-    try:
-        return read_image(path)[None]
+    if name != "control_mask":
+        return read_image(path)
+    try:  # a mask is a picture for all frames, or a video; what the file holds says which
+        mask = read_image(path)[None]
     except RequestError as no_picture:
         try:
-            return read_video(path)[0]
+            mask = read_video(path)[0]
         except DitkitError:
             raise no_picture from None
+    return mask.mean(-1).astype(np.float32) / 255

@@ -1,7 +1,7 @@
 """Pipeline: a model that is ready to make clips. ``ditkit.load(...)`` gives one; calling it gives a Result.
 
-A Pipeline holds no state of any run; threads may share it. Leaves out: going
-through the stages (``execution``), finding and filling components (``assembly``).
+A Pipeline holds no state of any run; threads may share it. Leaves out: going through the stages (``execution``),
+finding and filling components (``assembly``).
 """
 
 from __future__ import annotations
@@ -148,8 +148,7 @@ class Pipeline:
 
     def look(self) -> Callable[[Tensor], np.ndarray] | None:
         """What turns clean normalised latents [1, C, 1, h, w] into a picture uint8 [y, x, 3]: the tiny decoder, where
-        the model has one (``components={"preview_decoder": ...}``), else a matrix of colours; None if neither is
-        known."""
+        there is one (``components={"preview_decoder": ...}``), else a matrix of colours; None if neither is known."""
         from ditkit.models.latent_rgb import preview_frames, rgb_frames
 
         rgb, parts = self.model.latents_rgb, self.components
@@ -255,10 +254,7 @@ def open_model(setup: Setup) -> Opened:
 
 
 def assembled(
-    opened: Opened,
-    seams: Seams | None = None,
-    listeners: Iterable[Listener] = (),
-    share_with: Pipeline | None = None,
+    opened: Opened, seams: Seams | None = None, listeners: Iterable[Listener] = (), share_with: Pipeline | None = None
 ) -> Pipeline:
     """The Pipeline of a model that was opened; for the rest see ``load``. Raises SetupError."""
     setup, model, places = opened.setup, opened.model, opened.places

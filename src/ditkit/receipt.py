@@ -1,8 +1,6 @@
 """The receipt: what really ran. A listener collects it during a run; with what was asked it becomes the manifest that
 a finished clip carries, and from a manifest the same clip can be made again."""
 
-from __future__ import annotations
-
 import platform
 import sys
 from collections.abc import Iterator, Mapping
@@ -25,13 +23,13 @@ class Recorder:
 
     ignores = frozenset({"prediction", "frames"})
 
-    def __init__(self) -> None:
+    def __init__(self) -> None:  # the names are those of the receipt
         self.stages: dict[str, float] = {}
+        self.skipped: dict[str, str] = {}
         self.places: dict[str, list[str]] = {}
         self.travelled: list[dict[str, Any]] = []
         self.cached: dict[str, str] = {}
         self.retries: list[dict[str, Any]] = []
-        self.skipped: dict[str, str] = {}
         self.loads: dict[str, float] = {}
         self.truncated: list[dict[str, Any]] = []
         self.noted: list[dict[str, Any]] = []
@@ -62,9 +60,8 @@ class Recorder:
             case "load.end":
                 self.loads[event["component"]] = event["elapsed"]
             case "prompt.truncated":
-                self.truncated.append(
-                    {"field": event["field"], "tokens_cut": event["tokens"], "prompt": event["prompt"]}
-                )
+                cut = {"field": event["field"], "tokens_cut": event["tokens"], "prompt": event["prompt"]}
+                self.truncated.append(cut)
             case "load.note":
                 self.noted.append(dict(event.values))
             case "plug" | "memory.dropped":
@@ -72,17 +69,9 @@ class Recorder:
                 what = event["what"] if event.name == "plug" else "memory dropped"
                 counts[what] = counts.get(what, 0) + 1
             case "step.end":
-                s = event["step"]
-                self.steps.append(
-                    {
-                        "index": s.index,
-                        "sigma": s.sigma,
-                        "timestep": s.timestep,
-                        "guidance_scale": s.guidance_scale,
-                        "expert": s.expert,
-                        "seconds": event["elapsed"],
-                    }
-                )
+                told = ("index", "sigma", "timestep", "guidance_scale", "expert")
+                step = {name: getattr(event["step"], name) for name in told}
+                self.steps.append({**step, "seconds": event["elapsed"]})
 
     def receipt(
         self,
@@ -95,25 +84,9 @@ class Recorder:
         """``components``: facts of those that worked; ``weights``: their fingerprints. ``hosts``: what each place said
         of itself. ``seams``: what was plugged in. ``pipeline``: all stages."""
         parts = ("model", "parts", "stages")
-        return {
-            "components": dict(components),
-            "stages": self.stages,
-            "skipped": self.skipped,
-            "places": self.places,
-            "travelled": self.travelled,
-            "cached": self.cached,
-            "retries": self.retries,
-            "loads": self.loads,
-            "truncated": self.truncated,
-            "noted": self.noted,
-            "plugs": self.plugs,
-            "steps": self.steps,
-            "machine": machine(),
-            "weights": weights,
-            "hosts": {name: {k: v for k, v in said.items() if k not in parts} for name, said in hosts.items()},
-            "seams": seams,
-            "pipeline": pipeline,
-        }
+        said = {name: {k: v for k, v in about.items() if k not in parts} for name, about in hosts.items()}
+        own = {"machine": machine(), "weights": weights, "hosts": said, "seams": seams, "pipeline": pipeline}
+        return {"components": dict(components), **vars(self), **own}
 
 
 def versions() -> dict[str, str]:
@@ -130,11 +103,10 @@ def machine() -> dict[str, Any]:
     """Where it ran: processor, threads, GPU, and the peak of resident memory in bytes (None where unknown)."""
     import torch
 
-    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
     return {
         "platform": platform.platform(),
         "processor": platform.processor() or platform.machine(),
-        "gpu": gpu,
+        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
         "peak_memory": peak_memory(),
         "versions": versions(),

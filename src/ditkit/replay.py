@@ -4,8 +4,6 @@ First the weights are compared by hash; then the run is repeated with the record
 threads; then the frames are compared by hash. Leaves out: files (``media``) and what a manifest holds (``receipt``).
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,7 +19,7 @@ from ditkit.errors import DitkitError, LoadError, StateError
 from ditkit.events import Listener
 from ditkit.pipeline import Pipeline, Result, load
 from ditkit.placement.remote_parts import address, files_at
-from ditkit.receipt import versions
+from ditkit.receipt import machine
 from ditkit.registry import PlugSpec
 from ditkit.request import Request
 from ditkit.setup import COMPONENTS, Setup
@@ -64,38 +62,38 @@ def replay(
 ) -> Replayed:
     """Repeat the run and compare. ``images``: pictures that are elsewhere now, or came from no file, by their name in
     the request. Raises LoadError when the weights are not those that were used, StateError for another picture."""
-    from ditkit.media import frames_sha256
+    from ditkit.media import frames_sha256, read_video
 
-    pipe = pipe or prepare(script)
-    if pipe.stages.names != script.manifest["pipeline"]:
-        raise StateError(
-            f"replaying {script.file}",
-            f"it went through the stages {', '.join(map(str, script.manifest['pipeline']))}",
-            "Repeat it from Python, with the same stages",
-        )
-    with threads(script.manifest["machine"]["threads"]):
+    pipe, then = pipe or prepare(script), script.manifest
+    if pipe.stages.names != then["pipeline"]:
+        found = f"it went through the stages {', '.join(map(str, then['pipeline']))}"
+        raise StateError(f"replaying {script.file}", found, "Repeat it from Python, with the same stages")
+    with threads(then["machine"]["threads"]):
         result = pipe.run(begin(script, pipe, images or {}), listeners=listeners)
     differences = []
-    if result.state["sigmas"] != script.manifest["sigmas"]:
+    if result.state["sigmas"] != then["sigmas"]:
         differences.append("the noise levels are others than those recorded")
-    now, then = result.state["weights"], script.manifest.get("weights", {})
-    differences += [f"the {name} is another one" for name in then if now.get(name, then[name]) != then[name]]
+    now = result.state["weights"]
+    differences += [f"the {n} is another one" for n, old in then.get("weights", {}).items() if now.get(n, old) != old]
     video = result.videos[script.clip]
-    found, recorded = frames_sha256(video), script.manifest["output_sha256"]
+    found, recorded = frames_sha256(video), then["output_sha256"]
     if found != recorded:
         differences.append(f"the frames hash to {found[:16]}, recorded is {recorded[:16]}")
         differences += [*plug_differences(script, pipe), *picture_differences(script.file, video)]
-    return Replayed(result, (*differences, *file_differences(script)))
+    if lossless(script.file) and frames_sha256(read_video(script.file)[0]) != recorded:
+        differences.append("the frames in the file are not those that its manifest speaks of")
+    return Replayed(result, tuple(differences))
 
 
 def begin(script: Script, pipe: Pipeline, images: Mapping[str, Any]) -> State:
     """The State of the run's beginning, with the same pixels in it."""
-    _, pixels = pictures.take({name: pictures.pixels_of(name, value) for name, value in images.items()})
+    given = {name: [*value] if name == "reference_images" else value for name, value in images.items()}
+    pixels = {name: pictures.pixels_of(name, value) for name, value in given.items()}
     state = pipe.begin(script.request, pixels)
     for name, recorded in script.manifest.get("inputs", {}).items():
         if name not in state or digest(state[name]) != recorded:
-            raise StateError(f"replaying {script.file}", f"its {name} is not the one that it was made with",
-                             f"Bring that picture back, or name it: {name}=FILE")  # fmt: skip
+            do = f"Bring that picture back, or name it: {name}=FILE"
+            raise StateError(f"replaying {script.file}", f"its {name} is not the one that it was made with", do)
     return state.with_fields(script.manifest.get("expanded", {}))  # the language model is not asked again
 
 
@@ -104,53 +102,45 @@ def read(path: str | os.PathLike[str]) -> Script:
     from ditkit.media import read_manifest
 
     file = Path(path)
-    manifest = read_manifest(file)
-    asked = f"replaying {file}"
-    if manifest.get("manifest") != VERSION:
-        raise StateError(asked, f"its manifest has version {manifest.get('manifest')!r}; this ditkit reads {VERSION}",
-                         "Use the ditkit version that wrote it")  # fmt: skip
-    for key, kind in _NEEDED.items():
-        if not isinstance(manifest.get(key), kind):
-            raise StateError(asked, f"its manifest has no usable {key!r}", "Use an untouched file")
-    plugs = manifest.get("plugged", [])
-    if not isinstance(plugs, list) or not all(isinstance(plug, dict) for plug in plugs):
-        raise StateError(asked, "its manifest has no usable 'plugged'", "Use an untouched file")
-    if not _usable(manifest["components"], manifest["machine"]):
-        raise StateError(asked, "its manifest has no usable 'components' or 'machine'", "Use an untouched file")
-    expanded = manifest.get("expanded", {})
-    if not isinstance(expanded, dict) or not {*expanded} <= {*ExpandPrompt.writes}:
-        raise StateError(asked, "its manifest has no usable 'expanded'", "Use an untouched file")
-    origin = f"manifest of {file}"
-    request = Request.parse(manifest["request"], origin, StateError)
-    setup = Setup.parse(manifest["setup"], origin, StateError)
-    clip = manifest.get("clip", 0)
-    if clip not in range(len(request.samples())):
-        raise StateError(
-            asked, f"it is clip {clip!r} of a run that makes {len(request.samples())}", "Use an untouched file"
-        )
+    manifest, asked, untouched = read_manifest(file), f"replaying {file}", "Use an untouched file"
+    if (version := manifest.get("manifest")) != VERSION:
+        found = f"its manifest has version {version!r}; this ditkit reads {VERSION}"
+        raise StateError(asked, found, "Use the ditkit version that wrote it")
+    if key := next(_unusable(manifest), ""):
+        raise StateError(asked, f"its manifest has no usable {key!r}", untouched)
+    request = Request.parse(manifest["request"], f"manifest of {file}", StateError)
+    setup = Setup.parse(manifest["setup"], f"manifest of {file}", StateError)
+    clip, clips = manifest.get("clip", 0), len(request.samples())
+    if clip not in range(clips):
+        raise StateError(asked, f"it is clip {clip!r} of a run that makes {clips}", untouched)
     if not setup.plugs and any(manifest["seams"].values()):
-        plugs = [str(plug) for plugged in manifest["seams"].values() for plug in plugged]
-        raise StateError(
-            asked, f"its run was changed by {', '.join(plugs)}", "Repeat it from Python, with the same parts"
-        )
+        found = f"its run was changed by {', '.join(str(plug) for each in manifest['seams'].values() for plug in each)}"
+        raise StateError(asked, found, "Repeat it from Python, with the same parts")
     if isinstance(fork := manifest.get("fork"), dict) and fork.get("spliced"):
-        raise StateError(asked, f"its first steps were taken with other settings, by the run {fork.get('path')} or one "
-                         "before it", "Fork that run again, as its fork was")  # fmt: skip
+        found = f"its first steps were taken with other settings, by the run {fork.get('path')} or one before it"
+        raise StateError(asked, found, "Fork that run again, as its fork was")
     return Script(file, manifest, request, setup, clip)
 
 
-def _usable(components: Mapping[str, Any], machine: Mapping[str, Any]) -> bool:
-    """Whether these parts of a manifest have the form that ``receipt.py`` gives them."""
-    for name, facts in components.items():
-        if name not in (*COMPONENTS, "tokenizer") or not isinstance(facts, dict):
-            return False
-        texts, files = (facts.get("device"), facts.get("dtype"), facts.get("place", "")), facts.get("files")
-        if not isinstance(files, dict) or not all(isinstance(x, str) for x in (*texts, *files.values())):
-            return False
-        if any(Path(file).name != file for file in files) or not isinstance(facts.get("swaps", []), list):
-            return False
+def _unusable(manifest: Mapping[str, Any]) -> Iterator[str]:
+    """Keys of a manifest that have not the form that ``receipt.py`` gives them; what comes after the first may fail."""
+    yield from (key for key, kind in _NEEDED.items() if not isinstance(manifest.get(key), kind))
+    plugged, expanded, machine = manifest.get("plugged", []), manifest.get("expanded", {}), manifest["machine"]
+    if not isinstance(plugged, list) or not all(isinstance(plug, dict) for plug in plugged):
+        yield "plugged"
+    if not isinstance(expanded, dict) or not {*expanded} <= {*ExpandPrompt.writes}:
+        yield "expanded"
     threads = machine.get("threads")
-    return isinstance(machine.get("versions", {}), dict) and (type(threads) is int and threads > 0)
+    if not isinstance(machine.get("versions", {}), dict) or type(threads) is not int or threads < 1:
+        yield "machine"
+    for name, facts in manifest["components"].items():
+        if name not in (*COMPONENTS, "tokenizer") or not isinstance(facts, dict):
+            yield "components"
+        files, texts = facts.get("files"), (facts.get("device"), facts.get("dtype"), facts.get("place", ""))
+        if not isinstance(files, dict) or not all(isinstance(x, str) for x in (*texts, *files.values())):
+            yield "components"
+        if any(Path(file).name != file for file in files) or not isinstance(facts.get("swaps", []), list):
+            yield "components"
 
 
 def prepare(script: Script, model: str | None = None, here: bool = False, plugs: Iterable[str] = ()) -> Pipeline:
@@ -159,13 +149,13 @@ def prepare(script: Script, model: str | None = None, here: bool = False, plugs:
     they ran then. ``plugs``: the files and modules of its plugs that may be run, where they are now. Raises LoadError,
     SetupError, StateError for a plug that was not named, and PlaceError or Lost when a host of that time is gone."""
     folder = script.setup.model if model is None else model
-    if here and address(folder) is not None:
-        raise LoadError(f"replaying {script.file} here", f"its model was at {folder}",
-                        "Name a folder with the same files, with --model")  # fmt: skip
-    named = folder in MODELS or folder.startswith("hf:") or address(folder) is not None
+    asked, at_host = f"replaying {script.file}", address(folder) is not None
+    if here and at_host:
+        do = "Name a folder with the same files, with --model"
+        raise LoadError(f"{asked} here", f"its model was at {folder}", do)
+    named = folder in MODELS or folder.startswith("hf:") or at_host
     if model is None and not named and not Path(folder).exists():
-        raise LoadError(f"replaying {script.file}", f"its model {folder!r} is not there",
-                        "Name the folder where it is now, with --model")  # fmt: skip
+        raise LoadError(asked, f"its model {folder!r} is not there", "Name the folder where it is now, with --model")
     places: dict[str, dict[str, str]] = {"devices": {}, "dtypes": {}}
     kept = script.setup.model_dump() | {"plugs": trusted(script, plugs)}
     for name, facts in script.manifest["components"].items():
@@ -180,8 +170,8 @@ def prepare(script: Script, model: str | None = None, here: bool = False, plugs:
     pipe = load(**{**kept, **places, "threads": None, "model": folder, "cache": None})
     then, now = _plain(script.manifest["seams"]), _plain(pipe.seams.describe())
     if then != now:
-        raise StateError(f"replaying {script.file}", f"its seams held {then}, and now they hold {now}",
-                         "Repeat it from Python, with the same parts")  # fmt: skip
+        found = f"its seams held {then}, and now they hold {now}"
+        raise StateError(asked, found, "Repeat it from Python, with the same parts")
     check_weights(script, pipe)
     return pipe
 
@@ -237,20 +227,15 @@ def check_weights(script: Script, pipe: Pipeline) -> None:
             if name not in now:
                 raise LoadError(asked, f"the clip was made with {name}, and it is not there", "Bring it back")
             if now[name] != recorded:
-                raise LoadError(
-                    asked,
-                    f"the sha256 of {name} is {now[name][:16]}..., the clip was made with {recorded[:16]}...",
-                    "Bring back the weights of that time",
-                )
+                found = f"the sha256 of {name} is {now[name][:16]}..., the clip was made with {recorded[:16]}..."
+                raise LoadError(asked, found, "Bring back the weights of that time")
 
 
 def machine_differences(manifest: Mapping[str, Any]) -> list[str]:
     """What is different now: versions and hardware. They may change the last bits of a result."""
-    from ditkit.receipt import machine
-
     now, then = machine(), manifest["machine"]
-    found = [f"{package} is {versions()[package]}, it was {old}" for package, old in then.get("versions", {}).items()
-             if package in versions() and versions()[package] != old]  # fmt: skip
+    ours, theirs = now["versions"], then.get("versions", {})
+    found = [f"{name} is {ours[name]}, it was {old}" for name, old in theirs.items() if ours.get(name, old) != old]
     for key in ("processor", "gpu"):
         if key in then and now[key] != then[key]:
             found.append(f"the {key} is {now[key]}, it was {then[key]}")
@@ -271,18 +256,9 @@ def picture_differences(file: Path, video: Any) -> list[str]:
         return [f"the clip is {list(old.shape)}, made again it is {list(video.shape)}"]
     gap = np.abs(old.astype(np.int16) - video)
     changed = gap.any(axis=-1)
-    return [f"{changed.any(axis=(1, 2)).sum()} of {len(old)} frames and {changed.mean():.1%} of the pixels differ, by "
-            f"{gap.mean():.2f} levels on average and {gap.max()} at most"
-            + ("" if lossless(file) else " (of this, some is the loss of the format)")]  # fmt: skip
-
-
-def file_differences(script: Script) -> list[str]:
-    """A lossless file must itself hold the frames that its manifest speaks of."""
-    from ditkit.media import frames_sha256, read_video
-
-    if not lossless(script.file) or frames_sha256(read_video(script.file)[0]) == script.manifest["output_sha256"]:
-        return []
-    return ["the frames in the file are not those that its manifest speaks of"]
+    where = f"{changed.any(axis=(1, 2)).sum()} of {len(old)} frames and {changed.mean():.1%} of the pixels differ"
+    loss = "" if lossless(file) else " (of this, some is the loss of the format)"
+    return [f"{where}, by {gap.mean():.2f} levels on average and {gap.max()} at most{loss}"]
 
 
 def lossless(file: Path) -> bool:

@@ -18,8 +18,8 @@ from ditkit.checkpoints.load import load_into
 from ditkit.checkpoints.lora.read import inspect_lora, read_lora
 from ditkit.checkpoints.model.find import locate
 from ditkit.checkpoints.model.open_part import open_part
-from ditkit.cli.inspect import examine
 from ditkit.cli.main import main
+from ditkit.cli.weights import examine
 from ditkit.errors import LoadError
 from ditkit.registry import Registry, bring
 

@@ -16,7 +16,7 @@ from shell import alone
 
 import ditkit
 from ditkit import assembly, media
-from ditkit.cli import run_options, show
+from ditkit.cli import flags, show
 from ditkit.cli.flags import kebab
 from ditkit.cli.main import main
 from ditkit.events import Event
@@ -258,11 +258,11 @@ def terminal():
 def test_the_live_view_changes_nothing_and_shows_pictures(model):
     pipe = ditkit.load(model)
     out = terminal()
-    view = show.view(out, False, pipe.look(), 5)
-    assert isinstance(view, show.Live)
     pictures = []
-    with view:
-        watched = pipe(PROMPT, seed=1, listeners=[view, lambda e: pictures.append(view.picture)])
+    with show.view(out, False, pipe.look(), 5) as listeners:
+        view = listeners[-1]
+        assert isinstance(view, show.Live)
+        watched = pipe(PROMPT, seed=1, listeners=[*listeners, lambda e: pictures.append(view.picture)])
     assert watched.state.equal(pipe(PROMPT, seed=1).state)
     assert any(p is not None and p.plain.count("\n") == 15 and len(p.plain.splitlines()[0]) == 32 for p in pictures)
     assert view.progress.tasks[0].completed == 5, "frames decoded"
@@ -312,16 +312,13 @@ def test_a_long_step_table_is_shortened_but_not_in_a_plan():
 
 
 def test_default_names():
-    assert str(run_options.default_out("A red/blue  Circle!", 7)) == "outputs/a-red-blue-circle-7.mp4"
-    assert str(run_options.default_out("红色的圆", 0)) == "outputs/红色的圆-0.mp4"
-    assert str(run_options.default_out("赤い丸。左へ", 0)) == "outputs/赤い丸-左へ-0.mp4"
-    assert str(run_options.default_out("\u1112\u1161\u11ab \U0001f600", 0)) == "outputs/한-0.mp4"
-    assert str(run_options.default_out("!?", 0)) == "outputs/clip-0.mp4"
-    assert (
-        len(run_options.default_out("\U00020000" * 500, 2**63 - 1).with_suffix(".state.safetensors").name.encode())
-        < 256
-    )
-    assert len(run_options.default_out("x" * 500, 0).name) < 80
+    assert str(flags.default_out("A red/blue  Circle!", 7)) == "outputs/a-red-blue-circle-7.mp4"
+    assert str(flags.default_out("红色的圆", 0)) == "outputs/红色的圆-0.mp4"
+    assert str(flags.default_out("赤い丸。左へ", 0)) == "outputs/赤い丸-左へ-0.mp4"
+    assert str(flags.default_out("\u1112\u1161\u11ab \U0001f600", 0)) == "outputs/한-0.mp4"
+    assert str(flags.default_out("!?", 0)) == "outputs/clip-0.mp4"
+    assert len(flags.default_out("\U00020000" * 500, 2**63 - 1).with_suffix(".state.safetensors").name.encode()) < 256
+    assert len(flags.default_out("x" * 500, 0).name) < 80
 
 
 def test_debug_shows_the_traceback(call, monkeypatch):

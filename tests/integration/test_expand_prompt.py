@@ -18,7 +18,7 @@ from chat_server import HELD, MODEL, ChatServer, chat, failing, serving
 
 import ditkit
 from ditkit import replay
-from ditkit.cli import expansion
+from ditkit.cli import expand
 from ditkit.contracts import Wish
 from ditkit.errors import LoadError, PlaceError, RequestError, SetupError
 from ditkit.state import State
@@ -557,7 +557,7 @@ def test_a_ctrl_c_ends_the_question_wherever_it_is_handled(monkeypatch):
     pressing.start()
     try:
         with pytest.raises(typer.Abort):
-            expansion.choice()
+            expand.choice()
     finally:
         over.set()
         pressing.join()

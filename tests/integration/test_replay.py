@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from ditkit import media, replay
 from ditkit.errors import StateError
+from ditkit.receipt import versions
 
 PROMPT = "a red circle"
 
@@ -184,7 +185,7 @@ def test_other_versions_are_a_note(call, clip):
         "replay", edit(clip, lambda m: (m["machine"]["versions"].update(torch="1.0"), m["machine"].update(gpu="H0")))
     )
     assert said.code == 0
-    assert f"note: torch is {replay.versions()['torch']}, it was 1.0" in said.err
+    assert f"note: torch is {versions()['torch']}, it was 1.0" in said.err
     assert "note: the gpu is None, it was H0" in said.err
 
 

@@ -33,7 +33,7 @@ from ditkit.checkpoints.model.find import locate
 from ditkit.checkpoints.model.open_part import open_part
 from ditkit.checkpoints.views.mapped import Mapped
 from ditkit.checkpoints.views.source import Facts, View
-from ditkit.cli.inspect import examine
+from ditkit.cli.weights import examine
 from ditkit.errors import DitkitError, LoadError
 from ditkit.models import clip, umt5
 from ditkit.models.published import OFFICIAL

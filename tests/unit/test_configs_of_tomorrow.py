@@ -15,7 +15,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 import ditkit
 from ditkit.checkpoints.model.open_part import open_part
-from ditkit.cli.inspect import examine
+from ditkit.cli.weights import examine
 from ditkit.errors import LoadError, SetupError
 
 VALUE = {"mode": "soft", "heads": [1, 2]}

@@ -6,7 +6,7 @@ import hashlib
 
 import pytest
 
-from ditkit.cli.expansion import difference, printable
+from ditkit.cli.expand import difference, printable
 from ditkit.errors import RequestError, SetupError
 from ditkit.prompting.cleaning import cleaned, split_reasoning
 from ditkit.prompting.templates import Template, chosen, language_of, packaged, placed

@@ -12,8 +12,8 @@ import torch
 
 from ditkit.execution.stage_list import BaseStage, StageList
 from ditkit.runs import located
+from ditkit.runs.fork import taken_back
 from ditkit.runs.kept import KeptStates
-from ditkit.runs.rewind import taken_back
 from ditkit.state import Field, State
 
 

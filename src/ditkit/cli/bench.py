@@ -3,37 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ditkit.cli import show
-from ditkit.cli.flags import RawSettings, with_settings
+from ditkit.cli.flags import AsJson, RawSettings, with_settings
 from ditkit.cli.opening import load, settle
 from ditkit.errors import RequestError
 from ditkit.request import Request
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from ditkit.lab.quality import ImageQuality, Quality
 
-app = typer.Typer(name="bench", help="Measure quality.", no_args_is_help=True)
 
-
-@app.callback()
-def group() -> None:
-    pass
-
-
-@app.command("quality")
 @with_settings
 def quality(
     given: RawSettings,
     clips: Annotated[int, typer.Option(help="How many held-out prompts and seeds, 1 or more.")] = 72,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> int:
     """Generate clips of the drawn world and measure colour, shape and direction from their pixels.
 
@@ -61,36 +51,32 @@ def quality(
     if as_json:
         targets = {"subject": lab.SUBJECT_TARGET} if by_image else lab.TARGETS
         print(json.dumps({**asdict(result), "reached": result.reached, "targets": targets}))
-    elif by_image:
-        show_image_quality(result, out)
-    else:
-        show_quality(result, out)
+        return 0 if result.reached else 1
+    for line in image_rates(result) if by_image else rates(result):
+        out.print(line)
+    for failure in result.failures:
+        wrong = ", ".join(f"{name} {seen}" for name, seen in failure["seen"].items())
+        scene, what = failure.get("scene"), failure.get("prompt")
+        if scene is not None:
+            what = f"a {scene['color']} {scene['shape']}, {scene['motion']}, on {scene['background']}"
+        out.print(f"missed: {what} (seed {failure['seed']}): saw {wrong}")
     return 0 if result.reached else 1
 
 
-def show_quality(result: Quality, out: Console) -> None:
+def rates(result: Quality) -> Iterator[str]:
     from ditkit.lab.quality import ROUND_TRIP_TARGET, TARGETS
 
     for name, rate in result.rates.items():
-        target = TARGETS.get(name)
+        target = f"target {TARGETS[name]:.0%}" if name in TARGETS else ""
         values = "  ".join(f"{value} {r:.0%}" for value, r in result.by_value[name].items())
-        out.print(f"{name:11}{rate:7.1%}  {'' if target is None else f'target {target:.0%}':12} {values}")
-    out.print(f"{'round trip':11}{result.round_trip:5.1f} dB  target {ROUND_TRIP_TARGET:.0f} dB")
-    for failure in result.failures:
-        wrong = ", ".join(f"{name} {seen}" for name, seen in failure["seen"].items())
-        out.print(f"missed: {failure['prompt']} (seed {failure['seed']}): saw {wrong}")
+        yield f"{name:11}{rate:7.1%}  {target:12} {values}"
+    yield f"{'round trip':11}{result.round_trip:5.1f} dB  target {ROUND_TRIP_TARGET:.0f} dB"
 
 
-def show_image_quality(result: ImageQuality, out: Console) -> None:
+def image_rates(result: ImageQuality) -> Iterator[str]:
     from ditkit.lab.quality import SUBJECT, SUBJECT_TARGET
 
     kept = f"{' and '.join(SUBJECT)} as in the picture"
-    out.print(f"{'subject':11}{result.subject:7.1%}  target {SUBJECT_TARGET:.0%}  {kept}")
-    for name, rate in result.rates.items():
-        out.print(f"{name:11}{rate:7.1%}")
-    out.print(f"{'frame 1':11}{result.first_frame:5.1f} dB  against the picture")
-    for failure in result.failures:
-        wrong = ", ".join(f"{name} {seen}" for name, seen in failure["seen"].items())
-        scene = failure["scene"]
-        what = f"a {scene['color']} {scene['shape']}, {scene['motion']}, on {scene['background']}"
-        out.print(f"missed: {what} (seed {failure['seed']}): saw {wrong}")
+    yield f"{'subject':11}{result.subject:7.1%}  target {SUBJECT_TARGET:.0%}  {kept}"
+    yield from (f"{name:11}{rate:7.1%}" for name, rate in result.rates.items())
+    yield f"{'frame 1':11}{result.first_frame:5.1f} dB  against the picture"

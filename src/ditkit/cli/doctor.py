@@ -1,19 +1,26 @@
-"""``ditkit doctor``: what this installation has and what it lacks."""
+"""``ditkit doctor``: what this installation has and what it lacks; with a placement every place that stages run at."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 import platform
-
-import typer
+import statistics
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from typing import TYPE_CHECKING, Any
 
 from ditkit import config
 from ditkit.cli import show
 from ditkit.cli.flags import RawSettings, kebab, with_settings
 from ditkit.cli.opening import model_name
-from ditkit.errors import SetupError
+from ditkit.errors import DitkitError, SetupError, nearest
 from ditkit.setup import Setup
+
+if TYPE_CHECKING:
+    from ditkit.placement.channel import Channel
+    from ditkit.placement.handshake import Handshake
 
 OPTIONAL = {
     "huggingface_hub": 'models from the hub: pip install "ditkit[hub]"',
@@ -25,92 +32,150 @@ OPTIONAL = {
     "accelerate": "tests only",
 }
 """Packages that ditkit runs without, and what they are for."""
+QUESTIONS = 5
+"""How often a place is asked for its latency."""
 
-
-def add_to(app: typer.Typer) -> None:
-    app.command("doctor")(doctor)
+Row = tuple[bool, tuple[str, ...]]
+"""Whether something is in order, and what was found."""
 
 
 @with_settings
 def doctor(given: RawSettings) -> int:
     """Show versions, devices, encoders and the embedded models; with --placement instead the places that stages run at:
     latency, versions, device and probe. Exit code 1 when something is missing or wrong."""
-    setup = config.settle(*given.layers()).setup()
+    setup, named = config.settle(*given.layers()).setup(), given.named()
     if setup.placement:
-        return check_places(given, setup)
-    if given.named():
-        raise SetupError(
-            f"doctor with --{kebab(given.named()[0])}", "without a placement there is nothing that it is for",
-            "Leave it out, or give --placement STAGE=PLACE",
-        )  # fmt: skip
-    checks = [*software(), *hardware(), encoder(), *embedded_model()]
-    out = show.console()
-    out.print(show.table(("", "what", "found"), [("ok" if ok else "!!", what, found) for ok, what, found in checks]))
-    return 0 if all(ok for ok, _, _ in checks) else 1
-
-
-def check_places(given: RawSettings, setup: Setup) -> int:
-    from ditkit.cli import places
-
-    for key in given.named():
-        if key not in Setup.model_fields:
-            raise SetupError(f"doctor with --{kebab(key)}", "places are not asked for clips", "Leave it out")
-    rows = places.check(setup.model_copy(update={"model": model_name(setup.model)}))
-    cells = [("ok" if good else "!!", *row) for good, row in rows]
-    show.console().print(show.table(places.HEADINGS, cells))
+        for key in named:
+            if key not in Setup.model_fields:
+                raise SetupError(f"doctor with --{kebab(key)}", "places are not asked for clips", "Leave it out")
+        columns: tuple[str, ...] = ("", "stage", "place", "latency", "versions", "device", "probe")
+        rows = places(setup.model_copy(update={"model": model_name(setup.model)}))
+    elif named:
+        asked, found = f"doctor with --{kebab(named[0])}", "without a placement there is nothing that it is for"
+        raise SetupError(asked, found, "Leave it out, or give --placement STAGE=PLACE")
+    else:
+        columns, rows = ("", "what", "found"), [*software(), *hardware(), encoder(), *embedded_models()]
+    show.console().print(show.table(columns, [("ok" if good else "!!", *row) for good, row in rows]))
     return 0 if all(good for good, _ in rows) else 1
 
 
-def software() -> list[tuple[bool, str, str]]:
+# --- this machine
+
+
+def software() -> Iterator[Row]:
     from ditkit.receipt import versions
 
-    rows = [(found != "not installed", package, found) for package, found in versions().items()]
+    for package, found in versions().items():
+        yield found != "not installed", (package, found)
     for package, purpose in OPTIONAL.items():
         there = importlib.util.find_spec(package) is not None
-        rows.append((True, package, f"{'installed' if there else 'not installed'} ({purpose})"))
-    return rows
+        yield True, (package, f"{'installed' if there else 'not installed'} ({purpose})")
 
 
-def hardware() -> list[tuple[bool, str, str]]:
+def hardware() -> Iterator[Row]:
     import torch
 
-    gpus = (
-        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-    )
-    devices = ["cpu", *(f"cuda:{i} ({name})" for i, name in enumerate(gpus))]
+    gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    devices = ["cpu", *(f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in gpus)]
     devices += ["mps"] if torch.backends.mps.is_available() else []
-    return [
-        (True, "platform", platform.platform()),
-        (True, "devices", ", ".join(devices)),
-        (True, "threads", f"{torch.get_num_threads()} of {os.cpu_count()} processors"),
-    ]
+    yield True, ("platform", platform.platform())
+    yield True, ("devices", ", ".join(devices))
+    yield True, ("threads", f"{torch.get_num_threads()} of {os.cpu_count()} processors")
 
 
-def encoder() -> tuple[bool, str, str]:
+def encoder() -> Row:
     try:
         import av
     except ImportError:
-        return False, "mp4 encoder", "av is not installed; pip install av"
+        return False, ("mp4 encoder", "av is not installed; pip install av")
     found = "libx264" in av.codecs_available
     ffmpeg = ".".join(map(str, av.library_versions["libavcodec"]))
-    return found, "mp4 encoder", f"{'libx264' if found else 'no libx264'} in PyAV, libavcodec {ffmpeg}"
+    return found, ("mp4 encoder", f"{'libx264' if found else 'no libx264'} in PyAV, libavcodec {ffmpeg}")
 
 
-def embedded_model() -> list[tuple[bool, str, str]]:
+def embedded_models() -> Iterator[Row]:
     """Every model that comes with the package: its parts are all there and what their files hash to."""
     from ditkit.assembly import MODELS, Model
-    from ditkit.errors import DitkitError
     from ditkit.store.hashes import HASHES
 
-    rows = []
     for name, folder in MODELS.items():
         try:
             Model.open(name)
         except DitkitError as e:
-            rows.append((False, f"model {name}", str(e)))
+            yield False, (f"model {name}", str(e))
             continue
         files = sorted(folder.rglob("*.safetensors"))
         size = sum(file.stat().st_size for file in files) / 1e6
-        rows.append((True, f"model {name}", f"{folder}, {size:.1f} MB of weights"))
-        rows += [(True, f"  {file.relative_to(folder)}", f"sha256 {HASHES.of(file)[:16]}") for file in files]
+        yield True, (f"model {name}", f"{folder}, {size:.1f} MB of weights")
+        for file in files:
+            yield True, (f"  {file.relative_to(folder)}", f"sha256 {HASHES.of(file)[:16]}")
+
+
+# --- the places that stages run at, asked who they are
+
+
+def places(setup: Setup) -> list[Row]:
+    """A row for each entry of ``placement``."""
+    from ditkit.placement import Places
+
+    rows: list[Row] = []
+    with closing(Places(setup)) as all_places:
+        for target, spec in all_places.specs.items():
+            good, facts = True, ("", "", "", "")
+            if spec.kind != "here":
+                try:
+                    remote = all_places.remote(spec)
+                    said = remote.handshake.said
+                    latency = f"{1000 * median(remote.channel):.1f} ms"
+                    about = latency, compared(said.get("versions", {})), device_of(said, target.stage)
+                    good, probe = probed(remote.handshake, target.stage, all_places.expected.get(target))
+                    facts = *about, probe
+                except DitkitError as e:
+                    good, facts = False, ("", "", "", str(e))
+            rows.append((good, (target.text, spec.text, *facts)))
     return rows
+
+
+def median(channel: Channel) -> float:
+    """Seconds of a question and its answer."""
+    found = []
+    for _ in range(QUESTIONS):
+        begun = time.perf_counter()
+        channel.ask("health")
+        found.append(time.perf_counter() - begun)
+    return statistics.median(found)
+
+
+def compared(theirs: Mapping[str, str]) -> str:
+    """ditkit and torch, with ours where that is another one."""
+    from ditkit.receipt import versions
+
+    ours, found = versions(), []
+    for name in ("ditkit", "torch"):
+        here = "" if theirs.get(name) == ours[name] else f" (here {ours[name]})"
+        found.append(f"{name} {theirs.get(name)}{here}")
+    return ", ".join(found)
+
+
+def device_of(said: Mapping[str, Any], stage: str) -> str:
+    """Device and dtype of the parts that the stage calls, and the threads of a CPU."""
+    parts, called = said.get("parts", {}), said["stages"].get(stage, {}).get("components", {})
+    told = [parts[n] for n in called if parts.get(n, {}).get("dtype", "none") != "none"]
+    found = [f"{part.get('device')} {part['dtype']}" for part in told]
+    threads = said.get("machine", {}).get("threads")
+    return ", ".join([*dict.fromkeys(found), *([f"{threads} thread{'' if threads == 1 else 's'}"] if threads else [])])
+
+
+def probed(handshake: Handshake, stage: str, expected: str | None) -> tuple[bool, str]:
+    """Whether it is as expected, and the probe's hash, to be pinned with ``expected_probes``."""
+    from ditkit.placement.probe import has_probe
+
+    stages = handshake.said["stages"]
+    if stage not in stages:
+        return False, f"not offered; it has {', '.join(stages) or 'nothing'}{nearest(stage, stages)}"
+    if not has_probe(stages[stage]["components"]):
+        return True, "none"
+    found = handshake.probe(stage)
+    if expected is not None and not found.startswith(expected):
+        return False, f"{found[:16]}, expected is {expected[:16]}"
+    return True, found[:16]

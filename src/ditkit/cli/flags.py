@@ -1,7 +1,5 @@
-"""One flag for each field of Request and Setup, made from the fields themselves.
-
-Importing this does not import torch. Leaves out: what the settings are for (``request.py``, ``setup.py``), and the
-layers that they end in (``opening.py``).
+"""Flags: one for each field of Request and Setup, made from the fields themselves; those that commands share; and
+RunOptions, which part of a run they ask for and where its results go. Importing this does not import torch.
 """
 
 from __future__ import annotations
@@ -10,18 +8,22 @@ import inspect
 import json
 import os
 import typing
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ditkit import config
 from ditkit.config import FIELDS, Layer
-from ditkit.errors import SetupError
+from ditkit.errors import OutputError, SetupError
 
-Prompt = Annotated[str | None, typer.Argument(help="What the clip should show.", show_default=False)]
+if TYPE_CHECKING:
+    from ditkit.receipt import Recorder
+    from ditkit.runs import Run
 
 
 def to_path(text: str | Path) -> Path:
@@ -29,12 +31,31 @@ def to_path(text: str | Path) -> Path:
     return Path(os.path.expanduser(text))
 
 
-Plugs = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--plug", metavar="VALUE", help=f"Code to know of: {FIELDS['plugs'].description}.", show_default=False
-    ),
+PathOption = partial(typer.Option, parser=to_path)
+PathArgument = partial(typer.Argument, parser=to_path)
+
+Prompt = Annotated[str | None, typer.Argument(help="What the clip should show.", show_default=False)]
+Plugs = Annotated[list[str] | None, typer.Option(
+    "--plug", metavar="VALUE", help=f"Code to know of: {FIELDS['plugs'].description}.", show_default=False,
+)]  # fmt: skip
+Out = Annotated[Path | None, PathOption(metavar="PATH", help=(
+    "An .mp4, .gif or .npz file, or .png for a folder of frames. Default: outputs/PROMPT-SEED.mp4."
+))]  # fmt: skip
+Sheet = Annotated[Path | None, PathOption(metavar="FILE.png", help="The contact sheet. Default: beside the clip.")]
+NoSheet = Annotated[bool, typer.Option("--no-sheet", help="Make no contact sheet.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the paths of what was written.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object; whatever else is shown goes to stderr.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+ModelName = Annotated[str, typer.Option(help="A model's name or folder.")]
+RunFolder = Annotated[
+    str | None, typer.Option("--run", metavar="NAME|PATH", help="Keep the run in this folder; a NAME lies in runs/.")
 ]
+Every = Annotated[
+    int | None, typer.Option(metavar="K", help="With --run: keep a State every K denoising steps. Default: 1.")
+]
+KeepSteps = Annotated[str | None, typer.Option(metavar="last|all", help=(
+    "With --run: keep the newest State only, or one for each kept step, to fork from. Default: last."
+))]  # fmt: skip
 
 
 def bring_plugs(plugs: list[str] | None) -> list[str]:
@@ -50,36 +71,35 @@ def bring_plugs(plugs: list[str] | None) -> list[str]:
 
 @dataclass(frozen=True)
 class RawSettings:
-    """Settings as they were typed: texts by field (``on`` and ``off`` for a switch), ``--set`` and ``--config``."""
+    """Settings as they were typed: texts by field (``true`` and ``false`` for a switch), ``--set`` and ``--config``."""
 
-    flags: Mapping[str, tuple[str, ...]]
-    sets: tuple[str, ...] = ()
+    flags: Mapping[str, Sequence[str]]
+    sets: Sequence[str] = ()
     file: Path | None = None
 
     def named(self) -> list[str]:
         """The settings that the command line itself names."""
         return list(self._typed().values)
 
-    def layers(self, environment: Mapping[str, str] | None = None) -> list[Layer]:
+    def layers(self) -> list[Layer]:
         """Config file, environment, command line. Raises SetupError for what is unknown, malformed or given twice."""
         file = [] if self.file is None else [config.file_layer(self.file)]
-        return [*file, config.environment_layer(os.environ if environment is None else environment), self._typed()]
+        return [*file, config.environment_layer(os.environ), self._typed()]
 
     def _typed(self) -> Layer:
         given: list[tuple[str, str, str, bool]] = []
         whole: dict[str, Any] = {}
         origins: dict[str, str] = {}
         for key, texts in self.flags.items():
-            origin = "PROMPT" if key == "prompt" else f"flag --{kebab(key)}"
-            if config.takes_list(key) and len(texts) > 1:
-                item = _item(key)
+            origin, item = "PROMPT" if key == "prompt" else f"flag --{kebab(key)}", _item(key)
+            if item is not None and len(texts) > 1:
                 whole[key], origins[key] = [config.from_text(t, item, literal=True) for t in texts], origin
             elif typing.get_origin(FIELDS[key].annotation) is dict and not texts[0].lstrip().startswith("{"):
                 for text in texts:
                     entry, equals, value = text.partition("=")
                     if not equals or not entry:
-                        raise SetupError(f"{origin} {text}", "it is not of the form NAME=VALUE",
-                                         f"Give {FIELDS[key].description}")  # fmt: skip
+                        do = f"Give {FIELDS[key].description}"
+                        raise SetupError(f"{origin} {text}", "it is not of the form NAME=VALUE", do)
                     given.append((f"{key}.{entry}", value, origin, False))
             else:
                 given += [(key, text, origin, True) for text in texts]
@@ -89,10 +109,10 @@ class RawSettings:
                 raise SetupError(f"--set {text}", "it is not of the form KEY=VALUE", "Write it as --set steps=4")
             given.append((key.strip(), value.strip(), f"--set {key.strip()}", False))
         layer = config.text_layer(given)
-        if twice := next((key for key in whole if key in layer.values), None):
-            raise SetupError(
-                f"{origins[twice]} and {layer.origins[twice]}", "one setting was given twice", "Give it once"
-            )
+        for key in whole:
+            if key in layer.values:
+                both = f"{origins[key]} and {layer.origins[key]}"
+                raise SetupError(both, "one setting was given twice", "Give it once")
         return Layer({**layer.values, **whole}, {**layer.origins, **origins})
 
 
@@ -101,70 +121,47 @@ def with_settings(command: Callable[..., Any], keys: Sequence[str] = tuple(FIELD
     ``keys``: the settings that it has a use for.
 
     A parameter ``prompt`` stays what it is and goes into ``given`` too."""
+    option = partial(typer.Option, show_default=False)
+    options: dict[str, Any] = {key: _annotation(key) for key in keys if key != "prompt"}
+    every = "Any setting, or an entry of one: devices.vae=cpu."
+    options["sets"] = Annotated[list[str] | None, option("--set", metavar="KEY=VALUE", help=every)]
+    file = option("--config", metavar="FILE", help="A TOML file of settings.", parser=to_path)
+    options["file"] = Annotated[Path | None, file]
+    keyword = inspect.Parameter.KEYWORD_ONLY
     own = inspect.signature(command, eval_str=True).parameters
-    kept = [p for name, p in own.items() if name != "given"]
-    added = [
-        inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_annotation(key))
-        for key in keys
-        if key != "prompt"
-    ]
-    added.append(
-        _parameter("sets", list[str], "--set", "KEY=VALUE", "Any setting, or an entry of one: devices.vae=cpu.")
-    )
-    added.append(_parameter("file", Path, "--config", "FILE", "A TOML file of settings."))
+    kept = [p.replace(kind=keyword) for name, p in own.items() if name != "given"]
+    added = [inspect.Parameter(name, keyword, default=None, annotation=a) for name, a in options.items()]
 
     def run(**values: Any) -> Any:
-        flags = {key: values.pop(key) for key in keys if key != "prompt"}
-        texts = {k: _texts(v) for k, v in flags.items() if v is not None and v != []}
+        typed = {key: values.pop(key) for key in options}
+        sets, file = typed.pop("sets") or (), typed.pop("file")
+        texts = {k: [str(v).lower()] if isinstance(v, bool) else v for k, v in typed.items() if v not in (None, [])}
         if values.get("prompt") is not None:
-            texts["prompt"] = (values["prompt"],)
-        sets, file = tuple(values.pop("sets") or ()), values.pop("file")
+            texts["prompt"] = [values["prompt"]]
         return command(given=RawSettings(texts, sets, file), **values)
 
     run.__name__, run.__doc__ = command.__name__, command.__doc__
-    run.__signature__ = inspect.Signature([p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in kept] + added)  # type: ignore[attr-defined]
+    run.__signature__ = inspect.Signature(kept + added)  # type: ignore[attr-defined]
     return run
 
 
-def _parameter(name: str, kind: Any, flag: str, metavar: str, text: str) -> inspect.Parameter:
-    parser = to_path if kind is Path else None
-    option = typer.Option(flag, metavar=metavar, help=text, show_default=False, parser=parser)
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
-    )
-
-
 def _annotation(key: str) -> Any:
-    field = FIELDS[key]
-    source = typing.cast("dict[str, Any]", field.json_schema_extra)["source"]
-    because = "" if source == "none" else f" ({source})"
-    text = f"{field.description}. Default: {_shown(field.get_default())}{because}."
+    """The option of a setting."""
+    field, name = FIELDS[key], kebab(key)
+    source, default = typing.cast("dict[str, Any]", field.json_schema_extra)["source"], field.get_default()
+    shown = str(default).lower() if isinstance(default, bool) else "none" if default in (None, "", {}) else default
+    text = f"{field.description}. Default: {shown}{'' if source == 'none' else f' ({source})'}."
     if field.annotation is bool:
-        flag = f"--{kebab(key)}/--no-{kebab(key)}"
-        return Annotated[bool | None, typer.Option(flag, help=text, show_default=False)]
+        return Annotated[bool | None, typer.Option(f"--{name}/--no-{name}", help=text, show_default=False)]
     metavar = "NAME=VALUE" if typing.get_origin(field.annotation) is dict else "VALUE"
-    option = typer.Option(f"--{kebab(key)}", help=text, metavar=metavar, show_default=False)
-    return Annotated[list[str] | None, option]
-
-
-def _shown(default: Any) -> str:
-    if default is None or default == "" or default == {}:
-        return "none"
-    return str(default).lower() if isinstance(default, bool) else str(default)
-
-
-def _texts(value: Any) -> tuple[str, ...]:
-    if isinstance(value, bool):
-        return ("true" if value else "false",)
-    return tuple(value)
+    return Annotated[list[str] | None, typer.Option(f"--{name}", help=text, metavar=metavar, show_default=False)]
 
 
 def _item(key: str) -> Any:
-    """The type of one entry of a setting that may be a list."""
+    """The type of one entry of a setting that may be a list; None for any other."""
     annotation = FIELDS[key].annotation
     options = (annotation, *typing.get_args(annotation))
-    lists = [option for option in options if typing.get_origin(option) is list]
-    return typing.get_args(lists[0])[0]
+    return next((typing.get_args(option)[0] for option in options if typing.get_origin(option) is list), None)
 
 
 SINGULAR = {"plugs": "plug"}
@@ -185,3 +182,47 @@ def flag_of(key: str, value: Any) -> list[str]:
         entries = ", ".join(f"{json.dumps(k)} = {json.dumps(v)}" for k, v in value.items())
         return [f"--{kebab(key)}", "{" + entries + "}"]
     return [f"--{kebab(key)}", "none" if value is None else str(value)]
+
+
+# --- of a run
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """``setup``: the settings that somebody gave. ``run``: the folder that keeps the States, if one does; ``kept``: one
+    does, and may not be there yet. ``recorder``: that of a part which has run."""
+
+    out: Path
+    sheet: Path | None
+    state: Path | None = None
+    start: str | None = None
+    until: str | None = None
+    stop_at_step: int | None = None
+    setup: Mapping[str, Any] | None = None
+    quiet: bool = False
+    json: bool = False
+    run: Run | None = None
+    kept: bool = False
+    recorder: Recorder | None = None
+
+    def sheets(self, count: int) -> list[Path]:
+        return [] if self.sheet is None else numbered(self.sheet, count)
+
+
+def default_out(prompt: str, seed: int) -> Path:
+    """Letters, digits and marks of every script; as many as leave room in a file name for what is added to them."""
+    text = unicodedata.normalize("NFC", prompt.lower())
+    words = "".join(c if c.isalnum() or unicodedata.category(c)[0] == "M" else " " for c in text).split()
+    slug = "-".join(words)[:60].encode()[:180].decode(errors="ignore").rstrip("-")
+    return Path("outputs") / f"{slug or 'clip'}-{seed}.mp4"
+
+
+def sheet_for(out: Path, sheet: Path | None, no_sheet: bool) -> Path | None:
+    if sheet is not None and no_sheet:
+        raise OutputError(f"--sheet {sheet} with --no-sheet", "they contradict each other", "Give one of them")
+    return None if no_sheet else sheet or out.with_name(f"{out.stem}-sheet.png")
+
+
+def numbered(path: Path, count: int) -> list[Path]:
+    """The names that ``Result.save`` gives to the clips of a run."""
+    return [path] if count == 1 else [path.with_stem(f"{path.stem}-{i}") for i in range(count)]

@@ -1,16 +1,15 @@
 """``ditkit host``: offer stages of a model to other machines."""
 
-from __future__ import annotations
-
 import contextlib
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ditkit import config
-from ditkit.cli.flags import RawSettings, kebab, to_path, with_settings
+from ditkit.cli.flags import PathOption, RawSettings, kebab, with_settings
 from ditkit.cli.opening import model_name
 from ditkit.cli.show import seconds
 from ditkit.errors import SetupError
@@ -18,42 +17,29 @@ from ditkit.events import Event
 from ditkit.request import Request
 from ditkit.setup import Setup
 
-Stages = Annotated[
-    list[str] | None, typer.Option(help="Stages to offer, with commas between them. Default: all.", metavar="A,B")
-]
-Port = Annotated[int, typer.Option(help="0 for a free one.", min=0, max=65535)]
-Address = Annotated[str, typer.Option("--host", help="An address of this machine; others than loopback need a token.")]
-TokenFile = Annotated[
-    Path | None, typer.Option(parser=to_path, metavar="FILE", help="The token; else DITKIT_HOST_TOKEN.")
-]
-MaxBytes = Annotated[int, typer.Option(help="How large a State may be that comes in.", min=1)]
-Queue = Annotated[int, typer.Option(help="How many jobs may wait.", min=0)]
-Lazy = Annotated[bool, typer.Option("--lazy", help="Load parts when they are first needed.")]
-Backend = Annotated[str | None, typer.Option(help="What computes the text encoder: torch, mlx, mlx-8bit or mlx-4bit.")]
-Key = Annotated[Path | None, typer.Option(parser=to_path, metavar="FILE", help="Key of the TLS certificate.")]
-Certificate = Annotated[Path | None, typer.Option(parser=to_path, metavar="FILE", help="The TLS certificate.")]
-
-
-def add_to(app: typer.Typer) -> None:
-    app.command("host")(with_settings(host, KEYS))
-
-
 KEYS = tuple(name for name in Setup.model_fields if name not in ("placement", "expected_probes"))
 """The settings that a host has a use for: requests come with the jobs, and what it offers runs there."""
 
 
+@partial(with_settings, keys=KEYS)
 def host(
     given: RawSettings,
-    stages: Stages = None,
-    port: Port = 8700,
-    address: Address = "127.0.0.1",
-    token_file: TokenFile = None,
-    max_bytes: MaxBytes = 2_000_000_000,
-    queue: Queue = 4,
-    lazy: Lazy = False,
-    backend: Backend = None,
-    ssl_keyfile: Key = None,
-    ssl_certfile: Certificate = None,
+    stages: Annotated[
+        list[str] | None, typer.Option(help="Stages to offer, with commas between them. Default: all.", metavar="A,B")
+    ] = None,
+    port: Annotated[int, typer.Option(help="0 for a free one.", min=0, max=65535)] = 8700,
+    address: Annotated[
+        str, typer.Option("--host", help="An address of this machine; others than loopback need a token.")
+    ] = "127.0.0.1",
+    token_file: Annotated[Path | None, PathOption(metavar="FILE", help="The token; else DITKIT_HOST_TOKEN.")] = None,
+    max_bytes: Annotated[int, typer.Option(help="How large a State may be that comes in.", min=1)] = 2_000_000_000,
+    queue: Annotated[int, typer.Option(help="How many jobs may wait.", min=0)] = 4,
+    lazy: Annotated[bool, typer.Option("--lazy", help="Load parts when they are first needed.")] = False,
+    backend: Annotated[
+        str | None, typer.Option(help="What computes the text encoder: torch, mlx, mlx-8bit or mlx-4bit.")
+    ] = None,
+    ssl_keyfile: Annotated[Path | None, PathOption(metavar="FILE", help="Key of the TLS certificate.")] = None,
+    ssl_certfile: Annotated[Path | None, PathOption(metavar="FILE", help="The TLS certificate.")] = None,
 ) -> int:
     """Offer stages of a model over HTTP, until Ctrl-C. Prints its address when it listens."""
     from ditkit.events import Events
@@ -63,9 +49,8 @@ def host(
     from ditkit.placement.worker_factory import load_all, worker_of
 
     if (ssl_keyfile is None) != (ssl_certfile is None):
-        raise SetupError(
-            "a host with TLS", "only one of its two files is given", "Give --ssl-keyfile and --ssl-certfile"
-        )
+        found = "only one of its two files is given"
+        raise SetupError("a host with TLS", found, "Give --ssl-keyfile and --ssl-certfile")
     setup = setup_of(given, backend)
     token = token_in(token_file) if token_file is not None else token_of()
     wanted = [name.strip() for text in stages for name in text.split(",")] if stages else None
@@ -74,8 +59,12 @@ def host(
         if not lazy:
             load_all(worker, Events(tell_loads))
             worker.describe()  # fingerprints, which read all files once
+
+        def announce(url: str) -> None:
+            print(f"{url} offers {', '.join(worker.stages)}", flush=True)
+
         server = Host(
-            worker, listener, token, Limits(max_bytes, queue), announce=lambda url: tell(url, list(worker.stages)),
+            worker, listener, token, Limits(max_bytes, queue), announce=announce,
             ssl_keyfile=ssl_keyfile, ssl_certfile=ssl_certfile,
         )  # fmt: skip
         with contextlib.suppress(KeyboardInterrupt):  # uvicorn has ended in order, and hands the signal on
@@ -91,12 +80,8 @@ def setup_of(given: RawSettings, backend: str | None) -> Setup:
     settled = config.settle(*given.layers())
     setup = settled.setup()
     if backend is not None:
-        if setup.backends.get("text_encoder", backend) != backend:
-            raise SetupError(
-                f"--backend {backend}",
-                f"{settled.origins['backends']} says {setup.backends['text_encoder']}",
-                "Give one",
-            )
+        if (said := setup.backends.get("text_encoder", backend)) != backend:
+            raise SetupError(f"--backend {backend}", f"{settled.origins['backends']} says {said}", "Give one")
         setup = Setup.of({**settled.of(Setup), "backends": {**setup.backends, "text_encoder": backend}})
     return setup.model_copy(update={"model": model_name(setup.model)})
 
@@ -107,7 +92,3 @@ def tell_loads(event: Event) -> None:
         print(f"loading {event['component']} ...", file=sys.stderr, flush=True)
     if event.name == "load.end":
         print(f"loaded {event['component']} in {seconds(event['elapsed'])}", file=sys.stderr, flush=True)
-
-
-def tell(url: str, stages: list[str]) -> None:
-    print(f"{url} offers {', '.join(stages)}", flush=True)

@@ -1,38 +1,16 @@
 """The command ``ditkit``: its list of commands, and what happens to errors. Starts without importing torch."""
 
-from __future__ import annotations
-
 import io
 import os
 import sys
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
 
 import typer
 
 import ditkit
-from ditkit.cli import (
-    bench,
-    cache,
-    convert,
-    demo,
-    doctor,
-    expand,
-    explain,
-    fork,
-    generate,
-    host,
-    inspect,
-    lock,
-    plan,
-    plugs,
-    replay,
-    run,
-    runs,
-    show,
-    stages,
-)
-from ditkit.cli.signals import interruptible
+from ditkit.cli import bench, cache, doctor, expand, host, plan, run, show, weights
+from ditkit.cli.terminal import interruptible
 from ditkit.errors import DitkitError
 from ditkit.request import OLD_NAMES
 
@@ -64,27 +42,25 @@ def common(
     pass
 
 
-for module in (
-    generate,
-    expand,
-    demo,
-    run,
-    fork,
-    runs,
-    plan,
-    replay,
-    stages,
-    plugs,
-    host,
-    doctor,
-    inspect,
-    lock,
-    convert,
-):
-    module.add_to(app)
-app.add_typer(explain.app, name="config")
-app.add_typer(bench.app, name="bench")
-app.add_typer(cache.app, name="cache")
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "generate": run.generate, "expand": expand.expand, "demo": run.demo, "run": run.run, "fork": run.fork,
+    "runs": plan.runs, "plan": plan.plan, "replay": run.replay, "stages": plan.stages, "plugs": plan.plugs,
+    "host": host.host, "doctor": doctor.doctor, "inspect": weights.inspect, "lock": weights.lock,
+    "convert": weights.convert,
+}  # fmt: skip
+GROUPS: dict[str, tuple[str, dict[str, Callable[..., Any]]]] = {
+    "config": ("Settings and where their values come from.", {"explain": plan.explain}),
+    "bench": ("Measure quality.", {"quality": bench.quality}),
+    "cache": ("Results of stages that are kept on disk.",
+              {"show": cache.show_, "trim": cache.trim, "clear": cache.clear}),
+}  # fmt: skip
+for name, command in COMMANDS.items():
+    app.command(name)(command)
+for name, (text, commands) in GROUPS.items():
+    group = typer.Typer(name=name, help=text, no_args_is_help=True)
+    for inner, command in commands.items():
+        group.command(inner)(command)
+    app.add_typer(group)
 
 
 def _today(argument: str) -> str:

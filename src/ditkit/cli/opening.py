@@ -1,7 +1,4 @@
-"""From typed settings to an open model: all layers settled, the model opened once; its Pipeline, State or Run.
-
-Leaves out: the flags themselves (``flags.py``).
-"""
+"""From typed settings to an open model: all layers settled, the model opened once; its Pipeline, State or Run."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ditkit import config
 from ditkit.cli.flags import RawSettings, kebab, to_path
 from ditkit.config import Layer, Settled
-from ditkit.errors import RequestError, SetupError, StateError
+from ditkit.errors import LoadError, RequestError, SetupError, StateError
 from ditkit.prompting import templates
 from ditkit.request import Request
 
@@ -29,6 +26,20 @@ def model_name(text: str) -> str:
 
     folder = to_path(text)
     return str(folder.resolve()) if text and text not in MODELS and folder.exists() else text
+
+
+def packaged(path: Path) -> Path:
+    """The folder of a packaged model, when ``path`` is its name and there is nothing else of that name; for commands
+    that only look at files. Raises LoadError for a repository, which none of them downloads."""
+    from ditkit.checkpoints.model.find import MODELS
+    from ditkit.checkpoints.model.hub import HubName
+
+    if path.exists():
+        return path
+    if (name := HubName.parse(str(path))) is not None:
+        do = f"Download it first (hf download {name.repo}) and give its folder, or load it with --model {path}"
+        raise LoadError(f"looking into {path}", "this command looks at files on this machine only", do)
+    return MODELS.get(str(path), path)
 
 
 def settle(given: RawSettings, below: Layer | None = None) -> tuple[Settled, Opened]:
@@ -65,12 +76,11 @@ def check_contradiction(settled: Settled, layers: Sequence[Layer]) -> None:
     """A list of noise levels takes the place of steps and shift, so neither may stand beside or above it."""
     if settled.values.get("sigmas") is None:
         return
-    given = {key: max((i for i, layer in enumerate(layers) if key in layer.values), default=-1)
-             for key in ("sigmas", "steps", "shift")}  # fmt: skip
+    above = max((i for i, layer in enumerate(layers) if "sigmas" in layer.values), default=0)
     for key in ("steps", "shift"):
-        if given[key] >= max(given["sigmas"], 0):
-            raise SetupError(f"{settled.origins[key]} with {settled.origins['sigmas']}",
-                             f"a list of sigmas replaces {key}", f"Leave out {key}, or leave out sigmas")  # fmt: skip
+        if any(key in layer.values for layer in layers[above:]):
+            both = f"{settled.origins[key]} with {settled.origins['sigmas']}"
+            raise SetupError(both, f"a list of sigmas replaces {key}", f"Leave out {key}, or leave out sigmas")
 
 
 def load(opened: Opened) -> Pipeline:
@@ -120,8 +130,8 @@ def _nothing_to_make(given: RawSettings, flag: str, what: str) -> None:
     """Raise RequestError when the command line itself says what to make."""
     if typed := [key for key in given.named() if key in Request.model_fields]:
         name = "PROMPT" if typed[0] == "prompt" else f"--{kebab(typed[0])}"
-        raise RequestError(f"{name} with {flag}", f"{what} goes on with the request that it was begun with",
-                           "Leave it out, or begin a new run")  # fmt: skip
+        found = f"{what} goes on with the request that it was begun with"
+        raise RequestError(f"{name} with {flag}", found, "Leave it out, or begin a new run")
 
 
 def _goes_on(
@@ -134,6 +144,6 @@ def _goes_on(
     for key, value in request.items():
         said = settled.said.get(key, ())
         if said and not said[-1][0].startswith("model ") and getattr(asked, key) != value:
-            raise RequestError(f"{key}={getattr(asked, key)!r} ({settled.origins[key]}) with {flag}",
-                               f"{what} was begun with {value!r}", "Take that away, or begin a new run")  # fmt: skip
+            asked_for = f"{key}={getattr(asked, key)!r} ({settled.origins[key]}) with {flag}"
+            raise RequestError(asked_for, f"{what} was begun with {value!r}", "Take that away, or begin a new run")
     return settled, opened

@@ -1,71 +1,103 @@
-"""``ditkit run``: a run in pieces. It stops after a stage or a step and goes on in another process.
+"""The commands that make a clip: ``ditkit generate``, ``demo``, ``run``, which stops after a stage or a step and goes
+on in another process, ``fork``, which keeps of another run all that still fits its changed settings, and ``replay``.
 
-With ``--run`` it keeps its States in a folder and goes on from there with ``--resume``, however it ended.
+With ``--run`` a run keeps its States in a folder and goes on from there with ``--resume``, however it ended.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+import sys
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ditkit.cli.flags import Prompt, RawSettings, to_path, with_settings
-from ditkit.cli.job import carried_out
-from ditkit.cli.keeping import Every, KeepSteps, NewRun, RunFolder
-from ditkit.cli.opening import open_pipe, open_run, open_state
-from ditkit.cli.resume import run_sheet
-from ditkit.cli.run_options import Json, NoSheet, Out, Quiet, RunOptions, Sheet, default_out, sheet_for
-from ditkit.errors import SetupError, StateError
+from ditkit.cli import expand, flags, job, show
+from ditkit.cli.flags import PathArgument, PathOption, RawSettings, RunOptions, default_out, sheet_for, with_settings
+from ditkit.cli.opening import load, model_name, open_pipe, open_run, open_state, settle
+from ditkit.config import Layer, Settled
+from ditkit.errors import DitkitError, RequestError, SetupError, StateError
 from ditkit.setup import Setup
 
-Source = Annotated[Path | None, typer.Option("--from", metavar="FILE", parser=to_path, help="Go on from this State.")]
-Start = Annotated[str | None, typer.Option(metavar="STAGE", help="Begin with this stage, done or not.")]
-Until = Annotated[str | None, typer.Option(metavar="STAGE", help="End with this stage.")]
-SaveState = Annotated[
-    Path | None, typer.Option(metavar="FILE", parser=to_path, help="Save the State at the end.")
-]  # fmt: skip
-StopAtStep = Annotated[int | None, typer.Option(metavar="K", help="End after K denoising steps.")]
-Resume = Annotated[
-    str | None, typer.Option(metavar="NAME|PATH", help="Go on with the run that is kept in this folder.")
-]  # fmt: skip
+if TYPE_CHECKING:
+    from ditkit.pipeline import Pipeline
+    from ditkit.runs import Parent
+    from ditkit.state import State
 
 
-def add_to(app: typer.Typer) -> None:
-    app.command("run")(run)
+@with_settings
+def generate(
+    given: RawSettings, prompt: flags.Prompt = None, out: flags.Out = None, sheet: flags.Sheet = None,
+    no_sheet: flags.NoSheet = False, quiet: flags.Quiet = False, as_json: flags.Json = False,
+) -> None:  # fmt: skip
+    """Make a clip from a prompt."""
+    pipe, request, settled = open_pipe(given)
+    state = pipe.begin(request)
+    out = out or default_out(state["prompt"][0], state["seed"][0])
+    goal = RunOptions(out, sheet_for(out, sheet, no_sheet), setup=settled.of(Setup), quiet=quiet, json=as_json)
+    with job.carried_out(pipe, state, goal) as made:
+        made.result = made.run()
+
+
+def demo(
+    prompt: Annotated[str, typer.Argument(help="What the clip should show.")] = (
+        "a red circle moving left on a black background"
+    ),
+    seed: Annotated[int, typer.Option(help="Another seed gives another clip.")] = 7,
+    out: flags.Out = Path("outputs/demo.mp4"),
+    model: flags.ModelName = "shapes",
+    quiet: flags.Quiet = False,
+) -> None:
+    """Make a clip on the embedded model, in seconds."""
+    pipe, request, _ = open_pipe(RawSettings({"prompt": [prompt], "seed": [str(seed)], "model": [model]}))
+    assert out is not None
+    if not quiet:
+        print(f'"{request.prompt}", seed {request.seed}, model {model}', flush=True)
+    goal = RunOptions(out, sheet_for(out, None, False), quiet=quiet)
+    with job.carried_out(pipe, pipe.begin(request), goal) as made:
+        made.result = made.run()
 
 
 @with_settings
 def run(
     given: RawSettings,
-    prompt: Prompt = None,
-    source: Source = None,
-    start: Start = None,
-    until: Until = None,
-    save_state: SaveState = None,
-    stop_at_step: StopAtStep = None,
-    folder: RunFolder = None,
-    resume: Resume = None,
-    every: Every = None,
-    keep_steps: KeepSteps = None,
-    out: Out = None,
-    sheet: Sheet = None,
-    no_sheet: NoSheet = False,
-    quiet: Quiet = False,
-    as_json: Json = False,
+    prompt: flags.Prompt = None,
+    source: Annotated[Path | None, PathOption("--from", metavar="FILE", help="Go on from this State.")] = None,
+    start: Annotated[str | None, typer.Option(metavar="STAGE", help="Begin with this stage, done or not.")] = None,
+    until: Annotated[str | None, typer.Option(metavar="STAGE", help="End with this stage.")] = None,
+    save_state: Annotated[Path | None, PathOption(metavar="FILE", help="Save the State at the end.")] = None,
+    stop_at_step: Annotated[int | None, typer.Option(metavar="K", help="End after K denoising steps.")] = None,
+    folder: flags.RunFolder = None,
+    resume: Annotated[
+        str | None, typer.Option(metavar="NAME|PATH", help="Go on with the run that is kept in this folder.")
+    ] = None,
+    every: flags.Every = None,
+    keep_steps: flags.KeepSteps = None,
+    out: flags.Out = None,
+    sheet: flags.Sheet = None,
+    no_sheet: flags.NoSheet = False,
+    quiet: flags.Quiet = False,
+    as_json: flags.Json = False,
 ) -> None:
     """Make a part of a clip, or go on from a saved State: the same bits as in one go."""
-    _one_of({"--from": source, "--run": folder, "--resume": resume})
-    _only_with("--run", folder, {"--every": every, "--keep-steps": keep_steps})
+    ways = {"--from": source, "--run": folder, "--resume": resume}
+    if len(named := [f"{flag} {value}" for flag, value in ways.items() if value is not None]) > 1:
+        raise StateError(" with ".join(named), "each says where the run begins", "Give one of them")
+    keeping = said(every=every, keep_steps=keep_steps)
+    for key, value in keeping.items() if folder is None else ():
+        found = "it says what a new run keeps, and there is no --run"
+        raise SetupError(f"--{flags.kebab(key)} {value}", found, "Add --run NAME")
     if start is not None and source is None:
         raise StateError(f"--start {start}", "there is no State to begin from", "Add --from FILE")
     goal = RunOptions(out or Path(), None, save_state, start, until, stop_at_step, quiet=quiet, json=as_json)
     if resume is not None:
         kept, settled = open_run(resume, given)
-        pipe, state, out, otherwise = kept.pipe, kept.state(), out or kept.out, run_sheet(kept, out or kept.out)
-        chosen = sheet_for(out, sheet, no_sheet)
-        goal = goal.at(out, chosen if no_sheet or sheet else otherwise, settled.of(Setup), kept)
+        pipe, state, out = kept.pipe, kept.state(), out or kept.out
+        chosen = sheet_for(out, sheet, no_sheet) if no_sheet or sheet else job.run_sheet(kept, out)
+        goal = replace(goal, out=out, sheet=chosen, setup=settled.of(Setup), run=kept, kept=True)
     else:
         if source is None:
             pipe, request, settled = open_pipe(given)
@@ -73,22 +105,165 @@ def run(
         else:
             pipe, state, settled = open_state(source, given)
         if folder is not None:
-            new = NewRun.at(folder, every, keep_steps, out, sheet, no_sheet)
-            state, goal = new.begin(pipe, state, goal, settled)
+            from ditkit.runs import located
+
+            state, goal = begun(located(folder), pipe, state, goal, settled, out, sheet, no_sheet, **keeping)
         else:
             out = out or default_out(state["prompt"][0], state["seed"][0])
-            goal = goal.at(out, sheet_for(out, sheet, no_sheet), settled.of(Setup))
-    with carried_out(pipe, state, goal) as job:
-        job.result = job.run()
+            goal = replace(goal, out=out, sheet=sheet_for(out, sheet, no_sheet), setup=settled.of(Setup))
+    with job.carried_out(pipe, state, goal) as made:
+        made.result = made.run()
 
 
-def _one_of(ways: Mapping[str, object]) -> None:
-    named = [f"{flag} {value}" for flag, value in ways.items() if value is not None]
-    if len(named) > 1:
-        raise StateError(" with ".join(named), "each says where the run begins", "Give one of them")
+class Nothing(DitkitError):
+    """Ctrl-C before the fork was there."""
+
+    exit_code = 130
 
 
-def _only_with(flag: str, value: object, options: Mapping[str, object]) -> None:
-    named = [f"{option} {given}" for option, given in options.items() if given is not None]
-    if named and value is None:
-        raise SetupError(named[0], f"it says what a new run keeps, and there is no {flag}", f"Add {flag} NAME")
+@with_settings
+def fork(
+    given: RawSettings,
+    source: Annotated[str, typer.Argument(metavar="RUN", help="The run to fork: its NAME in runs/, or its path.")],
+    prompt: Annotated[str | None, typer.Option("--prompt", help="Another prompt.", show_default=False)] = None,
+    at_step: Annotated[
+        int | None, typer.Option(metavar="K", help="Go on from the State after K steps. Default: keep what still fits.")
+    ] = None,
+    clip: Annotated[int | None, typer.Option(metavar="N", help="Which clip, of a run of several: 0, 1, ...")] = None,
+    folder: flags.RunFolder = None,
+    every: flags.Every = None,
+    keep_steps: flags.KeepSteps = None,
+    out: flags.Out = None,
+    sheet: flags.Sheet = None,
+    no_sheet: flags.NoSheet = False,
+    quiet: flags.Quiet = False,
+    as_json: flags.Json = False,
+) -> None:
+    """Begin a new run where another one stands, or stood, with changed settings."""
+    from ditkit.execution.place import Interrupted
+    from ditkit.runs import Run, located
+    from ditkit.runs.fork import prepared, request_of, which_clip
+    from ditkit.runs.run import check_new
+
+    parent = Run.open(source)
+    before = request_of(parent, which_clip(parent, clip))
+    replaced = ("steps", "shift") if before["sigmas"] is not None else ()
+    below = {k: v for k, v in before.items() if k not in replaced}
+    settled, opened = settle(given, Layer.of({**below, **parent.description.setup}, f"run {parent.path}"))
+    path = next_to(parent.path) if folder is None else located(folder)
+    about = parent.description
+    keeping = {"every": about.every, "keep_steps": about.keep_steps, **said(every=every, keep_steps=keep_steps)}
+    check_new(path, **keeping)
+    pipe, request = load(opened), settled.request().model_dump()
+    if before["sigmas"] is not None and request["sigmas"] == before["sigmas"]:
+        request |= {"steps": before["steps"], "shift": before["shift"]}
+    goal = RunOptions(path, None, quiet=quiet, json=as_json)
+    try:
+        state, origin = prepared(parent, request, at_step=at_step, clip=clip, pipe=pipe, tell=job.say,
+                                 listeners=[show.warn_of_truncation])  # fmt: skip
+        if not quiet:
+            where = "" if origin.step is None else f" at step {origin.step}"
+            changes = [f"       {k} {show.value(old)} -> {show.value(new)}" for k, (old, new) in origin.changed.items()]
+            for line in [f"fork   {job.shown(Path(origin.path))}{where}", *changes]:
+                show.console(stderr=as_json).print(line)
+        state, goal = begun(path, pipe, state, goal, settled, out, sheet, no_sheet, origin, **keeping)
+    except (Interrupted, KeyboardInterrupt):
+        raise Nothing(f"forking {source}", "it was interrupted before the fork was there", "Fork it again") from None
+    with job.carried_out(pipe, state, goal) as made:
+        made.result = made.run()
+
+
+def next_to(parent: Path) -> Path:
+    """``NAME-1`` beside the parent, or the next number that is free."""
+    names = (parent.with_name(f"{parent.name}-{number}") for number in itertools.count(1))
+    return next(path for path in names if not path.exists())
+
+
+def said(**values: Any) -> dict[str, Any]:
+    """What somebody gave."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def begun(
+    path: Path, pipe: Pipeline, state: State, goal: RunOptions, settled: Settled, out: Path | None, sheet: Path | None,
+    no_sheet: bool, parent: Parent | None = None, **keeping: Any,
+) -> tuple[State, RunOptions]:  # fmt: skip
+    """A new run in a folder of its own, once all that can be known to go wrong has not. ``keeping`` as for
+    ``Run.begin``."""
+    from ditkit.assembly import placed
+    from ditkit.runs import Run
+    from ditkit.runs.folder import given
+    from ditkit.runs.run import check_new
+
+    check_new(path, **keeping)
+    clip, new = out or path / "clip.mp4", not path.exists()
+    goal = replace(goal, out=clip, sheet=sheet_for(clip, sheet, no_sheet), setup=settled.of(Setup), kept=True)
+    try:
+        job.check(pipe, state, goal)
+        state, goal = expand.before_run(pipe, state, goal, show.console(stderr=goal.json))
+    except BaseException:  # leaves no empty folder that the checks made
+        with suppress(OSError):
+            if new:
+                path.rmdir()
+        raise
+    chosen = not no_sheet if sheet is None else str(sheet.absolute())
+    setup = given(placed(settled.setup()))  # from every folder
+    kept = Run.begin(path, pipe, state, **keeping, out=out, sheet=chosen, setup=setup, parent=parent)
+    return state, replace(goal, run=kept)
+
+
+def replay(
+    file: Annotated[Path, PathArgument(metavar="FILE", help="A clip that ditkit wrote, or its .json.")],
+    out: Annotated[Path | None, PathOption(metavar="PATH", help="Write the clip that was made again here.")] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="FOLDER|NAME", help="Where its model is now. Default: where it was then.")
+    ] = None,
+    picture: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=FILE", help="Where a picture of its request is now, such as image=a.png."),
+    ] = None,
+    here: Annotated[
+        bool, typer.Option("--here", help="Run all stages here, though some ran at hosts or in other processes.")
+    ] = False,
+    quiet: flags.Quiet = False,
+    plugs: flags.Plugs = None,
+) -> int:
+    """Make a clip again and compare: exit code 0 when every pixel is the same, 1 when not."""
+    from ditkit import media
+    from ditkit import replay as replays
+
+    script = replays.read(file)
+    request = script.request
+    if out is not None:
+        media.check_writable(out, width=request.width, height=request.height, fps=request.fps)
+    pipe = replays.prepare(script, None if model is None else model_name(model), here, plugs or ())
+    for difference in [*replays.plug_differences(script, pipe), *replays.machine_differences(script.manifest)]:
+        print(f"note: {difference}", file=sys.stderr)
+    console = show.console()
+    with show.view(console, quiet, pipe.look(), request.frames) as listeners:
+        replayed = replays.replay(script, pipe, listeners, named_pictures(picture or []))
+    if out is not None:
+        clip = replayed.result.manifests[script.clip]
+        written = media.write_video(out, replayed.result.videos[script.clip], request.fps, clip)
+        console.print(f"clip   {written}")
+    if replayed.identical:
+        console.print(f"identical: {file} was made again, bit for bit")
+        return 0
+    console.print(f"different: {file} was not made again")
+    for difference in replayed.differences:
+        console.print(f"  {difference}")
+    return 1
+
+
+def named_pictures(texts: list[str]) -> dict[str, str | list[str]]:
+    """``image=a.png`` and the like; several of ``reference_images`` are a list. Raises RequestError."""
+    from ditkit.pictures import FIELDS
+
+    found: dict[str, str | list[str]] = {}
+    for text in texts:
+        name, equals, file = text.partition("=")
+        if not equals or name not in FIELDS:
+            do = f"Write NAME=FILE with one of {', '.join(FIELDS)}"
+            raise RequestError(f"--picture {text}", "it does not name a picture", do)
+        found[name] = [*found.get(name, []), file] if name == "reference_images" else file
+    return found

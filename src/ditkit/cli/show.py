@@ -10,10 +10,11 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
-from ditkit.events import Event
+from ditkit.events import Event, Listener
 
 if TYPE_CHECKING:
     import numpy as np
@@ -111,9 +112,8 @@ def whereabouts(receipt: Mapping[str, Any]) -> list[str]:
         for place in places:
             trips = [t for t in receipt["travelled"] if (t["stage"], t["place"]) == (stage, place)]
             if trips:
-                worked, waited, there, back = (
-                    sum(t[k] for t in trips) for k in ("worked", "seconds", "sent", "received")
-                )
+                keys = ("worked", "seconds", "sent", "received")
+                worked, waited, there, back = (sum(trip[key] for trip in trips) for key in keys)
                 way = f"{size(there)} there, {size(back)} back, {seconds(waited)} on the way"
                 lines.append(f"place  {stage} at {place}: {seconds(worked)}; {way}")
             elif places != ["here"]:
@@ -125,8 +125,8 @@ def whereabouts(receipt: Mapping[str, Any]) -> list[str]:
 
 def size(count: int) -> str:
     """Bytes in decimal units."""
-    unit, name = next((u for u in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")) if count >= u[0]), (1, "bytes"))
-    return f"{count} bytes" if unit == 1 else f"{count / unit:.1f} {name}"
+    units = ((10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
+    return next((f"{count / unit:.1f} {name}" for unit, name in units if count >= unit), f"{count} bytes")
 
 
 def warn_of_truncation(event: Event) -> None:
@@ -138,14 +138,8 @@ def warn_of_truncation(event: Event) -> None:
 class Plain:
     """Lines for logs and pipes."""
 
-    def __init__(self, out: Console, ran: Iterable[str] = ()):
+    def __init__(self, out: Console, ran: Iterable[str]):
         self.out, self.last, self.ran = out, float("-inf"), {*ran}
-
-    def __enter__(self) -> Plain:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
 
     def __call__(self, event: Event) -> None:
         match event.name:
@@ -163,46 +157,28 @@ class Plain:
             case "step.end":
                 step = event["step"]
                 if event.seconds - self.last >= LINE or step.index + 1 == step.count:
-                    self.last = event.seconds
-                    self.out.print(
-                        f"step {step.index + 1} of {step.count}, sigma {step.sigma:.4f}, {seconds(event['elapsed'])}"
-                    )
+                    self.last, took = event.seconds, seconds(event["elapsed"])
+                    self.out.print(f"step {step.index + 1} of {step.count}, sigma {step.sigma:.4f}, {took}")
 
 
 class Live:
-    """A bar and, where the model says how its latents look, a picture; both vanish at the end."""
+    """A bar and, where the model says how its latents look, a picture; both vanish at the end of ``self.live``."""
 
     def __init__(self, out: Console, look: Inspect | None, frames: int):
-        from rich.live import Live as RichLive
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
+        from rich import live, progress
 
-        self.look, self.frames, self.clip = look, frames, ""
+        self.look, self.frames, self.clip, self.last = look, frames, "", float("-inf")
         self.picture: Text | None = None
-        self.last = float("-inf")
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-        self.progress = Progress(*columns, TimeRemainingColumn())
+        columns = progress.TextColumn("{task.description}"), progress.BarColumn(), progress.MofNCompleteColumn()
+        self.progress = progress.Progress(*columns, progress.TimeElapsedColumn(), progress.TimeRemainingColumn())
         self.task = self.progress.add_task("starting", total=None)
-        self.live = RichLive(get_renderable=self.render, console=out, transient=True, refresh_per_second=8)
+        self.live = live.Live(get_renderable=self.render, console=out, transient=True, refresh_per_second=8)
 
     def render(self) -> Any:
         from rich.console import Group
 
         picture = self.picture
         return Group(*([] if picture is None else [picture]), self.progress)
-
-    def __enter__(self) -> Live:
-        self.live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.live.stop()
 
     def __call__(self, event: Event) -> None:
         match event.name:
@@ -213,8 +189,7 @@ class Live:
             case "stage.start":
                 self.begin(event["stage"])
             case "step.start":
-                step = event["step"]
-                self.begin("denoise", step.count, step.index)
+                self.begin("denoise", event["step"].count, event["step"].index)
             case "step.end":
                 self.progress.update(self.task, completed=event["step"].index + 1)
             case "prediction" if self.look and self.due():
@@ -244,17 +219,26 @@ class Live:
         self.picture.end = "\n"  # the bar comes below
 
 
-def view(out: Console, quiet: bool, look: Inspect | None, frames: int, ran: Iterable[str] = ()) -> Plain | Live | None:
-    """``ran``: the stages that the part of the run before this one has done (``Recorder.done``)."""
+@contextmanager
+def view(
+    out: Console, quiet: bool, look: Inspect | None, frames: int, ran: Iterable[str] = ()
+) -> Iterator[list[Listener]]:
+    """Listeners that show a run while it is within ``with``. ``ran``: the stages that the part of the run before this
+    one has done (``Recorder.done``)."""
     if quiet:
-        return None
-    return Live(out, look, frames) if out.is_terminal and not out.is_dumb_terminal else Plain(out, ran)
+        yield [warn_of_truncation]
+    elif out.is_terminal and not out.is_dumb_terminal:
+        live = Live(out, look, frames)
+        with live.live:
+            yield [warn_of_truncation, live]
+    else:
+        yield [warn_of_truncation, Plain(out, ran)]
 
 
-def heading(title: str) -> Text:
+def section(title: str, body: Text | str) -> Text:
     from rich.text import Text
 
-    return Text(f"\n{title}", "bold")
+    return Text.assemble((f"\n{title}\n", "bold"), body)
 
 
 def value(setting: Any) -> str:

@@ -4,10 +4,8 @@
 itself (``pipeline.py``).
 """
 
-from ditkit.runs.description import Description, Parent
-from ditkit.runs.folder import located
+from ditkit.runs.folder import Description, Parent, located
 from ditkit.runs.kept import Kept
-from ditkit.runs.listing import Listed, listed
-from ditkit.runs.run import Run
+from ditkit.runs.run import Listed, Run, listed
 
 __all__ = ["Description", "Kept", "Listed", "Parent", "Run", "listed", "located"]

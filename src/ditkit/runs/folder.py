@@ -1,27 +1,33 @@
-"""RunFolder: a run as its folder holds it: what it is and how far it came.
-
-There is ``run.json`` (what it is), ``states`` (how far it came) and ``lock``. Leaves out: beginning and going on
-(``run.py``).
+"""RunFolder: a run as its folder holds it: ``run.json`` (what it is, settled when it begins and never changed),
+``states`` (how far it came) and ``lock``. Leaves out: beginning and going on (``run.py``).
 """
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from ditkit.assembly.plugs import check_trusted
 from ditkit.errors import OutputError, StateError
-from ditkit.runs.description import NAME, Description
+from ditkit.media.files import write_together
+from ditkit.request import Request, renamed
 from ditkit.runs.kept import WHOLE, KeptStates, Tell, clip
 from ditkit.setup import Setup
+from ditkit.state import sync_folder
 
 if TYPE_CHECKING:
     from ditkit.pipeline import Pipeline
     from ditkit.state import State
 
+VERSION = 1
+NAME = "run.json"
 FOLDER = "runs"
 
 
@@ -34,9 +40,91 @@ def located(name: str | os.PathLike[str]) -> Path:
 
 def given(setup: Setup) -> dict[str, Any]:
     """The settings that are not ditkit's defaults."""
-    values = setup.model_dump()
-    changed = {k: v for k, v in values.items() if v != type(setup).model_fields[k].get_default()}
+    changed = {k: v for k, v in setup.model_dump().items() if v != Setup.model_fields[k].get_default()}
     return {**changed, "model": setup.model}
+
+
+class Parent(BaseModel):
+    """What a run was forked from. ``step``: where in the loop, if a step was named; ``changed``: settings by name with
+    the value before and after; ``spliced``: a part of the loop was taken with other settings, so that the request alone
+    does not make this run again."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: str
+    id: str
+    step: int | None
+    clip: int | None
+    changed: dict[str, tuple[Any, Any]]
+    spliced: bool
+
+
+class Description(BaseModel):
+    """``run.json``. ``setup``: the settings that somebody gave. ``steps``: of the loop. ``every``, ``keep_steps``: what
+    is kept. ``out`` and ``sheet``: where results go; None and True stand for places in the run's own folder."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    run: int = VERSION
+    id: str
+    created: str
+    model: dict[str, Any]
+    request: dict[str, Any]
+    setup: dict[str, Any]
+    clips: int
+    steps: int
+    every: int
+    keep_steps: Literal["last", "all"]
+    out: str | None = None
+    sheet: str | bool = True
+    parent: Parent | None = None
+
+    @field_validator("model")
+    @classmethod
+    def _named(cls, model: dict[str, Any]) -> dict[str, Any]:
+        if not isinstance(model.get("name"), str):
+            raise ValueError("it has no name")
+        return model
+
+    @field_validator("request")
+    @classmethod
+    def _asking(cls, request: dict[str, Any]) -> dict[str, Any]:
+        """What a list of runs shows of it; all else is looked at when the run goes on."""
+        prompt = request.get("prompt")
+        if not all(isinstance(text, str) for text in (prompt if isinstance(prompt, list) else [prompt])):
+            raise ValueError("it has no prompt")
+        if not isinstance(request.get("batched"), bool):
+            raise ValueError("it does not say whether its clips are batched")
+        known = {name: field.get_default() for name, field in Request.model_fields.items()}
+        return {**known, **renamed(request)}  # an older run knows fewer settings
+
+    def write(self, folder: Path) -> None:
+        """Whole or not at all, and there for good. Raises OutputError."""
+        text = json.dumps(self.model_dump(), indent=1, ensure_ascii=False) + "\n"
+        write_together({folder / NAME: text.encode()})
+        sync_folder(folder)
+
+    @classmethod
+    def read(cls, folder: Path) -> Description:
+        """Raises StateError."""
+        asked, anew = f"opening the run {folder}", "Begin the run anew elsewhere"
+        try:
+            values = json.loads((folder / NAME).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            do = "Check its name; `ditkit runs` lists those that are there"
+            raise StateError(asked, f"there is no {NAME}", do) from None
+        except (OSError, ValueError, RecursionError) as e:
+            raise StateError(asked, f"its {NAME} cannot be read ({e})", anew) from None
+        version = values.get("run") if isinstance(values, dict) else None
+        if version != VERSION:
+            found = f"its version is {version!r}; this ditkit reads {VERSION}"
+            raise StateError(asked, found, "Use the ditkit that wrote it")
+        try:
+            return cls(**values)
+        except ValidationError as e:
+            fault = e.errors()[0]
+            found = f"its {NAME} is damaged at {'.'.join(map(str, fault['loc']))} ({fault['msg']})"
+            raise StateError(asked, found, anew) from None
 
 
 class RunFolder:
@@ -47,9 +135,11 @@ class RunFolder:
         spliced = description.parent is not None and description.parent.spliced
         self.states = KeptStates(path / "states", keeps_first=spliced)
 
-    @property
-    def name(self) -> str:
-        return self.path.name
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], pipe: Pipeline | None = None) -> Self:
+        """A run that was begun, maybe by another process. ``pipe``: needed for one that was changed from Python. Raises
+        StateError."""
+        return cls(located(path), Description.read(located(path)), pipe)
 
     @property
     def pipe(self) -> Pipeline:
@@ -73,10 +163,8 @@ class RunFolder:
     def state(self, tell: Tell = lambda _: None) -> State:
         """How far it came: all clips together; of several that are made one after the other what they have in common.
         Raises StateError."""
-        asked, do = (
-            f"going on with the run {self.path}",
-            f"Begin it anew with `ditkit run --run`; {NAME} holds its request",
-        )
+        asked = f"going on with the run {self.path}"
+        do = f"Begin it anew with `ditkit run --run`; {NAME} holds its request"
         try:
             state = self.states.newest(WHOLE, tell)
         except StateError as e:
@@ -112,13 +200,6 @@ class RunFolder:
 
     def sweep(self) -> None:
         """Remove what a killed process left half written in the folder."""
-        import shutil
-
         self.states.sweep()
         for path in (*self.path.glob(".*.tmp"), *self.path.glob(".ditkit-*.part")):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-def opened(path: str | os.PathLike[str]) -> RunFolder:
-    """Raises StateError."""
-    return RunFolder(located(path), Description.read(located(path)))

@@ -7,23 +7,22 @@ steps that are behind it stay as they were taken. Leaves out: beginning and goin
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ditkit import pictures, samples
 from ditkit.errors import RequestError, StateError
 from ditkit.execution.place import fingerprint_in
 from ditkit.execution.records import options_of
-from ditkit.pictures import IN_MEMORY
+from ditkit.execution.stage import Stage, readable, writes_of
+from ditkit.execution.stage_list import StageList
 from ditkit.request import Request
-from ditkit.runs.description import Parent
-from ditkit.runs.folder import RunFolder, given, opened
-from ditkit.runs.kept import WHOLE, Tell, clip
-from ditkit.runs.rewind import loop_of, taken_back
+from ditkit.runs.folder import Parent, RunFolder, given
+from ditkit.runs.kept import WHOLE, Tell
+from ditkit.runs.kept import clip as of_clip
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from ditkit.events import Listener
     from ditkit.pipeline import Pipeline
     from ditkit.state import State
@@ -49,29 +48,25 @@ def prepared(
     are taken again, as the parent took them; nothing of that is kept if it is interrupted.
 
     Raises RequestError, StateError for what cannot be put together."""
-    clip = which_clip(parent, clip)
-    old = standing(parent, pipe, clip, tell)
-    before = request_of(parent, clip)
+    source = Source(parent, pipe, which_clip(parent, clip), tuple(listeners), tell)
+    old, before = source.newest(), request_of(parent, source.clip)
     request = pipe.request({**before, **changes})
     begun = pipe.begin(request, {**_pictures(old, request, before), **(pixels or {})})
-    if samples.count(begun) != samples.count(old):
-        raise RequestError(f"forking {parent.path}", f"it would make {samples.count(begun)} clips",
-                           "A fork makes one clip of one")  # fmt: skip
+    if (count := samples.count(begun)) != samples.count(old):
+        found = f"it would make {count} clips"
+        raise RequestError(f"forking {parent.path}", found, "A fork makes one clip of one")
     changed = {k: (before[k], v) for k, v in begun["request"].items() if before.get(k) != v}
+    state, end = (old, None) if at_step is None else _at_step(source, old, begun, changed, at_step)
     computes_anew = given(pipe.setup) != parent.description.setup
-    if at_step is None:
-        state = _kept_where_it_fits(pipe, _asked(old, begun, changed), computes_anew)
-    else:
-        state = _at_step(parent, pipe, begun, changed, at_step, clip, listeners, tell, computes_anew)
-    spliced = _spliced(parent, pipe, state, at_step)
-    return state, Parent(
-        path=str(parent.path), id=parent.description.id, step=at_step, clip=clip, changed=changed, spliced=spliced
-    )
-
-
-def as_parent(parent: RunFolder) -> dict[str, Any]:
-    """How often the parent keeps a State, and which ones: a fork does so too, unless something else is said."""
-    return {"every": parent.description.every, "keep_steps": parent.description.keep_steps}
+    state = _kept_where_it_fits(pipe, _asked(state, begun, changed), computes_anew, end)
+    # Has the loop steps behind it that another request took? A batch rounds otherwise than a clip alone.
+    loop, above = loop_of(pipe.stages), parent.description.parent
+    going_on = loop is not None and any(n in state for n in pipe.stages.stages[loop].loop)
+    batch = parent.description.clips > 1 and not parent.apart
+    spliced = going_on and (bool(at_step) or batch or (above is not None and above.spliced))
+    origin = Parent(path=str(parent.path), id=parent.description.id, step=at_step, clip=source.clip, changed=changed,
+                    spliced=spliced)  # fmt: skip
+    return state, origin
 
 
 def which_clip(parent: RunFolder, index: int | None) -> int | None:
@@ -95,17 +90,56 @@ def request_of(parent: RunFolder, index: int | None) -> dict[str, Any]:
     return {**request, "prompt": prompt, "negative_prompt": negative, "seed": seed, "batched": False}
 
 
-def standing(parent: RunFolder, pipe: Pipeline, index: int | None, tell: Tell) -> State:
-    """The newest State of the run, or of that one of its clips."""
-    if index is not None and parent.apart:
-        own = parent.clip_state(index, tell)
-        if own is not None:
-            return own
-    return _of_clip(pipe, parent.state(tell), index)
+@dataclass(frozen=True)
+class Source:
+    """The run that is forked, or that one of its clips, as ``pipe`` sees it."""
+
+    run: RunFolder
+    pipe: Pipeline
+    clip: int | None
+    listeners: tuple[Listener, ...]
+    tell: Tell
+
+    @property
+    def alone(self) -> int | None:
+        """The clip, where it has States of its own."""
+        return self.clip if self.run.apart else None
+
+    def newest(self) -> State:
+        found = None if self.alone is None else self.run.clip_state(self.alone, self.tell)
+        return self.part_of(self.run.state(self.tell)) if found is None else found
+
+    def part_of(self, state: State) -> State:
+        """Of a State of all clips that of this one."""
+        return state if self.clip is None else samples.split(state, self.pipe.stages.table)[self.clip]
+
+    def after(self, step: int, loop: int) -> State:
+        """The State after ``step`` steps; from the nearest earlier one where that was not kept."""
+        who = WHOLE if self.alone is None else of_clip(self.alone)
+        near = self.run.states.newest(who, self.tell, upto=step) if step > 0 else None
+        above, name = self.run.description.parent, self.pipe.stages.names[loop]
+        if near is None and step > 0 and above is not None and above.spliced:
+            return replace(self, run=_ancestor(self.run, above), clip=above.clip).after(step, loop)
+        if near is None:
+            near = self.run.state(self.tell) if self.alone is None else self.newest()
+            near = taken_back(self.pipe.stages, near, [name])
+        if step > (kept := near.get("step", 0)):
+            self.tell(f"the steps up to {step} are taken again from step {kept} on, the nearest that was kept")
+            near = self.pipe.run(near, until=name, stop_at_step=step, listeners=self.listeners).state
+        return self.part_of(near) if self.alone is None else near
 
 
-def _of_clip(pipe: Pipeline, state: State, index: int | None) -> State:
-    return state if index is None else samples.split(state, pipe.stages.table)[index]
+def _ancestor(run: RunFolder, above: Parent) -> RunFolder:
+    do = "or fork at a later step"
+    try:
+        found = run.open(above.path)
+    except StateError as e:
+        asked = f"taking the first steps from the run that was forked in {above.path}"
+        raise StateError(asked, e.found, f"Bring it back, {do}") from None
+    if found.description.id != above.id:
+        asked = f"looking for the run that was forked in {above.path}"
+        raise StateError(asked, "there is another one now", f"Bring the old one back, {do}")
+    return found
 
 
 def _pictures(old: State, request: Request, before: Mapping[str, Any]) -> dict[str, Any]:
@@ -118,7 +152,7 @@ def _pictures(old: State, request: Request, before: Mapping[str, Any]) -> dict[s
             continue
         if name != "reference_images":
             found[name] = old[name][0].numpy()
-        elif any(item.startswith(IN_MEMORY) for item in value):
+        elif any(item.startswith(pictures.IN_MEMORY) for item in value):
             found[name] = [picture.numpy() for picture in old[name][0]]
     return found
 
@@ -126,125 +160,96 @@ def _pictures(old: State, request: Request, before: Mapping[str, Any]) -> dict[s
 def _asked(old: State, begun: State, changed: Mapping[str, Any]) -> State:
     """``old``, asking for what ``begun`` asks for. Pictures that the new request names as before, in a size as before,
     stay those that they are."""
-    same = {} if {*SHAPES, "image_processing"} & set(changed) else {
-        n: old[n] for n in pictures.FIELDS if n in old and n in begun and n not in changed
-    }  # fmt: skip
+    resized = not {*SHAPES, "image_processing"}.isdisjoint(changed)
+    same = {n for n in pictures.FIELDS if n in old and n in begun and n not in changed and not resized}
     fresh = {n: begun[n] for n in (*CALLERS, *pictures.FIELDS) if n in begun and n not in same}
     return old.without(*(n for n in pictures.FIELDS if n not in begun)).with_fields(fresh)
 
 
-def _kept_where_it_fits(pipe: Pipeline, state: State, computes_anew: bool, end: int | None = None) -> State:
+def _kept_where_it_fits(pipe: Pipeline, state: State, computes_anew: bool, end: int | None) -> State:
     """``state`` without the results, among the stages before ``end``, that its own request would make otherwise."""
-    names = []
+    names, records = [], state.get("records", {})
     for stage in pipe.stages.stages[:end]:
-        skip_reason = bool(stage.skip_reason(state))
-        stale = bool(pipe.stages.outdated(stage, state)) or (skip_reason and stage.name in state.get("records", {}))
-        if computes_anew and not stale and (record := state.get("records", {}).get(stage.name)):
+        record, skipped = records.get(stage.name), bool(stage.skip_reason(state))
+        stale = bool(pipe.stages.outdated(stage, state)) or (skipped and stage.name in records)
+        if computes_anew and not stale and record:
             weights = {n: fingerprint_in(pipe.components, n) for n in stage.components if n in pipe.components}
             stale = any(record["weights"].get(n, print_) != print_ for n, print_ in weights.items())
             stale = stale or record["options"] != options_of(stage)
-        ready, begun = not skip_reason and all(n in state for n in stage.triggers), any(n in state for n in stage.loop)
+        ready, begun = not skipped and all(n in state for n in stage.triggers), any(n in state for n in stage.loop)
         if stale or (ready and not begun and not stage.done(state)):
             names.append(stage.name)
     return taken_back(pipe.stages, state, names, end)
 
 
-def _at_step(
-    parent: RunFolder,
-    pipe: Pipeline,
-    begun: State,
-    changed: Mapping[str, Any],
-    step: int,
-    index: int | None,
-    listeners: Iterable[Listener],
-    tell: Tell,
-    computes_anew: bool,
-) -> State:
-    asked, loop = f"forking {parent.path} at step {step}", loop_of(pipe.stages)
+def _at_step(source: Source, old: State, begun: State, changed: Mapping[str, Any], step: int) -> tuple[State, int]:
+    """The parent's State after ``step`` steps, and where in the pipeline its loop stands. Raises RequestError, and
+    StateError for a change that would not be seen, be nonsense, or be refused in the middle of the loop."""
+    pipe, steps, asked = source.pipe, source.run.description.steps, f"forking {source.run.path} at step {step}"
+    loop = loop_of(pipe.stages)
     if loop is None:
         raise StateError(asked, "none of its stages takes steps", "Leave the step out")
-    if not 0 <= step < parent.description.steps:
-        raise RequestError(asked, f"it takes {parent.description.steps} steps",
-                           f"Give a number from 0 to {parent.description.steps - 1}")  # fmt: skip
-    if step > 0:
-        _check_goes_on(pipe, begun, changed, asked)
-        _check_weights(pipe, standing(parent, pipe, index, tell), asked)
-    state = after_steps(parent, pipe, step, index, listeners, tell)
-    if step > 0:
-        _check_levels(pipe, state, begun, asked)
-    return _kept_where_it_fits(pipe, _asked(state, begun, changed), computes_anew, loop)
-
-
-def after_steps(
-    parent: RunFolder, pipe: Pipeline, step: int, index: int | None, listeners: Iterable[Listener], tell: Tell
-) -> State:
-    """The parent's State after ``step`` steps; from the nearest earlier one where that was not kept."""
-    loop = loop_of(pipe.stages)
-    assert loop is not None
-    first = pipe.stages.stages[loop]
-    alone = parent.apart and index is not None
-    who = clip(index) if alone and index is not None else WHOLE
-    near = parent.states.newest(who, tell, upto=step) if step > 0 else None
-    above = parent.description.parent
-    if near is None and step > 0 and above is not None and above.spliced:
-        return after_steps(_ancestor(above), pipe, step, above.clip, listeners, tell)
-    if near is None:
-        near = standing(parent, pipe, index, tell) if alone else parent.state(tell)
-        near = taken_back(pipe.stages, near, [first.name])
-    if step > near.get("step", 0):
-        tell(f"the steps up to {step} are taken again from step {near.get('step', 0)} on, the nearest that was kept")
-        near = pipe.run(near, until=first.name, stop_at_step=step, listeners=listeners).state
-    return near if alone else _of_clip(pipe, near, index)
-
-
-def _ancestor(above: Parent) -> RunFolder:
-    try:
-        run = opened(above.path)
-    except StateError as e:
-        raise StateError(f"taking the first steps from the run that was forked in {above.path}", e.found,
-                         "Bring it back, or fork at a later step") from None  # fmt: skip
-    if run.description.id != above.id:
-        raise StateError(f"looking for the run that was forked in {above.path}", "there is another one now",
-                         "Bring the old one back, or fork at a later step")  # fmt: skip
-    return run
-
-
-def _check_weights(pipe: Pipeline, state: State, asked: str) -> None:
-    """Raise StateError now for what would be refused when the loop goes on."""
-    loop = loop_of(pipe.stages)
-    assert loop is not None
+    if not 0 <= step < steps:
+        raise RequestError(asked, f"it takes {steps} steps", f"Give a number from 0 to {steps - 1}")
+    if step == 0:
+        return source.after(step, loop), loop
+    _check_goes_on(pipe, begun, changed, asked)
     for name in pipe.stages.stages[loop].components:
-        then = state.get("weights", {}).get(name)
+        then = old.get("weights", {}).get(name)
         if then is not None and name in pipe.components and fingerprint_in(pipe.components, name) != then:
-            raise StateError(asked, f"the steps before it were taken with another {name}",
-                             "Use the same weights, dtype and dtype_policy, or fork at step 0")  # fmt: skip
+            do = "Use the same weights, dtype and dtype_policy, or fork at step 0"
+            raise StateError(asked, f"the steps before it were taken with another {name}", do)
+    state, now = source.after(step, loop), pipe.steps(Request(**begun["request"]))
+    if "sigmas" in state and state["sigmas"] != [*(s.sigma for s in now), now[-1].sigma_next]:
+        do = "Fork at step 0, or keep steps, shift, convention and sigmas"
+        raise StateError(asked, "with these settings it has other noise levels", do)
+    return state, loop
 
 
 def _check_goes_on(pipe: Pipeline, begun: State, changed: Mapping[str, Any], asked: str) -> None:
-    """Raise StateError for a change that would not be seen, or be nonsense, in the middle of the loop."""
     from ditkit.schedulers import make
 
-    request = begun["request"]
+    request, do = begun["request"], "Fork at step 0, or leave it as it was"
     for names, found in ((SHAPES, "the video would have another size"),
                          (SOLVERS, "the scheduler remembers steps of another one")):  # fmt: skip
         if other := [n for n in names if n in changed]:
-            raise StateError(f"{asked} with another {other[0]}", found, "Fork at step 0, or leave it as it was")
+            raise StateError(f"{asked} with another {other[0]}", found, do)
     scheduler = pipe.seams.scheduler or make(request["scheduler"], **request["scheduler_options"])
     if "seed" in changed and not scheduler.needs_noise:
-        raise StateError(f"{asked} with another seed", f"{request['scheduler']} draws no noise after the beginning",
-                         "Fork at step 0, or leave it as it was")  # fmt: skip
+        found = f"{request['scheduler']} draws no noise after the beginning"
+        raise StateError(f"{asked} with another seed", found, do)
 
 
-def _check_levels(pipe: Pipeline, state: State, begun: State, asked: str) -> None:
-    steps = pipe.steps(Request(**begun["request"]))
-    if "sigmas" in state and state["sigmas"] != [*(s.sigma for s in steps), steps[-1].sigma_next]:
-        raise StateError(asked, "with these settings it has other noise levels",
-                         "Fork at step 0, or keep steps, shift, convention and sigmas")  # fmt: skip
+# --- a State back to an earlier point
 
 
-def _spliced(parent: RunFolder, pipe: Pipeline, state: State, at_step: int | None) -> bool:
-    """Whether the loop has steps behind it that another request took. A batch rounds otherwise than a clip alone."""
-    before, batch = parent.description.parent, parent.description.request["batched"] and parent.description.clips > 1
-    loop = loop_of(pipe.stages)
-    going_on = loop is not None and any(n in state for n in pipe.stages.stages[loop].loop)
-    return going_on and (bool(at_step) or batch or (before is not None and before.spliced))
+def loop_of(pipeline: StageList) -> int | None:
+    """Where the stage stands that takes steps."""
+    return next((i for i, stage in enumerate(pipeline.stages) if stage.loop), None)
+
+
+def taken_back(pipeline: StageList, state: State, names: Collection[str], end: int | None = None) -> State:
+    """``state`` without the results of the stages ``names`` and of those that saw them, among the stages before
+    ``end``. A stage whose result was overwritten by one of these goes too."""
+    stages, ran, gone = pipeline.stages[:end], state.get("stages", []), {*names}
+    while True:
+        gone = dependents(stages, gone)
+        lost = {name for stage in stages if stage.name in gone for name in writes_of(stage)}
+        more = {s.name for s in stages if s.name in ran and s.name not in gone and lost & {*writes_of(s)}}
+        if not more:
+            break
+        gone |= more
+    left: dict[str, Any] = {"stages": [n for n in ran if n not in gone]} if "stages" in state else {}
+    if "records" in state:
+        left["records"] = {n: r for n, r in state["records"].items() if n not in gone}
+    return state.without(*lost).with_fields(left)
+
+
+def dependents(stages: Sequence[Stage], names: Collection[str]) -> set[str]:
+    """``names`` and the stages after them that look at what they write, directly or not."""
+    gone, changed = set(names), set[str]()
+    for stage in stages:
+        if stage.name in gone or readable(stage) & changed:
+            gone.add(stage.name)
+            changed |= {*writes_of(stage)}
+    return gone

@@ -71,9 +71,8 @@ class KeptStates:
         step = f"-step-{state['step']}" if "step" in state else ""
         state.save(self.folder / f"{who}-{number:06d}{step}.safetensors", durable=True)
         for kept in older if only else ():
-            if kept.number == 1 and self.keeps_first:
-                continue
-            kept.path.unlink(missing_ok=True)
+            if kept.number > 1 or not self.keeps_first:
+                kept.path.unlink(missing_ok=True)
 
     def newest(self, who: str, tell: Tell, upto: int | None = None) -> State | None:
         """The newest whole one (with at most ``upto`` steps), or None where there never was one. Damaged ones that had

@@ -1,6 +1,6 @@
 """Run: a run that is kept. It is begun, goes on from wherever its process ended, and gives the same bits; it is forked.
-
-Leaves out: what its folder holds (``folder.py``), and what a fork keeps (``fork.py``).
+And ``listed``: a folder of runs at a glance. Leaves out: what its folder holds (``folder.py``), what a fork keeps
+(``fork.py``).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import os
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -21,10 +21,9 @@ from ditkit.errors import OutputError, SetupError, StateError
 from ditkit.events import Events, Listener
 from ditkit.execution.place import Interrupted
 from ditkit.request import Request
-from ditkit.runs.description import NAME, Description, Parent
-from ditkit.runs.folder import RunFolder, given, located
-from ditkit.runs.fork import as_parent, prepared
-from ditkit.runs.kept import WHOLE, Journal, Tell, clip
+from ditkit.runs.folder import NAME, Description, Parent, RunFolder, given, located
+from ditkit.runs.fork import prepared
+from ditkit.runs.kept import WHOLE, Journal, Kept, Tell, clip
 
 if TYPE_CHECKING:
     from ditkit.pipeline import Pipeline, Result
@@ -78,19 +77,12 @@ class Run(RunFolder):
         check_new(folder, every, keep_steps)
         request = state["request"]
         description = Description(
-            id=uuid.uuid4().hex,
-            created=datetime.now().astimezone().isoformat(timespec="milliseconds"),
-            model=state["model"],
-            request=request,
+            id=uuid.uuid4().hex, created=datetime.now().astimezone().isoformat(timespec="milliseconds"),
+            model=state["model"], request=request,
             setup=given(pipe.setup) if setup is None else {**setup, "model": pipe.setup.model},
-            clips=samples.count(state),
-            steps=len(pipe.steps(Request(**request))),
-            every=every,
-            keep_steps=keep_steps,
-            out=None if out is None else str(Path(out).absolute()),
-            sheet=sheet,
-            parent=parent,
-        )
+            clips=samples.count(state), steps=len(pipe.steps(Request(**request))), every=every, keep_steps=keep_steps,
+            out=None if out is None else str(Path(out).absolute()), sheet=sheet, parent=parent,
+        )  # fmt: skip
         run = cls(folder, description, pipe)
         run.states.make()
         with run.held():
@@ -100,12 +92,6 @@ class Run(RunFolder):
             run.states.save(WHOLE, state, only=True)
             description.write(folder)
         return run
-
-    @classmethod
-    def open(cls, path: str | os.PathLike[str], pipe: Pipeline | None = None) -> Run:
-        """A run that was begun, maybe by another process. ``pipe``: needed for one that was changed from Python. Raises
-        StateError."""
-        return cls(located(path), Description.read(located(path)), pipe)
 
     # --- running
 
@@ -173,14 +159,15 @@ class Run(RunFolder):
     ) -> Run:
         """A run of its own that keeps of this one all that still fits: ``run.fork("b", guidance_scale=3.0)``. With
         ``at_step`` the loop goes on from the State after so many steps. It has not gone on yet. More in ``fork.py``;
-        ``every`` and what follows it are as for ``begin``."""
+        ``every`` and what follows it are as for ``begin``, the first two by default as here."""
         pipe, (values, pixels) = pipe or self.pipe, pictures.take(changes)
         state, parent = prepared(
             self, values, at_step=at_step, clip=clip, pixels=pixels, pipe=pipe, listeners=listeners, tell=tell
         )
-        said = {name: value for name, value in (("every", every), ("keep_steps", keep_steps)) if value is not None}
-        how: dict[str, Any] = {**as_parent(self), **said, "out": out, "sheet": sheet, "setup": setup}
-        return Run.begin(path, pipe, state, parent=parent, **how)
+        every = self.description.every if every is None else every
+        keep_steps = self.description.keep_steps if keep_steps is None else keep_steps
+        return Run.begin(path, pipe, state, every=every, keep_steps=keep_steps, out=out, sheet=sheet, setup=setup,
+                         parent=parent)  # fmt: skip
 
 
 def check_new(folder: Path, every: int = 1, keep_steps: str = "last") -> None:
@@ -194,3 +181,74 @@ def check_new(folder: Path, every: int = 1, keep_steps: str = "last") -> None:
         raise StateError(asked, "there is one already", f"Go on with it: --resume {folder}; or name another")
     if folder.exists() and not folder.is_dir():
         raise OutputError(asked, "that is a file", "Name a folder")
+
+
+# --- a folder of runs
+
+
+@dataclass(frozen=True)
+class Listed:
+    """``depth``: 0, or one more than that of the run in the same folder that it was forked from. ``progress``:
+    ``done``, ``step 3 of 50``, ``clip 1 of 3, step 4 of 50``, ``begun`` or ``damaged``; ``fault`` says of a run that
+    cannot be opened why."""
+
+    path: Path
+    run: Run | None
+    depth: int
+    progress: str
+    fault: str = ""
+
+
+def listed(folder: str | Path) -> list[Listed]:
+    """The runs right under ``folder``, oldest first, each followed by its forks. Raises StateError."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        do = "Name one, or begin a run with --run"
+        raise StateError(f"listing the runs in {folder}", "there is no such folder", do)
+    runs, broken = list[Run](), []
+    for path in sorted(folder.iterdir()):
+        if (path / NAME).exists():
+            try:
+                runs.append(Run.open(path.absolute()))
+            except StateError as e:
+                broken.append(Listed(path, None, 0, "damaged", str(e)))
+    return [*_ordered(runs), *broken]
+
+
+def _ordered(runs: list[Run]) -> list[Listed]:
+    """Each run once: of a folder that was copied the first one has the forks, and runs that are each other's forks,
+    which nobody made with ditkit, come last."""
+    ids, forks, found = {run.description.id for run in runs}, dict[str | None, list[Run]](), list[Listed]()
+    for run in sorted(runs, key=lambda run: (run.description.created, run.path.name)):
+        above = run.description.parent
+        forks.setdefault(above.id if above is not None and above.id in ids else None, []).append(run)
+    while forks:
+        waiting = [(run, 0) for run in reversed(forks.pop(None if None in forks else next(iter(forks))))]
+        while waiting:
+            run, depth = waiting.pop()
+            found.append(Listed(run.path, run, depth, progress(run)))
+            waiting += [(fork, depth + 1) for fork in reversed(forks.pop(run.description.id, []))]
+    return found
+
+
+def progress(run: Run) -> str:
+    description = run.description
+    if not run.apart:
+        return _standing(run.states.of(WHOLE), description.steps)
+    for i in range(description.clips):
+        standing = _standing(run.states.of(clip(i)), description.steps)
+        if standing != "done":
+            return f"clip {i + 1} of {description.clips}, {standing}"
+    return "done"
+
+
+def _standing(kept: list[Kept], steps: int) -> str:
+    if not kept:
+        return "begun"
+    try:
+        _, tensors = kept[0].outline()
+    except StateError:
+        return "damaged"
+    if "video" in tensors:
+        return "done"
+    return "begun" if kept[0].step is None else f"step {kept[0].step} of {steps}"

@@ -1,4 +1,5 @@
-"""``ditkit inspect PATH``: what a file or folder of weights is, and whether it can be used. Reads headers only.
+"""The commands about a model's files: ``ditkit inspect`` (what they are, and whether they can be used; only headers are
+read), ``convert`` (to the other layout, type or shards) and ``lock`` (to a commit and to the bytes).
 
 A file, or a folder with one part, is inspected as that part: it can be used if it would load. Anything else is
 inspected as a model: it can be used if it is whole and its parts fit together. A LoRA is held against ``--model``.
@@ -8,37 +9,37 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ditkit.cli import show
-from ditkit.cli.flags import Plugs, bring_plugs, to_path
-from ditkit.cli.located import located as find_parts
-from ditkit.cli.located import packaged
-from ditkit.errors import DitkitError, LoadError
+from ditkit.cli.flags import AsJson, PathArgument, Plugs, bring_plugs
+from ditkit.cli.opening import packaged
+from ditkit.errors import DitkitError, LoadError, SetupError
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.text import Text
 
+    from ditkit.checkpoints.convert.convert import Progress
     from ditkit.checkpoints.model.part import Part
 
 UNUSABLE = 2
-
-
-def add_to(app: typer.Typer) -> None:
-    app.command("inspect")(inspect)
+LONG = 8  # longer lists, such as the statistics of latents, are for --json
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def inspect(
     path: Annotated[
-        Path,
-        typer.Argument(parser=to_path, help="A file of weights, the folder of a model or a part, or a packaged model."),
+        Path, PathArgument(help="A file of weights, the folder of a model or a part, or a packaged model.")
     ],
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
     variant: Annotated[str | None, typer.Option(help="Which weights of a Diffusers folder, such as fp16.")] = None,
     model: Annotated[str | None, typer.Option(help="For a LoRA: the model that it is for.")] = None,
     plugs: Plugs = None,
@@ -69,6 +70,7 @@ def examine(path: Path, variant: str | None = None, model: str | None = None) ->
 def _examine(path: Path, variant: str | None, model: str | None) -> dict[str, Any]:
     from ditkit.checkpoints.files.opening import open_source
     from ditkit.checkpoints.kinds.detect import recognise
+    from ditkit.checkpoints.model.find import parts_of
 
     if path.is_file() and path.suffix != ".toml":
         source = open_source(path)
@@ -79,9 +81,9 @@ def _examine(path: Path, variant: str | None, model: str | None) -> dict[str, An
             return {"path": str(path), **_detected(found), "usable": False, "problems": list(found.problems)}
     if model is not None:
         raise LoadError(f"inspecting {path}", "--model was given and it is no LoRA", "Leave --model out")
-    located = find_parts(path, variant)
+    located = parts_of(path, variant)
     parts = {name: _part(part) for name, part in located.parts.items()}
-    problems = [f"{name}: {problem}" for name, about in parts.items() for problem in about.pop("problems")]
+    problems = [f"{name}: {fault}" for name, part in located.parts.items() for fault in _part_problems(part)]
     whole = located.unused or any((path / name).exists() for name in ("model_index.json", "ditkit.toml"))
     one = len(parts) == 1 and not whole  # a damaged file beside one good part is no folder of that part
     needs = [f"{problem.found}. {problem.do}." for problem in located.problems]
@@ -114,14 +116,8 @@ def _detected(found: Any) -> dict[str, Any]:
 
 
 def _part(part: Part) -> dict[str, Any]:
-    """Facts about one part, and what keeps it from loading (``problems``)."""
     if part.source is None or part.detected is None:
-        return {
-            "kind": part.kind,
-            "path": str(part.path),
-            "notes": list(part.notes),
-            "problems": _tokenizer_problems(part),
-        }
+        return {"kind": part.kind, "path": str(part.path), "notes": list(part.notes)}
     stored = part.source
     while hasattr(stored, "source"):
         stored = stored.source
@@ -138,25 +134,20 @@ def _part(part: Part) -> dict[str, Any]:
         "types": dict(types.most_common()),
         "config": {key: list(value) if isinstance(value, tuple) else value for key, value in part.config.items()},
         "notes": list(part.notes),
-        "problems": _load_problems(part),
     }
 
 
-def _tokenizer_problems(part: Part) -> list[str]:
-    from ditkit.models.text import WanTokenizer
-
-    try:
-        WanTokenizer(part.path)
-    except DitkitError as error:
-        return [error.found]
-    return []
-
-
-def _load_problems(part: Part) -> list[str]:
+def _part_problems(part: Part) -> list[str]:
     """What strict loading would refuse, found on a module without memory."""
     from ditkit.checkpoints.load import mismatches
+    from ditkit.models.text import WanTokenizer
 
-    assert part.source is not None
+    if part.source is None or part.detected is None:
+        try:
+            WanTokenizer(part.path)
+        except DitkitError as error:
+            return [error.found]
+        return []
     try:
         module = part.row.skeleton(part.config)
     except (TypeError, ValueError) as error:
@@ -185,13 +176,13 @@ def _print(report: Mapping[str, Any]) -> None:
     out = show.console()
     out.print(f"{report['path']}: {_title(report)}")
     for name, about in report.get("parts", {}).items():
-        out.print(show.heading(name))
-        out.print(show.table(("what", "value"), _rows(about)))
+        out.print(show.section(name, _facts(about)))
     if "parts" not in report:
-        rest = {key: value for key, value in report.items() if key not in ("path", "problems", "usable")}
-        out.print(show.table(("what", "value"), _rows(rest)))
+        out.print(_facts({key: value for key, value in report.items() if key not in ("path", "problems", "usable")}))
     for title, key in (("Left aside", "unused"), ("To make a clip", "needs"), ("Problems", "problems")):
-        _list(out, title, report.get(key, ()))
+        if found := report.get(key):
+            items = map(": ".join, found.items()) if isinstance(found, Mapping) else found
+            out.print(show.section(title, "\n".join(f"  {item}" for item in items)))
 
 
 def _title(report: Mapping[str, Any]) -> str:
@@ -206,15 +197,9 @@ def _title(report: Mapping[str, Any]) -> str:
     return f"{what}, {report['layout']} layout; {usable}"
 
 
-def _rows(about: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [
-        (key.replace("_", " "), _text(key, value))
-        for key, value in about.items()
-        if value not in (None, "", [], (), {})
-    ]
-
-
-LONG = 8  # longer lists, such as the statistics of latents, are for --json
+def _facts(about: Mapping[str, Any]) -> Text:
+    told = {key: value for key, value in about.items() if value not in (None, "", [], (), {})}
+    return show.table(("what", "value"), [(key.replace("_", " "), _text(key, value)) for key, value in told.items()])
 
 
 def _text(key: str, value: Any) -> str:
@@ -232,9 +217,101 @@ def _text(key: str, value: Any) -> str:
     return f"{value:,}" if type(value) is int else str(value)
 
 
-def _list(out: Console, title: str, items: Any) -> None:
-    if not items:
+# --- convert and lock
+
+
+def convert(
+    src: Annotated[
+        Path, PathArgument(help="A model's folder or manifest, one component or file of it, or a packaged model.")
+    ],
+    dst: Annotated[Path, PathArgument(help="The folder to write.")],
+    layout: Annotated[str, typer.Option(help="native (the official code's) or diffusers.")],
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, float16 or bfloat16 for every tensor. Default: as stored.")
+    ] = None,
+    variant: Annotated[str | None, typer.Option(help="Which weights of a diffusers folder, such as fp16.")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Most bytes of tensors in one safetensors file.")] = "5GB",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model that is in DST.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the path.")] = False,
+    plugs: Plugs = None,
+) -> int:
+    """Write a model, whole or not at all, in another layout or type; tensor by tensor, so memory stays small."""
+    from ditkit.checkpoints.convert.convert import convert as run
+    from ditkit.checkpoints.model.find import parts_of
+
+    bring_plugs(plugs)
+    src = packaged(src)
+    with _progress(quiet) as progress:
+        located, shard_bytes = parts_of(src, variant, verify=True), to_bytes(max_shard_size)
+        done = run(src, dst, layout, dtype, located=located, shard_bytes=shard_bytes, overwrite=overwrite,
+                   progress=progress)  # fmt: skip
+    out = show.console()
+    if not quiet:
+        out.print(show.table(("file", "size"), [(name, megabytes(size)) for name, size in done.files.items()]))
+        out.print(show.table(("component", "type"), list(done.types.items())))
+        for remark in done.remarks:
+            out.print(f"note: {remark}")
+    out.print(f"{'' if quiet else 'wrote '}{done.path}")
+    return 0
+
+
+def to_bytes(text: str) -> int:
+    """``5GB`` or ``500MB`` or a number of bytes. Raises SetupError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]B)?", text.strip().upper())
+    if not match:
+        raise SetupError("--max-shard-size", f"{text!r} is no size", "Write a size such as 5GB or 500MB")
+    return int(float(match[1]) * UNITS[match[2] or ""])
+
+
+def megabytes(count: int) -> str:
+    return f"{count / 1e6:.1f} MB"
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Progress]:
+    """A bar on a terminal's stderr; nothing elsewhere."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda what, done, total: None
         return
-    out.print(show.heading(title))
-    for item in items.items() if isinstance(items, Mapping) else items:
-        out.print(f"  {': '.join(item) if isinstance(item, tuple) else item}")
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=show.console(stderr=True), transient=True) as bar:
+        task = bar.add_task("reading", total=None)
+        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
+
+
+def lock(
+    manifest: Annotated[Path, typer.Argument(help="A manifest (ditkit.toml, model_index.json) or its folder.")],
+    check: Annotated[bool, typer.Option("--check", help="Only compare; exit with 2 if a byte is different.")] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Use what was fetched before; no network.")] = False,
+) -> int:
+    """Write ditkit.lock beside a manifest: the commit of each repository, the size and sha256 of each file."""
+    from ditkit.checkpoints.model import lock as locks
+    from ditkit.checkpoints.model.hub import Hub
+    from ditkit.checkpoints.model.manifest import Manifest
+    from ditkit.media.files import write_together
+
+    out, hub, opened = show.console(), Hub(offline=offline), Manifest.open(manifest, lock=check)
+    if check:
+        if not opened.locked:
+            raise LoadError(f"checking {manifest}", "it has no lock", "Write one with `ditkit lock`")
+        size = sum(locks.verify(place, place.resolve(hub)) for place in opened.components.values())
+        out.print(f"{len(opened.components)} components, {megabytes(size)}: every byte is what it was")
+        return 0
+    file = locks.lock_file(opened)
+    before, after = locks.read_lock(file), locks.make_lock(opened, hub)
+    rows = []
+    for name, entry in after.items():
+        size = sum(size for size, _ in entry.files.values())
+        rows.append((name, entry.written, (entry.revision or "")[:12], str(len(entry.files)), megabytes(size)))
+    out.print(show.table(("component", "place", "commit", "files", "size"), rows))
+    for place in opened.components.values():
+        if Path(place.written).is_absolute():
+            out.print(f"note: {place.component} has an absolute path, so the manifest works on this machine only")
+    differences = locks.changes(before, after)
+    if before and differences:
+        out.print(show.table(("component", "since the last lock"), differences))
+    write_together({file: locks.lock_text(after).encode()})
+    out.print(f"wrote {file}" if differences else f"{file} is as it was")
+    return 0
