@@ -52,8 +52,8 @@ class Memory(MutableMapping[str, "Tensor"]):
 
 class PlugContext:
     """What a plug is given of the run. ``memory``: tensors that are saved with the loop; ``events``: who listens;
-    ``settings``: those of the request, as attributes. ``expert`` and ``branch``: whose calls it wraps; a plug at seam A
-    wraps all branches, and has an empty one."""
+    ``settings``: those of the request, as attributes. ``expert``, ``branch``: whose calls it wraps; at seam A all
+    branches, and the name is empty."""
 
     def __init__(self, name: str, seam: str, expert: str, branch: str, memory: Memory, events: Events, settings: Any):
         self.name, self.seam, self.expert, self.branch = name, seam, expert, branch
@@ -91,10 +91,9 @@ class RunPlugs:
 
     def drop_strangers(self, seams: Mapping[str, Sequence[Any]]) -> None:
         """Forget what plugs remember that are not plugged in now, and tell of it."""
-        known = {f"{seam}.{name}" for seam, wrappers in seams.items() for name in plug_names(wrappers)}
+        known = {(seam, name) for seam, wrappers in seams.items() for name in plug_names(wrappers)}
         for owner in sorted({name.partition("/")[0] for name in self._store}):
-            seam, name = owner.split(".")[:2]
-            if f"{seam}.{name}" not in known:
+            if tuple(owner.split(".")[:2]) not in known:
                 lost = [key for key in self._store if key.startswith(f"{owner}/")]
                 self.events.emit("memory.dropped", plug=owner, names=[key.partition("/")[2] for key in lost])
                 for key in lost:

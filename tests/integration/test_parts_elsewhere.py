@@ -189,7 +189,7 @@ def test_a_model_at_a_host(tiny_model, whole, tmp_path):
         pipe = ditkit.load(there.url)
         assert (pipe.model.task, pipe.model.strides, pipe.model.patch) == ("t2v", (4, 8, 8), (1, 2, 2))
         local = ditkit.load(tiny_model).model
-        assert (pipe.model.defaults, pipe.model.latents_rgb) == (local.defaults, local.latents_rgb)
+        assert (pipe.model.defaults_for({}), pipe.model.latents_rgb) == (local.defaults_for({}), local.latents_rgb)
         result = pipe("a red circle", seed=3)
         same(result, whole)
         assert not pipe.components

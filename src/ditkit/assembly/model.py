@@ -1,7 +1,7 @@
 """Model: the parts that a name, a folder, a file or a manifest stands for, understood and held against each other.
 
-Only headers and configs are read. Leaves out: how parts are found (``checkpoints/model/find.py``) and filled with
-weights (``components.py``).
+Only headers and configs are read. Leaves out: finding parts (``checkpoints/model/find.py``) and the files that say
+where they come from (``checkpoints/model/manifest.py``), and filling parts with weights (``components.py``).
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ditkit.assembly.notes import LatentsRgb, check_defaults, check_preview
 from ditkit.assembly.tasks import TASKS
 from ditkit.checkpoints.kinds.kind import KINDS
 from ditkit.checkpoints.model.find import at_host, find
@@ -22,10 +22,13 @@ from ditkit.checkpoints.model.part import FoundModel, Part, Scope, main_of
 from ditkit.errors import LoadError, RequestError
 from ditkit.pictures import FIELDS as PICTURES
 from ditkit.registry import resolve
-from ditkit.request import Request
+from ditkit.request import Request, renamed
 
 if TYPE_CHECKING:
     from ditkit.setup import Setup
+
+LatentsRgb = tuple[list[list[float]], list[float]]
+"""Factors, a row of three for each channel of the latents, and bias: a preview by one matrix."""
 
 
 @dataclass(frozen=True)
@@ -69,19 +72,12 @@ class Model:
         known = {**located.elsewhere, **located.parts}
         strides, patch = geometry(known)
         main, vae = main_of(known), known.get("vae")
-        if (
-            setup
-            and "image_encoder" in setup.components
-            and main
-            and "image_encoder" not in main.row.needs(main.config)
-        ):
-            found_ = "its transformer has no image branch"
-            raise LoadError(f"opening {name} with an image_encoder", found_, "Leave the part out")
+        given = setup.components if setup else {}
+        if "image_encoder" in given and main and "image_encoder" not in main.row.needs(main.config):
+            asked = f"opening {name} with an image_encoder"
+            raise LoadError(asked, "its transformer has no image branch", "Leave the part out")
         defaults = check_defaults(found.tables.get("defaults", {}), found.file, strides[1] * patch[1], strides[0])
-        rgb = None
-        if vae is not None:
-            channels = vae.row.ports(vae.row.config(vae.config))["latent channels"].width or 0
-            rgb = check_preview(found.tables.get("preview"), found.file, channels) or official_preview(vae, channels)
+        rgb = None if vae is None else preview_of(vae, found.tables.get("preview"), found.file)
         return cls(
             name, located.path, located.parts, located.task or "", found.flow_shift, defaults, rgb, strides, patch,
             located.boundary, found.processor, found.verify, located.elsewhere,
@@ -127,13 +123,9 @@ class Model:
     def has_image_branch(self) -> bool:
         return "image_encoder" in self.main.row.needs(self.main.config)
 
-    @functools.cached_property
-    def defaults(self) -> dict[str, Any]:
-        """What a Request is filled with: the official values of the task, and above them the model's own."""
-        return self.defaults_for({})
-
     def defaults_for(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The same for a request of these ``values``: some defaults follow from others."""
+        """What a Request of these ``values`` is filled with: the official values of the task, and above them the
+        model's own. Some follow from others."""
         return {**self.family_defaults_for(values), **self.own_defaults}
 
     def family_defaults_for(self, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -154,27 +146,24 @@ class Model:
         data. Full hashes are in the components' fingerprints and in the manifest. Raises LoadError."""
         from ditkit.checkpoints.files.stored import file_sample
 
-        found: dict[str, str] = {}
-        for name, part in sorted(self.known.items()):
+        def identity(part: Part) -> str:
             if part.place is not None:
-                found[name] = str(part.told["identity"])
-                continue
+                return str(part.told["identity"])
             sketch = part.source.sketch if part.source else file_sample(vocabulary(part))
-            about = json.dumps([part.row.pinned, dict(part.config), sketch], sort_keys=True)
-            found[name] = hashlib.sha256(about.encode()).hexdigest()
-        return found
+            return _hash([part.row.pinned, dict(part.config), sketch])
+
+        return {name: identity(part) for name, part in sorted(self.known.items())}
 
     @functools.cached_property
     def identity(self) -> str:
         """That of all parts together, but for a preview decoder, on which no clip depends."""
-        about = {name: identity for name, identity in self.identities.items() if name != "preview_decoder"}
-        return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+        return _hash({name: identity for name, identity in self.identities.items() if name != "preview_decoder"})
 
     def request(self, values: Mapping[str, Any], origin: str = "request") -> Request:
         """A Request with this model's defaults, checked against its sizes and its task."""
         request = Request.of(values, self.defaults_for(values), origin)
         if request.size_from == "request" or request.image is None:
-            request.check_size(self.strides[1] * self.patch[1], self.strides[0])
+            self.check_size(request)
         self.check(request)
         return request
 
@@ -189,8 +178,12 @@ class Model:
         rule = size_ti2v if self.task == "ti2v" else size_i2v
         wide, high = rule(width, height, request.width * request.height)
         fitted = request.model_copy(update={"width": wide, "height": high, "size_from": "request"})
-        fitted.check_size(self.strides[1] * self.patch[1], self.strides[0])
+        self.check_size(fitted)
         return fitted
+
+    def check_size(self, request: Request) -> None:
+        """Raises RequestError for a size that its networks cannot make."""
+        request.check_size(self.strides[1] * self.patch[1], self.strides[0])
 
     def check(self, request: Request) -> None:
         """Raises RequestError for inputs that the task has no use for, and for settings that would be ignored."""
@@ -225,10 +218,41 @@ def geometry(parts: Mapping[str, Part]) -> tuple[tuple[int, int, int], tuple[int
     return kind.strides(kind.config(fields)), patch
 
 
-def official_preview(vae: Part, channels: int) -> LatentsRgb | None:
-    """The known preview of latents; None for those that the published models do not know."""
-    published = all(vae.config.get(key, value) == value for key, value in vae.row.unsaid.items())
-    return resolve(vae.row.preview)(channels) if vae.row.preview and published else None
+def check_defaults(defaults: Mapping[str, Any], file: Path, multiple: int, temporal: int) -> dict[str, Any]:
+    """``[defaults]`` of the model's own notes, each as if it had been asked for. ``multiple`` and ``temporal``: what
+    sides and frames are made of. Raises LoadError."""
+    fitting = {"width": multiple, "height": multiple, "frames": 1}  # so that only a fault of the file is found
+    try:
+        request = Request.parse({**fitting, **defaults}, str(file), LoadError)
+        request.samples()
+        request.check_size(multiple, temporal)
+    except RequestError as e:
+        raise LoadError(f"{e.asked} ({file})", e.found, e.do) from None
+    return renamed(defaults)
+
+
+def preview_of(vae: Part, table: Mapping[str, Any] | None, file: Path) -> LatentsRgb | None:
+    """``[preview]`` of the model's own notes; else what is known of published latents, None of others. Raises
+    LoadError."""
+    channels = vae.row.ports(vae.row.config(vae.config))["latent channels"].width or 0
+    if table is None:
+        published = all(vae.config.get(key, value) == value for key, value in vae.row.unsaid.items())
+        return resolve(vae.row.preview)(channels) if vae.row.preview and published else None
+    factors, bias = table.get("factors"), table.get("bias")
+    rows = [*factors, bias] if isinstance(factors, list) else []
+    if {*table} != {"factors", "bias"} or len(rows) != channels + 1 or not all(map(_is_row, rows)):
+        found = f"its [preview] does not consist of factors, {channels} rows of 3 numbers, and bias, 3 numbers"
+        raise LoadError(f"reading {file}", found, "Correct it, or remove [preview]")
+    return factors, bias  # type: ignore[return-value]
+
+
+def _is_row(value: Any) -> bool:
+    numbers = isinstance(value, list) and all(type(x) in (int, float) and math.isfinite(x) for x in value)
+    return numbers and len(value) == 3
+
+
+def _hash(plain: Any) -> str:
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def vocabulary(part: Part) -> Path:

@@ -11,11 +11,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from ditkit.assembly.model import Model
+from ditkit.contracts import EXPERTS
 from ditkit.errors import StateError
 from ditkit.execution.stage_list import Stage, StageList
 from ditkit.state import State
-
-EXPERTS = ("transformer", "transformer_2")
 
 
 def model_field(name: str, model: Model) -> dict[str, Any]:
@@ -35,13 +34,11 @@ def check_begun(state: State, name: str, model: Model, pipeline: StageList, plan
         others = [n for n in used if n in then and then[n] != now.get(n, then[n])]
     if not others:
         return
-    same = begun.get("name") == name
-    found = (
-        f"it was begun with other files of it or with other parts: another {' and another '.join(others)}"
-        if same
-        else f"it was begun with another model, {begun.get('name')}, which has another {' and another '.join(others)}"
-    )
-    do = "Load it with the same files and parts" if same else "Load that one"
+    another = f"another {' and another '.join(others)}"
+    found = f"it was begun with other files of it or with other parts: {another}"
+    do = "Load it with the same files and parts"
+    if begun.get("name") != name:
+        found, do = f"it was begun with another model, {begun.get('name')}, which has {another}", "Load that one"
     if then is not None and not {*EXPERTS} & {*others}:
         stages = [s.name for s in pipeline.stages if {*s.components} & {*others} and s.name in state.get("stages", [])]
         do += f", or run it once more from {stages[0]}"

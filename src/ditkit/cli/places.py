@@ -12,9 +12,9 @@ from typing import Any
 
 from ditkit.errors import DitkitError, nearest
 from ditkit.placement import Places
-from ditkit.placement.channel import Channel
-from ditkit.placement.handshake import Handshake
+from ditkit.placement.job import Channel
 from ditkit.placement.probe import has_probe
+from ditkit.placement.remote import Remote
 from ditkit.receipt import versions
 from ditkit.setup import Setup
 
@@ -40,10 +40,10 @@ def _rows(places: Places) -> Iterator[Row]:
             continue
         try:
             remote = places.remote(spec)
-            said = remote.handshake.said
+            said = remote.said
             latency = f"{1000 * median(remote.channel):.1f} ms"
             facts = [latency, compared(said.get("versions", {})), device_of(said, target.stage)]
-            good, probe = probed(remote.handshake, target.stage, places.expected.get(target))
+            good, probe = probed(remote, target.stage, places.expected.get(target))
             yield good, [target.text, spec.text, *facts, probe]
         except DitkitError as e:
             yield False, [target.text, spec.text, "", "", "", str(e)]
@@ -77,14 +77,14 @@ def device_of(said: dict[str, Any], stage: str) -> str:
     return ", ".join([*dict.fromkeys(found), *([f"{threads} thread{'' if threads == 1 else 's'}"] if threads else [])])
 
 
-def probed(handshake: Handshake, stage: str, expected: str | None) -> tuple[bool, str]:
+def probed(remote: Remote, stage: str, expected: str | None) -> tuple[bool, str]:
     """Whether it is as expected, and the probe's hash, to be pinned with ``expect``."""
-    stages = handshake.said["stages"]
+    stages = remote.said["stages"]
     if stage not in stages:
         return False, f"not offered; it has {', '.join(stages) or 'nothing'}{nearest(stage, stages)}"
     if not has_probe(stages[stage]["components"]):
         return True, "none"
-    found = handshake.probe(stage)
+    found = remote.probe(stage)
     if expected is not None and not found.startswith(expected):
         return False, f"{found[:16]}, expected is {expected[:16]}"
     return True, found[:16]

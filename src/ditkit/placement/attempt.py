@@ -1,9 +1,7 @@
-"""Attempt: one stage sent once through a channel, and what is done with each message that comes back.
+"""Attempt: one stage sent through a channel, and what is done with each message that comes back.
 
 Leaves out: how often a stage is sent (``remote.py``).
 """
-
-from __future__ import annotations
 
 import contextlib
 import queue
@@ -12,14 +10,23 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Self
 
 from ditkit.assembly.plugs import texts_of
 from ditkit.cancel import Cancel
 from ditkit.errors import Lost, PipelineError, PlaceError, StateError
 from ditkit.events import Relay
 from ditkit.execution.place import StageCall, StageResult
-from ditkit.placement.channel import Channel
-from ditkit.placement.job import Job, Message, message_to_error, message_to_event, options_to_send, state_to_outcome
+from ditkit.identify import forgets
+from ditkit.placement.job import (
+    Channel,
+    Job,
+    Message,
+    message_to_error,
+    message_to_event,
+    options_to_send,
+    state_to_outcome,
+)  # fmt: skip
 from ditkit.placement.validation import check_outcome, made_by
 
 LOG = "Look at its log"
@@ -36,7 +43,7 @@ class Reader:
         self._messages: queue.Queue[Message | BaseException] = queue.Queue()
         self._left = threading.Event()
 
-    def __enter__(self) -> Reader:
+    def __enter__(self) -> Self:
         threading.Thread(target=self._read, daemon=True).start()
         return self
 
@@ -56,8 +63,7 @@ class Reader:
             self._messages.put(e)
 
     def get(self, cancel: Cancel | None) -> Message:
-        """The next message. Raises what reading raised, Lost after the last one, and KeyboardInterrupt on
-        ``cancel``."""
+        """The next message. Raises what reading raised, Lost after the last one, KeyboardInterrupt on ``cancel``."""
         while True:
             if cancel is not None:
                 cancel.check()
@@ -69,30 +75,31 @@ class Reader:
 
 
 class Attempt:
-    """``place`` is how the place is called, ``reached`` how far an earlier attempt came; afterwards it is how far this
-    one came, None if nothing was kept."""
+    """``place`` is how the place is called. ``reached``: how far it came, None if nothing was kept; a later ``run``
+    goes on from there."""
 
-    def __init__(self, place: str, channel: Channel, call: StageCall, reached: StageResult | None = None):
-        self.place, self.channel, self.call, self.reached = place, channel, call, reached
-        self.inputs = call.inputs if reached is None else call.inputs.with_fields(reached.written)
+    def __init__(self, place: str, channel: Channel, call: StageCall):
+        self.place, self.channel, self.call = place, channel, call
         self.asked = f"running stage {call.stage.name!r} at {place}"
+        self.reached: StageResult | None = None
+
+    def _begin(self) -> None:
+        call = self.call
+        if forgets(call.seams.describe()):
+            self.reached = None  # what such a plug makes is another result where it is cut: all of it once more
+        self.inputs = call.inputs if self.reached is None else call.inputs.with_fields(self.reached.written)
         self.job = Job(
-            id=uuid.uuid4().hex,
-            stage=call.stage.name,
-            options=options_to_send(call.stage),
-            weights=dict(call.weights),
-            stop_at_step=call.stop_at_step,
-            keep_every=call.keep_every if call.keep else None,
-            ignore=call.events.ignored(),
-            made_by=made_by(call.stage),
-            plugs=texts_of(call.seams) or (),
-        )
-        self.relay, self.received, self.cancelled = Relay(call.events, place), 0, False
+            uuid.uuid4().hex, call.stage.name, options_to_send(call.stage), dict(call.weights), call.stop_at_step,
+            call.keep_every if call.keep else None, call.events.ignored(), made_by(call.stage),
+            texts_of(call.seams) or (),
+        )  # fmt: skip
+        self.relay, self.received, self.cancelled = Relay(call.events, self.place), 0, False
         self.outcome: StageResult | None = None
 
     def run(self) -> StageResult:
         """The outcome. Raises Lost, the error that came instead, and KeyboardInterrupt for the second Ctrl-C, or where
         there is no outcome after the first."""
+        self._begin()
         act = {"event": self.on_event, "kept": self.on_kept, "outcome": self.on_outcome, "error": self.on_error}
         self.begun = time.perf_counter()
         with self.relay, Reader(lambda: self.channel.submit(self.job, self.inputs), self.asked) as messages:

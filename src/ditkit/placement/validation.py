@@ -1,7 +1,7 @@
 """What comes from a place is held against what was asked of it, before anything of it is used, kept or written down.
 
 A host may be another version, damaged or of bad will. Leaves out: whether what it computed is right, which only the
-probe tells (``handshake.py``), the bytes themselves (``framing.py``, ``state.py``), and events (``events.py``).
+probe tells (``remote.py``), the bytes themselves (``framing.py``, ``state.py``), and events (``events.py``).
 """
 
 from __future__ import annotations

@@ -4,8 +4,6 @@ One stage at a time, because they share a device. Leaves out: how jobs come and 
 ``ray.py``).
 """
 
-from __future__ import annotations
-
 import contextlib
 import threading
 import time
@@ -17,8 +15,8 @@ from ditkit.cancel import Cancel
 from ditkit.checking import fault_of
 from ditkit.errors import DitkitError, Lost, PlaceError, StateError, nearest
 from ditkit.events import Event, Events
-from ditkit.execution.place import Here, StageCall, StageResult, checked, readable
-from ditkit.execution.stage import Stage
+from ditkit.execution.place import Here, StageCall, StageResult, checked, fingerprint_in
+from ditkit.execution.stage import Stage, readable
 from ditkit.placement.job import (
     SAME,
     WIRE,
@@ -28,7 +26,7 @@ from ditkit.placement.job import (
     event_to_message,
     outcome_to_state,
     with_options,
-)
+)  # fmt: skip
 from ditkit.placement.validation import made_by
 from ditkit.receipt import machine, versions
 from ditkit.request import Request
@@ -50,8 +48,7 @@ class Worker:
 
     @property
     def _table(self) -> dict[str, Field]:
-        """All fields that are known here. A stage may also read one that another end's stage describes; then only its
-        name is."""
+        """All fields that are known here. Of one that another end's stage describes only the name may be."""
         return FIELDS | {f.name: f for stage in self.stages.values() for f in stage.fields}
 
     def describe(self) -> dict[str, Any]:
@@ -66,10 +63,10 @@ class Worker:
         }
 
     def _describe(self, stage: Stage) -> dict[str, Any]:
-        table = self._table
+        facts = {n: {"kind": f.kind, "dtype": f.dtype, "shape": f.shape} for n, f in self._table.items()}
 
         def fields(names: tuple[str, ...]) -> dict[str, Any]:
-            return {n: _facts(table[n]) if n in table else {} for n in names}
+            return {n: facts.get(n, {}) for n in names}
 
         parts = [name for name in stage.components if name in self.components]
         return {
@@ -79,11 +76,8 @@ class Worker:
             "optional": fields((*stage.optional, *stage.triggers)),
             "writes": fields(stage.writes),
             "may_write": fields(stage.may_write),
-            "components": {name: self._fingerprint(name) for name in parts},
+            "components": {name: fingerprint_in(self.components, name) for name in parts},
         }
-
-    def _fingerprint(self, name: str) -> str:
-        return Here(self.components).fingerprints(next(iter(self.stages.values())), [name])[name]
 
     def run(self, job: Job, inputs: State, send: Send, cancelled: threading.Event) -> None:
         """Sends events, what is kept on the way, and at last one outcome or one error. Raises what ``send`` raises."""
@@ -93,11 +87,10 @@ class Worker:
             outcome, seconds = self._carry_out(stage, job, inputs, send, cancelled)
         except KeyboardInterrupt:  # cancelled where nothing can be kept
             send(error_to_message(Lost(f"running stage {job.stage!r}", "it was ended there", "Look at its log")))
-        except DitkitError as e:
-            send(error_to_message(e))
         except Exception as e:
             send(error_to_message(e))
-            raise
+            if not isinstance(e, DitkitError):
+                raise
         else:
             send(Message("outcome", outcome_to_state(outcome, seconds)))
 
@@ -129,7 +122,7 @@ class Worker:
         for name in stage.needs(inputs, job.stop_at_step):
             if name not in self.components:
                 raise PlaceError(asked, f"there is no {name} here", "Run these steps where it is")
-            mine = self._fingerprint(name)
+            mine = fingerprint_in(self.components, name)
             if job.weights.get(name, mine) != mine:
                 found = f"its {name} is {mine[:16]}, and the caller knows {job.weights[name][:16]}"
                 raise StateError(asked, found, "Start it with the weights, dtype and dtype_policy of that time")
@@ -137,8 +130,6 @@ class Worker:
     def _carry_out(
         self, stage: Stage, job: Job, inputs: State, send: Send, cancelled: threading.Event
     ) -> tuple[StageResult, float]:
-        cancel = Cancel(cancelled)
-
         def listen(event: Event) -> None:
             if event.name not in job.ignore:
                 send(event_to_message(event))
@@ -146,14 +137,13 @@ class Worker:
         def keep(outcome: StageResult) -> None:
             send(Message("kept", outcome_to_state(outcome).to_bytes()))
 
-        events = Events(listen)
+        cancel, events = Cancel(cancelled), Events(listen)
         listening = getattr(self.components, "listening", None)
         components = self.components if listening is None else listening(events)
         with self._my_turn(cancel):
             begun = time.perf_counter()
-            task = StageCall(stage, inputs, job.weights, events, received(job.plugs), job.stop_at_step,
-                        keep=keep if job.keep_every else None, keep_every=job.keep_every or 1,
-                        cancel=cancel)  # fmt: skip
+            how = events, received(job.plugs), job.stop_at_step, keep if job.keep_every else None, job.keep_every or 1
+            task = StageCall(stage, inputs, job.weights, *how, cancel=cancel)
             outcome = Here(components).run(task)
             return (outcome if outcome.stopped else checked(stage, outcome)), time.perf_counter() - begun
 
@@ -166,7 +156,3 @@ class Worker:
             yield
         finally:
             self._turn.release()
-
-
-def _facts(field: Field) -> dict[str, Any]:
-    return {"kind": field.kind, "dtype": field.dtype, "shape": field.shape}

@@ -3,8 +3,6 @@
 What a host, a child process and a Ray actor have in common. Leaves out: how jobs reach the Worker.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -15,9 +13,9 @@ from ditkit.checkpoints.model.part import Scope
 from ditkit.contracts import Seams
 from ditkit.errors import SetupError, nearest
 from ditkit.events import SILENT, Events
-from ditkit.placement.plugs import codes
 from ditkit.placement.spec import Target
 from ditkit.placement.worker import Worker
+from ditkit.registry import known_code
 from ditkit.setup import PARTS, Setup
 from ditkit.shared import Shared
 
@@ -28,10 +26,8 @@ def worker_of(setup: Setup, stages: Sequence[str] | None = None, shared: Shared 
     ``denoise.transformer`` and ``denoise.transformer_2`` are the loop with one of two experts. No weights are loaded.
     Raises LoadError, SetupError."""
     if setup.placement:
-        raise SetupError(
-            f"offering stages that are placed at {', '.join(sorted(set(setup.placement.values())))}",
-            "what is offered runs here", "Leave placement out",
-        )  # fmt: skip
+        asked = f"offering stages that are placed at {', '.join(sorted(set(setup.placement.values())))}"
+        raise SetupError(asked, "what is offered runs here", "Leave placement out")
     setup = placed(setup)
     swaps = plugged(setup, Seams())[0].swaps  # all else that is plugged in comes with the jobs
     if setup.threads is not None:
@@ -41,33 +37,29 @@ def worker_of(setup: Setup, stages: Sequence[str] | None = None, shared: Shared 
     targets = None if stages is None else [Target.parse(text) for text in stages]
     model = Model.open(setup.model, setup, scope=Scope(None if targets is None else _called(targets)))
     known = {stage.name: stage for stage in pipeline_of(model, setup).stages} if model.task else {}
-    for target in targets or ():
-        if known and target.stage not in known:
-            near = nearest(target.stage, known)
-            raise SetupError(
-                f"offering the stage {target.stage!r}", f"{setup.model} has no such stage{near}",
-                f"Its stages are {', '.join(known)}",
-            )  # fmt: skip
     names = list(known) if targets is None else list(dict.fromkeys(target.stage for target in targets))
+    for name in names if known else ():
+        if name not in known:
+            found = f"{setup.model} has no such stage{nearest(name, known)}"
+            raise SetupError(f"offering the stage {name!r}", found, f"Its stages are {', '.join(known)}")
     components = Components(model, setup, swaps, shared)
-    about = {"model": model.describe()["model"], "parts": partial(parts_of, components), "code": codes()}
+    about = {"model": model.describe()["model"], "parts": partial(parts_of, components), "code": known_code()}
     return Worker({name: known.get(name) or stage_of(name, model, setup) for name in names}, components, about)
 
 
 def _called(targets: Sequence[Target]) -> list[str]:
     """The parts that have to be here for these stages; ``denoise.transformer_2`` is the one expert alone."""
-    found: dict[str, None] = {}
+    names: list[str] = []
     for target in targets:
         if target.step is not None or (target.expert and target.expert not in calls_of(target.stage)):
-            raise SetupError(
-                f"offering a part of {target.stage}", "only an expert of denoise can be offered by itself",
-                "Name the stage, or denoise.transformer or denoise.transformer_2",
-            )  # fmt: skip
+            found = "only an expert of denoise can be offered by itself"
+            do = "Name the stage, or denoise.transformer or denoise.transformer_2"
+            raise SetupError(f"offering a part of {target.stage}", found, do)
         if target.stage not in STAGES:
-            raise SetupError(f"offering the stage {target.stage!r}", f"there is none of that name"
-                             f"{nearest(target.stage, STAGES)}", f"The stages are {', '.join(STAGES)}")  # fmt: skip
-        found |= dict.fromkeys([target.expert] if target.expert else calls_of(target.stage))
-    return [name for name in found if name in PARTS]
+            found = f"there is none of that name{nearest(target.stage, STAGES)}"
+            raise SetupError(f"offering the stage {target.stage!r}", found, f"The stages are {', '.join(STAGES)}")
+        names += [target.expert] if target.expert else calls_of(target.stage)
+    return [name for name in dict.fromkeys(names) if name in PARTS]
 
 
 def parts_of(components: Components) -> dict[str, dict[str, Any]]:

@@ -5,22 +5,19 @@ outcome as a State. A client that goes away is noticed, and its job stops at its
 Leaves out: what a job does (``worker.py``), how its messages go back (``responses.py``), listening (``listen.py``).
 """
 
-from __future__ import annotations
-
 import contextlib
+import hmac
 import ipaddress
 import json
 import threading
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Annotated, Any
 
 from ditkit.errors import DitkitError, MissingDependency, PlaceError, StateError
 from ditkit.placement.http.client import CRC, JOB
-from ditkit.placement.http.framing import Checksum, fresh
-from ditkit.placement.http.tokens import same
+from ditkit.placement.http.framing import crc32, fresh
 from ditkit.placement.job import Job, options_to_send
 from ditkit.placement.worker import Send, Worker
 from ditkit.state import State
@@ -58,9 +55,8 @@ class Jobs:
     def admit(self, job_id: str) -> threading.Event:
         """What is set to cancel it. Raises Refused, PlaceError."""
         with self._lock:
-            if len(self._flags) > self.limits.queue:
-                found = f"{len(self._flags)} jobs are waiting already"
-                raise Refused(503, "offering a stage", found, "Try again later")
+            if self.count() > self.limits.queue:
+                raise Refused(503, "offering a stage", f"{self.count()} jobs are waiting already", "Try again later")
             if job_id in self._flags:
                 raise PlaceError(f"taking job {job_id}", "it is here already", "Give each job an id of its own")
             return self._flags.setdefault(job_id, threading.Event())
@@ -70,11 +66,11 @@ class Jobs:
             del self._flags[job_id]
 
     def cancel(self, job_id: str) -> bool:
+        """Whether it is there."""
         with self._lock:
-            flag = self._flags.get(job_id)
-        if flag is not None:
-            flag.set()
-        return flag is not None
+            if found := job_id in self._flags:
+                self._flags[job_id].set()
+            return found
 
     def cancel_all(self) -> None:
         with self._lock:
@@ -82,8 +78,7 @@ class Jobs:
                 flag.set()
 
     def count(self) -> int:
-        with self._lock:
-            return len(self._flags)
+        return len(self._flags)
 
 
 def app_of(worker: Worker, *, token: str | None = None, limits: Limits | None = None) -> FastAPI:
@@ -96,8 +91,8 @@ def app_of(worker: Worker, *, token: str | None = None, limits: Limits | None = 
     app.state.jobs = jobs
     app.add_exception_handler(DitkitError, refuse)
     known = Depends(_knows(token))
-    _questions(app, worker, known)
-    _jobs(app, worker, jobs, known)
+    _questions(app, worker, jobs, known)
+    _work(app, worker, jobs, known)
     return app
 
 
@@ -105,33 +100,34 @@ def _knows(token: str | None) -> Callable[..., Any]:
     async def check(
         request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(BEARER)]
     ) -> None:
-        if token is None and not is_number(request.url.hostname or ""):
+        if token is None and number_of(request.url.hostname or "") is None:
             found = f"it is for {request.url.hostname}, a name that anybody can give to this machine"
             raise Refused(401, "a request", found, "Ask 127.0.0.1 or localhost, or give the host a token")
-        if token is not None and not same(credentials.credentials if credentials else None, token):
+        given = credentials.credentials if credentials else ""
+        if token is not None and not hmac.compare_digest(given.encode(), token.encode()):
             found = "it came without a token" if credentials is None else "its token is another one"
             raise Refused(401, "a request", found, "Put the host's token into DITKIT_HOST_TOKEN")
 
     return check
 
 
-def is_number(name: str) -> bool:
-    """Whether no DNS stands between this name and its address: an IP address, or localhost."""
+def number_of(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """The IP address that a name is, with no DNS in between; None for any other name but localhost."""
     with contextlib.suppress(ValueError):
-        return name == "localhost" or bool(ipaddress.ip_address(name))
-    return False
+        return ipaddress.ip_address("127.0.0.1" if name == "localhost" else name)
+    return None
 
 
-def _questions(app: FastAPI, worker: Worker, known: Any) -> None:
+def _questions(app: FastAPI, worker: Worker, jobs: Jobs, known: Any) -> None:
     @app.get("/health")
     def health() -> dict[str, Any]:
         """That it is there, and how many jobs are; needs no token."""
-        return {"ditkit": app.version, "jobs": app.state.jobs.count()}
+        return {"ditkit": app.version, "jobs": jobs.count()}
 
     @app.get("/stages", dependencies=[known])
     def stages() -> dict[str, Any]:
         """What it offers: stages with their fields, parts with their fingerprints, versions, device."""
-        return {**worker.describe(), "max_bytes": app.state.jobs.limits.max_bytes}
+        return {**worker.describe(), "max_bytes": jobs.limits.max_bytes}
 
     @app.get("/stages/{name}/probe", dependencies=[known])
     def probe(name: str, asked: Annotated[str, Header(alias=JOB)]) -> dict[str, Any]:
@@ -142,7 +138,7 @@ def _questions(app: FastAPI, worker: Worker, known: Any) -> None:
         return probe_of(worker, name)
 
 
-def _jobs(app: FastAPI, worker: Worker, jobs: Jobs, known: Any) -> None:
+def _work(app: FastAPI, worker: Worker, jobs: Jobs, known: Any) -> None:
     @app.post("/stages/{name}", dependencies=[known], openapi_extra=_BODY)
     async def run(name: str, request: Request, job: Annotated[str, Header(alias=JOB)]) -> Response:
         """Run a stage. The header is a job as JSON; of ``{}`` everything is filled in. The body is a State with what
@@ -152,7 +148,12 @@ def _jobs(app: FastAPI, worker: Worker, jobs: Jobs, known: Any) -> None:
         with contextlib.ExitStack() as leave:
             leave.callback(jobs.forget, parsed.id)
             data = await read_body(request, jobs.limits.max_bytes)
-            work = partial(_work, worker, parsed, data, cancelled, leave.pop_all())
+            admission = leave.pop_all()
+
+        def work(send: Send) -> None:
+            with admission:
+                worker.run(parsed, State.from_buffer(data, "the caller"), send, cancelled)
+
         begun = RunningJob(work, f"job {parsed.id}", cancelled, jobs.limits.alive)
         if MessageStream.media_type in request.headers.get("accept", ""):
             return MessageStream(begun)
@@ -164,11 +165,6 @@ def _jobs(app: FastAPI, worker: Worker, jobs: Jobs, known: Any) -> None:
         return {"found": jobs.cancel(job_id)}
 
 
-def _work(worker: Worker, job: Job, data: Any, cancelled: threading.Event, admission: Any, send: Send) -> None:
-    with admission:
-        worker.run(job, State.from_buffer(data, "the caller"), send, cancelled)
-
-
 _BODY = {"requestBody": {"required": True, "content": {"application/octet-stream": {"schema": {
     "type": "string", "format": "binary"}}}}}  # fmt: skip
 
@@ -176,13 +172,14 @@ _BODY = {"requestBody": {"required": True, "content": {"application/octet-stream
 def job_of(text: str, worker: Worker, name: str) -> Job:
     """What the header says, with everything filled in that it leaves out. Raises Refused."""
     whole = {"id": uuid.uuid4().hex, "stage": name, "options": options_to_send(_offered(worker, name))}
+    asked = f"running stage {name!r}"
     try:
         job = Job.from_json(json.dumps({**whole, **json.loads(text)}))
     except (PlaceError, ValueError, TypeError, RecursionError):
-        found = f"the header {JOB} is no job of this version"
-        raise Refused(400, f"running stage {name!r}", found, "Send {} or a whole one") from None
+        do = "Send {} or a whole one"
+        raise Refused(400, asked, f"the header {JOB} is no job of this version", do) from None
     if job.stage != name:
-        raise Refused(400, f"running stage {name!r}", f"the job is for {job.stage!r}", "Name one stage")
+        raise Refused(400, asked, f"the job is for {job.stage!r}", "Name one stage")
     return job
 
 
@@ -194,19 +191,24 @@ def _offered(worker: Worker, name: str) -> Any:
 
 async def read_body(request: Request, limit: int) -> bytearray | memoryview:
     """The whole body. Raises Refused before and while it comes, StateError where its checksum is another."""
-    told = request.headers.get("content-length")
+    told, asked, do = request.headers.get("content-length"), "taking a State", "Start with --max-bytes"
     size = int(told) if told and told.isdigit() else 0
     if size > limit:
-        raise Refused(413, "taking a State", f"it has {size} bytes and {limit} are allowed", "Start with --max-bytes")
-    data, at, crc, connection = fresh(size), 0, Checksum(), connection_of(request.scope)
+        raise Refused(413, asked, f"it has {size} bytes and {limit} are allowed", do)
+    data, at, crc, connection = fresh(size), 0, 0, connection_of(request.scope)
+
+    def hear(piece: bytes | memoryview) -> None:
+        nonlocal crc
+        crc = crc32(piece, crc)
+
     async for piece in request.stream():
         if at + len(piece) > limit:
-            raise Refused(413, "taking a State", f"it has more than {limit} bytes", "Start with --max-bytes")
+            raise Refused(413, asked, f"it has more than {limit} bytes", do)
         data[at : at + len(piece)] = piece
         at += len(piece)
-        crc.add(piece)
-        if connection is not None and at < size and await connection.fill(memoryview(data)[at:], crc.add):
+        hear(piece)
+        if connection is not None and at < size and await connection.fill(memoryview(data)[at:], hear):
             at = size
-    if request.headers.get(CRC, str(crc)) != str(crc):
-        raise StateError("taking a State", "its content has changed on the way", "Send it again")
+    if request.headers.get(CRC, f"{crc:08x}") != f"{crc:08x}":
+        raise StateError(asked, "its content has changed on the way", "Send it again")
     return data

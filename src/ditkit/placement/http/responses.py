@@ -4,8 +4,6 @@ The job runs in a thread of its own; what it sends goes through a short queue, s
 Leaves out: which requests are taken (``host.py``).
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import threading
@@ -19,9 +17,6 @@ from ditkit.placement.http.framing import FRAMING, MEDIA_TYPE, PIECE, pack
 from ditkit.placement.http.zero_copy import connection_of
 from ditkit.placement.job import Message, error_to_message, message_to_error
 from ditkit.placement.worker import TICK, Send
-
-RETRY_AFTER = 5
-"""Seconds after which whoever found the queue full may ask again."""
 
 
 class Refused(PlaceError):
@@ -41,7 +36,7 @@ def refuse(request: Request, error: Exception) -> Response:
 
 def _error(error: DitkitError, message: Message) -> Response:
     status = getattr(error, "status", 400 if isinstance(error, UserError) else 500)
-    more = {503: {"Retry-After": str(RETRY_AFTER)}, 401: {"WWW-Authenticate": "Bearer"}}.get(status)
+    more = {503: {"Retry-After": "5"}, 401: {"WWW-Authenticate": "Bearer"}}.get(status)
     return Response(bytes(message.payload), status, more, "application/json")
 
 

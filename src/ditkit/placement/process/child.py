@@ -5,8 +5,6 @@ the error; before it dots, as signs of life. When stdin ends, so does the child,
 Leaves out: the socket's language (``host.py``).
 """
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -6,8 +6,6 @@ only this user can open. It ends with ``close``, with the Pipeline, and with thi
 (``child.py``).
 """
 
-from __future__ import annotations
-
 import collections
 import contextlib
 import json
@@ -29,9 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from ditkit.errors import Lost, PlaceError
-from ditkit.placement.channel import Question
 from ditkit.placement.http.client import HTTPChannel
-from ditkit.placement.job import Job, Message, message_to_error
+from ditkit.placement.job import Job, Message, Question, message_to_error
 from ditkit.setup import Setup
 from ditkit.state import State
 
@@ -114,18 +111,12 @@ class ProcessChannel:
     def ask(self, question: Question, name: str = "") -> dict[str, Any]:
         if question == "cancel" and self._child is None:
             return {}
-        child = self._started()
-        try:
-            return child.channel.ask(question, name)
-        except Lost as e:
-            raise self._lost(f"asking {self.name} for {question} {name}".rstrip(), child, e) from None
+        with self._reached(f"asking {self.name} for {question} {name}".rstrip()) as channel:
+            return channel.ask(question, name)
 
     def submit(self, job: Job, inputs: State) -> Iterator[Message]:
-        child = self._started()
-        try:
-            yield from child.channel.submit(job, inputs)
-        except Lost as e:
-            raise self._lost(f"running stage {job.stage!r} at {self.name}", child, e) from None
+        with self._reached(f"running stage {job.stage!r} at {self.name}") as channel:
+            yield from channel.submit(job, inputs)
 
     def close(self) -> None:
         with self._lock:
@@ -136,20 +127,23 @@ class ProcessChannel:
     @property
     def process_id(self) -> int | None:
         """Of the child that is there now."""
-        child = self._child
-        return None if child is None else child.process.pid
+        return child.process.pid if (child := self._child) else None
 
-    def _lost(self, asked: str, child: Child, why: Lost) -> Lost:
-        """The child is ended, also one that lives and does not answer."""
-        found = child.fate()
-        if found is None:
-            found = why.found
-            child.process.kill()
-        with self._lock:
-            if self._child is child:
-                self._child = None
-        child.end()
-        return Lost(asked, found, "A stage that is killed may need more memory than there is")
+    @contextlib.contextmanager
+    def _reached(self, asked: str) -> Iterator[HTTPChannel]:
+        """The way to the child; one that was lost is ended, also where it lives and does not answer. Raises Lost."""
+        child = self._started()
+        try:
+            yield child.channel
+        except Lost as e:
+            if (found := child.fate()) is None:
+                found = e.found
+                child.process.kill()
+            with self._lock:
+                if self._child is child:
+                    self._child = None
+            child.end()
+            raise Lost(asked, found, "A stage that is killed may need more memory than there is") from None
 
     def _started(self) -> Child:
         with self._lock:
@@ -214,9 +208,8 @@ def _spawned() -> tuple[subprocess.Popen[bytes], Words]:
     def nurse() -> None:
         pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
         try:
-            process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "ditkit.placement.process.child"], start_new_session=True, **pipes
-            )
+            command = [sys.executable, "-P", "-m", "ditkit.placement.process.child"]
+            process = subprocess.Popen(command, start_new_session=True, **pipes)
         except BaseException as e:
             born.put(e)
             return
