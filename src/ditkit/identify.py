@@ -21,7 +21,7 @@ from ditkit.state import digest
 
 FORGETS = "forgets its memory: "
 
-_PLAIN = str | bytes | int | float | complex | tuple | list | frozenset | dict | None
+_PLAIN = (str, bytes, int, float, complex, tuple, list, frozenset, dict, type(None))
 _unnamed: dict[int, tuple[Any, str]] = {}
 
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from ditkit import media, pictures
 from ditkit.assembly import Components, Model, calls_of, pipeline_of, placed
+from ditkit.assembly.model import check_begun, model_field
 from ditkit.assembly.plugs import check_scheduler, plugged, stages_of, told
-from ditkit.assembly.resume_checks import check_begun, model_field
 from ditkit.cancel import Cancel
 from ditkit.checking import check_state
 from ditkit.contracts import Seams, Step

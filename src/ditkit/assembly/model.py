@@ -1,6 +1,9 @@
 """Model: the parts that a name, a folder, a file or a manifest stands for, understood and held against each other.
 
-Only headers and configs are read. Leaves out: finding parts (``checkpoints/model/find.py``) and the files that say
+Only headers and configs are read. A State remembers a short identity of each part. It belongs to its transformers; any
+other part may be exchanged until a stage has used it, and afterwards as long as that stage runs once more.
+
+Leaves out: finding parts (``checkpoints/model/find.py``) and the files that say
 where they come from (``checkpoints/model/manifest.py``), and filling parts with weights (``components.py``).
 """
 
@@ -10,7 +13,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,10 +22,13 @@ from ditkit.assembly.tasks import TASKS
 from ditkit.checkpoints.kinds.kind import KINDS
 from ditkit.checkpoints.model.find import at_host, find
 from ditkit.checkpoints.model.part import FoundModel, Part, Scope, main_of
-from ditkit.errors import LoadError, RequestError
+from ditkit.contracts import EXPERTS
+from ditkit.errors import LoadError, RequestError, StateError
+from ditkit.execution.stage_list import Stage, StageList
 from ditkit.pictures import FIELDS as PICTURES
 from ditkit.registry import resolve
 from ditkit.request import Request, renamed
+from ditkit.state import State
 
 if TYPE_CHECKING:
     from ditkit.setup import Setup
@@ -105,7 +111,7 @@ class Model:
 
     @property
     def experts(self) -> tuple[str, ...]:
-        return ("transformer", "transformer_2") if "transformer_2" in self.known else ("transformer",)
+        return EXPERTS if "transformer_2" in self.known else EXPERTS[:1]
 
     @property
     def main(self) -> Part:
@@ -204,6 +210,40 @@ class Model:
             raise RequestError(f"{asked} with size_from=image", "its model takes no image", "Give width and height")
         if request.control_scale != 1 and "control_video" not in task.inputs:
             raise RequestError(f"{asked} with control_scale", "its model takes no control", "Leave it out")
+
+
+# --- whose parts a State was made with
+
+
+def model_field(name: str, model: Model) -> dict[str, Any]:
+    """What a State says of its model; of a preview decoder nothing, as no result depends on it."""
+    return {"name": name, "parts": {n: i for n, i in model.identities.items() if n != "preview_decoder"}}
+
+
+def check_begun(state: State, name: str, model: Model, pipeline: StageList, planned: Iterable[Stage]) -> None:
+    """``planned``: the stages that will run. Raises StateError that names the parts."""
+    begun = state.get("model", {})
+    then, now, again = begun.get("parts"), model.identities, {stage.name for stage in planned}
+    if then is None:  # an older State knows all of its parts as one
+        others = ["one or more parts"] if begun.get("identity", model.identity) != model.identity else []
+    else:
+        finished = [s for s in pipeline.stages if s.name in state.get("stages", []) and s.name not in again]
+        used = dict.fromkeys((*EXPERTS, *(n for stage in finished for n in stage.components)))
+        others = [n for n in used if n in then and then[n] != now.get(n, then[n])]
+    if not others:
+        return
+    another = f"another {' and another '.join(others)}"
+    found = f"it was begun with other files of it or with other parts: {another}"
+    do = "Load it with the same files and parts"
+    if begun.get("name") != name:
+        found, do = f"it was begun with another model, {begun.get('name')}, which has {another}", "Load that one"
+    if then is not None and not {*EXPERTS} & {*others}:
+        stages = [s.name for s in pipeline.stages if {*s.components} & {*others} and s.name in state.get("stages", [])]
+        do += f", or run it once more from {stages[0]}"
+    raise StateError(f"running a State with model {name}", found, do)
+
+
+# --- what is read of the parts
 
 
 def geometry(parts: Mapping[str, Part]) -> tuple[tuple[int, int, int], tuple[int, int, int]]:

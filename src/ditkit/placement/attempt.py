@@ -1,35 +1,27 @@
 """Attempt: one stage sent through a channel, and what is done with each message that comes back.
 
-Leaves out: how often a stage is sent (``remote.py``).
+A host may be another version, damaged or of bad will: what it sends is held against what was asked of it before it is
+used, kept or written down. Leaves out: how often a stage is sent, and whether what was computed is right, which only
+the probe tells (``remote.py``); the bytes themselves (``framing.py``, ``state.py``), and events (``events.py``).
 """
 
 import contextlib
 import queue
 import threading
 import time
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import Self
+from typing import Any, Self
 
-from ditkit.assembly.plugs import texts_of
 from ditkit.cancel import Cancel
+from ditkit.checking import check_counts, fault_of
 from ditkit.errors import Lost, PipelineError, PlaceError, StateError
 from ditkit.events import Relay
-from ditkit.execution.place import StageCall, StageResult
+from ditkit.execution.place import StageCall, StageResult, checked
+from ditkit.execution.stage import known_settings
 from ditkit.identify import forgets
-from ditkit.placement.job import (
-    Channel,
-    Job,
-    Message,
-    message_to_error,
-    message_to_event,
-    options_to_send,
-    state_to_outcome,
-)  # fmt: skip
-from ditkit.placement.validation import check_outcome, made_by
+from ditkit.placement.job import LOG, Channel, Job, Message, error_of, event_of, state_to_outcome
 
-LOG = "Look at its log"
 TICK = 0.1
 """Seconds after which whoever waits for a message looks whether it is still wanted."""
 
@@ -88,11 +80,7 @@ class Attempt:
         if forgets(call.seams.describe()):
             self.reached = None  # what such a plug makes is another result where it is cut: all of it once more
         self.inputs = call.inputs if self.reached is None else call.inputs.with_fields(self.reached.written)
-        self.job = Job(
-            uuid.uuid4().hex, call.stage.name, options_to_send(call.stage), dict(call.weights), call.stop_at_step,
-            call.keep_every if call.keep else None, call.events.ignored(), made_by(call.stage),
-            texts_of(call.seams) or (),
-        )  # fmt: skip
+        self.job = Job.of(call)
         self.relay, self.received, self.cancelled = Relay(call.events, self.place), 0, False
         self.outcome: StageResult | None = None
 
@@ -120,7 +108,7 @@ class Attempt:
 
     def on_event(self, message: Message) -> None:
         with self._theirs():
-            event = message_to_event(message)
+            event = event_of(message)
             self.relay.check(event)
         self.relay.send(event)
 
@@ -138,7 +126,7 @@ class Attempt:
         self.call.events.emit("travel", stage=self.job.stage, place=self.place, seconds=waited, **told)
 
     def on_error(self, message: Message) -> None:
-        raise KeyboardInterrupt if self.cancelled else message_to_error(message.payload, self.place)
+        raise KeyboardInterrupt if self.cancelled else error_of(message.payload, self.place)
 
     def cancel(self) -> None:
         """Ask the other end to stop; its messages end, too. Raises KeyboardInterrupt where that was done before."""
@@ -168,6 +156,39 @@ class Attempt:
             yield
         except (StateError, PipelineError) as e:
             raise PlaceError(e.asked, e.found, f"{self.place} sent that; look at its log") from None
+
+
+def check_outcome(task: StageCall, outcome: StageResult, place: str, final: bool) -> None:
+    """``final``: not one on the way. Raises StateError, and PipelineError for fields that the stage does not write."""
+    asked, stage = f"reading what {task.stage.name!r} made at {place}", task.stage
+    table, sizes = {**task.table, **{f.name: f for f in stage.fields}}, dict[str, int]()
+    before = {name: value for name, value in task.inputs.items() if name not in outcome.written}
+    for name, value in before.items():
+        if name in table:
+            fault_of(table[name], value, sizes)  # what the letters mean in this run
+    for name, value in checked(stage, outcome).written.items():
+        if name not in table:
+            raise StateError(asked, f"nobody asked for {name!r}", LOG)
+        if fault := fault_of(table[name], value, sizes):
+            raise StateError(asked, f"its field {name!r} is damaged: {fault}", LOG)
+    if outcome.plugs and outcome.plugs != task.seams.describe():
+        raise StateError(asked, "something else is plugged into its seams there", LOG)
+    _check_settings(asked, outcome, task.inputs.get("request", {}))
+    after = task.inputs.with_fields(outcome.written)
+    check_counts(after, asked)
+    if final and stage.loop and not stage.done(after):
+        wanted = max(task.stop_at_step or 0, task.inputs.get("step", 0))
+        if task.stop_at_step is None or after.get("step", 0) != wanted:
+            found = f"it ended after step {after.get('step', 0)} of {len(after.get('sigmas', [0])) - 1}"
+            raise StateError(asked, found, LOG)
+
+
+def _check_settings(asked: str, outcome: StageResult, request: Mapping[str, Any]) -> None:
+    """They become part of the record, by which a later run judges whether the result is its own."""
+    known = known_settings(request)
+    for name, value in outcome.settings.items():
+        if name not in known or known[name] != value:
+            raise StateError(asked, f"it says that it read the setting {name[:40]!r} as {value!r:.60}", LOG)
 
 
 def plugged(asked: str, call: StageCall) -> PlaceError:

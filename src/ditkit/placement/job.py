@@ -6,6 +6,7 @@ carries the bytes: HTTP, the pipe to a child process, Ray. Leaves out: how bytes
 """
 
 import json
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
@@ -16,11 +17,13 @@ from pydantic import ConfigDict, NonNegativeInt, PositiveInt, TypeAdapter
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from ditkit import errors
+from ditkit.assembly.plugs import texts_of
 from ditkit.contracts import Step
 from ditkit.errors import DitkitError, PlaceError, StateError
 from ditkit.event_table import is_a
 from ditkit.events import Event
-from ditkit.execution.place import StageResult
+from ditkit.execution.place import StageCall, StageResult
+from ditkit.execution.records import code_of
 from ditkit.execution.stage import Stage
 from ditkit.state import State, kind_of
 
@@ -29,6 +32,8 @@ WIRE = 2
 
 SAME = "Use the same version of ditkit on both machines"
 
+LOG = "Look at its log"
+
 KINDS = ("event", "kept", "outcome", "error", "alive")
 
 
@@ -36,7 +41,7 @@ KINDS = ("event", "kept", "outcome", "error", "alive")
 class Job:
     """A stage to run elsewhere. ``options``: the stage's dataclass fields. ``weights``: fingerprints of its components,
     as the caller knows them; the worker refuses to use others. ``keep_every``: None when nobody keeps. ``ignore``:
-    events that nobody listens to. ``made_by``: the stage's class (``validation.py``); empty takes the one there.
+    events that nobody listens to. ``made_by``: the stage's class; empty takes the one there.
     ``plugs``: what is in the seams, as texts (``assembly/plugs.py``)."""
 
     id: str
@@ -49,6 +54,29 @@ class Job:
     made_by: str = ""
     plugs: Sequence[str] = ()
     wire: int = WIRE
+
+    @classmethod
+    def of(cls, call: StageCall) -> Self:
+        return cls(
+            uuid.uuid4().hex, call.stage.name, options_to_send(call.stage), dict(call.weights), call.stop_at_step,
+            call.keep_every if call.keep else None, call.events.ignored(), made_by(call.stage),
+            texts_of(call.seams) or (),
+        )  # fmt: skip
+
+    def stage_of(self, offered: Stage) -> Stage:
+        """``offered`` as the caller has it. Raises PlaceError for another class, and for an option that this version of
+        the stage lacks."""
+        asked, mine, known = f"running stage {self.stage!r}", made_by(offered), options_to_send(offered)
+        if self.wire != WIRE:
+            raise PlaceError(asked, f"the job has wire version {self.wire}, this end {WIRE}", SAME)
+        if self.made_by not in ("", mine):
+            found = f"it is made by {mine} here, and asked for is {self.made_by}"
+            raise PlaceError(asked, found, f"Run it where it is defined, or {SAME[0].lower()}{SAME[1:]}")
+        if {*self.options} != {*known}:
+            wanted, has = (", ".join(sorted(names)) or "none" for names in (self.options, known))
+            raise PlaceError(f"{asked} with the options {wanted}", f"it has {has}", SAME)
+        given: Any = offered
+        return replace(given, **{k: _tuples(v) for k, v in self.options.items()}) if known else offered
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -113,18 +141,16 @@ class Channel(Protocol):
     def close(self) -> None: ...
 
 
+def made_by(stage: Stage) -> str:
+    """The class that carries a stage out, and of one that is not ditkit's own its code too. Both ends of a channel must
+    have the same; of a class that is in no file nobody can tell, and then nothing equals it."""
+    name = f"{type(stage).__module__}.{type(stage).__qualname__}"
+    return name if name.startswith("ditkit.") else f"{name} {code_of(stage) or f'in no file {uuid.uuid4().hex}'}"
+
+
 def options_to_send(stage: Any) -> dict[str, Any]:
     """All options of a stage, also those that promise equal results."""
     return {f.name: getattr(stage, f.name) for f in fields(stage)} if is_dataclass(stage) else {}
-
-
-def with_options(stage: Stage, options: Mapping[str, Any]) -> Stage:
-    """``stage`` as the caller has it. Raises PlaceError for an option that this version of the stage lacks."""
-    known = options_to_send(stage)
-    if set(options) != set(known):
-        asked, has = (", ".join(sorted(names)) or "none" for names in (options, known))
-        raise PlaceError(f"running stage {stage.name!r} with the options {asked}", f"it has {has}", SAME)
-    return replace(stage, **{k: _tuples(v) for k, v in options.items()}) if known else stage  # type: ignore[type-var]
 
 
 def _tuples(value: Any) -> Any:
@@ -153,7 +179,7 @@ def state_to_outcome(state: State) -> tuple[StageResult, float]:
 _ABOUT = {"name": "str", "seconds": "float", "span": "int", "parent": "int"}
 
 
-def event_to_message(event: Event) -> Message:
+def event_message(event: Event) -> Message:
     """Values that are neither plain nor tensors (nor a Step) are sent as text."""
     tensors = {f"@{k}": v for k, v in event.values.items() if kind_of(v) == "tensor"}
     plain = {k: _plain(v) for k, v in event.values.items() if f"@{k}" not in tensors}
@@ -172,7 +198,7 @@ def _plain(value: Any) -> Any:
         return str(value)
 
 
-def message_to_event(message: Message) -> Event:
+def event_of(message: Message) -> Event:
     """With the ids and the clock of its sender. Raises StateError."""
     data, tensors = bytes(message.payload), {}
     try:
@@ -199,11 +225,11 @@ def _step(values: Mapping[str, Any]) -> Step:
     return step
 
 
-def error_to_message(error: BaseException) -> Message:
+def error_message(error: BaseException) -> Message:
     """An error of ditkit's keeps its kind and its three parts; of any other only its text travels."""
     kind = type(error).__name__
     if not isinstance(error, DitkitError) or type(error).__reduce__ is not DitkitError.__reduce__:
-        kind, error = "PlaceError", PlaceError("running a stage", f"it failed with {kind}: {error}", "Look at its log")
+        kind, error = "PlaceError", PlaceError("running a stage", f"it failed with {kind}: {error}", LOG)
     about = {"kind": kind, "asked": error.asked, "found": error.found, "do": error.do}
     return Message("error", json.dumps(about).encode())
 
@@ -213,7 +239,7 @@ def _printable(text: Any) -> str:
     return "".join(letter if letter.isprintable() else " " for letter in str(text)[:2000])
 
 
-def message_to_error(payload: bytes | bytearray | memoryview, place: str) -> DitkitError:
+def error_of(payload: bytes | bytearray | memoryview, place: str) -> DitkitError:
     """The same error, which names the place."""
     try:
         about = json.loads(bytes(payload))
@@ -222,4 +248,4 @@ def message_to_error(payload: bytes | bytearray | memoryview, place: str) -> Dit
         asked, found, do = (_printable(about[part]) for part in ("asked", "found", "do"))
         return cls(f"{asked} (at {place})", found, do)
     except (ValueError, TypeError, KeyError, RecursionError):
-        return PlaceError(f"running a stage at {place}", "it failed, and its error is damaged", "Look at its log")
+        return PlaceError(f"running a stage at {place}", "it failed, and its error is damaged", LOG)

@@ -13,7 +13,7 @@ from typing import Any
 from ditkit.contracts import EXPERTS
 from ditkit.errors import PlaceError
 from ditkit.execution.stage import Stage
-from ditkit.placement.job import Job, Message, message_to_error, options_to_send, state_to_outcome
+from ditkit.placement.job import Job, Message, error_of, options_to_send, state_to_outcome
 from ditkit.placement.worker import Worker
 from ditkit.request import Request
 from ditkit.state import State, digest, kind_of
@@ -36,7 +36,7 @@ def probe_of(worker: Worker, name: str) -> dict[str, Any]:
         job = Job("probe", name, options_to_send(stage), ignore=("prediction", "frames"))
         worker.run(job, inputs, frames.append, threading.Event())
         if frames[-1].kind != "outcome":
-            raise message_to_error(frames[-1].payload, "the probe")
+            raise error_of(frames[-1].payload, "the probe")
         outcome, _ = state_to_outcome(frames[-1].state("the probe"))
         written.append(dict(outcome.written))
     hashes = [[[field, digest(fields[field])] for field in sorted(fields)] for fields in written]

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from ditkit.errors import DitkitError, Lost, MissingDependency, PlaceError, SetupError
-from ditkit.placement.job import Job, Message, Question, error_to_message, message_to_error
+from ditkit.placement.job import Job, Message, Question, error_message, error_of
 from ditkit.setup import Setup
 from ditkit.state import State
 
@@ -44,7 +44,7 @@ def answering(tell: Callable[..., dict[str, Any] | None]) -> Callable[..., Answe
         except Exception as e:
             if not isinstance(e, DitkitError):
                 traceback.print_exc()
-            return "error", bytes(error_to_message(e).payload)
+            return "error", bytes(error_message(e).payload)
 
     return answer
 
@@ -223,7 +223,7 @@ class RayChannel:
 def _value(answer: Answer, place: str) -> dict[str, Any]:
     kind, payload = answer
     if kind == "error":
-        raise message_to_error(payload, place)
+        raise error_of(payload, place)
     return json.loads(payload)
 
 

@@ -16,8 +16,7 @@ from ditkit.events import SILENT, Events
 from ditkit.execution.place import Call, StageCall, StageResult
 from ditkit.execution.stage import Stage, Stopped
 from ditkit.placement.attempt import Attempt, plugged
-from ditkit.placement.job import SAME, WIRE, Channel
-from ditkit.placement.validation import made_by
+from ditkit.placement.job import SAME, WIRE, Channel, made_by
 from ditkit.receipt import versions
 from ditkit.state import SCHEMA
 

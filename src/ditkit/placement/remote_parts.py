@@ -94,11 +94,10 @@ def check_here(model: Model, places: Places, pipeline: StageList) -> None:
     """Every part that a stage calls on this machine has to lie here. Raises SetupError. A loop that moves at a step may
     call some of its parts here only; that shows when it runs."""
     moving = {target.stage for target in places.specs if target.step}
-    for name, stages in uses(places.specs, pipeline).items():
-        part = model.elsewhere.get(name)
-        here = [stage for stage, specs in stages.items() if any(spec.kind != "http" for spec in specs)]
-        for stage in here if part is not None and name not in model.parts else ():
-            if stage not in moving:
+    used = uses(places.specs, pipeline)
+    for name, part in model.elsewhere.items():
+        for stage, specs in used.get(name, {}).items() if name not in model.parts else ():
+            if stage not in moving and any(spec.kind != "http" for spec in specs):
                 found = f"its {name} lies at {part.place} and not here"
                 do = f"Place it there too ({stage} = {part.place!r}), or bring the {name} here"
                 raise SetupError(f"running stage {stage!r} on this machine", found, do)

@@ -17,17 +17,7 @@ from ditkit.errors import DitkitError, Lost, PlaceError, StateError, nearest
 from ditkit.events import Event, Events
 from ditkit.execution.place import Here, StageCall, StageResult, checked, fingerprint_in
 from ditkit.execution.stage import Stage, readable
-from ditkit.placement.job import (
-    SAME,
-    WIRE,
-    Job,
-    Message,
-    error_to_message,
-    event_to_message,
-    outcome_to_state,
-    with_options,
-)  # fmt: skip
-from ditkit.placement.validation import made_by
+from ditkit.placement.job import WIRE, Job, Message, error_message, event_message, made_by, outcome_to_state
 from ditkit.receipt import machine, versions
 from ditkit.request import Request
 from ditkit.state import FIELDS, SCHEMA, Field, State
@@ -86,9 +76,9 @@ class Worker:
             self._check(stage, job, inputs)
             outcome, seconds = self._carry_out(stage, job, inputs, send, cancelled)
         except KeyboardInterrupt:  # cancelled where nothing can be kept
-            send(error_to_message(Lost(f"running stage {job.stage!r}", "it was ended there", "Look at its log")))
+            send(error_message(Lost(f"running stage {job.stage!r}", "it was ended there", "Look at its log")))
         except Exception as e:
-            send(error_to_message(e))
+            send(error_message(e))
             if not isinstance(e, DitkitError):
                 raise
         else:
@@ -96,16 +86,10 @@ class Worker:
 
     def _stage(self, job: Job) -> Stage:
         asked = f"running stage {job.stage!r}"
-        if job.wire != WIRE:
-            raise PlaceError(asked, f"the job has wire version {job.wire}, this end {WIRE}", SAME)
         if job.stage not in self.stages:
             found = f"it is not offered here{nearest(job.stage, self.stages)}"
             raise PlaceError(asked, found, f"Offered are {', '.join(self.stages)}")
-        stage = self.stages[job.stage]
-        if job.made_by and job.made_by != made_by(stage):
-            found = f"it is made by {made_by(stage)} here, and asked for is {job.made_by}"
-            raise PlaceError(asked, found, f"Run it where it is defined, or {SAME[0].lower()}{SAME[1:]}")
-        return with_options(stage, job.options)
+        return job.stage_of(self.stages[job.stage])
 
     def _check(self, stage: Stage, job: Job, inputs: State) -> None:
         asked = f"running stage {stage.name!r}"
@@ -132,7 +116,7 @@ class Worker:
     ) -> tuple[StageResult, float]:
         def listen(event: Event) -> None:
             if event.name not in job.ignore:
-                send(event_to_message(event))
+                send(event_message(event))
 
         def keep(outcome: StageResult) -> None:
             send(Message("kept", outcome_to_state(outcome).to_bytes()))

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from ditkit.config import TOKEN
 from ditkit.errors import DitkitError, Lost, PlaceError, SetupError
 from ditkit.placement.http.framing import MEDIA_TYPE, checksum, fresh, pieces, unpack
-from ditkit.placement.job import Job, Message, Question, message_to_error
+from ditkit.placement.job import LOG, Job, Message, Question, error_of
 from ditkit.state import State
 
 JOB, CRC = "X-Ditkit-Job", "X-Ditkit-Crc32"
@@ -33,7 +33,7 @@ MOST_WORDS = 1 << 26
 SHORTEST = 16
 """Characters of a token at least; a short one can be guessed."""
 
-LOG, ADDRESS = "Look at its log", "Check the address"
+ADDRESS = "Check the address"
 
 ANSWERS = {
     401: ("it does not take our token", "Put the host's token into DITKIT_HOST_TOKEN"),
@@ -170,13 +170,13 @@ class HTTPChannel:
             raise PlaceError(self.asked, f"it sends us on to {where!r}", "Give the address itself")
         ours = {"kind", "asked", "found", "do"} <= {*(_object(data) or ())}  # an error as our hosts tell them
         if status in (502, 503, 504):
-            said = message_to_error(data, self.address).found if ours else what
+            said = error_of(data, self.address).found if ours else what
             lost = Lost(self.asked, said, "Try again later")
             with contextlib.suppress(ValueError):
                 lost.after = float(response.headers.get("Retry-After", "0"))
             raise lost
         if ours:
-            raise message_to_error(data, self.address)
+            raise error_of(data, self.address)
         raise PlaceError(self.asked, *ANSWERS.get(status, (what, LOG)))
 
     def stranger(self, response: http.client.HTTPResponse) -> PlaceError:

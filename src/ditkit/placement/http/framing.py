@@ -15,7 +15,7 @@ except ModuleNotFoundError:
     from zlib import crc32
 
 from ditkit.errors import PlaceError
-from ditkit.placement.job import KINDS, Message
+from ditkit.placement.job import KINDS, LOG, Message
 
 MEDIA_TYPE = "application/x-ditkit-frames"
 
@@ -70,7 +70,7 @@ def unpack(read: Callable[[int], bytearray | memoryview], source: str) -> Messag
     and where there is no room for them."""
     asked, (kind, length) = f"reading what {source} sent", HEAD.unpack(read(HEAD.size))
     if kind >= len(KINDS) or length > LARGEST:
-        raise PlaceError(asked, "it is no message", "Look at its log")
+        raise PlaceError(asked, "it is no message", LOG)
     try:
         payload = read(length)  # at once: in pieces, each checked while it is in the cache, takes longer
     except MemoryError:  # the length is the other end's word

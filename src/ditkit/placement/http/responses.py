@@ -15,7 +15,7 @@ from fastapi import Request, Response
 from ditkit.errors import DitkitError, PlaceError, StateError, UserError
 from ditkit.placement.http.framing import FRAMING, MEDIA_TYPE, PIECE, pack
 from ditkit.placement.http.zero_copy import connection_of
-from ditkit.placement.job import Message, error_to_message, message_to_error
+from ditkit.placement.job import Message, error_message, error_of
 from ditkit.placement.worker import TICK, Send
 
 
@@ -31,7 +31,7 @@ class Refused(PlaceError):
 def refuse(request: Request, error: Exception) -> Response:
     """An error as JSON in its three parts."""
     assert isinstance(error, DitkitError)
-    return _error(error, error_to_message(error))
+    return _error(error, error_message(error))
 
 
 def _error(error: DitkitError, message: Message) -> Response:
@@ -55,7 +55,7 @@ class RunningJob:
             try:
                 self.work(self._send)
             except StateError as e:
-                self._send(error_to_message(e))
+                self._send(error_message(e))
             finally:
                 self._send(None)
 
@@ -152,5 +152,5 @@ async def plain_response(begun: RunningJob, request: Request) -> Response:
         async for message in messages:
             last = message
     if last.kind == "error":
-        return _error(message_to_error(last.payload, "the host"), last)
+        return _error(error_of(last.payload, "the host"), last)
     return Response(bytes(last.payload), 200, None, "application/octet-stream")

@@ -80,12 +80,12 @@ def main() -> None:
     say = signs_of_life(file, told["alive"])
 
     from ditkit.errors import DitkitError
-    from ditkit.placement.job import error_to_message
+    from ditkit.placement.job import error_message
 
     try:
         app = opened(told)
     except DitkitError as e:
-        say(bytes(error_to_message(e).payload))
+        say(bytes(error_message(e).payload))
         return
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(told["socket"])

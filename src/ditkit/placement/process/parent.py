@@ -28,7 +28,7 @@ from typing import Any
 
 from ditkit.errors import Lost, PlaceError
 from ditkit.placement.http.client import HTTPChannel
-from ditkit.placement.job import Job, Message, Question, message_to_error
+from ditkit.placement.job import Job, Message, Question, error_of
 from ditkit.setup import Setup
 from ditkit.state import State
 
@@ -177,7 +177,7 @@ def _born(setup: Setup, stages: Sequence[str], name: str) -> Child:
         if not said:
             raise Lost(asked, child.fate() or "it said nothing", "Look at what it said")
         if said != b"\n":
-            raise message_to_error(said, name)
+            raise error_of(said, name)
     except BaseException:
         child.end()
         raise
