@@ -20,7 +20,7 @@ from ditkit.execution.place import Here, Segment
 from ditkit.placement.http.client import HTTPChannel
 from ditkit.placement.remote import Remote
 from ditkit.placement.spec import Spec
-from ditkit.placement.worker_factory import worker_of
+from ditkit.placement.worker import worker_of
 from ditkit.setup import Setup
 
 STAGES = {

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from hosting import in_thread
 from safetensors.torch import load_file, save_file
 
 import ditkit
 from ditkit import replay as replays
 from ditkit.errors import LoadError, PlaceError, SetupError, StateError
-from ditkit.placement.http.listen import in_thread
-from ditkit.placement.worker_factory import load_all, worker_of
+from ditkit.placement.worker import load_all, worker_of
 from ditkit.setup import Setup
 
 SMALL = {"width": 32, "height": 32, "frames": 5, "steps": 4, "seed": 3}

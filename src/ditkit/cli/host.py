@@ -60,7 +60,7 @@ def host(
     from ditkit.placement.http.client import token_in, token_of
     from ditkit.placement.http.host import Limits
     from ditkit.placement.http.listen import Host, bind
-    from ditkit.placement.worker_factory import load_all, worker_of
+    from ditkit.placement.worker import load_all, worker_of
 
     if (ssl_keyfile is None) != (ssl_certfile is None):
         raise SetupError(

@@ -58,7 +58,7 @@ class Actor:
 
     @answering
     def start(self, setup: str, stages: Sequence[str], threads: int | None) -> None:
-        from ditkit.placement.worker_factory import worker_of
+        from ditkit.placement.worker import worker_of
 
         if threads is not None:
             import torch
@@ -249,7 +249,11 @@ class Cluster:
     def joined(self, address: str | None, new: bool) -> Any:
         """Ray, connected; ``new``: one more user. Raises MissingDependency, PlaceError, Lost."""
         with self._lock:
-            self.ray = self.ray or _ray()
+            try:
+                import ray
+            except ImportError:
+                raise MissingDependency(*MISSING) from None
+            self.ray = ray
             if not self.ray.is_initialized():
                 self._begin(address)
             elif address != (self.address if self.ours else None):
@@ -284,14 +288,4 @@ class Cluster:
 
 
 CLUSTER = Cluster()
-
-
 MISSING = "running a stage on Ray", "Ray is not installed", 'Install it: pip install "ditkit[ray]"'
-
-
-def _ray() -> Any:
-    try:
-        import ray
-    except ImportError:
-        raise MissingDependency(*MISSING) from None
-    return ray

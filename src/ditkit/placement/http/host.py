@@ -47,38 +47,23 @@ class Limits:
 
 
 class Jobs:
-    """The jobs that are there, by id: at work, waiting for their turn or still being sent."""
+    """The jobs that are there, by id, with what is set to cancel each: at work, waiting for their turn or still being
+    sent. They are admitted in the event loop alone, one at a time; all else may come from any thread."""
 
     def __init__(self, limits: Limits):
-        self.limits, self._flags, self._lock = limits, dict[str, threading.Event](), threading.Lock()
+        self.limits, self.flags = limits, dict[str, threading.Event]()
 
     def admit(self, job_id: str) -> threading.Event:
         """What is set to cancel it. Raises Refused, PlaceError."""
-        with self._lock:
-            if self.count() > self.limits.queue:
-                raise Refused(503, "offering a stage", f"{self.count()} jobs are waiting already", "Try again later")
-            if job_id in self._flags:
-                raise PlaceError(f"taking job {job_id}", "it is here already", "Give each job an id of its own")
-            return self._flags.setdefault(job_id, threading.Event())
-
-    def forget(self, job_id: str) -> None:
-        with self._lock:
-            del self._flags[job_id]
-
-    def cancel(self, job_id: str) -> bool:
-        """Whether it is there."""
-        with self._lock:
-            if found := job_id in self._flags:
-                self._flags[job_id].set()
-            return found
+        if len(self.flags) > self.limits.queue:
+            raise Refused(503, "offering a stage", f"{len(self.flags)} jobs are waiting already", "Try again later")
+        if job_id in self.flags:
+            raise PlaceError(f"taking job {job_id}", "it is here already", "Give each job an id of its own")
+        return self.flags.setdefault(job_id, threading.Event())
 
     def cancel_all(self) -> None:
-        with self._lock:
-            for flag in self._flags.values():
-                flag.set()
-
-    def count(self) -> int:
-        return len(self._flags)
+        for flag in [*self.flags.values()]:
+            flag.set()
 
 
 def app_of(worker: Worker, *, token: str | None = None, limits: Limits | None = None) -> FastAPI:
@@ -122,7 +107,7 @@ def _questions(app: FastAPI, worker: Worker, jobs: Jobs, known: Any) -> None:
     @app.get("/health")
     def health() -> dict[str, Any]:
         """That it is there, and how many jobs are; needs no token."""
-        return {"ditkit": app.version, "jobs": jobs.count()}
+        return {"ditkit": app.version, "jobs": len(jobs.flags)}
 
     @app.get("/stages", dependencies=[known])
     def stages() -> dict[str, Any]:
@@ -146,7 +131,7 @@ def _work(app: FastAPI, worker: Worker, jobs: Jobs, known: Any) -> None:
         parsed = job_of(job, worker, name)
         cancelled = jobs.admit(parsed.id)
         with contextlib.ExitStack() as leave:
-            leave.callback(jobs.forget, parsed.id)
+            leave.callback(jobs.flags.pop, parsed.id)
             data = await read_body(request, jobs.limits.max_bytes)
             admission = leave.pop_all()
 
@@ -162,7 +147,9 @@ def _work(app: FastAPI, worker: Worker, jobs: Jobs, known: Any) -> None:
     @app.post("/jobs/{job_id}/cancel", dependencies=[known])
     def cancel(job_id: str, asked: Annotated[str, Header(alias=JOB)]) -> dict[str, Any]:
         """Stop a job at its next event; what it has is still sent. One that has ended is not missed."""
-        return {"found": jobs.cancel(job_id)}
+        if flag := jobs.flags.get(job_id):
+            flag.set()
+        return {"found": flag is not None}
 
 
 _BODY = {"requestBody": {"required": True, "content": {"application/octet-stream": {"schema": {

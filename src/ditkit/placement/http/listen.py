@@ -3,10 +3,8 @@
 Leaves out: what it answers (``host.py``).
 """
 
-import contextlib
 import socket
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import uvicorn
@@ -74,20 +72,3 @@ class Host(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.jobs.cancel_all()
         await super().shutdown(sockets)
-
-
-@contextlib.contextmanager
-def in_thread(worker: Worker, **options: Any) -> Iterator[Host]:
-    """A host on a free port of this machine, in a thread of this process, until the block ends."""
-    listening = threading.Event()
-    host = Host(worker, bind(token=options.get("token")), announce=lambda url: listening.set(), **options)
-    thread = threading.Thread(target=host.serve_here, name="host", daemon=True)
-    thread.start()
-    try:
-        while not listening.wait(0.05):
-            if not thread.is_alive():
-                raise RuntimeError("the host did not start")
-        yield host
-    finally:
-        host.should_exit = True
-        thread.join()

@@ -78,23 +78,18 @@ class RunningJob:
 
     async def messages(self) -> AsyncIterator[Message]:
         """As they come, with ``alive`` between them. Whoever stops before the end stops the job."""
-        getter: asyncio.Future[Message | None] | None = None
         try:
             while True:
-                getter = getter or asyncio.ensure_future(self._messages.get())
-                done, _ = await asyncio.wait({getter}, timeout=self.alive)
-                if not done:
-                    yield Message("alive")
-                    continue
-                message, getter = getter.result(), None
+                try:
+                    message = await asyncio.wait_for(self._messages.get(), self.alive)
+                except TimeoutError:
+                    message = Message("alive")
                 if message is None:
                     return
                 yield message
         finally:
             self.cancelled.set()
             self._left.set()
-            if getter is not None:
-                getter.cancel()
 
     @contextlib.asynccontextmanager
     async def watched(self, receive: Any) -> AsyncIterator[AsyncIterator[Message]]:

@@ -63,7 +63,7 @@ def opened(told: dict[str, Any]) -> Any:
     import torch
 
     from ditkit.placement.http.host import Limits, app_of
-    from ditkit.placement.worker_factory import worker_of
+    from ditkit.placement.worker import worker_of
     from ditkit.setup import Setup
 
     torch.set_num_threads(told["threads"])

@@ -21,7 +21,7 @@ import sys
 import tempfile
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,30 +42,15 @@ START = 30.0
 """Seconds without a sign of life at least until a child that starts counts as hanging: imports stop all else in it."""
 
 
-class Words:
-    """The last lines of a child's stderr, read by ``hear`` in a thread of their own."""
-
-    def __init__(self) -> None:
-        self._lines: collections.deque[str] = collections.deque(maxlen=LAST_WORDS)
-        self._all = threading.Event()
-
-    def hear(self, stream: Iterable[bytes]) -> None:
-        for line in stream:
-            self._lines.append(line.decode(errors="replace").rstrip()[:500])
-        self._all.set()
-
-    def last(self) -> str:
-        """Of a child that has ended: they may still be on their way. A process that it started may hold the stream."""
-        self._all.wait(1)
-        return " | ".join(self._lines)
-
-
 @dataclass(frozen=True)
 class Child:
+    """``words``: its last lines on stderr, which the thread ``nurse`` reads."""
+
     process: subprocess.Popen[bytes]
     channel: HTTPChannel
-    words: Words
     folder: Path
+    words: Sequence[str]
+    nurse: threading.Thread
 
     def fate(self) -> str | None:
         """How it ended; None while it lives. It may need a moment to end after its socket is closed."""
@@ -74,8 +59,9 @@ class Child:
         except subprocess.TimeoutExpired:
             return None
         how = f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
-        words = self.words.last()
-        return f"its process ended with {how}{f' and said: {words}' if words else ''}"
+        self.nurse.join(1)  # words may still be on their way; a process that it started may hold the stream
+        said = f" and said: {' | '.join(self.words)}" if self.words else ""
+        return f"its process ended with {how}{said}"
 
     def end(self) -> None:
         """It ends itself when its stdin is closed, and is killed where it does not. May be called twice."""
@@ -160,9 +146,9 @@ def _born(setup: Setup, stages: Sequence[str], name: str) -> Child:
 
     folder, token = Path(tempfile.mkdtemp(prefix="ditkit-")), secrets.token_urlsafe(32)
     address, asked = folder / "child", f"starting a child process for {name}"
-    process, words = _spawned()
+    process, words, nurse = _spawned()
     channel = HTTPChannel("http://process", setup.timeout, token=token, uds=str(address))
-    child = Child(process, channel, words, folder)
+    child = Child(process, channel, folder, words, nurse)
     try:
         if len(str(address).encode()) > PATH:
             raise PlaceError(asked, f"the name {address} is too long for a socket", "Set TMPDIR to a shorter one")
@@ -198,12 +184,12 @@ def _line(file: int, asked: str, timeout: float) -> bytes:
     return data
 
 
-def _spawned() -> tuple[subprocess.Popen[bytes], Words]:
+def _spawned() -> tuple[subprocess.Popen[bytes], Sequence[str], threading.Thread]:
     """A child in a session of its own, so that Ctrl-C in the terminal is for its parent, and what it says on stderr.
 
     It is started by a thread that lives as long as it does: Linux ends it with the thread that it was started by."""
     born: queue.Queue[subprocess.Popen[bytes] | BaseException] = queue.Queue()
-    words = Words()
+    words = collections.deque[str](maxlen=LAST_WORDS)
 
     def nurse() -> None:
         pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
@@ -214,11 +200,11 @@ def _spawned() -> tuple[subprocess.Popen[bytes], Words]:
             born.put(e)
             return
         born.put(process)
-        assert process.stderr is not None
-        words.hear(process.stderr)
+        for line in process.stderr or ():
+            words.append(line.decode(errors="replace").rstrip()[:500])
 
-    threading.Thread(target=nurse, name="ditkit child", daemon=True).start()
-    found = born.get()
-    if isinstance(found, BaseException):
+    thread = threading.Thread(target=nurse, name="ditkit child", daemon=True)
+    thread.start()
+    if isinstance(found := born.get(), BaseException):
         raise Lost("starting a child process", str(found), "Free some memory")
-    return found, words
+    return found, words, thread
