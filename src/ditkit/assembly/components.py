@@ -46,13 +46,9 @@ class Components(Mapping[str, Any]):
     it is not read."""
 
     def __init__(
-        self,
-        model: Model,
-        setup: Setup,
-        swaps: tuple[Swap, ...] = (),
-        shared: Shared | None = None,
+        self, model: Model, setup: Setup, swaps: tuple[Swap, ...] = (), shared: Shared | None = None,
         device_of: Callable[[str, str], torch.device | str] | None = None,
-    ):
+    ):  # fmt: skip
         self.model, self.setup, self.own_swaps, self.device_of = model, setup, swaps, device_of
         self._events = SILENT
         there = [name for name in model.known if name != "tokenizer"]
@@ -67,7 +63,7 @@ class Components(Mapping[str, Any]):
         parts = {name: (partial(self._key, name), partial(self._make, name)) for name in model.parts}
         self.holder = Holder(shared or Shared(), parts, self._check)
         self.expander = None if setup.expander is None else open_expander(setup)
-        self._identities: dict[str, Callable[[], str]] = {}
+        self._identities = {name: cache(partial(self._identify, part)) for name, part in model.parts.items()}
         self._stamps = {name: self._stamp(name) for name in model.parts}
         self._lock = threading.RLock()
 
@@ -106,12 +102,7 @@ class Components(Mapping[str, Any]):
         if (loaded := self.holder.loaded.get(name)) is not None:
             return loaded.fingerprint
         self._check(name)
-        return self._identity(name)()
-
-    def _identity(self, name: str) -> Callable[[], str]:
-        if name not in self._identities:
-            self._identities[name] = cache(partial(self._identify, self.model.parts[name]))
-        return self._identities[name]
+        return self._identities[name]()
 
     def _identify(self, part: Part) -> str:
         """A hash over its weights and how they compute; it reads all files. Two components of one fingerprint give the
@@ -138,7 +129,7 @@ class Components(Mapping[str, Any]):
         policy, backend = self.setup.dtype_policy, self.setup.backend_of(name)
         how = LoadOptions(*self.place(name), self.swaps(name), device_of, policy, backend)
         component = resolve(part.row.load)(replace(part, source=self.source(part)), how)
-        component.identify = self._identity(name)
+        component.identify = self._identities[name]
         return component
 
     def _check(self, name: str) -> None:

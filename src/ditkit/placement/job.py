@@ -132,11 +132,9 @@ class Channel(Protocol):
         """A short answer: ``health`` that it is there, ``describe`` what ``Worker.describe`` says, ``probe`` what stage
         ``name`` makes of its fixed input (``probe.py``), ``cancel`` that job ``name`` is to stop at its next event;
         what it has is still sent."""
-        ...
 
     def submit(self, job: Job, inputs: State) -> Iterator[Message]:
         """Messages as they come, the last one an outcome or an error."""
-        ...
 
     def close(self) -> None: ...
 

@@ -64,8 +64,7 @@ class HTTPChannel:
         """``health`` needs no token, and answers with the number of ``jobs``."""
         method, path = ROUTES[question]
         path = path.format(name)
-        with contextlib.closing(self.connect()) as connection, self.faults():
-            response = self.send(connection, method, path, {JOB: path})
+        with self.answer(method, path, {JOB: path}) as response:
             data = self.words(response)
             self.check(response, data)
         if (said := _object(data)) is None:
@@ -74,22 +73,20 @@ class HTTPChannel:
 
     def submit(self, job: Job, inputs: State) -> Iterator[Message]:
         """Closed early, it closes the connection: the host sees that nobody waits any more, and stops."""
-        with contextlib.closing(self.connect()) as connection, self.faults():
-            buffers = inputs.buffers()
-            headers = {JOB: job.to_json(), CRC: f"{checksum(buffers):08x}", "Accept": MEDIA_TYPE,
-                       "Content-Type": "application/octet-stream",
-                       "Content-Length": str(sum(map(len, buffers)))}  # fmt: skip
-            response = self.send(connection, "POST", f"/stages/{job.stage}", headers, pieces(buffers))
-            with contextlib.closing(response):  # it holds the socket where the host closes after its answer
-                if response.status != 200:
-                    self.check(response, self.words(response))
-                if response.headers.get("Content-Type") != MEDIA_TYPE:
-                    raise self.stranger(response)
-                while True:
-                    message = unpack(exactly(response), self.address)
-                    yield message
-                    if message.last:
-                        return
+        buffers = inputs.buffers()
+        headers = {JOB: job.to_json(), CRC: f"{checksum(buffers):08x}", "Accept": MEDIA_TYPE,
+                   "Content-Type": "application/octet-stream",
+                   "Content-Length": str(sum(map(len, buffers)))}  # fmt: skip
+        with self.answer("POST", f"/stages/{job.stage}", headers, pieces(buffers)) as response:
+            if response.status != 200:
+                self.check(response, self.words(response))
+            if response.headers.get("Content-Type") != MEDIA_TYPE:
+                raise self.stranger(response)
+            while True:
+                message = unpack(exactly(response), self.address)
+                yield message
+                if message.last:
+                    return
 
     def close(self) -> None:
         """Nothing stays open between two requests."""
@@ -105,28 +102,27 @@ class HTTPChannel:
             raise http.client.IncompleteRead(data, response.length)
         return data
 
-    def connect(self) -> http.client.HTTPConnection:
-        """Raises Lost."""
+    def connection(self) -> http.client.HTTPConnection:
         host, port = self._parts.hostname or "", self._parts.port
-        with self.faults():
-            if self.uds is not None:
-                connection: http.client.HTTPConnection = _Unix(self.uds)
-            elif self._parts.scheme == "https":
-                trusted = ssl.create_default_context()
-                connection = http.client.HTTPSConnection(host, port, timeout=CONNECT, context=trusted)
-            else:
-                connection = http.client.HTTPConnection(host, port, timeout=CONNECT)
-            connection.connect()
-            connection.sock.settimeout(self.timeout)
-            return connection
+        if self.uds is not None:
+            return _Unix(self.uds)
+        if self._parts.scheme == "https":
+            return http.client.HTTPSConnection(host, port, timeout=CONNECT, context=ssl.create_default_context())
+        return http.client.HTTPConnection(host, port, timeout=CONNECT)
 
-    def send(self, connection: http.client.HTTPConnection, method: str, path: str, headers: dict[str, str],
-             body: Iterable[memoryview] | None = None) -> http.client.HTTPResponse:  # fmt: skip
-        """All of ``body`` goes out before anything comes back. Raises what ``faults`` turns into errors."""
+    @contextlib.contextmanager
+    def answer(
+        self, method: str, path: str, headers: dict[str, str], body: Iterable[memoryview] | None = None
+    ) -> Iterator[http.client.HTTPResponse]:
+        """All of ``body`` goes out before anything comes back. Faults are as ``faults`` says, here and in the block."""
         token = {} if self._token is None else {"Authorization": f"Bearer {self._token}"}
         path = f"{self._parts.path.rstrip('/')}{path}"
-        connection.request(method, path, body, {"Host": self._parts.netloc, **headers, **token})
-        return connection.getresponse()
+        with self.faults(), contextlib.closing(self.connection()) as connection:
+            connection.connect()
+            connection.sock.settimeout(self.timeout)
+            connection.request(method, path, body, {"Host": self._parts.netloc, **headers, **token})
+            with contextlib.closing(connection.getresponse()) as response:  # it holds the socket of a host that closed
+                yield response
 
     # --- what can go wrong
 
