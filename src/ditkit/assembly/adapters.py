@@ -12,14 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ditkit.checkpoints.model.part import Part
 from ditkit.contracts import EXPERTS, Swap
 from ditkit.errors import LoadError, SetupError
 from ditkit.registry import PlugSpec
+from ditkit.setup import Setup
 
 if TYPE_CHECKING:
     from ditkit.checkpoints.lora.read import Adapter
-    from ditkit.checkpoints.model.part import Part
-    from ditkit.setup import Setup
 
 
 def named_expert(text: str) -> tuple[str | None, str]:

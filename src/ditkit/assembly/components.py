@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ditkit.assembly.adapters import Adapters
 from ditkit.assembly.loaders import LoadOptions
 from ditkit.assembly.model import Model, vocabulary
+from ditkit.checkpoints.model.part import Part
 from ditkit.contracts import EXPERTS, Swap, identify
 from ditkit.errors import LoadError, SetupError
 from ditkit.events import SILENT, Events
@@ -30,8 +31,6 @@ from ditkit.store.cache import remember_hashes
 
 if TYPE_CHECKING:
     import torch
-
-    from ditkit.checkpoints.model.part import Part
 
 EXPANDER = "prompt_expander"
 """Of the setup, not of the model: it is held beside the model's parts, and told of in the State's ``expansion``."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ditkit.assembly.model import vocabulary
+from ditkit.checkpoints.model.part import Part
 from ditkit.contracts import Swap
 from ditkit.errors import SetupError
 from ditkit.registry import resolve
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     import torch
 
     from ditkit.checkpoints.load import Device
-    from ditkit.checkpoints.model.part import Part
     from ditkit.nn.loaded import Loaded
 
 

@@ -7,8 +7,6 @@ Leaves out: finding parts (``checkpoints/model/find.py``) and the files that say
 where they come from (``checkpoints/model/manifest.py``), and filling parts with weights (``components.py``).
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import json
@@ -16,7 +14,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 
 from ditkit.assembly.tasks import TASKS
 from ditkit.checkpoints.kinds.kind import KINDS
@@ -28,10 +26,8 @@ from ditkit.execution.stage_list import Stage, StageList
 from ditkit.pictures import FIELDS as PICTURES
 from ditkit.registry import resolve
 from ditkit.request import Request, renamed
+from ditkit.setup import Setup
 from ditkit.state import State
-
-if TYPE_CHECKING:
-    from ditkit.setup import Setup
 
 LatentsRgb = tuple[list[list[float]], list[float]]
 """Factors, a row of three for each channel of the latents, and bias: a preview by one matrix."""
@@ -58,7 +54,7 @@ class Model:
     elsewhere: Mapping[str, Part] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, name: str, setup: Setup | None = None, *, scope: Scope | None = None) -> Model:
+    def open(cls, name: str, setup: Setup | None = None, *, scope: Scope | None = None) -> Self:
         """``name``: a model that comes with the package, a folder of any layout, a single file, a manifest, or
         ``hf:OWNER/NAME@REVISION``. ``setup`` may put other files in the place of single parts. ``scope``: which parts
         have to be here, and who is asked for the others.
@@ -67,13 +63,13 @@ class Model:
         return cls._of(name, find(name, setup, scope), setup)
 
     @classmethod
-    def at(cls, address: str, about: Mapping[str, Any], setup: Setup, scope: Scope) -> Model:
+    def at(cls, address: str, about: Mapping[str, Any], setup: Setup, scope: Scope) -> Self:
         """The model that the host at ``address`` speaks of; ``about`` is the ``model`` of its description. Raises
         LoadError."""
         return cls._of(address, at_host(address, about, setup, scope), setup)
 
     @classmethod
-    def _of(cls, name: str, found: FoundModel, setup: Setup | None) -> Model:
+    def _of(cls, name: str, found: FoundModel, setup: Setup | None) -> Self:
         located = found.located.check()
         known = {**located.elsewhere, **located.parts}
         strides, patch = geometry(known)

@@ -13,9 +13,10 @@ import inspect
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from ditkit import options
+from ditkit.assembly.model import Model
 from ditkit.assembly.tasks import STAGES, TASKS, StageRow
 from ditkit.contracts import Seams, Swap
 from ditkit.errors import RequestError, SetupError, StateError, nearest
@@ -24,9 +25,6 @@ from ditkit.execution.stage_list import SOURCES, Stage, StageList
 from ditkit.registry import BROUGHT, Brought, PlugSpec, Registry, Row, bring
 from ditkit.request import Request
 from ditkit.setup import Setup
-
-if TYPE_CHECKING:
-    from ditkit.assembly.model import Model
 
 PLUGS: Registry[PlugRow] = Registry("plug", "ditkit.plugs")
 

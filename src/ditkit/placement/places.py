@@ -5,12 +5,10 @@ HTTP has its own Setup; a child process and a Ray actor have ours, but for the d
 stage (attention, frames per chunk) travel with it and contradict nothing. Leaves out: what hosts say.
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 from ditkit.assembly.adapters import named_expert
 from ditkit.assembly.plugs import plugs_of
@@ -36,9 +34,9 @@ class Places:
         self._remotes: dict[str, Remote] = {}
         self._lock = threading.RLock()
 
-    def also(self, setup: Setup) -> Places:
+    def also(self, setup: Setup) -> Self:
         """Those of ``setup``, which places more stages; who was asked already is not asked again."""
-        places = Places(setup)
+        places = type(self)(setup)
         places._remotes, places._lock = self._remotes, self._lock
         return places
 
