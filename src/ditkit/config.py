@@ -29,7 +29,7 @@ FIELDS: dict[str, FieldInfo] = {**Request.model_fields, **Setup.model_fields}
 PREFIX = "DITKIT_"
 
 TOKEN = "DITKIT_HOST_TOKEN"
-"""No setting: settings are shown and written into manifests (``placement/http/tokens.py``)."""
+"""No setting: settings are shown and written into manifests (``placement/http/client.py``)."""
 
 
 class Entries(dict[str, Any]):

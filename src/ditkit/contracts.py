@@ -163,6 +163,10 @@ class Seams:
     swaps: tuple[Swap, ...] = ()
     scheduler: Scheduler | None = None
 
+    def of(self, components: Iterable[str]) -> Seams:
+        """What counts for a stage that calls these: of the swaps those that change one of them."""
+        return replace(self, swaps=tuple(swap for swap in self.swaps if {*swap.components} & {*components}))
+
     def describe(self) -> dict[str, list[str]]:
         """What is plugged in, by seam; neutral seams are left out. Equal descriptions mean equal plugs: one that could
         hide a difference (a lambda, a closure) gets a name that no other ever has. Give it a ``fingerprint``

@@ -4,8 +4,6 @@ A name holds the class, the options and the code of everything that is not ditki
 named by the files that hold them (``execution/records.py``).
 """
 
-from __future__ import annotations
-
 import builtins
 import hashlib
 import sys
@@ -23,6 +21,7 @@ from ditkit.state import digest
 
 FORGETS = "forgets its memory: "
 
+_PLAIN = (str, bytes, int, float, complex, tuple, list, frozenset, dict, type(None))
 _unnamed: dict[int, tuple[Any, str]] = {}
 
 
@@ -34,10 +33,9 @@ def identify(plug: Any) -> str:
     """Return a name for ``plug``; two plugs have equal names only if they compute the same.
 
     A ``fingerprint`` attribute is believed. A frozen dataclass is its class, its options and, outside of ditkit, its
-    code; a function its name and its code; a class its name and its code. Code counts with the functions, classes,
-    plain values and files of modules that it reads by global names. Plain values and tensors are their content.
-    Whatever else could hide a difference (a closure, a mutable object) gets a name that no other object and no other
-    process has."""
+    code; a function and a class are name and code. Code counts with the functions, classes, plain values and files of
+    modules that it reads by global names. Plain values and tensors are their content. Whatever else could hide a
+    difference (a closure, a mutable object) gets a name that no other object and no other process has."""
     given = getattr(plug, "fingerprint", None)
     if isinstance(given, str):
         return given
@@ -72,7 +70,7 @@ def _named(value: Any, seen: tuple[Any, ...]) -> str:
     if type(value).__module__.startswith("torch"):
         return digest(value) if hasattr(value, "untyped_storage") else repr(value)
     if isinstance(value, FunctionType):
-        return f"{value.__module__}.{value.__qualname__}@{_short(_function(value, seen))}"
+        return f"{value.__module__}.{value.__qualname__}@{digest(_function(value, seen))[:16]}"
     if isinstance(value, type):
         return _class(value, seen)
     if is_dataclass(value) and type(value).__dataclass_params__.frozen:  # type: ignore[union-attr]
@@ -85,34 +83,22 @@ def _named(value: Any, seen: tuple[Any, ...]) -> str:
 
 
 def _class(cls: type, seen: tuple[Any, ...]) -> str:
-    """Its name, and its code and that of its bases, where they are not ditkit's own or of a package that it rests
-    on."""
+    """Its name, and its code and that of its bases where they are not ditkit's own or of a package that it uses."""
     name, package = f"{cls.__module__}.{cls.__qualname__}", cls.__module__.partition(".")[0]
     bases = () if _is_ours(cls.__module__) else cls.__mro__
     own = [b for b in bases if b.__module__.partition(".")[0] == package or not _is_installed(b.__module__)]
     if not own or cls in seen:
         return name
-    said = {f"{base.__qualname__}.{n}": _member(v, (*seen, cls)) for base in own for n, v in sorted(vars(base).items())
-            if n not in _SKIPPED}  # fmt: skip
-    return f"{name}@{_short(said)}"
+    members = [(base, n, v) for base in own for n, v in sorted(vars(base).items()) if n not in _SKIPPED]
+    said = {f"{base.__qualname__}.{n}": _member(v, (*seen, cls)) for base, n, v in members}
+    return f"{name}@{digest(said)[:16]}"
 
 
 _SKIPPED = {"__module__", "__qualname__", "__doc__", "__dict__", "__weakref__", "__firstlineno__", "__annotations__",
-            "__static_attributes__", "__dataclass_fields__", "__dataclass_params__", "__match_args__",
-            "__annotate__", "__annotate_func__", "__annotations_cache__", "__abstractmethods__", "_abc_impl",
-            "__replace__", "__parameters__", "__orig_bases__"}  # fmt: skip
-_MADE = {
-    "__init__",
-    "__repr__",
-    "__eq__",
-    "__hash__",
-    "__setattr__",
-    "__delattr__",
-    "__lt__",
-    "__le__",
-    "__gt__",
-    "__ge__",
-}
+            "__static_attributes__", "__dataclass_fields__", "__dataclass_params__", "__match_args__", "__annotate__",
+            "__annotate_func__", "__annotations_cache__", "__abstractmethods__", "_abc_impl", "__replace__",
+            "__parameters__", "__orig_bases__"}  # fmt: skip
+_MADE = {f"__{name}__" for name in ("init", "repr", "eq", "hash", "setattr", "delattr", "lt", "le", "gt", "ge")}
 """Methods that the dataclass decorator makes out of the fields; they have no file."""
 
 
@@ -132,18 +118,16 @@ def _member(value: Any, seen: tuple[Any, ...]) -> Any:
 
 
 def _function(function: FunctionType, seen: tuple[Any, ...]) -> Any:
-    """Its code, its defaults and what it reads of the world. A closure may hold anything, but for the class of
-    super()."""
+    """Its code, its defaults and what it reads of the world. A closure may hold anything but the class of super()."""
     if function in seen:
         return "itself"
     seen = (*seen, function)
-    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
-    if any(name != "__class__" for name, _ in cells):
+    if {*function.__code__.co_freevars} - {"__class__"}:
         raise _Unknowable
     defaults = [_named(value, seen) for value in function.__defaults__ or ()]
     more = {name: _named(value, seen) for name, value in sorted((function.__kwdefaults__ or {}).items())}
-    world = {name: _global(function.__globals__[name], seen) for name in sorted(_names(function.__code__))
-             if name in function.__globals__ and not hasattr(builtins, name)}  # fmt: skip
+    known = [n for n in sorted(_names(function.__code__)) if n in function.__globals__ and not hasattr(builtins, n)]
+    world = {name: _global(function.__globals__[name], seen) for name in known}
     return [_code(function.__code__), defaults, more, world]
 
 
@@ -152,15 +136,11 @@ def _global(value: Any, seen: tuple[Any, ...]) -> Any:
         installed = _is_installed(value.__name__)
         return [value.__name__, _version(value.__name__) if installed else _file_hash(value)]
     module = getattr(value, "__module__", None) or type(value).__module__
-    if _is_installed(module) and not _is_plain(value) and not hasattr(value, "untyped_storage"):
+    if _is_installed(module) and not isinstance(value, _PLAIN) and not hasattr(value, "untyped_storage"):
         return f"{module}.{getattr(value, '__qualname__', type(value).__qualname__)} {_version(module)}"
     if isinstance(value, Mapping):
         return {repr(key): _global(entry, seen) for key, entry in value.items()}
     return _named(value, seen)
-
-
-def _is_plain(value: Any) -> bool:
-    return value is None or isinstance(value, str | bytes | int | float | complex | tuple | list | frozenset | dict)
 
 
 def _names(code: CodeType) -> set[str]:
@@ -171,12 +151,13 @@ def _names(code: CodeType) -> set[str]:
 
 def _code(code: CodeType) -> list[Any]:
     """What a function does, as plain values; where it stands in its file does not count."""
-    constants = [_code(c) if isinstance(c, CodeType) else _constant(c) for c in code.co_consts]
-    return [code.co_code.hex(), list(code.co_names), list(code.co_varnames), constants]
 
+    def constant(value: Any) -> Any:
+        if isinstance(value, CodeType):
+            return _code(value)
+        return f"frozenset{sorted(map(repr, value))}" if isinstance(value, frozenset) else repr(value)
 
-def _constant(value: Any) -> str:
-    return f"frozenset{sorted(map(repr, value))}" if isinstance(value, frozenset) else repr(value)
+    return [code.co_code.hex(), list(code.co_names), list(code.co_varnames), [*map(constant, code.co_consts)]]
 
 
 def _is_ours(module: str) -> bool:
@@ -207,7 +188,3 @@ def _file_hash(module: ModuleType) -> str:
     if file is None or not Path(file).is_file():
         raise _Unknowable
     return hashlib.sha256(Path(file).read_bytes()).hexdigest()
-
-
-def _short(said: Any) -> str:
-    return digest(said)[:16]

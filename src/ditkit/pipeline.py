@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from ditkit import media, pictures
 from ditkit.assembly import Components, Model, calls_of, pipeline_of, placed
+from ditkit.assembly.model import check_begun, model_field
 from ditkit.assembly.plugs import check_scheduler, plugged, stages_of, told
-from ditkit.assembly.resume_checks import check_begun, model_field
 from ditkit.cancel import Cancel
 from ditkit.checking import check_state
 from ditkit.contracts import Seams, Step
@@ -27,7 +27,7 @@ from ditkit.execution.execution import Execution
 from ditkit.execution.place import Checkpointer, ResultCache
 from ditkit.execution.stage import with_own_defaults, with_stage_settings
 from ditkit.execution.stage_list import StageList
-from ditkit.placement import Places, plugs
+from ditkit.placement import Places
 from ditkit.placement.remote_parts import address, check_agree, check_here, facts_of, model_at, scope_at, scope_of
 from ditkit.prompting import templates
 from ditkit.receipt import Recorder, manifests
@@ -174,7 +174,7 @@ class Pipeline:
         ``recorder``: that of the part of this run that came before; the receipt tells of both.
         Raises Interrupted, with the State so far, on Ctrl-C and Cancel."""
         asked = check_state(state, self.stages.table)
-        asked.check_size(self.model.strides[1] * self.model.patch[1], self.model.strides[0])
+        self.model.check_size(asked)
         asked = with_own_defaults(self.stages.stages, asked)
         if {*state["request"]} != {*Request.model_fields} or state["request"]["stage_settings"] != asked.stage_settings:
             # an older State knows fewer settings, and so does one of a pipeline with fewer stages
@@ -186,8 +186,7 @@ class Pipeline:
         events, parts = Events(*self.listeners, *listeners, recorder), self.components
         components = parts.listening(events) if isinstance(parts, Components) else parts
         places = self.places.of_run(self.stages, components, self.seams, lambda: self.steps(asked))
-        check_agree(self.model, self.places, planned, places)
-        plugs.check(planned, places, self.seams, state["request"])
+        check_agree(self.model, self.places, planned, places, self.seams, state["request"])
         run = Execution(
             self.stages.stages, state, components, self.stages.slice(start, until), start is not None, stop_at_step,
             events=events, seams=self.seams, debug=self.setup.debug, places=places, keep=keep, results=self.results,

@@ -6,15 +6,13 @@ and a person's file or module that is handed over by name (``bring``). Leaves ou
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import importlib
 import importlib.util
 import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import MappingProxyType, ModuleType
@@ -63,13 +61,13 @@ class Registry(Mapping[str, R], Generic[R]):
     def __getitem__(self, name: str) -> R:
         """Raises SetupError for a name that nobody brought, or whose code is another one."""
         name, at, pinned = str(name).partition("@")
+        asked = f"the {self.noun} {name!r}"
         if name not in self:
-            known = ", ".join(self)
-            raise SetupError(f"the {self.noun} {name!r}", f"there is none of that name{nearest(name, self)}",
-                             f"Choose one of {known}, or bring it with --plug FILE.py")  # fmt: skip
+            do = f"Choose one of {', '.join(self)}, or bring it with --plug FILE.py"
+            raise SetupError(asked, f"there is none of that name{nearest(name, self)}", do)
         if at and pinned != self.code(name):
             found = f"its code is {self.code(name)[:16] or 'of ditkit'}, and {pinned[:16]} is asked for"
-            raise SetupError(f"the {self.noun} {name!r}", found, "Use the same code as there")
+            raise SetupError(asked, found, "Use the same code as there")
         if name not in self._rows:
             self._rows[name] = resolve(self._own[name]) if name in self._own else self._point(name).load()
         return self._rows[name]
@@ -122,18 +120,14 @@ class Registry(Mapping[str, R], Generic[R]):
         """``name``, with its code where it is not ditkit's own: equal names compute the same."""
         return f"{name}@{code}" if (code := self.code(name)) else name
 
-    def codes(self) -> dict[str, str]:
-        """The code of each row that is not ditkit's own."""
-        return {name: code for name in self if (code := self.code(name))}
-
 
 def resolve(text: str) -> Any:
-    """The object that ``module:attribute`` names."""
+    """The object that ``module:attribute`` names; a file's module may have a name that Python's own way refuses."""
     module, _, attribute = text.partition(":")
     return getattr(importlib.import_module(module), attribute)
 
 
-@functools.cache
+@cache
 def module_sha256(name: str) -> str:
     """Of a module's file, which is not imported for that (the packages around it are). Raises ModuleNotFoundError."""
     spec = importlib.util.find_spec(name)
@@ -163,8 +157,8 @@ class PlugSpec:
     def parse(cls, text: str) -> PlugSpec:
         """Raises SetupError."""
         if (found := cls._FORM.fullmatch(text)) is None:
-            raise SetupError(f"the plug {text!r}", f"{text!r} has none of the forms of a plug",
-                             "Write NAME, FILE.py, FILE.py:NAME or module:NAME, with :OPTION=VALUE,...")  # fmt: skip
+            do = "Write NAME, FILE.py, FILE.py:NAME or module:NAME, with :OPTION=VALUE,..."
+            raise SetupError(f"the plug {text!r}", f"{text!r} has none of the forms of a plug", do)
         return cls(*(part or "" for part in found.groups()))
 
     @property
@@ -177,8 +171,8 @@ class PlugSpec:
         return self.code.endswith(".py")
 
     def __str__(self) -> str:
-        return "".join((self.code, *(f"{sign}{part}" for sign, part in
-                        (("@", self.sha256), (":", self.attribute), (":", self.options)) if part)))  # fmt: skip
+        parts = ("@", self.sha256), (":", self.attribute), (":", self.options)
+        return self.code + "".join(f"{sign}{part}" for sign, part in parts if part)
 
     @property
     def short(self) -> str:
@@ -190,8 +184,7 @@ class PlugSpec:
         SetupError."""
         if not self.is_code:
             return self
-        asked = f"bringing {self.code}"
-        path = Path(self.code).expanduser().absolute()
+        asked, path = f"bringing {self.code}", Path(self.code).expanduser().absolute()
         try:
             sha256 = hashlib.sha256(path.read_bytes()).hexdigest() if self.is_file else module_sha256(self.code)
         except (OSError, ModuleNotFoundError) as e:
@@ -205,7 +198,7 @@ class PlugSpec:
 
 @dataclass(frozen=True)
 class Brought:
-    """A module that a person named: its code, and the sha256 of its file."""
+    """A module that a person named, and the sha256 of its file."""
 
     name: str
     module: ModuleType
@@ -216,6 +209,8 @@ class Brought:
         """The rows that stand at the top of the module."""
         return list({id(value): value for value in vars(self.module).values() if isinstance(value, Row)}.values())
 
+
+FILES = "files"
 
 BROUGHT: dict[str, Brought] = {}
 """What was brought in this process, by sha256; an edited file counts once for each of its contents."""
@@ -236,6 +231,14 @@ def bring(name: str, sha256: str = "") -> Brought:
     for row in found.rows:
         row.registry.add(row, spec.code, spec.sha256)
     return BROUGHT.setdefault(spec.sha256, found)
+
+
+def known_code() -> dict[str, dict[str, str]]:
+    """The code that is known here and is not ditkit's own: files by sha256, and for each kind of row its code by name.
+    Plain values."""
+    files = {sha256: Path(brought.name).name for sha256, brought in BROUGHT.items()}
+    rows = {of.group: {name: code for name in of if (code := of.code(name))} for of in Registry.every}
+    return {FILES: files, **rows}
 
 
 def _imported(spec: PlugSpec) -> ModuleType:

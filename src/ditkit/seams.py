@@ -7,7 +7,8 @@ a run that was cut goes on with it. Leaves out: the signatures (``contracts.py``
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections import UserDict
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ditkit.contracts import Step
@@ -18,42 +19,30 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Memory(MutableMapping[str, "Tensor"]):
+class Memory(UserDict[str, "Tensor"]):
     """Named tensors that one plug remembers from step to step, of one expert and one branch.
 
     Any shape, dtype and device. A tensor is replaced, never written in place: the one of the last whole step is what a
     run goes on from. Raises PipelineError for anything but a tensor, RequestError in a batch of several clips."""
 
-    def __init__(self, store: dict[str, Tensor], owner: str, clips: int = 1):
-        self._store, self._owner, self._clips = store, owner, clips
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._store[f"{self._owner}/{name}"]
+    def __init__(self, owner: str, clips: int = 1):
+        super().__init__()
+        self._owner, self._clips = owner, clips
 
     def __setitem__(self, name: str, value: Tensor) -> None:
         if not hasattr(value, "untyped_storage"):
-            raise PipelineError(f"remembering {name!r} of {self._owner}", f"it is a {type(value).__name__}",
-                                "Make it a tensor, such as torch.tensor(value)")  # fmt: skip
+            asked, found = f"remembering {name!r} of {self._owner}", f"it is a {type(value).__name__}"
+            raise PipelineError(asked, found, "Make it a tensor, such as torch.tensor(value)")
         if self._clips > 1:
-            raise RequestError(f"a batch of {self._clips} clips with {self._owner}",
-                               "its memory would be shared by all of them", "Set batched to false")  # fmt: skip
-        self._store[f"{self._owner}/{name}"] = value
-
-    def __delitem__(self, name: str) -> None:
-        del self._store[f"{self._owner}/{name}"]
-
-    def __iter__(self) -> Iterator[str]:
-        start = f"{self._owner}/"
-        return iter([name.removeprefix(start) for name in self._store if name.startswith(start)])
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
+            asked = f"a batch of {self._clips} clips with {self._owner}"
+            raise RequestError(asked, "its memory would be shared by all of them", "Set batched to false")
+        self.data[name] = value
 
 
 class PlugContext:
     """What a plug is given of the run. ``memory``: tensors that are saved with the loop; ``events``: who listens;
-    ``settings``: those of the request, as attributes. ``expert`` and ``branch``: whose calls it wraps; a plug at seam A
-    wraps all branches, and has an empty one."""
+    ``settings``: those of the request, as attributes. ``expert``, ``branch``: whose calls it wraps; at seam A all
+    branches, and the name is empty."""
 
     def __init__(self, name: str, seam: str, expert: str, branch: str, memory: Memory, events: Events, settings: Any):
         self.name, self.seam, self.expert, self.branch = name, seam, expert, branch
@@ -71,8 +60,10 @@ class RunPlugs:
     def __init__(self, events: Events = SILENT, settings: Any = None, clips: int = 1,
                  remembered: Mapping[str, Tensor] | None = None, device: Any = None):  # fmt: skip
         self.events, self.settings, self.clips = events, settings, clips
-        kept = remembered or {}
-        self._store = {name: t.detach().to(device or t.device, copy=True) for name, t in kept.items()}
+        self._memories: dict[str, Memory] = {}
+        for name, t in (remembered or {}).items():
+            owner, _, key = name.partition("/")
+            self._memory(owner).data[key] = t.detach().to(device or t.device, copy=True)
 
     def wrap(self, inner: Any, seam: str, wrappers: Sequence[Callable[..., Any]], expert: str, branch: str = "") -> Any:
         """``inner`` inside of ``wrappers``, the first listed outermost. One that takes a second argument is given the
@@ -80,25 +71,23 @@ class RunPlugs:
         names = plug_names(wrappers)
         for wrapper, name in reversed([*zip(wrappers, names, strict=True)]):
             owner = ".".join(part for part in (seam, name, expert, branch) if part)
-            memory = Memory(self._store, owner, self.clips)
-            run = PlugContext(name, seam, expert, branch, memory, self.events, self.settings)
+            run = PlugContext(name, seam, expert, branch, self._memory(owner), self.events, self.settings)
             inner = wrapper(inner, run) if takes_run(wrapper) else wrapper(inner)
         return inner
 
+    def _memory(self, owner: str) -> Memory:
+        return self._memories.setdefault(owner, Memory(owner, self.clips))
+
     def remembered(self) -> dict[str, Tensor]:
         """All that is remembered now, on the device where it is; later changes do not reach it."""
-        return dict(self._store)
+        return {f"{owner}/{name}": t for owner, memory in self._memories.items() for name, t in memory.items()}
 
     def drop_strangers(self, seams: Mapping[str, Sequence[Any]]) -> None:
         """Forget what plugs remember that are not plugged in now, and tell of it."""
-        known = {f"{seam}.{name}" for seam, wrappers in seams.items() for name in plug_names(wrappers)}
-        for owner in sorted({name.partition("/")[0] for name in self._store}):
-            seam, name = owner.split(".")[:2]
-            if f"{seam}.{name}" not in known:
-                lost = [key for key in self._store if key.startswith(f"{owner}/")]
-                self.events.emit("memory.dropped", plug=owner, names=[key.partition("/")[2] for key in lost])
-                for key in lost:
-                    del self._store[key]
+        known = {(seam, name) for seam, wrappers in seams.items() for name in plug_names(wrappers)}
+        for owner in sorted(self._memories):
+            if tuple(owner.split(".")[:2]) not in known:
+                self.events.emit("memory.dropped", plug=owner, names=[*self._memories.pop(owner)])
 
 
 def plug_names(wrappers: Sequence[Any]) -> list[str]:

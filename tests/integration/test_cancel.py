@@ -8,13 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from acting import at_step, same
+from hosting import in_thread
 
 import ditkit
 from ditkit import samples
 from ditkit.events import Event
 from ditkit.placement.http.host import Limits
-from ditkit.placement.http.listen import in_thread
-from ditkit.placement.worker_factory import worker_of
+from ditkit.placement.worker import worker_of
 from ditkit.runs import Run
 from ditkit.setup import Setup
 
@@ -244,7 +244,7 @@ def test_while_nothing_is_heard_from_a_host(held, tiny_model, whole):
         stopping = pool.submit(cancelled, pipe, lambda event: None, cancel)
         assert begun.wait(60)
         cancel.set()
-        flag = next(iter(host.jobs._flags.values()))
+        flag = next(iter(host.jobs.flags.values()))
         assert flag.wait(60), "the host was told"
         go.set()
         stopped = stopping.result(60)
@@ -260,7 +260,7 @@ def test_a_job_that_waits_for_its_turn_at_a_host(held, tiny_model):
         assert begun.wait(60)
         second = pool.submit(cancelled, pipe, lambda event: None, cancel, seed=4)
         end = time.monotonic() + 60
-        while host.jobs.count() < 2:
+        while len(host.jobs.flags) < 2:
             assert time.monotonic() < end
             time.sleep(0.01)
         cancel.set()

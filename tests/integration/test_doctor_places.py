@@ -5,10 +5,10 @@ from __future__ import annotations
 import socket
 
 import pytest
+from hosting import in_thread
 
-from ditkit.placement.http.listen import in_thread
 from ditkit.placement.probe import probe_of
-from ditkit.placement.worker_factory import worker_of
+from ditkit.placement.worker import worker_of
 from ditkit.setup import Setup
 
 

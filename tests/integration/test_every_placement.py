@@ -20,7 +20,7 @@ from ditkit.execution.place import Here, Segment
 from ditkit.placement.http.client import HTTPChannel
 from ditkit.placement.remote import Remote
 from ditkit.placement.spec import Spec
-from ditkit.placement.worker_factory import worker_of
+from ditkit.placement.worker import worker_of
 from ditkit.setup import Setup
 
 STAGES = {
@@ -162,7 +162,7 @@ def test_several_clips(pipe, at, kind, more):
 
 def test_as_many_threads_as_here(at):
     for kind in ("process", "ray"):
-        assert at("t2v", kind).handshake.said["machine"]["threads"] == torch.get_num_threads()
+        assert at("t2v", kind).said["machine"]["threads"] == torch.get_num_threads()
 
 
 @pytest.fixture(scope="module")

@@ -14,16 +14,16 @@ from functools import partial
 
 import pytest
 import torch
+from hosting import in_thread
 
 import ditkit
 from ditkit.errors import Lost, PlaceError, StateError
 from ditkit.execution.place import Segment, StageResult
 from ditkit.placement.http.client import HTTPChannel
 from ditkit.placement.http.framing import HEAD, LARGEST, MEDIA_TYPE, pack
-from ditkit.placement.http.listen import in_thread
 from ditkit.placement.job import Job, Message, options_to_send, outcome_to_state
 from ditkit.placement.remote import Remote
-from ditkit.placement.worker_factory import worker_of
+from ditkit.placement.worker import worker_of
 from ditkit.setup import Setup
 from ditkit.state import State
 

@@ -15,6 +15,7 @@ import urllib.error
 import urllib.request
 
 import pytest
+from hosting import in_thread
 
 import ditkit
 from ditkit.errors import PlaceError, SetupError
@@ -22,10 +23,10 @@ from ditkit.execution.place import Segment
 from ditkit.placement.http.client import CRC, JOB, HTTPChannel
 from ditkit.placement.http.framing import checksum
 from ditkit.placement.http.host import Limits
-from ditkit.placement.http.listen import bind, in_thread
+from ditkit.placement.http.listen import bind
 from ditkit.placement.job import Job, options_to_send
 from ditkit.placement.remote import Remote
-from ditkit.placement.worker_factory import worker_of
+from ditkit.placement.worker import worker_of
 from ditkit.setup import Setup
 from ditkit.state import State
 
@@ -270,12 +271,12 @@ def test_a_client_that_goes_away_stops_its_job_within_a_step(pipe, whole, here, 
     frames = HTTPChannel(host.url, 60).submit(job_for(pipe), inputs_of(pipe, text, "denoise"))
     next(frames)
     assert slow.begun.wait(60)
-    assert host.jobs.count() == 1
+    assert len(host.jobs.flags) == 1
     frames.close()
-    flag = next(iter(host.jobs._flags.values()))
+    flag = next(iter(host.jobs.flags.values()))
     assert flag.wait(60), "the host saw it go, in the middle of a step"
     slow.go.set()
-    wait_until(lambda: host.jobs.count() == 0)
+    wait_until(lambda: len(host.jobs.flags) == 0)
     assert slow.passes <= 2, "the step that was begun has two branches; no other one is"
     again = pipe.stages.run(text, pipe.components, places={"denoise": [Segment(Remote("it", HTTPChannel(host.url)))]})
     assert again.equal(whole), "and it serves the next one"
@@ -294,7 +295,7 @@ def test_a_job_that_waits_for_its_turn_goes_too_and_the_queue_has_an_end(pipe, h
     assert (status, headers["Retry-After"]) == (503, "5")
     assert "2 jobs are waiting" in json.loads(body)["found"]
     second.close()
-    wait_until(lambda: host.jobs.count() == 1)
+    wait_until(lambda: len(host.jobs.flags) == 1)
     assert slow.passes == 1, "the first is still in its first step"
     slow.go.set()
     assert [f.kind for f in first][-1] == "outcome"

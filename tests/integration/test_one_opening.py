@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from hosting import in_thread
 
 from ditkit.assembly import Model
-from ditkit.placement.http.listen import in_thread
-from ditkit.placement.worker import Worker
-from ditkit.placement.worker_factory import worker_of
+from ditkit.placement.worker import Worker, worker_of
 from ditkit.setup import Setup
 
 PROMPT = "a red circle"

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from hosting import in_thread
 from safetensors.torch import load_file, save_file
 
 import ditkit
 from ditkit import replay as replays
 from ditkit.errors import LoadError, PlaceError, SetupError, StateError
-from ditkit.placement.http.listen import in_thread
-from ditkit.placement.worker_factory import load_all, worker_of
+from ditkit.placement.worker import load_all, worker_of
 from ditkit.setup import Setup
 
 SMALL = {"width": 32, "height": 32, "frames": 5, "steps": 4, "seed": 3}
@@ -189,7 +189,7 @@ def test_a_model_at_a_host(tiny_model, whole, tmp_path):
         pipe = ditkit.load(there.url)
         assert (pipe.model.task, pipe.model.strides, pipe.model.patch) == ("t2v", (4, 8, 8), (1, 2, 2))
         local = ditkit.load(tiny_model).model
-        assert (pipe.model.defaults, pipe.model.latents_rgb) == (local.defaults, local.latents_rgb)
+        assert (pipe.model.defaults_for({}), pipe.model.latents_rgb) == (local.defaults_for({}), local.latents_rgb)
         result = pipe("a red circle", seed=3)
         same(result, whole)
         assert not pipe.components

@@ -124,10 +124,10 @@ def test_a_child_that_hangs_at_its_start_is_lost(tiny_model, monkeypatch):
     born, spawn = [], process._spawned
 
     def stopped():
-        child, words = spawn()
+        child, *rest = spawn()
         os.kill(child.pid, signal.SIGSTOP)
         born.append(child)
-        return child, words
+        return child, *rest
 
     monkeypatch.setattr(process, "_spawned", stopped)
     monkeypatch.setattr(process, "START", 0.5)

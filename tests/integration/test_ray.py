@@ -99,7 +99,7 @@ def test_an_actor_of_its_own_for_each_pipe(shared, tiny_model, tmp_path, whole):
 
 def test_the_probe_of_an_actor(shared, tiny_model):
     from ditkit.placement.probe import probe_of
-    from ditkit.placement.worker_factory import worker_of
+    from ditkit.placement.worker import worker_of
 
     mine = probe_of(worker_of(ditkit.load(tiny_model).setup), "denoise")
     assert shared[1].ask("probe", "denoise")["hash"] == mine["hash"]

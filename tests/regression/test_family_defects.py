@@ -109,7 +109,7 @@ def test_the_order_of_the_two_guidances_is_that_of_the_experts(pipe):
     """Official tuples are (low noise, high noise), those of LightX2V the other way round."""
     golden = json.loads((GOLDEN / "expert_switch.json").read_text())["models"]
     for name, task in (("T2V-A14B", "t2v_a14b"), ("I2V-A14B", "i2v_a14b")):
-        ours = pipe(task).model.defaults
+        ours = pipe(task).model.defaults_for({})
         assert ours["guidance_scale"] == golden[name]["guidance"]["high_noise"]
         assert ours["guidance_scale_2"] == golden[name]["guidance"]["low_noise"]
         assert ours["boundary"] == golden[name]["boundary"] == KINDS["wan"].tasks[name[:3].lower()].boundary
@@ -231,7 +231,7 @@ def test_f25_a_loaded_model_uses_them(pipe):
     for task in tiny.TASKS:
         experts = 2 if task in tiny.BOUNDARY else 1
         shift, steps, guidance, frames, fps = SAMPLING[task.removesuffix("_a14b"), experts]
-        ours = pipe(task).model.defaults
+        ours = pipe(task).model.defaults_for({})
         assert (ours["shift"], ours["steps"], ours["guidance_scale"]) == (shift, steps, guidance)
         assert (ours.get("frames", 81), ours.get("fps", 16)) == (frames, fps)
 

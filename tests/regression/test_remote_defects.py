@@ -20,6 +20,7 @@ import urllib.request
 import pytest
 import torch
 from chat_server import ChatServer, failing, serving
+from hosting import in_thread
 from safetensors.torch import load as read_safetensors
 from shell import alone
 
@@ -28,10 +29,9 @@ from ditkit.errors import Lost, MissingDependency, PlaceError, StateError
 from ditkit.execution.place import Segment
 from ditkit.placement.http.client import CRC, JOB
 from ditkit.placement.http.framing import checksum
-from ditkit.placement.http.listen import in_thread
 from ditkit.placement.job import Message
 from ditkit.placement.remote import Remote
-from ditkit.placement.worker_factory import worker_of
+from ditkit.placement.worker import worker_of
 from ditkit.prompting.server import ServerExpander
 from ditkit.setup import Setup
 from ditkit.state import State

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ditkit
-from ditkit.assembly.resume_checks import check_begun
+from ditkit.assembly.model import check_begun
 from ditkit.errors import StateError
 from ditkit.events import Event
 from ditkit.placement import Places

@@ -223,7 +223,7 @@ def test_a_memory_of_nobody_is_dropped_and_told(plain):
 
 
 def test_what_a_memory_takes():
-    memory = Memory({}, "run_blocks.X.transformer.cond")
+    memory = Memory("run_blocks.X.transformer.cond")
     with pytest.raises(PipelineError, match=r"remembering 'n' of run_blocks.X.transformer.cond: it is a int"):
         memory["n"] = 3
     memory["n"] = torch.tensor(3)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from ditkit.errors import PlaceError
 from ditkit.placement.probe import cases, has_probe, probe_of
-from ditkit.placement.worker_factory import worker_of
+from ditkit.placement.worker import worker_of
 from ditkit.setup import Setup
 
 TASKS = ("t2v", "i2v", "flf2v", "vace", "ti2v", "t2v_a14b", "i2v_a14b")

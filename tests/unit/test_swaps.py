@@ -22,7 +22,7 @@ from ditkit.checkpoints.load import load_into
 from ditkit.checkpoints.lora.read import read_lora
 from ditkit.checkpoints.views.quantized import Dequantized
 from ditkit.contracts import Seams, Swap
-from ditkit.errors import LoadError, SetupError
+from ditkit.errors import DitkitError, LoadError, SetupError
 from ditkit.nn.dtype_policy import dtype_policy
 from ditkit.nn.lora import AdaptedLinear, lora_swaps
 from ditkit.setup import Setup
@@ -118,6 +118,35 @@ def test_a_swap_that_would_have_no_effect_where_its_stage_runs_is_an_error(tiny_
     pipe = ditkit.load(tiny_model, placement={"encode_text": "process"}, seams=Seams(swaps=(swap,)))
     with pytest.raises(SetupError, match="encode_text runs at process, and Python objects do not travel"):
         pipe(**SMALL)
+
+
+def test_a_swap_counts_for_the_stages_that_use_its_component_and_for_no_other(tiny_model):
+    swaps = {
+        "text": Swap("text", at(EVERY["text_encoder"]), copy.deepcopy, ("text_encoder",)),
+        "main": Swap("main", at(EVERY["transformer"]), copy.deepcopy),
+    }
+    plain, one, both = (
+        ditkit.load(tiny_model, seams=Seams(swaps=tuple(chosen)))(**SMALL)
+        for chosen in ((), [swaps["text"]], swaps.values())
+    )
+    records = [result.state["records"] for result in (plain, one, both)]
+    assert [record["denoise"]["plugs"] for record in records] == [{}, {}, {"swaps": [swaps["main"].fingerprint]}]
+    assert one.receipt["seams"] == {"swaps": [swaps["text"].fingerprint]}
+    assert one.state.fingerprints["latents"] != plain.state.fingerprints["latents"], "by the text that it was made of"
+
+
+def test_a_swap_of_another_stage_forbids_no_place(tiny_model):
+    swap = Swap("q", at(EVERY["text_encoder"]), itself, ("text_encoder",))
+    here = ditkit.load(tiny_model, seams=Seams(swaps=(swap,)))
+    elsewhere = ditkit.load(tiny_model, placement={"denoise": "process"}, seams=here.seams)
+    try:
+        there = elsewhere(**SMALL).state
+    finally:
+        elsewhere.places.close()
+    assert there.equal(here(**SMALL).state)
+    main = Seams(swaps=(Swap("q", at(EVERY["transformer"]), itself),))
+    with pytest.raises(DitkitError, match="swaps is changed here by Python objects, which do not travel"):
+        ditkit.load(tiny_model, placement={"denoise": "process"}, seams=main)(**SMALL)
 
 
 def test_mlx_has_no_modules_to_swap(tiny_model):

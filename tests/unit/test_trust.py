@@ -15,7 +15,7 @@ from ditkit.errors import PlaceError
 from ditkit.events import Events
 from ditkit.execution.place import Segment
 from ditkit.execution.stage_list import BaseStage, StageList
-from ditkit.placement.job import Message, message_to_error
+from ditkit.placement.job import Message, error_of
 from ditkit.placement.remote import Remote
 from ditkit.placement.worker import Worker
 from ditkit.receipt import Recorder
@@ -142,10 +142,10 @@ def test_an_event_may_carry_any_name_of_a_value(pipe):
 
 def test_words_of_another_machine_do_not_steer_the_terminal():
     words = {"kind": "PlaceError", "asked": "a\x1b[2J", "found": "b\r" + "x" * 10_000, "do": "c"}
-    told = str(message_to_error(json.dumps(words).encode(), "liar"))
+    told = str(error_of(json.dumps(words).encode(), "liar"))
     assert told.isprintable()
     assert len(told) < 3000
-    assert "damaged" in str(message_to_error(DEEP.encode(), "liar"))
+    assert "damaged" in str(error_of(DEEP.encode(), "liar"))
 
 
 def test_a_state_whose_description_is_too_deep():

@@ -5,12 +5,9 @@ The one room where model classes, their files, dtypes and devices come together.
 
 from ditkit.assembly.adapters import placed
 from ditkit.assembly.components import Components
-from ditkit.assembly.model import Model
-from ditkit.assembly.notes import LatentsRgb
-from ditkit.assembly.pipelines import pipeline_of, stage_of
-from ditkit.assembly.plugs import PLUGS, PlugRow
-from ditkit.assembly.stage_rows import STAGES, StageRow, calls_of
-from ditkit.assembly.tasks import TASKS, TaskRow
+from ditkit.assembly.model import LatentsRgb, Model
+from ditkit.assembly.plugs import PLUGS, PlugRow, pipeline_of, stage_of
+from ditkit.assembly.tasks import STAGES, TASKS, StageRow, TaskRow, calls_of
 from ditkit.checkpoints.model.find import ASSETS, MODELS
 
 __all__ = [

@@ -12,14 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ditkit.checkpoints.model.part import Part
 from ditkit.contracts import EXPERTS, Swap
 from ditkit.errors import LoadError, SetupError
 from ditkit.registry import PlugSpec
+from ditkit.setup import Setup
 
 if TYPE_CHECKING:
     from ditkit.checkpoints.lora.read import Adapter
-    from ditkit.checkpoints.model.part import Part
-    from ditkit.setup import Setup
 
 
 def named_expert(text: str) -> tuple[str | None, str]:
@@ -42,18 +42,21 @@ class Wanted:
         """``FILE``, ``FILE:STRENGTH`` or ``EXPERT=FILE:STRENGTH``. Raises SetupError."""
         expert, place = named_expert(text)
         file, colon, last = place.rpartition(":")
-        strength = _number(last) if colon else None
-        path = Path(os.path.expanduser(place if strength is None else file)).absolute()
-        if strength is not None and not math.isfinite(strength):
+        try:
+            strength = float(last if colon else "")
+        except ValueError:
+            file, strength = place, 1.0
+        path = Path(os.path.expanduser(file)).absolute()
+        if not math.isfinite(strength):
             raise SetupError(f"loras={text!r}", f"its strength is {strength}", "Give a finite number")
         if not path.exists():
             raise SetupError(f"loras={text!r}", f"there is no file {path}", "Check the path")
-        return cls(text, path, 1.0 if strength is None else strength, expert)
+        return cls(text, path, strength, expert)
 
     @property
     def placed(self) -> str:
         """The same entry with the file's whole path."""
-        return f"{self.expert}=" * (self.expert is not None) + f"{self.path.absolute()}:{self.strength}"
+        return f"{self.expert}=" * (self.expert is not None) + f"{self.path}:{self.strength}"
 
 
 def placed(setup: Setup) -> Setup:
@@ -64,13 +67,6 @@ def placed(setup: Setup) -> Setup:
     loras = [Wanted.parse(text).placed for text in setup.loras]
     plugs = [str(PlugSpec.parse(text).placed()) for text in setup.plugs]
     return setup.model_copy(update={"components": parts, "loras": loras, "plugs": plugs})
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
 
 
 @dataclass(frozen=True)
@@ -116,11 +112,9 @@ class Adapters:
 
     def describe(self, component: str) -> list[dict[str, Any]]:
         """For the receipt: each file with its strength, its mode and how many tensors it changes."""
-        return [
-            {"file": adapter.path.name, "strength": strength, "mode": self.mode, "tensors": len(adapter.deltas),
-             "left_out": dict(adapter.report["left_out"])}
-            for adapter, strength in self.by_expert.get(component, ())
-        ]  # fmt: skip
+        return [{"file": adapter.path.name, "strength": strength, "mode": self.mode, "tensors": len(adapter.deltas),
+                 "left_out": dict(adapter.report["left_out"])}
+                for adapter, strength in self.by_expert.get(component, ())]  # fmt: skip
 
 
 def _experts(wanted: Wanted, named: Sequence[str], there: Sequence[str]) -> list[str]:
@@ -128,18 +122,15 @@ def _experts(wanted: Wanted, named: Sequence[str], there: Sequence[str]) -> list
     one runs on the other without an error, and worse."""
     if wanted.expert not in (None, "both", *there):
         raise SetupError(f"loras={wanted.text!r}", f"this model has no {wanted.expert}", f"It has {', '.join(there)}")
-    if wanted.expert == "both":
-        return list(there)
     if wanted.expert is not None:
-        return [wanted.expert]
+        return list(there) if wanted.expert == "both" else [wanted.expert]
     if named:
         if lost := [name for name in named if name not in there]:
-            raise LoadError(f"applying {wanted.path}", f"it is for {', '.join(lost)}, which this model does not have",
-                            "Name the transformer that it is for: transformer=FILE")  # fmt: skip
+            found = f"it is for {', '.join(lost)}, which this model does not have"
+            raise LoadError(f"applying {wanted.path}", found, "Name the transformer that it is for: transformer=FILE")
         return list(named)
     if len(there) == 2:
-        raise SetupError(
-            f"loras={wanted.text!r}", "this model has two transformers and the file does not say which it is for",
-            "Write transformer=FILE (high noise), transformer_2=FILE (low noise) or both=FILE",
-        )  # fmt: skip
+        found = "this model has two transformers and the file does not say which it is for"
+        do = "Write transformer=FILE (high noise), transformer_2=FILE (low noise) or both=FILE"
+        raise SetupError(f"loras={wanted.text!r}", found, do)
     return list(there)

@@ -5,19 +5,20 @@ Leaves out: finding the parts (``find.py``), how each is loaded (loaders.py), an
 
 from __future__ import annotations
 
-import functools
+import copy
 import hashlib
 import itertools
 import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from ditkit.assembly.adapters import Adapters
 from ditkit.assembly.loaders import LoadOptions
 from ditkit.assembly.model import Model, vocabulary
+from ditkit.checkpoints.model.part import Part
 from ditkit.contracts import EXPERTS, Swap, identify
 from ditkit.errors import LoadError, SetupError
 from ditkit.events import SILENT, Events
@@ -30,8 +31,6 @@ from ditkit.store.cache import remember_hashes
 
 if TYPE_CHECKING:
     import torch
-
-    from ditkit.checkpoints.model.part import Part
 
 EXPANDER = "prompt_expander"
 """Of the setup, not of the model: it is held beside the model's parts, and told of in the State's ``expansion``."""
@@ -46,63 +45,63 @@ class Components(Mapping[str, Any]):
     it is not read."""
 
     def __init__(
-        self,
-        model: Model,
-        setup: Setup,
-        swaps: tuple[Swap, ...] = (),
-        shared: Shared | None = None,
+        self, model: Model, setup: Setup, swaps: tuple[Swap, ...] = (), shared: Shared | None = None,
         device_of: Callable[[str, str], torch.device | str] | None = None,
-    ):
+    ):  # fmt: skip
         self.model, self.setup, self.own_swaps, self.device_of = model, setup, swaps, device_of
+        self._events = SILENT
         there = [name for name in model.known if name != "tokenizer"]
         for swap in swaps:
             named = {*swap.components}
             if not named & {*there} or not named <= {*there, *PARTS} - {"tokenizer"}:
-                raise SetupError(
-                    f"swap {swap.name!r} for {', '.join(swap.components)}",
-                    f"{model.name} has no such component with weights; it has {', '.join(there)}", "Name one of these",
-                )  # fmt: skip
+                asked = f"swap {swap.name!r} for {', '.join(swap.components)}"
+                found = f"{model.name} has no such component with weights; it has {', '.join(there)}"
+                raise SetupError(asked, found, "Name one of these")
         remember_hashes(setup)
         self.adapters = Adapters.open(setup, model.parts)
-        self.holder = Holder(
-            shared or Shared(),
-            {name: (partial(self._key, name), partial(self._make, name)) for name in model.parts},
-            self._check,
-        )
+        parts = {name: (partial(self._key, name), partial(self._make, name)) for name in model.parts}
+        self.holder = Holder(shared or Shared(), parts, self._check)
         self.expander = None if setup.expander is None else open_expander(setup)
-        self._identities: dict[str, Callable[[], str]] = {}
+        self._identities = {name: cache(partial(self._identify, part)) for name, part in model.parts.items()}
         self._stamps = {name: self._stamp(name) for name in model.parts}
         self._lock = threading.RLock()
 
-    def __getitem__(self, name: str) -> Any:
-        return self.get_component(name, SILENT)
+    def listening(self, events: Events) -> Components:
+        """The same components; ``events`` hears of those that are loaded through this view."""
+        view = copy.copy(self)
+        view._events = events
+        return view
 
-    def get_component(self, name: str, events: Events) -> Any:
+    def __getitem__(self, name: str) -> Any:
         with self._lock:
             if name == EXPANDER and self.expander is not None:
-                self.expander.load(events)
+                self.expander.load(self._events)
                 return self.expander
             if name in self.holder.loaded:
                 return self.holder[name]
-            with events.span("load", component=name):
+            with self._events.span("load", component=name):
                 component = self.holder[name]
             for note in self.model.parts[name].notes:
-                events.emit("load.note", component=name, note=note)
+                self._events.emit("load.note", component=name, note=note)
             return component
+
+    def __contains__(self, name: object) -> bool:  # a Mapping's own one would load it
+        return name in [*self]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*self.model.parts, *([] if self.expander is None else [EXPANDER])])
+
+    def __len__(self) -> int:
+        return len(self.model.parts) + (self.expander is not None)
 
     def fingerprint_of(self, name: str) -> str:
         """That of the component, also of one that is not loaded: its files are read once, and hashed."""
         if name == EXPANDER and self.expander is not None:
             return self.expander.fingerprint
-        loaded = self.holder.loaded.get(name)
-        if loaded is None:
-            self._check(name)
-        return loaded.fingerprint if loaded is not None else self._identity(name)()
-
-    def _identity(self, name: str) -> Callable[[], str]:
-        if name not in self._identities:
-            self._identities[name] = functools.cache(partial(self._identify, self.model.parts[name]))
-        return self._identities[name]
+        if (loaded := self.holder.loaded.get(name)) is not None:
+            return loaded.fingerprint
+        self._check(name)
+        return self._identities[name]()
 
     def _identify(self, part: Part) -> str:
         """A hash over its weights and how they compute; it reads all files. Two components of one fingerprint give the
@@ -112,14 +111,8 @@ class Components(Mapping[str, Any]):
 
             about: list[Any] = [part.row.pinned, tokenizer_fingerprint(vocabulary(part))]
         else:
-            dtype = str(self.place(part.component)[0])
-            about = [
-                part.row.pinned,
-                self.source(part).fingerprint,
-                dtype,
-                dict(part.config),
-                *self._how(part.component),
-            ]
+            dtype, how = str(self.place(part.component)[0]), self._how(part.component)
+            about = [part.row.pinned, self.source(part).fingerprint, dtype, dict(part.config), *how]
             if (backend := self.setup.backend_of(part.component)) != "torch":
                 about.append(exact_name(backend))
         return hashlib.sha256(json.dumps(about, sort_keys=True, default=list).encode()).hexdigest()
@@ -135,7 +128,7 @@ class Components(Mapping[str, Any]):
         policy, backend = self.setup.dtype_policy, self.setup.backend_of(name)
         how = LoadOptions(*self.place(name), self.swaps(name), device_of, policy, backend)
         component = resolve(part.row.load)(replace(part, source=self.source(part)), how)
-        component.identify = self._identity(name)
+        component.identify = self._identities[name]
         return component
 
     def _check(self, name: str) -> None:
@@ -144,11 +137,8 @@ class Components(Mapping[str, Any]):
         self.model.verify.get(name, lambda: None)()
         now, opened = self._stamp(name), self._stamps[name]
         if changed := sorted(file for file in opened if now.get(file) != opened[file]):
-            raise LoadError(
-                f"loading the {name} of {self.model.name}",
-                f"{changed[0]} has changed since the model was opened",
-                "Open the model again",
-            )
+            found = f"{changed[0]} has changed since the model was opened"
+            raise LoadError(f"loading the {name} of {self.model.name}", found, "Open the model again")
 
     def _stamp(self, name: str) -> dict[str, tuple[int, int]]:
         """Size and time of change of all files that a part is read from, LoRAs and config included."""
@@ -178,19 +168,6 @@ class Components(Mapping[str, Any]):
     def swaps(self, name: str) -> tuple[Swap, ...]:
         """Those of a component; LoRAs come last, beside whatever is there then."""
         return (*(swap for swap in self.own_swaps if name in swap.components), *self.adapters.swaps(name))
-
-    def listening(self, events: Events) -> Mapping[str, Any]:
-        """The same components; ``events`` hears of those that are loaded through this view."""
-        return _Listening(self, events)
-
-    def __contains__(self, name: object) -> bool:  # a Mapping's own one would load it
-        return name in [*self]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter([*self.model.parts, *([] if self.expander is None else [EXPANDER])])
-
-    def __len__(self) -> int:
-        return len(self.model.parts) + (self.expander is not None)
 
     def place(self, name: str) -> tuple[Any, str]:
         """dtype and device of a component."""
@@ -226,8 +203,8 @@ class Components(Mapping[str, Any]):
         if part.source is None:
             return facts
         dtype, device = self.place(name)
-        facts |= {"dtype": str(dtype).removeprefix("torch."), "device": device, "layout": part.layout}
-        facts |= {"quantization": part.quantization}
+        facts |= {"dtype": str(dtype).removeprefix("torch."), "device": device, "layout": part.layout,
+                  "quantization": part.quantization}  # fmt: skip
         if (backend := self.setup.backend_of(name)) != "torch":
             facts |= {"backend": exact_name(backend), **getattr(component, "facts", {})}
         swaps = [swap.name for swap in self.own_swaps if name in swap.components]
@@ -235,23 +212,3 @@ class Components(Mapping[str, Any]):
             return {**facts, "swaps": swaps} if swaps else facts
         more = {"dtype_policy": self.setup.dtype_policy, "attention": self.setup.attention}
         return {**facts, **more, "swaps": swaps, "loras": self.adapters.describe(name)}
-
-
-class _Listening(Mapping[str, Any]):
-    def __init__(self, components: Components, events: Events):
-        self._components, self._events = components, events
-
-    def __getitem__(self, name: str) -> Any:
-        return self._components.get_component(name, self._events)
-
-    def fingerprint_of(self, name: str) -> str:
-        return self._components.fingerprint_of(name)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._components
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._components)
-
-    def __len__(self) -> int:
-        return len(self._components)

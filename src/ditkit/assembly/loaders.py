@@ -1,8 +1,8 @@
 """Loaders: what builds each kind of part on the meta device and fills it from its files.
 
 A loader is a function ``load(part, how)`` that gives the component: an object with a settable ``identify``. A kind of
-network names its own in its row, as ``module:function``; ``filled`` does most of it. Leaves out: when a part is loaded,
-and its identity (components.py).
+network names its own in its row, as ``module:function``; where ``load_module`` is not enough, ``filled`` does most of
+it. Leaves out: when a part is loaded, and its identity (components.py).
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ditkit.assembly.model import vocabulary
+from ditkit.checkpoints.model.part import Part
 from ditkit.contracts import Swap
 from ditkit.errors import SetupError
+from ditkit.registry import resolve
 
 if TYPE_CHECKING:
     import torch
 
     from ditkit.checkpoints.load import Device
-    from ditkit.checkpoints.model.part import Part
     from ditkit.nn.loaded import Loaded
 
 
@@ -80,16 +81,9 @@ def load_wan(part: Part, how: LoadOptions) -> Any:
     return filled(lambda: WanTransformer(WanConfig(**part.config), policy), part, how, policy.weight_dtype)
 
 
-def load_wan_vae(part: Part, how: LoadOptions) -> Any:
-    from ditkit.models.wan_vae import WanVAE, WanVAEConfig
-
-    return filled(lambda: WanVAE(WanVAEConfig(**part.config)), part, how)
-
-
-def load_wan_vae22(part: Part, how: LoadOptions) -> Any:
-    from ditkit.models.wan_vae22 import WanVAE22, WanVAE22Config
-
-    return filled(lambda: WanVAE22(WanVAE22Config(**part.config)), part, how)
+def load_module(part: Part, how: LoadOptions) -> Any:
+    """The module that the row of its kind names."""
+    return filled(lambda: resolve(part.row.module)(part.row.config(part.config)), part, how)
 
 
 def load_taehv(part: Part, how: LoadOptions) -> Any:

@@ -1,31 +1,36 @@
 """Model: the parts that a name, a folder, a file or a manifest stands for, understood and held against each other.
 
-Only headers and configs are read. Leaves out: how parts are found (``checkpoints/model/find.py``) and filled with
-weights (``components.py``).
-"""
+Only headers and configs are read. A State remembers a short identity of each part. It belongs to its transformers; any
+other part may be exchanged until a stage has used it, and afterwards as long as that stage runs once more.
 
-from __future__ import annotations
+Leaves out: finding parts (``checkpoints/model/find.py``) and the files that say
+where they come from (``checkpoints/model/manifest.py``), and filling parts with weights (``components.py``).
+"""
 
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 
-from ditkit.assembly.notes import LatentsRgb, check_defaults, check_preview
 from ditkit.assembly.tasks import TASKS
 from ditkit.checkpoints.kinds.kind import KINDS
 from ditkit.checkpoints.model.find import at_host, find
 from ditkit.checkpoints.model.part import ModelParts, Part, Scope, main_of
-from ditkit.errors import LoadError, RequestError
+from ditkit.contracts import EXPERTS
+from ditkit.errors import LoadError, RequestError, StateError
+from ditkit.execution.stage_list import Stage, StageList
 from ditkit.pictures import FIELDS as PICTURES
 from ditkit.registry import resolve
-from ditkit.request import Request
+from ditkit.request import Request, renamed
+from ditkit.setup import Setup
+from ditkit.state import State
 
-if TYPE_CHECKING:
-    from ditkit.setup import Setup
+LatentsRgb = tuple[list[list[float]], list[float]]
+"""Factors, a row of three for each channel of the latents, and bias: a preview by one matrix."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ class Model:
     elsewhere: Mapping[str, Part] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, name: str, setup: Setup | None = None, *, scope: Scope | None = None) -> Model:
+    def open(cls, name: str, setup: Setup | None = None, *, scope: Scope | None = None) -> Self:
         """``name``: a model that comes with the package, a folder of any layout, a single file, a manifest, or
         ``hf:OWNER/NAME@REVISION``. ``setup`` may put other files in the place of single parts. ``scope``: which parts
         have to be here, and who is asked for the others.
@@ -58,29 +63,22 @@ class Model:
         return cls._of(name, find(name, setup, scope), setup)
 
     @classmethod
-    def at(cls, address: str, about: Mapping[str, Any], setup: Setup, scope: Scope) -> Model:
+    def at(cls, address: str, about: Mapping[str, Any], setup: Setup, scope: Scope) -> Self:
         """The model that the host at ``address`` speaks of; ``about`` is the ``model`` of its description. Raises
         LoadError."""
         return cls._of(address, at_host(address, about, setup, scope), setup)
 
     @classmethod
-    def _of(cls, name: str, found: ModelParts, setup: Setup | None) -> Model:
+    def _of(cls, name: str, found: ModelParts, setup: Setup | None) -> Self:
         known = {**found.check().elsewhere, **found.parts}
         strides, patch = geometry(known)
         main, vae = main_of(known), known.get("vae")
-        if (
-            setup
-            and "image_encoder" in setup.components
-            and main
-            and "image_encoder" not in main.row.needs(main.config)
-        ):
-            found_ = "its transformer has no image branch"
-            raise LoadError(f"opening {name} with an image_encoder", found_, "Leave the part out")
+        given = setup.components if setup else {}
+        if "image_encoder" in given and main and "image_encoder" not in main.row.needs(main.config):
+            asked = f"opening {name} with an image_encoder"
+            raise LoadError(asked, "its transformer has no image branch", "Leave the part out")
         defaults = check_defaults(found.tables.get("defaults", {}), found.file, strides[1] * patch[1], strides[0])
-        rgb = None
-        if vae is not None:
-            channels = vae.row.ports(vae.row.config(vae.config))["latent channels"].width or 0
-            rgb = check_preview(found.tables.get("preview"), found.file, channels) or official_preview(vae, channels)
+        rgb = None if vae is None else preview_of(vae, found.tables.get("preview"), found.file)
         return cls(
             name, found.path, found.parts, found.task or "", found.flow_shift, defaults, rgb, strides, patch,
             found.boundary, found.processor, found.verify, found.elsewhere,
@@ -108,7 +106,7 @@ class Model:
 
     @property
     def experts(self) -> tuple[str, ...]:
-        return ("transformer", "transformer_2") if "transformer_2" in self.known else ("transformer",)
+        return EXPERTS if "transformer_2" in self.known else EXPERTS[:1]
 
     @property
     def main(self) -> Part:
@@ -126,13 +124,9 @@ class Model:
     def has_image_branch(self) -> bool:
         return "image_encoder" in self.main.row.needs(self.main.config)
 
-    @functools.cached_property
-    def defaults(self) -> dict[str, Any]:
-        """What a Request is filled with: the official values of the task, and above them the model's own."""
-        return self.defaults_for({})
-
     def defaults_for(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The same for a request of these ``values``: some defaults follow from others."""
+        """What a Request of these ``values`` is filled with: the official values of the task, and above them the
+        model's own. Some follow from others."""
         return {**self.family_defaults_for(values), **self.own_defaults}
 
     def family_defaults_for(self, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -153,27 +147,24 @@ class Model:
         data. Full hashes are in the components' fingerprints and in the manifest. Raises LoadError."""
         from ditkit.checkpoints.files.stored import file_sample
 
-        found: dict[str, str] = {}
-        for name, part in sorted(self.known.items()):
+        def identity(part: Part) -> str:
             if part.place is not None:
-                found[name] = str(part.told["identity"])
-                continue
+                return str(part.told["identity"])
             sketch = part.source.sketch if part.source else file_sample(vocabulary(part))
-            about = json.dumps([part.row.pinned, dict(part.config), sketch], sort_keys=True)
-            found[name] = hashlib.sha256(about.encode()).hexdigest()
-        return found
+            return _hash([part.row.pinned, dict(part.config), sketch])
+
+        return {name: identity(part) for name, part in sorted(self.known.items())}
 
     @functools.cached_property
     def identity(self) -> str:
         """That of all parts together, but for a preview decoder, on which no clip depends."""
-        about = {name: identity for name, identity in self.identities.items() if name != "preview_decoder"}
-        return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+        return _hash({name: identity for name, identity in self.identities.items() if name != "preview_decoder"})
 
     def request(self, values: Mapping[str, Any], origin: str = "request") -> Request:
         """A Request with this model's defaults, checked against its sizes and its task."""
         request = Request.of(values, self.defaults_for(values), origin)
         if request.size_from == "request" or request.image is None:
-            request.check_size(self.strides[1] * self.patch[1], self.strides[0])
+            self.check_size(request)
         self.check(request)
         return request
 
@@ -188,8 +179,12 @@ class Model:
         rule = size_ti2v if self.task == "ti2v" else size_i2v
         wide, high = rule(width, height, request.width * request.height)
         fitted = request.model_copy(update={"width": wide, "height": high, "size_from": "request"})
-        fitted.check_size(self.strides[1] * self.patch[1], self.strides[0])
+        self.check_size(fitted)
         return fitted
+
+    def check_size(self, request: Request) -> None:
+        """Raises RequestError for a size that its networks cannot make."""
+        request.check_size(self.strides[1] * self.patch[1], self.strides[0])
 
     def check(self, request: Request) -> None:
         """Raises RequestError for inputs that the task has no use for, and for settings that would be ignored."""
@@ -212,6 +207,40 @@ class Model:
             raise RequestError(f"{asked} with control_scale", "its model takes no control", "Leave it out")
 
 
+# --- whose parts a State was made with
+
+
+def model_field(name: str, model: Model) -> dict[str, Any]:
+    """What a State says of its model; of a preview decoder nothing, as no result depends on it."""
+    return {"name": name, "parts": {n: i for n, i in model.identities.items() if n != "preview_decoder"}}
+
+
+def check_begun(state: State, name: str, model: Model, pipeline: StageList, planned: Iterable[Stage]) -> None:
+    """``planned``: the stages that will run. Raises StateError that names the parts."""
+    begun = state.get("model", {})
+    then, now, again = begun.get("parts"), model.identities, {stage.name for stage in planned}
+    if then is None:  # an older State knows all of its parts as one
+        others = ["one or more parts"] if begun.get("identity", model.identity) != model.identity else []
+    else:
+        finished = [s for s in pipeline.stages if s.name in state.get("stages", []) and s.name not in again]
+        used = dict.fromkeys((*EXPERTS, *(n for stage in finished for n in stage.components)))
+        others = [n for n in used if n in then and then[n] != now.get(n, then[n])]
+    if not others:
+        return
+    another = f"another {' and another '.join(others)}"
+    found = f"it was begun with other files of it or with other parts: {another}"
+    do = "Load it with the same files and parts"
+    if begun.get("name") != name:
+        found, do = f"it was begun with another model, {begun.get('name')}, which has {another}", "Load that one"
+    if then is not None and not {*EXPERTS} & {*others}:
+        stages = [s.name for s in pipeline.stages if {*s.components} & {*others} and s.name in state.get("stages", [])]
+        do += f", or run it once more from {stages[0]}"
+    raise StateError(f"running a State with model {name}", found, do)
+
+
+# --- what is read of the parts
+
+
 def geometry(parts: Mapping[str, Part]) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
     """(strides, patch). A host without the VAE has the strides of the published one that its transformer needs; a job
     brings its own. Raises LoadError for a VAE whose kind says none."""
@@ -224,10 +253,41 @@ def geometry(parts: Mapping[str, Part]) -> tuple[tuple[int, int, int], tuple[int
     return kind.strides(kind.config(fields)), patch
 
 
-def official_preview(vae: Part, channels: int) -> LatentsRgb | None:
-    """The known preview of latents; None for those that the published models do not know."""
-    published = all(vae.config.get(key, value) == value for key, value in vae.row.unsaid.items())
-    return resolve(vae.row.preview)(channels) if vae.row.preview and published else None
+def check_defaults(defaults: Mapping[str, Any], file: Path, multiple: int, temporal: int) -> dict[str, Any]:
+    """``[defaults]`` of the model's own notes, each as if it had been asked for. ``multiple`` and ``temporal``: what
+    sides and frames are made of. Raises LoadError."""
+    fitting = {"width": multiple, "height": multiple, "frames": 1}  # so that only a fault of the file is found
+    try:
+        request = Request.parse({**fitting, **defaults}, str(file), LoadError)
+        request.samples()
+        request.check_size(multiple, temporal)
+    except RequestError as e:
+        raise LoadError(f"{e.asked} ({file})", e.found, e.do) from None
+    return renamed(defaults)
+
+
+def preview_of(vae: Part, table: Mapping[str, Any] | None, file: Path) -> LatentsRgb | None:
+    """``[preview]`` of the model's own notes; else what is known of published latents, None of others. Raises
+    LoadError."""
+    channels = vae.row.ports(vae.row.config(vae.config))["latent channels"].width or 0
+    if table is None:
+        published = all(vae.config.get(key, value) == value for key, value in vae.row.unsaid.items())
+        return resolve(vae.row.preview)(channels) if vae.row.preview and published else None
+    factors, bias = table.get("factors"), table.get("bias")
+    rows = [*factors, bias] if isinstance(factors, list) else []
+    if {*table} != {"factors", "bias"} or len(rows) != channels + 1 or not all(map(_is_row, rows)):
+        found = f"its [preview] does not consist of factors, {channels} rows of 3 numbers, and bias, 3 numbers"
+        raise LoadError(f"reading {file}", found, "Correct it, or remove [preview]")
+    return factors, bias  # type: ignore[return-value]
+
+
+def _is_row(value: Any) -> bool:
+    numbers = isinstance(value, list) and all(type(x) in (int, float) and math.isfinite(x) for x in value)
+    return numbers and len(value) == 3
+
+
+def _hash(plain: Any) -> str:
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def vocabulary(part: Part) -> Path:

@@ -1,4 +1,5 @@
-"""Setup.plugs -> what is plugged into a run: wrappers, swaps, a scheduler, listeners and stages, made by name.
+"""Setup.plugs -> what is plugged into a run: wrappers, swaps, a scheduler, listeners and stages, made by name; and the
+stages of a run: those of the model's task, and the plugged ones beside them.
 
 A plug that was made here knows its own text: its name, its code's sha256 and all its options. That is what
 fingerprints hold, what travels to other processes and hosts, and what a manifest tells. Leaves out: importing code
@@ -10,15 +11,17 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from ditkit import options
-from ditkit.assembly.stage_rows import STAGES, StageRow
+from ditkit.assembly.model import Model
+from ditkit.assembly.tasks import STAGES, TASKS, StageRow
 from ditkit.contracts import Seams, Swap
 from ditkit.errors import RequestError, SetupError, StateError, nearest
 from ditkit.events import Listener
+from ditkit.execution.stage_list import SOURCES, Stage, StageList
 from ditkit.registry import BROUGHT, Brought, PlugSpec, Registry, Row, bring
 from ditkit.request import Request
 from ditkit.setup import Setup
@@ -31,8 +34,7 @@ PARTS: Mapping[str, tuple[str, ...]] = {
 }  # fmt: skip
 """Seam -> what a plug of it must have."""
 
-EXPECTED = ("a row, a class or function with the attribute seam (" + ", ".join(PARTS) + "), a stage, a scheduler or a "
-            "swap")  # fmt: skip
+START_WITH = "Start it with the same file: ditkit host --plug FILE.py"
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,11 @@ class PlugRow(Row):
 @dataclass(frozen=True)
 class Plug:
     """One plug or stage of a Setup, understood and not yet made. ``origin``: its row's name, or FILE.py:NAME, with the
-    sha256 of its code where that is not ditkit's own; ``path``: where the code lies."""
+    sha256 of its code where that is not ditkit's own."""
 
     row: PlugRow | StageRow
     origin: PlugSpec
     options: Mapping[str, Any]
-    path: str = ""
 
     @property
     def seam(self) -> str:
@@ -69,8 +70,8 @@ class Plug:
         thing, what = self.row.made, f"the plug {self.row.name!r}"
         plug = options.made(thing, self.options, what) if inspect.isclass(thing) else thing
         if lacking := [part for part in PARTS[self.seam] if not hasattr(plug, part)]:
-            raise SetupError(what, f"it lacks {', '.join(lacking)}, which a plug of seam {self.seam} has",
-                             f"Add {lacking[0]}, or name another seam")  # fmt: skip
+            found = f"it lacks {', '.join(lacking)}, which a plug of seam {self.seam} has"
+            raise SetupError(what, found, f"Add {lacking[0]}, or name another seam")
         known = options.fields_of(thing)
         every = {name: getattr(plug, name) for name in known}
         try:
@@ -82,8 +83,8 @@ class Plug:
             if self.seam != "swap":
                 object.__setattr__(plug, "fingerprint", counting)
         except (AttributeError, TypeError) as e:
-            raise SetupError(what, f"it cannot be named by its options and its code ({e})", "Make its options plain "
-                             "values, and leave out __slots__ and fingerprint") from None  # fmt: skip
+            do = "Make its options plain values, and leave out __slots__ and fingerprint"
+            raise SetupError(what, f"it cannot be named by its options and its code ({e})", do) from None
         return plug
 
 
@@ -116,23 +117,24 @@ def _of_code(spec: PlugSpec, code: Brought) -> list[Plug]:
     if spec.attribute:
         row = _row_of(spec, code, asked)
         if isinstance(row, PlugRow | StageRow):
-            return [_plug(row, spec.options, code, None if row in code.rows else spec.attribute)]
+            name = os.path.basename(code.name) if code.name.endswith(".py") else code.name
+            own = None if row in code.rows else PlugSpec(name, code.sha256, spec.attribute)
+            return [_plug(row, spec.options, own)]
         if spec.options:
             raise SetupError(asked, f"options of {row.registry.noun}s are not given here", "Leave them out")
         return []
     if spec.options or not code.rows:
-        own = _usable(code)
         found = "options are of one plug" if spec.options else "it holds no rows"
-        raise SetupError(asked, found, f"Name what is meant: {spec.code}:{own[0] if own else 'NAME'}")
+        raise SetupError(asked, found, f"Name what is meant: {spec.code}:{(*_usable(code), 'NAME')[0]}")
     rows = [row for row in code.rows if isinstance(row, PlugRow) or (isinstance(row, StageRow) and _placed(row))]
-    return [_plug(row, "", code) for row in rows]
+    return [_plug(row, "") for row in rows]
 
 
 def _of_name(spec: PlugSpec) -> Plug:
     for registry in (PLUGS, STAGES):
         if spec.code in registry:
             row = registry[f"{spec.code}@{spec.sha256}" if spec.sha256 else spec.code]
-            return _plug(row, spec.options, BROUGHT.get(registry.code(spec.code)))
+            return _plug(row, spec.options)
     asked, known = f"the plug {spec.code!r}", [*PLUGS, *(name for name in STAGES if _placed(STAGES[name]))]
     for registry in Registry.every:
         if spec.code in registry:
@@ -141,7 +143,7 @@ def _of_name(spec: PlugSpec) -> Plug:
     raise SetupError(asked, f"there is none of that name{nearest(spec.code, known)}", f"Bring it: FILE.py:NAME{more}")
 
 
-def _plug(row: PlugRow | StageRow, given: str, code: Brought | None, attribute: str | None = None) -> Plug:
+def _plug(row: PlugRow | StageRow, given: str, origin: PlugSpec | None = None) -> Plug:
     what = f"the {row.registry.noun} {row.name!r}"
     if isinstance(row, PlugRow) and row.seam not in PARTS:
         found = f"its seam is {row.seam!r}{nearest(str(row.seam), PARTS)}"
@@ -149,11 +151,7 @@ def _plug(row: PlugRow | StageRow, given: str, code: Brought | None, attribute: 
     if isinstance(row, StageRow) and not _placed(row):
         raise SetupError(what, "it does not say beside which stage it stands", "Give it before or after, one of them")
     values = options.typed(row.made, given, what, whole=isinstance(row, PlugRow))
-    path = "" if code is None else str(code.module.__file__)
-    if code is None or attribute is None:
-        return Plug(row, PlugSpec(row.name, row.registry.code(row.name)), values, path)
-    name = os.path.basename(code.name) if code.name.endswith(".py") else code.name
-    return Plug(row, PlugSpec(name, code.sha256, attribute), values, path)
+    return Plug(row, origin or PlugSpec(row.name, row.registry.code(row.name)), values)
 
 
 def _placed(row: StageRow) -> bool:
@@ -162,9 +160,9 @@ def _placed(row: StageRow) -> bool:
 
 def _usable(code: Brought) -> list[str]:
     """What the module has of its own that can be plugged in."""
-    own = code.module.__name__
-    return [name for name, thing in vars(code.module).items() if getattr(thing, "__module__", "") == own
-            and (hasattr(thing, "seam") or _is_stage(thing) or _is_scheduler(thing))]  # fmt: skip
+    module = code.module
+    own = [(name, it) for name, it in vars(module).items() if getattr(it, "__module__", "") == module.__name__]
+    return [name for name, thing in own if hasattr(thing, "seam") or _is_stage(thing) or _is_scheduler(thing)]
 
 
 def _is_stage(thing: Any) -> bool:
@@ -177,11 +175,10 @@ def _is_scheduler(thing: Any) -> bool:
 
 def _row_of(spec: PlugSpec, code: Brought, asked: str) -> Row:
     """What an attribute of a module is, as a row."""
-    try:
-        thing, name = getattr(code.module, spec.attribute), spec.attribute
-    except AttributeError:
-        found = f"it has no {spec.attribute!r}{nearest(spec.attribute, _usable(code))}"
-        raise SetupError(asked, found, "Name what stands in it") from None
+    name = spec.attribute
+    if not hasattr(code.module, name):
+        raise SetupError(asked, f"it has no {name!r}{nearest(name, _usable(code))}", "Name what stands in it")
+    thing = getattr(code.module, name)
     if isinstance(thing, Row):
         return thing
     if _is_stage(thing):
@@ -191,8 +188,10 @@ def _row_of(spec: PlugSpec, code: Brought, asked: str) -> Row:
     if isinstance(thing, Swap) or hasattr(thing, "seam") or _is_scheduler(thing):
         otherwise = "swap" if isinstance(thing, Swap) else "scheduler"
         return PlugRow(name, getattr(thing, "seam", otherwise), thing)
-    what = f"a class without seam ({', '.join(PARTS)})" if inspect.isclass(thing) else f"a {type(thing).__name__}"
-    raise SetupError(asked, f"it is {what}", f"Name {EXPECTED}")
+    seams = ", ".join(PARTS)
+    found = f"it is a class without seam ({seams})" if inspect.isclass(thing) else f"it is a {type(thing).__name__}"
+    do = f"Name a row, a class or function with the attribute seam ({seams}), a stage, a scheduler or a swap"
+    raise SetupError(asked, found, do)
 
 
 # --- plugging in
@@ -205,20 +204,14 @@ def plugged(setup: Setup, seams: Seams) -> tuple[Seams, tuple[Listener, ...]]:
     return _around(plugs, seams), tuple(plug.made() for plug in plugs if plug.seam == "listener")
 
 
-def _around(plugs: Iterable[Plug], seams: Seams) -> Seams:
-    made: dict[str, list[Any]] = {seam: [] for seam in PARTS}
-    for plug in plugs:
-        if plug.seam != "listener":
-            made[plug.seam].append(plug.made())
-    if len(schedulers := [*made["scheduler"], *([] if seams.scheduler is None else [seams.scheduler])]) > 1:
-        raise SetupError(f"the schedulers {' and '.join(s.name for s in schedulers)}", "a run has one", "Leave one out")
-    return Seams(
-        (*made["predict"], *seams.predict),
-        (*made["run_blocks"], *seams.run_blocks),
-        (*made["attend"], *seams.attend),
-        (*made["swap"], *seams.swaps),
-        schedulers[0] if schedulers else None,
+def _around(plugs: Sequence[Plug], seams: Seams) -> Seams:
+    predict, run_blocks, attend, swaps, schedulers = (
+        tuple(plug.made() for plug in plugs if plug.seam == seam) for seam in PARTS if seam != "listener"
     )
+    if len(schedulers := (*schedulers, *([] if seams.scheduler is None else [seams.scheduler]))) > 1:
+        raise SetupError(f"the schedulers {' and '.join(s.name for s in schedulers)}", "a run has one", "Leave one out")
+    wrappers = predict + seams.predict, run_blocks + seams.run_blocks, attend + seams.attend
+    return Seams(*wrappers, swaps + seams.swaps, *schedulers)
 
 
 def check_scheduler(seams: Seams, request: Request) -> None:
@@ -227,11 +220,6 @@ def check_scheduler(seams: Seams, request: Request) -> None:
     if named and hasattr(seams.scheduler, "plug"):
         found = f"the plug {seams.scheduler.name!r} is the scheduler of this run"  # type: ignore[union-attr]
         raise RequestError(f"scheduler={request.scheduler!r}", found, "Leave one of them out")
-
-
-def stages_of(setup: Setup) -> list[Plug]:
-    """The stages that are plugged in."""
-    return [plug for plug in plugs_of(setup.plugs) if plug.seam == "stage"]
 
 
 def told(texts: Iterable[str]) -> list[dict[str, str]]:
@@ -270,7 +258,29 @@ def received(texts: Iterable[str]) -> Seams:
     return _around(plugs, Seams())
 
 
-START_WITH = "Start it with the same file: ditkit host --plug FILE.py"
+# --- stages
+
+
+def stages_of(setup: Setup) -> list[Plug]:
+    """The stages that are plugged in."""
+    return [plug for plug in plugs_of(setup.plugs) if plug.seam == "stage"]
+
+
+def stage_of(name: str, model: Model, setup: Setup) -> Stage:
+    """One stage by its name, whatever else of ``model`` is on this machine. Raises SetupError."""
+    given = next((plug.options for plug in stages_of(setup) if plug.row.name == name), {})
+    return STAGES[name].build(model, setup, **given)
+
+
+def pipeline_of(model: Model, setup: Setup) -> StageList:
+    """The stages of ``model``'s task, and the plugged ones beside them. Raises SetupError, PipelineError."""
+    task = TASKS[model.task]
+    names = [name for name in task.stages if STAGES[name].wanted(model, setup)]
+    stages = StageList([stage_of(name, model, setup) for name in names], (*SOURCES, *task.inputs))
+    for plug in stages_of(setup):
+        row = STAGES[plug.row.name]
+        stages = stages.insert(stage_of(row.name, model, setup), before=row.before or None, after=row.after or None)
+    return stages
 
 
 # --- code that a file names
@@ -279,7 +289,7 @@ START_WITH = "Start it with the same file: ditkit host --plug FILE.py"
 def check_trusted(texts: Iterable[str], asked: str) -> None:
     """Raise StateError for code that a run's folder or a clip names: it is not run because a file says so. Rows that
     are known here may be named by anybody."""
-    if code := [spec for spec in map(PlugSpec.parse, texts) if spec.is_code]:
-        words = " ".join(f"--plug {text}" for text in (PlugSpec.parse(t).short for t in texts))
-        raise StateError(asked, f"it was made with {code[0].short}, which is code that no file may start",
-                         f"If you trust it, name it yourself: {words}")  # fmt: skip
+    specs = [PlugSpec.parse(text) for text in texts]
+    if code := [spec.short for spec in specs if spec.is_code]:
+        do = f"If you trust it, name it yourself: {' '.join(f'--plug {spec.short}' for spec in specs)}"
+        raise StateError(asked, f"it was made with {code[0]}, which is code that no file may start", do)

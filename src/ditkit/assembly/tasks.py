@@ -1,4 +1,5 @@
-"""What models are for: for each task of the family its stages, its inputs and its official sampling defaults.
+"""What models are for: for each task of the family its stages, its inputs and its official sampling defaults; and for
+each stage its class, what it calls, and the options that follow from a model and a Setup.
 
 Sources of the defaults: Wan2.1 and Wan2.2 ``generate.py`` and ``wan/configs/*.py``. The 480p and 720p image-to-video
 models cannot be told apart, and need not be: the official code goes by the size that is asked for.
@@ -6,15 +7,18 @@ models cannot be told apart, and need not be: the official code goes by the size
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from ditkit.errors import SetupError
+from ditkit.execution.stage import Stage
 from ditkit.registry import Registry, Row
 
 AREA_480P = 832 * 480
 
 TASKS: Registry[TaskRow] = Registry("task", "ditkit.tasks")
+STAGES: Registry[StageRow] = Registry("stage", "ditkit.stages")
 
 
 @dataclass(frozen=True)
@@ -36,9 +40,8 @@ class TaskRow(Row):
 
     def sampling(self, experts: int, asked: Mapping[str, Any]) -> dict[str, Any]:
         """The defaults for a model of 1 or 2 ``experts``; ``asked`` decides where the size matters."""
-        found = dict(self.experts if experts == 2 else self.defaults)
-        if experts == 1 and asked.get("width", 832) * asked.get("height", 480) <= AREA_480P:
-            found |= self.small
+        small = experts == 1 and asked.get("width", 832) * asked.get("height", 480) <= AREA_480P
+        found = {**(self.experts if experts == 2 else self.defaults), **(self.small if small else {})}
         if "guidance_scale" in asked:  # one number is for both experts, in the official code and in diffusers
             found.pop("guidance_scale_2", None)
         return found
@@ -76,3 +79,69 @@ for row in (
     ),
 ):  # fmt: skip
     TASKS.add(row, "ditkit")
+
+
+# --- stages
+
+
+@dataclass(frozen=True)
+class StageRow(Row):
+    """``make``: the class. ``components``: those that it may call, known before a model is; of a class that names its
+    own they need not be given. ``options(model, setup)``: dataclass fields of the class. ``wanted(model, setup)``:
+    whether a task that names the stage has it with this model. ``before``, ``after``: the stage beside which it is put
+    where no task names it."""
+
+    name: str
+    make: Any
+    components: tuple[str, ...] = ()
+    options: Callable[[Any, Any], Mapping[str, Any]] = lambda model, setup: {}
+    wanted: Callable[[Any, Any], bool] = lambda model, setup: True
+    before: str = ""
+    after: str = ""
+    help: str = ""
+
+    registry: ClassVar[Registry[Any]] = STAGES
+
+    @property
+    def calls(self) -> tuple[str, ...]:
+        named = getattr(self.make, "components", ())  # a property, where they follow from its options
+        return self.components or (named if isinstance(named, tuple) else ())
+
+    def build(self, model: Any, setup: Any, **given: Any) -> Stage:
+        """The stage; ``given``: options that somebody chose."""
+        return self.made(**{**self.options(model, setup), **given})
+
+
+def calls_of(stage: str) -> tuple[str, ...]:
+    """The components that a stage may call; none where nobody knows it."""
+    return STAGES[stage].calls if stage in STAGES else ()
+
+
+def _denoise(model: Any, setup: Any) -> Mapping[str, Any]:
+    """Raises SetupError for a kernel that is not there."""
+    from ditkit.nn.attention import ATTENTION
+
+    if why := ATTENTION[setup.attention].lacks():
+        raise SetupError(f"attention={setup.attention!r}", why, "Install what it needs, or choose another kernel")
+    network, kernel = model.network, ATTENTION.pinned(setup.attention)
+    return {"strides": model.strides, "attention": kernel, "cache_text_kv": setup.cache_text_kv, "cfg": network.cfg,
+            "experts": model.experts, "timestep_scale": network.timestep_scale,
+            "conditions": network.reads}  # fmt: skip
+
+
+for stage in (
+    StageRow("expand_prompt", "ditkit.stages.expand_prompt:ExpandPrompt", ("prompt_expander",),
+             wanted=lambda model, setup: setup.expander is not None),
+    StageRow("encode_text", "ditkit.stages.encode_text:EncodeText", ("tokenizer", "text_encoder"),
+             lambda model, setup: {"cfg": model.network.cfg}),
+    StageRow("encode_image", "ditkit.stages.encode_image:EncodeImage", ("image_encoder",),
+             wanted=lambda model, setup: model.has_image_branch),
+    StageRow("encode_condition", "ditkit.stages.encode_condition:EncodeCondition", ("vae",),
+             lambda model, setup: {"strides": model.strides}),
+    StageRow("encode_first_frame", "ditkit.stages.encode_first_frame:EncodeFirstFrame", ("vae",)),
+    StageRow("encode_control", "ditkit.stages.encode_control:EncodeControl", ("vae",)),
+    StageRow("denoise", "ditkit.stages.denoise:Denoise", ("transformer", "transformer_2"), _denoise),
+    StageRow("decode_latents", "ditkit.stages.decode_latents:DecodeLatents", ("vae",),
+             lambda model, setup: {"frames_per_chunk": setup.vae_frames_per_chunk}),
+):  # fmt: skip
+    STAGES.add(stage, "ditkit")

@@ -19,8 +19,8 @@ from ditkit.errors import DitkitError, SetupError, nearest
 from ditkit.setup import Setup
 
 if TYPE_CHECKING:
-    from ditkit.placement.channel import Channel
-    from ditkit.placement.handshake import Handshake
+    from ditkit.placement.job import Channel
+    from ditkit.placement.remote import Remote
 
 OPTIONAL = {
     "huggingface_hub": 'models from the hub: pip install "ditkit[hub]"',
@@ -125,10 +125,10 @@ def places(setup: Setup) -> list[Row]:
             if spec.kind != "here":
                 try:
                     remote = all_places.remote(spec)
-                    said = remote.handshake.said
+                    said = remote.said
                     latency = f"{1000 * median(remote.channel):.1f} ms"
                     about = latency, compared(said.get("versions", {})), device_of(said, target.stage)
-                    good, probe = probed(remote.handshake, target.stage, all_places.expected.get(target))
+                    good, probe = probed(remote, target.stage, all_places.expected.get(target))
                     facts = *about, probe
                 except DitkitError as e:
                     good, facts = False, ("", "", "", str(e))
@@ -166,16 +166,16 @@ def device_of(said: Mapping[str, Any], stage: str) -> str:
     return ", ".join([*dict.fromkeys(found), *([f"{threads} thread{'' if threads == 1 else 's'}"] if threads else [])])
 
 
-def probed(handshake: Handshake, stage: str, expected: str | None) -> tuple[bool, str]:
+def probed(remote: Remote, stage: str, expected: str | None) -> tuple[bool, str]:
     """Whether it is as expected, and the probe's hash, to be pinned with ``expected_probes``."""
     from ditkit.placement.probe import has_probe
 
-    stages = handshake.said["stages"]
+    stages = remote.said["stages"]
     if stage not in stages:
         return False, f"not offered; it has {', '.join(stages) or 'nothing'}{nearest(stage, stages)}"
     if not has_probe(stages[stage]["components"]):
         return True, "none"
-    found = handshake.probe(stage)
+    found = remote.probe(stage)
     if expected is not None and not found.startswith(expected):
         return False, f"{found[:16]}, expected is {expected[:16]}"
     return True, found[:16]

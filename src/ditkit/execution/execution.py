@@ -124,7 +124,8 @@ class Execution:
             return
         weights = self._weights(stage)
         self._check_weights(stage, weights)
-        if other := replugged(stage, self.state, self.seams.describe()):
+        seams = self.seams.of(stage.components)
+        if other := replugged(stage, self.state, seams.describe()):
             self.events.emit("plug.changed", stage=stage.name, text=other)
         read: dict[str, Any] = {}  # at all places: what the whole result depends on
         for place, _, end in self._segments(stage):
@@ -144,14 +145,14 @@ class Execution:
             if end is None or end != stop or stage.done(self.state):
                 break
             self._keep()  # a hand-over is an end: the next place may not be there
-            key = None if forgets(self.seams.describe()) else key  # a plug that forgets made this another result
+            key = None if forgets(seams.describe()) else key  # a plug that forgets made this another result
         if key is not None and stage.done(self.state):
             self._store(key, replace(result, settings=read))
 
     def _stage_call(self, stage: Stage, weights: Mapping[str, str], stop: int | None) -> StageCall:
         keep = self.keep if stage.loop else None
         told = None if keep is None else lambda result: keep(self._after(stage, weights, result))
-        how = self.events, self.seams, stop, told, 1 if keep is None else keep.every
+        how = self.events, self.seams.of(stage.components), stop, told, 1 if keep is None else keep.every
         return StageCall(stage, _inputs(stage, self.state), weights, *how, table_of(self.stages), self.cancel)
 
     def _segments(self, stage: Stage) -> list[tuple[Place, int, int | None]]:
@@ -196,7 +197,8 @@ class Execution:
         weights, known = self._weights(stage), known_settings(self.state.get("request", {}))
         record = record_of(stage, self.state, weights, {}, {})
         software = {k: v for place, _, _ in self._segments(stage) for k, v in place.software().items()}
-        parts = record["options"], weights, record["inputs"], known, self.seams.describe(), software
+        plugs = self.seams.of(stage.components).describe()
+        parts = record["options"], weights, record["inputs"], known, plugs, software
         return CacheKey(stage.name, stage.version, code_of(stage), *parts)
 
     def _found(self, stage: Stage, key: CacheKey) -> bool:

@@ -1,28 +1,27 @@
-"""Attempt: one stage sent once through a channel, and what is done with each message that comes back.
+"""Attempt: one stage sent through a channel, and what is done with each message that comes back.
 
-Leaves out: how often a stage is sent (``remote.py``).
+A host may be another version, damaged or of bad will: what it sends is held against what was asked of it before it is
+used, kept or written down. Leaves out: how often a stage is sent, and whether what was computed is right, which only
+the probe tells (``remote.py``); the bytes themselves (``framing.py``, ``state.py``), and events (``events.py``).
 """
-
-from __future__ import annotations
 
 import contextlib
 import queue
 import threading
 import time
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from typing import Any, Self
 
-from ditkit.assembly.plugs import texts_of
 from ditkit.cancel import Cancel
+from ditkit.checking import check_counts, fault_of
 from ditkit.errors import Lost, PipelineError, PlaceError, StateError
 from ditkit.events import Relay
-from ditkit.execution.place import StageCall, StageResult
-from ditkit.placement.channel import Channel
-from ditkit.placement.job import Job, Message, message_to_error, message_to_event, options_to_send, state_to_outcome
-from ditkit.placement.validation import check_outcome, made_by
+from ditkit.execution.place import StageCall, StageResult, checked
+from ditkit.execution.stage import known_settings
+from ditkit.identify import forgets
+from ditkit.placement.job import LOG, Channel, Job, Message, error_of, event_of, state_to_outcome
 
-LOG = "Look at its log"
 TICK = 0.1
 """Seconds after which whoever waits for a message looks whether it is still wanted."""
 
@@ -36,7 +35,7 @@ class Reader:
         self._messages: queue.Queue[Message | BaseException] = queue.Queue()
         self._left = threading.Event()
 
-    def __enter__(self) -> Reader:
+    def __enter__(self) -> Self:
         threading.Thread(target=self._read, daemon=True).start()
         return self
 
@@ -56,8 +55,7 @@ class Reader:
             self._messages.put(e)
 
     def get(self, cancel: Cancel | None) -> Message:
-        """The next message. Raises what reading raised, Lost after the last one, and KeyboardInterrupt on
-        ``cancel``."""
+        """The next message. Raises what reading raised, Lost after the last one, KeyboardInterrupt on ``cancel``."""
         while True:
             if cancel is not None:
                 cancel.check()
@@ -69,30 +67,27 @@ class Reader:
 
 
 class Attempt:
-    """``place`` is how the place is called, ``reached`` how far an earlier attempt came; afterwards it is how far this
-    one came, None if nothing was kept."""
+    """``place`` is how the place is called. ``reached``: how far it came, None if nothing was kept; a later ``run``
+    goes on from there."""
 
-    def __init__(self, place: str, channel: Channel, call: StageCall, reached: StageResult | None = None):
-        self.place, self.channel, self.call, self.reached = place, channel, call, reached
-        self.inputs = call.inputs if reached is None else call.inputs.with_fields(reached.written)
+    def __init__(self, place: str, channel: Channel, call: StageCall):
+        self.place, self.channel, self.call = place, channel, call
         self.asked = f"running stage {call.stage.name!r} at {place}"
-        self.job = Job(
-            id=uuid.uuid4().hex,
-            stage=call.stage.name,
-            options=options_to_send(call.stage),
-            weights=dict(call.weights),
-            stop_at_step=call.stop_at_step,
-            keep_every=call.keep_every if call.keep else None,
-            ignore=call.events.ignored(),
-            made_by=made_by(call.stage),
-            plugs=texts_of(call.seams) or (),
-        )
-        self.relay, self.received, self.cancelled = Relay(call.events, place), 0, False
+        self.reached: StageResult | None = None
+
+    def _begin(self) -> None:
+        call = self.call
+        if forgets(call.seams.describe()):
+            self.reached = None  # what such a plug makes is another result where it is cut: all of it once more
+        self.inputs = call.inputs if self.reached is None else call.inputs.with_fields(self.reached.written)
+        self.job = Job.of(call)
+        self.relay, self.received, self.cancelled = Relay(call.events, self.place), 0, False
         self.outcome: StageResult | None = None
 
     def run(self) -> StageResult:
         """The outcome. Raises Lost, the error that came instead, and KeyboardInterrupt for the second Ctrl-C, or where
         there is no outcome after the first."""
+        self._begin()
         act = {"event": self.on_event, "kept": self.on_kept, "outcome": self.on_outcome, "error": self.on_error}
         self.begun = time.perf_counter()
         with self.relay, Reader(lambda: self.channel.submit(self.job, self.inputs), self.asked) as messages:
@@ -113,7 +108,7 @@ class Attempt:
 
     def on_event(self, message: Message) -> None:
         with self._theirs():
-            event = message_to_event(message)
+            event = event_of(message)
             self.relay.check(event)
         self.relay.send(event)
 
@@ -131,7 +126,7 @@ class Attempt:
         self.call.events.emit("travel", stage=self.job.stage, place=self.place, seconds=waited, **told)
 
     def on_error(self, message: Message) -> None:
-        raise KeyboardInterrupt if self.cancelled else message_to_error(message.payload, self.place)
+        raise KeyboardInterrupt if self.cancelled else error_of(message.payload, self.place)
 
     def cancel(self) -> None:
         """Ask the other end to stop; its messages end, too. Raises KeyboardInterrupt where that was done before."""
@@ -161,6 +156,39 @@ class Attempt:
             yield
         except (StateError, PipelineError) as e:
             raise PlaceError(e.asked, e.found, f"{self.place} sent that; look at its log") from None
+
+
+def check_outcome(task: StageCall, outcome: StageResult, place: str, final: bool) -> None:
+    """``final``: not one on the way. Raises StateError, and PipelineError for fields that the stage does not write."""
+    asked, stage = f"reading what {task.stage.name!r} made at {place}", task.stage
+    table, sizes = {**task.table, **{f.name: f for f in stage.fields}}, dict[str, int]()
+    before = {name: value for name, value in task.inputs.items() if name not in outcome.written}
+    for name, value in before.items():
+        if name in table:
+            fault_of(table[name], value, sizes)  # what the letters mean in this run
+    for name, value in checked(stage, outcome).written.items():
+        if name not in table:
+            raise StateError(asked, f"nobody asked for {name!r}", LOG)
+        if fault := fault_of(table[name], value, sizes):
+            raise StateError(asked, f"its field {name!r} is damaged: {fault}", LOG)
+    if outcome.plugs and outcome.plugs != task.seams.describe():
+        raise StateError(asked, "something else is plugged into its seams there", LOG)
+    _check_settings(asked, outcome, task.inputs.get("request", {}))
+    after = task.inputs.with_fields(outcome.written)
+    check_counts(after, asked)
+    if final and stage.loop and not stage.done(after):
+        wanted = max(task.stop_at_step or 0, task.inputs.get("step", 0))
+        if task.stop_at_step is None or after.get("step", 0) != wanted:
+            found = f"it ended after step {after.get('step', 0)} of {len(after.get('sigmas', [0])) - 1}"
+            raise StateError(asked, found, LOG)
+
+
+def _check_settings(asked: str, outcome: StageResult, request: Mapping[str, Any]) -> None:
+    """They become part of the record, by which a later run judges whether the result is its own."""
+    known = known_settings(request)
+    for name, value in outcome.settings.items():
+        if name not in known or known[name] != value:
+            raise StateError(asked, f"it says that it read the setting {name[:40]!r} as {value!r:.60}", LOG)
 
 
 def plugged(asked: str, call: StageCall) -> PlaceError:

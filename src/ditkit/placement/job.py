@@ -1,28 +1,29 @@
 """What travels: a Job and its inputs there, Messages back. Plain JSON and safetensors; nothing is ever pickled.
 
 A Message is a kind and a payload: ``event`` (JSON, or a State where it holds tensors), ``kept`` and ``outcome``
-(States), ``error`` (JSON), ``alive`` (nothing: the other end is at work). Leaves out: how bytes travel.
+(States), ``error`` (JSON), ``alive`` (nothing: the other end is at work). A Channel is a way to a Worker, whatever
+carries the bytes: HTTP, the pipe to a child process, Ray. Leaves out: how bytes travel.
 """
 
-from __future__ import annotations
-
-import dataclasses
-import functools
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from functools import cached_property
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal, Protocol, Self
 
 from pydantic import ConfigDict, NonNegativeInt, PositiveInt, TypeAdapter
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from ditkit import errors
+from ditkit.assembly.plugs import texts_of
 from ditkit.contracts import Step
 from ditkit.errors import DitkitError, PlaceError, StateError
 from ditkit.event_table import is_a
 from ditkit.events import Event
-from ditkit.execution.place import StageResult
+from ditkit.execution.place import StageCall, StageResult
+from ditkit.execution.records import code_of
 from ditkit.execution.stage import Stage
 from ditkit.state import State, kind_of
 
@@ -31,8 +32,7 @@ WIRE = 2
 
 SAME = "Use the same version of ditkit on both machines"
 
-WORDS = 2000
-"""Letters that are shown of each part of an error of another machine."""
+LOG = "Look at its log"
 
 KINDS = ("event", "kept", "outcome", "error", "alive")
 
@@ -41,7 +41,7 @@ KINDS = ("event", "kept", "outcome", "error", "alive")
 class Job:
     """A stage to run elsewhere. ``options``: the stage's dataclass fields. ``weights``: fingerprints of its components,
     as the caller knows them; the worker refuses to use others. ``keep_every``: None when nobody keeps. ``ignore``:
-    events that nobody listens to. ``made_by``: the stage's class (``validation.py``); empty takes the one there.
+    events that nobody listens to. ``made_by``: the stage's class; empty takes the one there.
     ``plugs``: what is in the seams, as texts (``assembly/plugs.py``)."""
 
     id: str
@@ -55,11 +55,34 @@ class Job:
     plugs: Sequence[str] = ()
     wire: int = WIRE
 
+    @classmethod
+    def of(cls, call: StageCall) -> Self:
+        return cls(
+            uuid.uuid4().hex, call.stage.name, options_to_send(call.stage), dict(call.weights), call.stop_at_step,
+            call.keep_every if call.keep else None, call.events.ignored(), made_by(call.stage),
+            texts_of(call.seams) or (),
+        )  # fmt: skip
+
+    def stage_of(self, offered: Stage) -> Stage:
+        """``offered`` as the caller has it. Raises PlaceError for another class, and for an option that this version of
+        the stage lacks."""
+        asked, mine, known = f"running stage {self.stage!r}", made_by(offered), options_to_send(offered)
+        if self.wire != WIRE:
+            raise PlaceError(asked, f"the job has wire version {self.wire}, this end {WIRE}", SAME)
+        if self.made_by not in ("", mine):
+            found = f"it is made by {mine} here, and asked for is {self.made_by}"
+            raise PlaceError(asked, found, f"Run it where it is defined, or {SAME[0].lower()}{SAME[1:]}")
+        if {*self.options} != {*known}:
+            wanted, has = (", ".join(sorted(names)) or "none" for names in (self.options, known))
+            raise PlaceError(f"{asked} with the options {wanted}", f"it has {has}", SAME)
+        given: Any = offered
+        return replace(given, **{k: _tuples(v) for k, v in self.options.items()}) if known else offered
+
     def to_json(self) -> str:
         return json.dumps(asdict(self))
 
     @classmethod
-    def from_json(cls, text: str) -> Job:
+    def from_json(cls, text: str) -> Self:
         """Raises PlaceError."""
         try:
             return TypeAdapter(cls).validate_json(text)
@@ -74,7 +97,7 @@ class Message:
     kind: str
     content: bytes | bytearray | memoryview | State = b""
 
-    @functools.cached_property
+    @cached_property
     def payload(self) -> bytes | bytearray | memoryview:
         return self.content.to_bytes() if isinstance(self.content, State) else self.content
 
@@ -82,9 +105,14 @@ class Message:
         """The payload in pieces, without a copy of the tensors."""
         return self.content.buffers() if isinstance(self.content, State) else [self.content]
 
-    @functools.cached_property
+    @cached_property
     def nbytes(self) -> int:
         return sum(len(piece) for piece in self.buffers())
+
+    @property
+    def last(self) -> bool:
+        """Whether nothing comes after it."""
+        return self.kind in ("outcome", "error")
 
     def state(self, source: str) -> State:
         """The State in it; its tensors stay where they are if the payload may be written to. Raises StateError."""
@@ -94,47 +122,66 @@ class Message:
         return read(self.content, source)  # type: ignore[arg-type]
 
 
-def options_to_send(stage: Stage) -> dict[str, Any]:
+Question = Literal["health", "describe", "probe", "cancel"]
+
+
+class Channel(Protocol):
+    """Methods raise Lost when the Worker is not there or stops answering, PlaceError when it refuses."""
+
+    def ask(self, question: Question, name: str = "") -> dict[str, Any]:
+        """A short answer: ``health`` that it is there, ``describe`` what ``Worker.describe`` says, ``probe`` what stage
+        ``name`` makes of its fixed input (``probe.py``), ``cancel`` that job ``name`` is to stop at its next event;
+        what it has is still sent."""
+
+    def submit(self, job: Job, inputs: State) -> Iterator[Message]:
+        """Messages as they come, the last one an outcome or an error."""
+
+    def close(self) -> None: ...
+
+
+def made_by(stage: Stage) -> str:
+    """The class that carries a stage out, and of one that is not ditkit's own its code too. Both ends of a channel must
+    have the same; of a class that is in no file nobody can tell, and then nothing equals it."""
+    name = f"{type(stage).__module__}.{type(stage).__qualname__}"
+    return name if name.startswith("ditkit.") else f"{name} {code_of(stage) or f'in no file {uuid.uuid4().hex}'}"
+
+
+def options_to_send(stage: Any) -> dict[str, Any]:
     """All options of a stage, also those that promise equal results."""
-    described: tuple[Any, ...] = dataclasses.fields(stage) if dataclasses.is_dataclass(stage) else ()
-    return {f.name: getattr(stage, f.name) for f in described}
-
-
-def with_options(stage: Stage, options: Mapping[str, Any]) -> Stage:
-    """``stage`` as the caller has it. Raises PlaceError for an option that this version of the stage lacks."""
-    known = options_to_send(stage)
-    if set(options) != set(known):
-        asked, has = (", ".join(sorted(names)) or "none" for names in (options, known))
-        raise PlaceError(f"running stage {stage.name!r} with the options {asked}", f"it has {has}", SAME)
-    return dataclasses.replace(stage, **{k: _tuples(v) for k, v in options.items()}) if known else stage  # type: ignore[type-var]
+    return {f.name: getattr(stage, f.name) for f in fields(stage)} if is_dataclass(stage) else {}
 
 
 def _tuples(value: Any) -> Any:
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
+_OUTCOME: Mapping[str, Any] = {
+    "settings": dict, "plugs": dict | None, "stopped": bool, "cacheable": bool, "seconds": float,
+}  # fmt: skip
+
+
 def outcome_to_state(outcome: StageResult, seconds: float = 0.0) -> State:
-    about = {"settings": outcome.settings, "plugs": outcome.plugs, "stopped": outcome.stopped, "seconds": seconds}
-    about["cacheable"] = outcome.cacheable
-    return State({**outcome.written, "outcome": about})
+    about = {name: getattr(outcome, name) for name in _OUTCOME if name != "seconds"}
+    return State({**outcome.written, "outcome": {**about, "seconds": seconds}})
 
 
 def state_to_outcome(state: State) -> tuple[StageResult, float]:
     """The outcome and the seconds that it took. Raises StateError for a State that holds none."""
     about = state.get("outcome")
-    keys = {"settings": dict, "plugs": dict | None, "stopped": bool, "seconds": float, "cacheable": bool}
-    if not isinstance(about, dict) or not all(isinstance(about.get(k), t) for k, t in keys.items()):
+    if not isinstance(about, dict) or not all(isinstance(about.get(k), t) for k, t in _OUTCOME.items()):
         raise StateError("reading the outcome of a stage", "it does not say what it came from", "Run the stage again")
-    written = {k: v for k, v in state.items() if k != "outcome"}
-    told = about["settings"], about["plugs"], about["stopped"], about["cacheable"]
-    return StageResult(written, *told), about["seconds"]
+    *told, seconds = (about[name] for name in _OUTCOME)
+    return StageResult({k: v for k, v in state.items() if k != "outcome"}, *told), seconds
 
 
-def event_to_message(event: Event) -> Message:
+_ABOUT = {"name": "str", "seconds": "float", "span": "int", "parent": "int"}
+
+
+def event_message(event: Event) -> Message:
     """Values that are neither plain nor tensors (nor a Step) are sent as text."""
     tensors = {f"@{k}": v for k, v in event.values.items() if kind_of(v) == "tensor"}
     plain = {k: _plain(v) for k, v in event.values.items() if f"@{k}" not in tensors}
-    about = {"name": event.name, "values": plain, "seconds": event.seconds, "span": event.span, "parent": event.parent}
+    about = {**{key: getattr(event, key) for key in _ABOUT}, "values": plain}
     if not tensors:
         return Message("event", json.dumps(about).encode())
     return Message("event", State({**tensors, "event": about}).to_bytes())
@@ -149,7 +196,7 @@ def _plain(value: Any) -> Any:
         return str(value)
 
 
-def message_to_event(message: Message) -> Event:
+def event_of(message: Message) -> Event:
     """With the ids and the clock of its sender. Raises StateError."""
     data, tensors = bytes(message.payload), {}
     try:
@@ -160,15 +207,11 @@ def message_to_event(message: Message) -> Event:
             about, tensors = state["event"], {k[1:]: state[k] for k in state if k.startswith("@")}
         values = {k: _step(v["@step"]) if isinstance(v, dict) and "@step" in v else v
                   for k, v in about["values"].items()}  # fmt: skip
-        wrong = [key for key, kind in _ABOUT.items() if not is_a(about[key], kind)]
-        if wrong:
+        if wrong := [key for key, kind in _ABOUT.items() if not is_a(about[key], kind)]:
             raise ValueError(wrong[0])
         return Event(values=MappingProxyType({**values, **tensors}), **{key: about[key] for key in _ABOUT})
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
-        raise StateError("reading an event", f"it is damaged ({e!r})", "Use the same version of ditkit") from None
-
-
-_ABOUT = {"name": "str", "seconds": "float", "span": "int", "parent": "int"}
+        raise StateError("reading an event", f"it is damaged ({e!r})", SAME) from None
 
 
 def _step(values: Mapping[str, Any]) -> Step:
@@ -180,22 +223,21 @@ def _step(values: Mapping[str, Any]) -> Step:
     return step
 
 
-def error_to_message(error: BaseException) -> Message:
+def error_message(error: BaseException) -> Message:
     """An error of ditkit's keeps its kind and its three parts; of any other only its text travels."""
-    if isinstance(error, DitkitError) and type(error).__reduce__ is DitkitError.__reduce__:
-        about = {"kind": type(error).__name__, "asked": error.asked, "found": error.found, "do": error.do}
-    else:
-        found = f"it failed with {type(error).__name__}: {error}"
-        about = {"kind": "PlaceError", "asked": "running a stage", "found": found, "do": "Look at its log"}
+    kind = type(error).__name__
+    if not isinstance(error, DitkitError) or type(error).__reduce__ is not DitkitError.__reduce__:
+        kind, error = "PlaceError", PlaceError("running a stage", f"it failed with {kind}: {error}", LOG)
+    about = {"kind": kind, "asked": error.asked, "found": error.found, "do": error.do}
     return Message("error", json.dumps(about).encode())
 
 
 def _printable(text: Any) -> str:
-    """What a terminal may be shown of somebody else's words."""
-    return "".join(letter if letter.isprintable() else " " for letter in str(text)[:WORDS])
+    """What a terminal may be shown of somebody else's words: 2000 letters, none of which steers it."""
+    return "".join(letter if letter.isprintable() else " " for letter in str(text)[:2000])
 
 
-def message_to_error(payload: bytes | bytearray | memoryview, place: str) -> DitkitError:
+def error_of(payload: bytes | bytearray | memoryview, place: str) -> DitkitError:
     """The same error, which names the place."""
     try:
         about = json.loads(bytes(payload))
@@ -204,4 +246,4 @@ def message_to_error(payload: bytes | bytearray | memoryview, place: str) -> Dit
         asked, found, do = (_printable(about[part]) for part in ("asked", "found", "do"))
         return cls(f"{asked} (at {place})", found, do)
     except (ValueError, TypeError, KeyError, RecursionError):
-        return PlaceError(f"running a stage at {place}", "it failed, and its error is damaged", "Look at its log")
+        return PlaceError(f"running a stage at {place}", "it failed, and its error is damaged", LOG)

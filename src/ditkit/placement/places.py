@@ -1,20 +1,27 @@
-"""Places: the setting ``placement`` made real, for one model. Channels are opened when they are first needed."""
+"""Places: the setting ``placement`` made real, for one model. Channels are opened when they are first needed.
 
-from __future__ import annotations
+Other settings may be about parts that lie elsewhere: what would have no effect is refused and not ignored. A host over
+HTTP has its own Setup; a child process and a Ray actor have ours, but for the device if one is given. Options of a
+stage (attention, frames per chunk) travel with it and contradict nothing. Leaves out: what hosts say.
+"""
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, Self
 
-from ditkit.contracts import Seams, Step
+from ditkit.assembly.adapters import named_expert
+from ditkit.assembly.plugs import plugs_of
+from ditkit.contracts import EXPERTS, Seams, Step
 from ditkit.errors import SetupError, nearest
 from ditkit.execution.place import Here, Place, Segment
 from ditkit.execution.stage_list import StageList
-from ditkit.placement import contradictions
-from ditkit.placement.channel import Channel
+from ditkit.placement.job import Channel
 from ditkit.placement.remote import Remote
-from ditkit.placement.spec import Spec, Target, expected_of, specs_of
+from ditkit.placement.spec import Spec, Target, address, expected_of, specs_of
 from ditkit.setup import Setup
+
+HERE = Spec("here", "here")
 
 
 class Places:
@@ -27,9 +34,9 @@ class Places:
         self._remotes: dict[str, Remote] = {}
         self._lock = threading.RLock()
 
-    def also(self, setup: Setup) -> Places:
+    def also(self, setup: Setup) -> Self:
         """Those of ``setup``, which places more stages; who was asked already is not asked again."""
-        places = Places(setup)
+        places = type(self)(setup)
         places._remotes, places._lock = self._remotes, self._lock
         return places
 
@@ -39,7 +46,7 @@ class Places:
         found: dict[str, str] = dict(self.setup.devices)
         for target in self.specs:
             self._check(target, pipeline)
-        contradictions.check(self.setup, self.specs, pipeline)
+        check_heeded(self.setup, self.specs, pipeline)
         for target, spec in self.specs.items():
             if spec.kind != "here" or spec.device is None:
                 continue
@@ -51,27 +58,16 @@ class Places:
         return found
 
     def of_run(
-        self,
-        pipeline: StageList,
-        components: Mapping[str, Any],
-        seams: Seams,
-        steps: Callable[[], Sequence[Step]],
+        self, pipeline: StageList, components: Mapping[str, Any], seams: Seams, steps: Callable[[], Sequence[Step]]
     ) -> dict[str, list[Segment]]:
         """The segments of each stage that does not simply run here. ``steps``: the step table, asked for only where an
         expert is placed. Raises SetupError."""
-        found: dict[str, list[Segment]] = {}
-        here = Here(components)
+        here, places = Here(components), dict[str, dict[Target, Place]]()
         for target, spec in self.specs.items():
             self._check(target, pipeline)
             self._check_swaps(target, spec, pipeline, seams)
-        for name in dict.fromkeys(target.stage for target in self.specs):
-            own = {
-                target: here if spec.kind == "here" else self.remote(spec)
-                for target, spec in self.specs.items()
-                if target.stage == name
-            }
-            found[name] = self._segments(name, own, here, steps)
-        return found
+            places.setdefault(target.stage, {})[target] = here if spec.kind == "here" else self.remote(spec)
+        return {stage: self._segments(stage, own, here, steps) for stage, own in places.items()}
 
     @staticmethod
     def _segments(
@@ -80,16 +76,12 @@ class Places:
         """An expert's place has its steps alone; those of nobody run where the whole stage is placed, or else here."""
         whole, cuts, ends = own.get(Target(stage), here), dict[int, Place](), list[tuple[int, int]]()
         for target, place in own.items():
-            if target.expert is not None:
-                taken = [step.index for step in steps() if step.expert == target.expert]
-                if not taken:
-                    continue
+            begin = target.step
+            if target.expert is not None and (taken := [s.index for s in steps() if s.expert == target.expert]):
                 begin = taken[0]
                 ends += [(begin, taken[-1] + 1)] if taken[-1] + 1 < len(steps()) else []
-            elif target.step is None:
+            if begin is None:
                 continue
-            else:
-                begin = target.step
             if begin in cuts or (begin == 0 and target.expert is None and Target(stage) in own):
                 raise SetupError(f"placement of {stage}", f"two places begin at step {begin}", "Leave one out")
             cuts[begin] = place
@@ -115,11 +107,10 @@ class Places:
     def _check_swaps(self, target: Target, spec: Spec, pipeline: StageList, seams: Seams) -> None:
         """A loop elsewhere refuses all that is plugged in; other stages have no seams but the swaps of their parts."""
         stage = pipeline[target.stage]
-        for swap in seams.swaps:
-            if spec.kind != "here" and not stage.loop and {*stage.components} & {*swap.components}:
-                found = f"{stage.name} runs at {spec.text}, and Python objects do not travel"
-                asked = f"swap {swap.name!r} for {', '.join(swap.components)}"
-                raise SetupError(asked, found, "Run the stage here, or take the swap out")
+        for swap in () if spec.kind == "here" or stage.loop else seams.of(stage.components).swaps:
+            found = f"{stage.name} runs at {spec.text}, and Python objects do not travel"
+            asked = f"swap {swap.name!r} for {', '.join(swap.components)}"
+            raise SetupError(asked, found, "Run the stage here, or take the swap out")
 
     def remote(self, spec: Spec) -> Remote:
         with self._lock:
@@ -132,8 +123,7 @@ class Places:
 
     def _channel(self, spec: Spec, stages: Sequence[str]) -> Channel:
         if spec.kind == "http":
-            from ditkit.placement.http.client import HTTPChannel
-            from ditkit.placement.http.tokens import token_of
+            from ditkit.placement.http.client import HTTPChannel, token_of
 
             return HTTPChannel(str(spec.address), self.setup.timeout, token_of())
         if spec.kind == "process":
@@ -147,10 +137,75 @@ class Places:
     def describe(self) -> dict[str, Any]:
         """What each place that was used said of itself."""
         with self._lock:
-            return {name: dict(remote.handshake.heard) for name, remote in self._remotes.items()}
+            return {name: dict(remote.heard) for name, remote in self._remotes.items()}
 
     def close(self) -> None:
         with self._lock:
             for remote in self._remotes.values():
                 remote.channel.close()
             self._remotes.clear()
+
+
+# --- settings about parts that lie elsewhere
+
+
+def check_heeded(setup: Setup, specs: Mapping[Target, Spec], pipeline: StageList) -> None:
+    """``setup``: as it was given. Raises SetupError for the first setting that nothing would heed."""
+    used = uses(specs, pipeline)
+    for asked, names, deaf in concerns(setup):
+        places = [spec for name in names for at in used.get(name, {}).values() for spec in at]
+        if places and all(map(deaf, places)):
+            where = " and ".join(dict.fromkeys(spec.text for spec in places))
+            hosts = any(map(elsewhere, places))
+            do = "Give it to the host, or name another place" if hosts else "Leave one of the two devices out"
+            raise SetupError(asked, f"what it concerns is at {where}, where nobody heeds it", do)
+
+
+def uses(specs: Mapping[Target, Spec], pipeline: StageList) -> dict[str, dict[str, list[Spec]]]:
+    """For each component, by the stages that call it, the places where they may. Where a loop moves at a step, all its
+    components may be at all its places."""
+    found: dict[str, dict[str, list[Spec]]] = {}
+    for stage in pipeline.stages:
+        own = {target: spec for target, spec in specs.items() if target.stage == stage.name}
+        rest = [spec for target, spec in own.items() if target.expert is None]
+        if all(target.expert or target.step for target in own):
+            rest.append(HERE)
+        moves = any(target.step for target in own)
+        for name in stage.components:
+            expert = own.get(Target(stage.name, None, name))
+            places = rest if expert is None else [*rest, expert] if moves else [expert]
+            found.setdefault(name, {})[stage.name] = places
+    return found
+
+
+def elsewhere(spec: Spec) -> bool:
+    return spec.kind == "http"
+
+
+def on_other_than(device: str, spec: Spec) -> bool:
+    return elsewhere(spec) or (spec.kind in ("process", "ray") and spec.device not in (None, device))
+
+
+def concerns(setup: Setup) -> Iterator[tuple[str, Iterable[str], Callable[[Spec], bool]]]:
+    """Each setting about components: how it was written, the names that it concerns, and which places do not heed it.
+
+    One for all components is refused only where none of them is left to heed it."""
+    plain, every = Setup(), ("tokenizer", "text_encoder", "image_encoder", *EXPERTS, "vae")
+    for setting in ("components", "dtypes", "backends"):
+        for name, value in getattr(setup, setting).items():
+            if setting == "components" and address(value) is not None:
+                continue  # it says that the host's is meant
+            yield f"{setting} with {name} = {value!r}", [name], elsewhere
+    for name, device in setup.devices.items():
+        yield f"devices with {name} = {device!r}", [name], partial(on_other_than, device)
+    for text in setup.loras:
+        expert, _ = named_expert(text)
+        yield f"loras with {text!r}", EXPERTS if expert in (None, "both") else [str(expert)], elsewhere
+    for plug in plugs_of(setup.plugs):
+        if plug.seam == "swap":
+            yield f"plugs with {plug.row.name!r}", getattr(plug.row.made, "components", EXPERTS), elsewhere
+    for setting, names in (("dtype_policy", EXPERTS), ("dtype", every), ("variant", every)):
+        if (value := getattr(setup, setting)) != getattr(plain, setting):
+            yield f"{setting} = {value!r}", names, elsewhere
+    if setup.device != plain.device:
+        yield f"device = {setup.device!r}", every, partial(on_other_than, setup.device)

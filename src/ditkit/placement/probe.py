@@ -3,19 +3,17 @@
 The input is made of the sizes of the components and of fixed numbers: a prompt that needs cleaning, a picture drawn by
 a formula, noise of seed 7; one step of the loop for each transformer that is there. Equal weights, dtypes and code give
 an equal hash on equal devices; two kinds of devices seldom agree in every bit.
-Leaves out: who compares (``handshake.py``).
+Leaves out: who compares (``remote.py``).
 """
-
-from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+from ditkit.contracts import EXPERTS
 from ditkit.errors import PlaceError
 from ditkit.execution.stage import Stage
-from ditkit.placement.job import Job, Message, message_to_error, options_to_send, state_to_outcome
-from ditkit.placement.spec import EXPERTS
+from ditkit.placement.job import Job, Message, error_of, options_to_send, state_to_outcome
 from ditkit.placement.worker import Worker
 from ditkit.request import Request
 from ditkit.state import State, digest, kind_of
@@ -38,10 +36,12 @@ def probe_of(worker: Worker, name: str) -> dict[str, Any]:
         job = Job("probe", name, options_to_send(stage), ignore=("prediction", "frames"))
         worker.run(job, inputs, frames.append, threading.Event())
         if frames[-1].kind != "outcome":
-            raise message_to_error(frames[-1].payload, "the probe")
+            raise error_of(frames[-1].payload, "the probe")
         outcome, _ = state_to_outcome(frames[-1].state("the probe"))
         written.append(dict(outcome.written))
-    return {"stage": name, "hash": digest(written_of(written)), "numbers": [numbers(fields) for fields in written]}
+    hashes = [[[field, digest(fields[field])] for field in sorted(fields)] for fields in written]
+    numbers = [{k: figures(v) for k, v in fields.items() if kind_of(v) != "tensors"} for fields in written]
+    return {"stage": name, "hash": digest(hashes), "numbers": numbers}
 
 
 def has_probe(components: Iterable[str]) -> bool:
@@ -49,28 +49,13 @@ def has_probe(components: Iterable[str]) -> bool:
     return all(name in FIXED or name in EXPERTS for name in components)
 
 
-def written_of(written: list[dict[str, Any]]) -> list[Any]:
-    """Each field by its hash, in a fixed order."""
-    return [[[name, digest(fields[name])] for name in sorted(fields)] for fields in written]
-
-
-def numbers(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Of each tensor what a person compares; of a plain field its value."""
-    return {
-        name: figures(value) if kind_of(value) == "tensor" else value
-        for name, value in fields.items()
-        if kind_of(value) != "tensors"
-    }
-
-
-def figures(value: Any) -> dict[str, Any]:
+def figures(value: Any) -> Any:
+    """Of a tensor what a person compares; of a plain field its value."""
+    if kind_of(value) != "tensor":
+        return value
     wide = value.double()
-    return {
-        "dtype": str(value.dtype).removeprefix("torch."),
-        "shape": list(value.shape),
-        "rms": float(wide.square().mean().sqrt()),
-        "first": [float(x) for x in wide.flatten()[:4]],
-    }
+    return {"dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape),
+            "rms": float(wide.square().mean().sqrt()), "first": [float(x) for x in wide.flatten()[:4]]}  # fmt: skip
 
 
 # --- the inputs
@@ -81,16 +66,13 @@ def cases(stage: Stage, components: Mapping[str, Any]) -> Iterator[State]:
     makers: dict[str, Callable[[], Any]] = {
         "prompt": lambda: [PROMPT], "negative_prompt": lambda: ["blurry"], "seed": lambda: [SEED],
         "image": lambda: picture(40, 56), "request": lambda: _request(stage),
+        "latents": lambda: noise(components["vae"].config.z_dim, 2, 4, 4),
     }  # fmt: skip
     if stage.loop:
-        here = [name for name in stage.components if name in components]
-        for name in here:
-            two = len(stage.components) > 1
-            yield _denoising(stage, components[name], float(name != stage.components[0]) if two else None)
+        for name in (name for name in stage.components if name in components):
+            second = float(name != stage.components[0]) if len(stage.components) > 1 else None
+            yield _denoising(stage, components[name], second)
         return
-    if "latents" in stage.reads:
-        vae = components["vae"].config
-        makers |= {"latents": lambda: noise(vae.z_dim, 2, 4, 4)}
     names = {*stage.reads, *stage.triggers}
     unknown = [*sorted(names - set(makers)), *(n for n in stage.components if not has_probe([n]))]
     if unknown:
@@ -112,10 +94,11 @@ def _denoising(stage: Stage, transformer: Any, boundary: float | None) -> State:
 def _request(stage: Stage, boundary: float | None = None, patch: tuple[int, int, int] = (1, 2, 2)) -> dict[str, Any]:
     """Two latent frames of two patches each way, by the strides that the stage knows."""
     t, h, w = getattr(stage, "strides", (4, 16, 16))
-    size: dict[str, Any] = {"width": 2 * w * patch[2], "height": 2 * h * patch[1], "frames": t + 1}
-    return Request(
-        prompt=PROMPT, seed=SEED, sigmas=SIGMAS, scheduler="euler", boundary=boundary, guidance_scale=3.0, **size
-    ).model_dump()
+    request = Request(
+        prompt=PROMPT, seed=SEED, sigmas=SIGMAS, scheduler="euler", boundary=boundary, guidance_scale=3.0,
+        width=2 * w * patch[2], height=2 * h * patch[1], frames=t + 1,
+    )  # fmt: skip
+    return request.model_dump()
 
 
 def noise(channels: int, frames: int, height: int, width: int, seed: int = 0) -> Any:

@@ -5,9 +5,8 @@ and not streamed by a generator, which a ``ray://`` connection does not offer. L
 machines (``ray start``), and what has to lie there: this package and the model's files.
 """
 
-from __future__ import annotations
-
 import contextlib
+import functools
 import json
 import os
 import queue
@@ -18,8 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from ditkit.errors import DitkitError, Lost, MissingDependency, PlaceError, SetupError
-from ditkit.placement.channel import Question
-from ditkit.placement.job import Job, Message, error_to_message, message_to_error
+from ditkit.placement.job import Job, Message, Question, error_message, error_of
 from ditkit.setup import Setup
 from ditkit.state import State
 
@@ -36,6 +34,21 @@ Answer = tuple[str, bytes]
 """The kind of a message, or ``value`` for JSON, and its payload."""
 
 
+def answering(tell: Callable[..., dict[str, Any] | None]) -> Callable[..., Answer]:
+    """A method of the actor: what it tells, or its error, as bytes."""
+
+    @functools.wraps(tell)
+    def answer(*given: Any) -> Answer:
+        try:
+            return "value", json.dumps(tell(*given) or {}).encode()
+        except Exception as e:
+            if not isinstance(e, DitkitError):
+                traceback.print_exc()
+            return "error", bytes(error_message(e).payload)
+
+    return answer
+
+
 class Actor:
     """Runs in the cluster. Its methods take and give text and bytes."""
 
@@ -43,39 +56,31 @@ class Actor:
         self.running: dict[str, tuple[queue.SimpleQueue[Message], threading.Event]] = {}
         self.worker: Any = None
 
-    def start(self, setup: str, stages: Sequence[str], threads: int | None) -> Answer:
-        def opened() -> dict[str, Any]:
-            from ditkit.placement.worker_factory import worker_of
+    @answering
+    def start(self, setup: str, stages: Sequence[str], threads: int | None) -> None:
+        from ditkit.placement.worker import worker_of
 
-            if threads is not None:
-                import torch
+        if threads is not None:
+            import torch
 
-                torch.set_num_threads(threads)
-            self.worker = worker_of(Setup(**json.loads(setup)), stages)
-            return {}
+            torch.set_num_threads(threads)
+        self.worker = worker_of(Setup(**json.loads(setup)), stages)
 
-        return _answer(opened)
-
-    def ask(self, question: Question, name: str) -> Answer:
-        return _answer(lambda: self._told(question, name))
-
-    def _told(self, question: Question, name: str) -> dict[str, Any]:
+    @answering
+    def ask(self, question: Question, name: str) -> dict[str, Any] | None:
         from ditkit.placement.probe import probe_of
 
         if question == "probe":
             return probe_of(self.worker, name)
         if question == "cancel" and name in self.running:
             self.running[name][1].set()
-        return self.worker.describe() if question == "describe" else {}
+        return self.worker.describe() if question == "describe" else None
 
-    def submit(self, job: str, inputs: bytes) -> Answer:
-        def begun() -> dict[str, Any]:
-            asked, state = Job.from_json(job), State.from_bytes(inputs, "the caller")
-            messages, cancelled = self.running[asked.id] = queue.SimpleQueue(), threading.Event()
-            threading.Thread(target=self._work, args=(asked, state, messages, cancelled), daemon=True).start()
-            return {}
-
-        return _answer(begun)
+    @answering
+    def submit(self, job: str, inputs: bytes) -> None:
+        asked, state = Job.from_json(job), State.from_bytes(inputs, "the caller")
+        messages, cancelled = self.running[asked.id] = queue.SimpleQueue(), threading.Event()
+        threading.Thread(target=self._work, args=(asked, state, messages, cancelled), daemon=True).start()
 
     def _work(self, job: Job, inputs: State, messages: queue.SimpleQueue[Message], cancelled: threading.Event) -> None:
         try:
@@ -90,21 +95,11 @@ class Actor:
             message = messages.get(timeout=TURN)
             while True:
                 found.append((message.kind, bytes(message.payload)))
-                if message.kind in ("outcome", "error"):
+                if message.last:
                     del self.running[job]
                     break
                 message = messages.get_nowait()
         return found
-
-
-def _answer(tell: Callable[[], dict[str, Any]]) -> Answer:
-    try:
-        return "value", json.dumps(tell()).encode()
-    except DitkitError as e:
-        return "error", bytes(error_to_message(e).payload)
-    except Exception as e:
-        traceback.print_exc()
-        return "error", bytes(error_to_message(e).payload)
 
 
 class RayChannel:
@@ -116,14 +111,15 @@ class RayChannel:
     many CPU threads as Ray gives it, unless the Setup has a number. Raises SetupError for a device with a number."""
 
     def __init__(self, setup: Setup, address: str | None, device: str | None, stages: Sequence[str]):
-        asked = device or setup.device
-        if asked.startswith("cuda:"):
-            raise SetupError(f"a Ray actor on {asked}", "Ray chooses the GPU itself", "Write ray:cuda")
-        if asked == "mps":
-            raise SetupError(f"a Ray actor on {asked}", "Ray knows no such device", "Write process:mps")
+        self.device = device or setup.device
+        if self.device.startswith("cuda:"):
+            raise SetupError(f"a Ray actor on {self.device}", "Ray chooses the GPU itself", "Write ray:cuda")
+        if self.device == "mps":
+            raise SetupError(f"a Ray actor on {self.device}", "Ray knows no such device", "Write process:mps")
         self.name = address or ("ray" if device is None else f"ray:{device}")
-        self.setup, self.address, self.device, self.stages = setup, address, device, list(stages)
-        self.timeout = setup.timeout
+        moved: dict[str, Any] = {} if device is None else {"devices": {}}
+        self.setup = setup.model_copy(update={"placement": {}, "expected_probes": {}, **moved})
+        self.address, self.stages = address, list(stages)
         self._actor: Any = None
         self._kill: Callable[[], Any] = lambda: None
         self._left: weakref.finalize[..., RayChannel] | None = None
@@ -142,8 +138,9 @@ class RayChannel:
         try:
             while not ended:
                 found = self._get(asked, actor.take.remote(job.id))
-                ended = any(kind in ("outcome", "error") for kind, _ in found)
-                yield from (Message(kind, payload) for kind, payload in found or [("alive", b"")])
+                for message in (Message(kind, payload) for kind, payload in found or [("alive", b"")]):
+                    ended = message.last
+                    yield message
         finally:
             if not ended and self._actor is not None:
                 self._actor.ask.remote("cancel", job.id)
@@ -162,10 +159,12 @@ class RayChannel:
             if self._actor is None:
                 ray = CLUSTER.joined(self.address, self._left is None)
                 self._left = self._left or weakref.finalize(self, CLUSTER.left, end=False)
-                actor = self._made(ray)
+                gpu = self._gpu(ray)
+                cpus = int(self.address is not None)  # nobody else computes on our own cluster
+                actor = ray.remote(num_cpus=cpus, num_gpus=int(gpu), max_concurrency=CALLS)(Actor).remote()
                 self._kill = weakref.finalize(self, _kill, actor)
                 try:
-                    self._start(ray, actor)
+                    self._start(actor, ("cuda" if gpu else "cpu") if self.device == "auto" else self.device)
                 except BaseException:
                     self._forget()
                     raise
@@ -178,40 +177,29 @@ class RayChannel:
             self._actor = None
             self._kill()
 
-    def _made(self, ray: Any) -> Any:
-        gpus, cpus = int(self._gpu(ray)), int(self.address is not None)  # nobody else computes on our own cluster
-        if gpus and self.address is None and not ray.cluster_resources().get("GPU"):
-            raise PlaceError(f"starting an actor at {self.name}", "Ray finds no GPU on this machine", "Use ray:cpu")
-        return ray.remote(num_cpus=cpus, num_gpus=gpus, max_concurrency=CALLS)(Actor).remote()
-
-    def _start(self, ray: Any, actor: Any) -> None:
-        asked = f"starting an actor at {self.name}"
-        self._get(asked, actor.ask.remote("health", ""), START)
-        setup = self.setup.model_copy(update={"placement": {}, "expected_probes": {}, **self._devices(ray)})
-        started = actor.start.remote(setup.model_dump_json(), self.stages, self._threads())
-        _value(self._wait(asked, actor, started), self.name)
-
-    def _devices(self, ray: Any) -> dict[str, Any]:
-        """Inside of an actor the GPU that Ray gave it is number 0."""
-        asked = self.device or self.setup.device
-        found = ("cuda" if self._gpu(ray) else "cpu") if asked == "auto" else asked
-        return {"device": found, **({} if self.device is None else {"devices": {}})}
-
     def _gpu(self, ray: Any) -> bool:
-        asked = self.device or self.setup.device
-        return asked == "cuda" or (asked == "auto" and ray.cluster_resources().get("GPU", 0) >= 1)
+        """Whether it is to have one. Raises PlaceError."""
+        there = ray.cluster_resources().get("GPU", 0)
+        if self.device == "cuda" and self.address is None and not there:
+            raise PlaceError(f"starting an actor at {self.name}", "Ray finds no GPU on this machine", "Use ray:cpu")
+        return self.device == "cuda" or (self.device == "auto" and there >= 1)
 
-    def _threads(self) -> int | None:
+    def _start(self, actor: Any, device: str) -> None:
+        """``device``: inside of the actor, where the GPU that Ray gave it is number 0."""
         import torch
 
-        return torch.get_num_threads() if self.address is None else self.setup.threads
+        asked = f"starting an actor at {self.name}"
+        self._get(asked, actor.ask.remote("health", ""), START)
+        setup = self.setup.model_copy(update={"device": device}).model_dump_json()
+        threads = torch.get_num_threads() if self.address is None else self.setup.threads
+        _value(self._wait(asked, actor, actor.start.remote(setup, self.stages, threads)), self.name)
 
     # --- asking it
 
     def _wait(self, asked: str, actor: Any, answer: Any) -> Answer:
         """The answer, however long it takes, as long as the actor shows that it is alive."""
         while True:
-            ready, _ = CLUSTER.ray.wait([answer], timeout=self.timeout)
+            ready, _ = CLUSTER.ray.wait([answer], timeout=self.setup.timeout)
             if ready:
                 return self._get(asked, answer)
             self._get(asked, actor.ask.remote("health", ""))
@@ -220,7 +208,7 @@ class RayChannel:
         """Raises Lost for an actor that has died or is silent; the next one who asks starts another."""
         from ray.exceptions import GetTimeoutError, RayError
 
-        timeout = timeout or self.timeout
+        timeout = timeout or self.setup.timeout
         try:
             return CLUSTER.ray.get(answer, timeout=timeout)
         except GetTimeoutError:
@@ -235,7 +223,7 @@ class RayChannel:
 def _value(answer: Answer, place: str) -> dict[str, Any]:
     kind, payload = answer
     if kind == "error":
-        raise message_to_error(payload, place)
+        raise error_of(payload, place)
     return json.loads(payload)
 
 
@@ -261,7 +249,11 @@ class Cluster:
     def joined(self, address: str | None, new: bool) -> Any:
         """Ray, connected; ``new``: one more user. Raises MissingDependency, PlaceError, Lost."""
         with self._lock:
-            self.ray = self.ray or _ray()
+            try:
+                import ray
+            except ImportError:
+                raise MissingDependency(*MISSING) from None
+            self.ray = ray
             if not self.ray.is_initialized():
                 self._begin(address)
             elif address != (self.address if self.ours else None):
@@ -271,20 +263,19 @@ class Cluster:
             return self.ray
 
     def _begin(self, address: str | None) -> None:
-        quiet = {"logging_level": "ERROR", "log_to_driver": False}
+        ours: dict[str, Any] = {}
+        if address is None:
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
+            ours = {"num_cpus": os.cpu_count(), "include_dashboard": False}
         try:
-            if address is None:
-                os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
-                self.ray.init("local", num_cpus=os.cpu_count(), include_dashboard=False, **quiet)
-            else:
-                self.ray.init(address, **quiet)
+            self.ray.init(address or "local", logging_level="ERROR", log_to_driver=False, **ours)
         except (ValueError, ImportError) as e:  # Ray Client is a package of its own
             if "ray[client]" in str(e):
                 raise MissingDependency(*MISSING) from None
             raise
         except (ConnectionError, RuntimeError) as e:
-            where = address or "a cluster on this machine"
-            raise Lost(f"connecting to {where}", _first_line(e), "Check the address, and RAY_AUTH_TOKEN") from None
+            asked = f"connecting to {address or 'a cluster on this machine'}"
+            raise Lost(asked, _first_line(e), "Check the address, and RAY_AUTH_TOKEN") from None
         self.ours, self.address, self.users = True, address, 0
 
     def left(self, end: bool) -> None:
@@ -297,14 +288,4 @@ class Cluster:
 
 
 CLUSTER = Cluster()
-
-
 MISSING = "running a stage on Ray", "Ray is not installed", 'Install it: pip install "ditkit[ray]"'
-
-
-def _ray() -> Any:
-    try:
-        import ray
-    except ImportError:
-        raise MissingDependency(*MISSING) from None
-    return ray

@@ -1,50 +1,56 @@
-"""Remote: a place at the other end of a channel. A stage is sent again where that end was lost; it is pure, so that
-changes nothing.
+"""Remote: a place at the other end of a channel. Before its first use it is asked who it is: versions, stages,
+fingerprints, and the golden probe. A stage is sent again where that end was lost; it is pure, so that changes nothing.
 
-Leaves out: how bytes travel (``channel.py``), one sending (``attempt.py``), who may be trusted (``handshake.py``).
+Leaves out: what travels (``job.py``), one sending (``attempt.py``), and the fixed inputs of the probe (``probe.py``).
 """
 
-from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any, TypeVar
 
 from ditkit.assembly.plugs import texts_of
-from ditkit.errors import Lost, PlaceError
-from ditkit.events import Events
+from ditkit.cancel import Cancel
+from ditkit.errors import Lost, PlaceError, nearest
+from ditkit.events import SILENT, Events
 from ditkit.execution.place import Call, StageCall, StageResult
 from ditkit.execution.stage import Stage, Stopped
-from ditkit.identify import forgets
 from ditkit.placement.attempt import Attempt, plugged
-from ditkit.placement.channel import Channel
-from ditkit.placement.handshake import Handshake, pause, times
+from ditkit.placement.job import SAME, WIRE, Channel, made_by
 from ditkit.receipt import versions
+from ditkit.state import SCHEMA
 
 COMPUTES = ("ditkit", "torch", "transformers")
 """Packages whose version may change the last bits of a result."""
 
+T = TypeVar("T")
+
 
 class Remote:
-    """A Place. ``retries``: how often a stage is sent again after its host was lost. ``expected``: probe hashes by
-    stage, which the host has to show."""
+    """A Place. ``retries``: how often the other end is asked, and a stage sent, again after it was lost. ``expected``:
+    probe hashes by stage, which it has to show. It remembers what it was told, and which stages were found in order."""
 
     def __init__(self, name: str, channel: Channel, retries: int = 2, expected: Mapping[str, str] | None = None):
-        self.name, self.channel, self.retries = name, channel, retries
-        self.handshake = Handshake(name, channel, expected or {}, retries)
+        self.name, self.channel, self.retries, self.expected = name, channel, retries, expected or {}
+        self._said: dict[str, Any] | None = None
+        self._checked: set[str] = set()
+        self._lock = threading.RLock()
+
+    # --- a place
 
     def prepare(self, stage: Stage, components: Sequence[str], events: Events) -> None:
-        self.handshake.check(stage, events)
-        if lacking := [name for name in components if name not in self.handshake.fingerprints(stage)]:
-            raise PlaceError(f"running stage {stage.name!r} at {self.name}", f"there is no {', '.join(lacking)}",
-                             "Start it with a model that has one, or name another place")  # fmt: skip
+        self.check(stage, events)
+        if lacking := [name for name in components if name not in self._told(stage)["components"]]:
+            do = "Start it with a model that has one, or name another place"
+            raise PlaceError(self._running(stage), f"there is no {', '.join(lacking)}", do)
 
     def fingerprints(self, stage: Stage, components: Sequence[str]) -> Mapping[str, str]:
-        known = self.handshake.fingerprints(stage)
+        known = self._told(stage)["components"]
         return {name: known[name] for name in components if name in known}
 
     def software(self) -> Mapping[str, str]:
         """A result that another torch made must not pass for one of ours: a cache keeps them apart."""
-        mine, theirs = versions(), self.handshake.said.get("versions", {})
+        mine, theirs = versions(), self.said.get("versions", {})
         return {name: str(theirs.get(name)) for name in COMPUTES if theirs.get(name) != mine.get(name)}
 
     def call(self, task: StageCall) -> Call:
@@ -52,31 +58,105 @@ class Remote:
 
     def _run(self, task: StageCall) -> StageResult:
         """Raises Stopped with the result of a stage that was interrupted."""
-        result = self.run(task)
-        if result.stopped:
-            raise Stopped(result)
-        return result
-
-    def run(self, task: StageCall) -> StageResult:
-        self.handshake.check(task.stage, task.events)
+        self.check(task.stage, task.events)
         attempt = Attempt(self.name, self.channel, task)
         if texts_of(task.seams) is None and task.stage.loop:
             raise plugged(attempt.asked, task)
         try:
-            for count in range(self.retries + 1):
-                try:
-                    return attempt.run()
-                except Lost as e:
-                    if count == self.retries:
-                        raise PlaceError(e.asked, f"{e.found}{times(count)}", e.do) from None
-                    about = {"place": self.name, "stage": task.stage.name, "attempt": count + 1, "why": str(e)}
-                    task.events.emit("place.retry", **about)
-                    pause(e, count, task.cancel)
-                # A plug that cannot save its memory makes another result where it is cut: then all of it once more.
-                again = None if forgets(task.seams.describe()) else attempt.reached
-                attempt = Attempt(self.name, self.channel, task, again)
+            result = self._patiently(attempt.run, task.stage.name, task.events, task.cancel)
+        except Lost as e:
+            raise PlaceError(e.asked, e.found, e.do) from None
         except KeyboardInterrupt:
             if attempt.reached is None:
                 raise
-            return replace(attempt.reached, stopped=True)
+            raise Stopped(replace(attempt.reached, stopped=True)) from None
+        if result.stopped:
+            raise Stopped(result)
+        return result
+
+    def _patiently(self, act: Callable[[], T], stage: str, events: Events, cancel: Cancel | None = None) -> T:
+        """What ``act`` gives, once more where the other end was lost: after as long as that asks for, or a little
+        longer each time. Raises the last Lost, and KeyboardInterrupt on ``cancel``."""
+        for attempt in range(self.retries + 1):
+            try:
+                return act()
+            except Lost as e:
+                if attempt == self.retries:
+                    raise Lost(e.asked, f"{e.found} ({attempt + 1} times)" if attempt else e.found, e.do) from None
+                events.emit("place.retry", place=self.name, stage=stage, attempt=attempt + 1, why=str(e))
+                (cancel or Cancel()).wait(max(e.after, min(0.1 * 2**attempt, 5.0)))
         raise AssertionError
+
+    # --- who is there
+
+    @property
+    def said(self) -> dict[str, Any]:
+        """What the other end says of itself; asked once. Raises Lost, PlaceError."""
+        return self._ask(SILENT)
+
+    @property
+    def heard(self) -> Mapping[str, Any]:
+        """What it has said, nothing if it was never asked."""
+        return self._said or {}
+
+    def _ask(self, events: Events) -> dict[str, Any]:
+        """``events`` hears of attempts that failed."""
+        with self._lock:
+            if self._said is None:
+                self._said = self._patiently(lambda: self._sound(self.channel.ask("describe")), "", events)
+            return self._said
+
+    def _sound(self, said: dict[str, Any]) -> dict[str, Any]:
+        asked = f"asking {self.name} who it is"
+        for what, mine in (("wire", WIRE), ("schema", SCHEMA)):
+            if said.get(what) != mine:
+                raise PlaceError(asked, f"its {what} version is {said.get(what)!r}, ours is {mine}", SAME)
+        stages = said.get("stages")
+        facts = [said.get(key) or {} for key in ("versions", "machine", "model", "parts")]
+        sound = all(isinstance(known, dict) for known in facts) and all(isinstance(x, dict) for x in facts[3].values())
+        if not sound or not isinstance(stages, dict) or not all(map(_is_description, stages.values())):
+            raise PlaceError(asked, "its answer is damaged", "Check the address")
+        return said
+
+    def _told(self, stage: Stage) -> dict[str, Any]:
+        """What it says of a stage. Raises PlaceError."""
+        stages = self.said["stages"]
+        if stage.name not in stages:
+            found = f"it offers {', '.join(stages) or 'nothing'}{nearest(stage.name, stages)}"
+            raise PlaceError(self._running(stage), found, "Start it with --stages that name this one")
+        return stages[stage.name]
+
+    def check(self, stage: Stage, events: Events) -> None:
+        """Raises PlaceError with the difference."""
+        with self._lock:
+            if stage.name in self._checked:
+                return
+            self._ask(events)
+            theirs, running, mine = self._told(stage), self._running(stage), made_by(stage)
+            if theirs["version"] != stage.version:
+                found = f"its version of the stage is {theirs['version']}, ours is {stage.version}"
+                raise PlaceError(running, found, SAME)
+            if theirs.get("made_by") != mine:
+                found = f"the stage there is {theirs.get('made_by')}, the one here {mine}"
+                raise PlaceError(running, found, "Run it here, or offer the same one there")
+            wanted = self.expected.get(stage.name, "")
+            found = self.probe(stage.name) if wanted else ""
+            if not found.startswith(wanted):
+                do = "Compare weights, dtype and versions with `ditkit doctor --placement`"
+                raise PlaceError(running, f"its probe is {found[:16]}, expected is {wanted[:16]}", do)
+            self._checked.add(stage.name)
+            events.emit("place.checked", stage=stage.name, place=self.name)
+
+    def probe(self, stage: str) -> str:
+        """The hash of what it makes of the stage's fixed input."""
+        return str(self.channel.ask("probe", stage).get("hash"))
+
+    def _running(self, stage: Stage) -> str:
+        return f"running stage {stage.name!r} at {self.name}"
+
+
+def _is_description(stage: Any) -> bool:
+    if not isinstance(stage, dict) or not isinstance(stage.get("version"), int):
+        return False
+    parts = stage.get("components")
+    return isinstance(parts, dict) and all(isinstance(x, str) for pair in parts.items() for x in pair)

@@ -1,37 +1,38 @@
-"""Parts that lie at hosts: what a host says of them, made into parts of a model that nobody can load here.
+"""Parts and plugs elsewhere: what a host says of its parts, made into parts of a model that nobody can load here, and
+whether the code that is plugged in here is the code there.
 
-A host is asked only for what is not on this machine. Leaves out: what a host says of itself otherwise
-(``handshake.py``), and how the parts are held against each other (``checkpoints/model/fits.py``).
+A host is asked only for what is not on this machine. It says what code it knows besides ditkit's own: files that it was
+started with and rows of installed packages. Leaves out: what a host says of itself otherwise (``remote.py``), how the
+parts are held against each other (``checkpoints/model/fits.py``), and making plugs of a job (``assembly/plugs.py``).
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ditkit.assembly import STAGES, Model, calls_of
+from ditkit.assembly import PLUGS, STAGES, Model, calls_of
+from ditkit.assembly.plugs import START_WITH, texts_of
 from ditkit.checkpoints.kinds.kind import KINDS
 from ditkit.checkpoints.model.part import Part, Scope, component_names
+from ditkit.contracts import Seams
 from ditkit.errors import PlaceError, SetupError
-from ditkit.execution.place import Segment
+from ditkit.execution.place import Place, Segment
 from ditkit.execution.stage_list import Stage, StageList
-from ditkit.placement.contradictions import uses
-from ditkit.placement.spec import EXPERTS, Spec, Target, address
-
-if TYPE_CHECKING:
-    from ditkit.placement.places import Places
+from ditkit.placement.job import SAME
+from ditkit.placement.places import Places, uses
+from ditkit.placement.remote import Remote
+from ditkit.placement.spec import Spec, address
+from ditkit.registry import FILES, PlugSpec
+from ditkit.schedulers import SCHEDULERS
 
 
 def model_at(places: Places, spec: Spec) -> Mapping[str, Any]:
     """What the host says of its model as a whole. Raises Lost, PlaceError."""
-    about = places.remote(spec).handshake.said.get("model")
-    if not isinstance(about, dict) or not about.get("task"):
-        raise PlaceError(
-            f"taking the model from {spec.text}", "it says of none what it makes",
-            "Start it with a whole model, or name the model here and place single stages there",
-        )  # fmt: skip
+    about: Mapping[str, Any] = places.remote(spec).said.get("model") or {}
+    if not about.get("task"):
+        do = "Start it with a whole model, or name the model here and place single stages there"
+        raise PlaceError(f"taking the model from {spec.text}", "it says of none what it makes", do)
     return about
 
 
@@ -48,10 +49,8 @@ def scope_of(places: Places, parts: Mapping[str, str]) -> Scope:
     for name, host in meant.items():
         if host.address not in [spec.address for spec in hosts.get(name, ())]:
             stage = next((stage for stage in STAGES if name in calls_of(stage)), "STAGE")
-            raise SetupError(
-                f"parts with {name} = {host.text!r}", "no stage that calls it is placed there",
-                f"Place one: placement = {{{stage} = {host.text!r}}}",
-            )  # fmt: skip
+            do = f"Place one: placement = {{{stage} = {host.text!r}}}"
+            raise SetupError(f"parts with {name} = {host.text!r}", "no stage that calls it is placed there", do)
         hosts[name] = [host]
     ask: dict[str, Callable[[], Part | None]] = {n: partial(_first, places, n, specs) for n, specs in hosts.items()}
     return Scope(None, ask, tuple(meant), [t.expert for t in places.specs if t.expert])
@@ -65,14 +64,9 @@ def scope_at(places: Places, spec: Spec, parts: Mapping[str, str]) -> Scope:
 
 
 def _first(places: Places, name: str, specs: Iterable[Spec]) -> Part | None:
-    found = (part_at(places, spec, name) for spec in dict.fromkeys(specs))
-    return next((part for part in found if part is not None), None)
-
-
-def part_at(places: Places, spec: Spec, name: str) -> Part | None:
-    """The host's part of that name; None if it has none. Raises Lost, PlaceError."""
-    told = _told(places, spec).get(name)
-    return None if told is None else part_of(name, told, spec.text)
+    """The part of that name of the first host that has one. Raises Lost, PlaceError."""
+    told = ((spec.text, _told(places, spec).get(name)) for spec in dict.fromkeys(specs))
+    return next((part_of(name, about, place) for place, about in told if about is not None), None)
 
 
 def part_of(name: str, told: Any, place: str) -> Part:
@@ -85,45 +79,36 @@ def part_of(name: str, told: Any, place: str) -> Part:
         if row.config_class:
             row.config(config)
     except (KeyError, TypeError, ValueError, AttributeError) as e:
-        raise PlaceError(
-            f"asking {place} for its {name}", f"it describes it in a way that is not known here ({e})",
-            "Use the same version of ditkit on both machines",
-        ) from None  # fmt: skip
+        found = f"it describes it in a way that is not known here ({e})"
+        raise PlaceError(f"asking {place} for its {name}", found, SAME) from None
     notes = tuple(map(str, told.get("notes", ())))
     layout, quantization = str(told.get("layout")), told.get("quantization")
     return Part(name, row.name, Path(name), config, None, layout, quantization, None, notes, place, told)
 
 
 def _told(places: Places, spec: Spec) -> Mapping[str, Any]:
-    parts = places.remote(spec).handshake.said.get("parts", {})
-    return parts if isinstance(parts, dict) else {}
+    return places.remote(spec).said.get("parts") or {}
 
 
 def check_here(model: Model, places: Places, pipeline: StageList) -> None:
     """Every part that a stage calls on this machine has to lie here. Raises SetupError. A loop that moves at a step may
     call some of its parts here only; that shows when it runs."""
     moving = {target.stage for target in places.specs if target.step}
-    for name, specs in uses(places.specs, pipeline).items():
-        part = model.elsewhere.get(name)
-        stages = [stage.name for stage in pipeline.stages if name in stage.components and stage.name not in moving]
-        if part is None or name in model.parts or not stages or all(spec.kind == "http" for spec in specs):
-            continue
-        here = next((s for s in stages if not _at_host(places, s, name)), stages[0])
-        raise SetupError(
-            f"running stage {here!r} on this machine", f"its {name} lies at {part.place} and not here",
-            f"Place it there too ({here} = {part.place!r}), or bring the {name} here",
-        )  # fmt: skip
+    used = uses(places.specs, pipeline)
+    for name, part in model.elsewhere.items():
+        for stage, specs in used.get(name, {}).items() if name not in model.parts else ():
+            if stage not in moving and any(spec.kind != "http" for spec in specs):
+                found = f"its {name} lies at {part.place} and not here"
+                do = f"Place it there too ({stage} = {part.place!r}), or bring the {name} here"
+                raise SetupError(f"running stage {stage!r} on this machine", found, do)
 
 
-def _at_host(places: Places, stage: str, component: str) -> bool:
-    own = {target: spec for target, spec in places.specs.items() if target.stage == stage}
-    spec = own.get(Target(stage, None, component if component in EXPERTS else None)) or own.get(Target(stage))
-    return spec is not None and spec.kind == "http"
-
-
-def check_agree(model: Model, places: Places, stages: Iterable[Stage], where: Mapping[str, Sequence[Segment]]) -> None:
-    """Of a part that lies here and at the host where its stage runs both must be the same. ``where``: the places of the
-    run; others are not asked. Raises PlaceError, Lost."""
+def check_agree(
+    model: Model, places: Places, stages: Sequence[Stage], where: Mapping[str, Sequence[Segment]], seams: Seams,
+    request: Mapping[str, Any],
+) -> None:  # fmt: skip
+    """Of a part that lies here and at the host where its stage runs both must be the same, and so must the code that is
+    plugged in. ``where``: the places of the run; others are not asked. Raises PlaceError, Lost."""
     planned = {stage.name: stage for stage in stages}
     for target, spec in places.specs.items():
         used = [segment.place.name for segment in where.get(target.stage, ())]
@@ -133,10 +118,11 @@ def check_agree(model: Model, places: Places, stages: Iterable[Stage], where: Ma
         for name in names:
             told = _told(places, spec).get(name)
             if told is not None and name in model.parts and told.get("identity") != model.identities[name]:
-                raise PlaceError(
-                    f"running stage {target.stage!r} at {spec.text}", f"its {name} is another one than the one here",
-                    f"Use the same files, or write parts = {{{name} = {spec.text!r}}} if the one there is meant",
-                )  # fmt: skip
+                asked = f"running stage {target.stage!r} at {spec.text}"
+                do = f"Use the same files, or write parts = {{{name} = {spec.text!r}}} if the one there is meant"
+                raise PlaceError(asked, f"its {name} is another one than the one here", do)
+    for stage in stages:
+        _check_code(stage, [segment.place for segment in where.get(stage.name, ())], _needed(stage, seams, request))
 
 
 def files_at(places: Places) -> dict[str, dict[str, dict[str, str]]]:
@@ -158,3 +144,34 @@ def facts_of(places: Places, ran: Mapping[str, Iterable[str]], weights: Mapping[
                     facts = {k: v for k, v in told.items() if k not in ("kind", "config", "identity")}
                     found.setdefault(name, {**facts, "place": place})
     return found
+
+
+# --- plugs and kernels
+
+
+def _check_code(stage: Stage, places: Iterable[Place], needed: Iterable[tuple[str, str, str]]) -> None:
+    for place in (place for place in places if isinstance(place, Remote)):
+        for group, name, code in needed:
+            if fault := _fault(place.said.get("code", {}).get(group, {}), group, name, code):
+                raise PlaceError(f"running stage {stage.name!r} at {place.name}", fault, START_WITH)
+
+
+def _needed(stage: Stage, seams: Seams, request: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Plugs, kernel and scheduler that a stage may ask for: kind, name and code of each that is not ditkit's own."""
+    if not stage.loop:  # whether another one asks for the seams shows when it runs
+        return []
+    from ditkit.nn.attention import ATTENTION
+
+    plugs = [PlugSpec.parse(text) for text in texts_of(seams.of(stage.components)) or ()]
+    rows = [(FILES if spec.is_code else PLUGS.group, spec.code, spec.sha256) for spec in plugs]
+    kernel, _, code = str(getattr(stage, "attention", "")).partition("@")
+    scheduler = str(request.get("scheduler"))
+    rows += [(ATTENTION.group, kernel, code), (SCHEDULERS.group, scheduler, SCHEDULERS.code(scheduler))]
+    return [row for row in rows if row[2]]
+
+
+def _fault(known: Mapping[str, str], group: str, name: str, code: str) -> str:
+    """Why what is ``known`` there is not the same, or nothing."""
+    there = code in known if group == FILES else known.get(name) == code
+    other = name in known.values() if group == FILES else name in known
+    return "" if there else f"its {name} is other code" if other else f"it does not know {name}"

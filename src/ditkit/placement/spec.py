@@ -5,18 +5,17 @@ Right of it: ``here``, a device of this process (``cuda:0``), ``process`` or ``p
 ``ray`` or ``ray:DEVICE`` (a cluster on this machine), ``ray://HOST:PORT`` (another one).
 """
 
-from __future__ import annotations
-
-import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
+from typing import Self
 from urllib.parse import urlsplit
 
+from ditkit.contracts import EXPERTS
 from ditkit.errors import SetupError, nearest
 
 DEVICE = re.compile(r"cpu|mps|cuda(:\d+)?")
-EXPERTS = ("transformer", "transformer_2")
 FORMS = "here, cpu, cuda:N, mps, process[:DEVICE], http://HOST:PORT, ray[:DEVICE] or ray://HOST:PORT"
 
 
@@ -30,7 +29,7 @@ class Target:
     text: str = field(default="", compare=False)
 
     @classmethod
-    def parse(cls, text: str) -> Target:
+    def parse(cls, text: str) -> Self:
         """Raises SetupError."""
         asked, (stage, at, step) = f"placement of {text!r}", text.partition("@")
         if at:
@@ -54,7 +53,7 @@ class Spec:
     device: str | None = None
 
     @classmethod
-    def parse(cls, text: str, target: str = "a stage") -> Spec:
+    def parse(cls, text: str, target: str = "a stage") -> Self:
         """Raises SetupError."""
         asked = f"placement of {target} at {re.sub('(?<=//).*@', '...@', text)!r}"
         if text == "here" or DEVICE.fullmatch(text):
@@ -62,26 +61,26 @@ class Spec:
         kind, _, device = text.partition(":")
         if kind in ("process", "ray") and (text == kind or DEVICE.fullmatch(device)):
             return cls(kind, text, None, device or None)
-        parts = urlsplit(text)
+        parts, form = urlsplit(text), "Write http://HOST:PORT"
         if parts.scheme not in ("http", "https", "ray"):
             raise SetupError(asked, "nothing of that form is known", f"Give {FORMS}")
         try:
             port = parts.port
         except ValueError:
-            raise SetupError(asked, "its port is not a number", "Write http://HOST:PORT") from None
+            raise SetupError(asked, "its port is not a number", form) from None
         if not parts.hostname:
-            raise SetupError(asked, "it names no host", "Write http://HOST:PORT")
+            raise SetupError(asked, "it names no host", form)
         if parts.username or parts.password:
             found = "it holds a password, which would stand in every manifest"
             raise SetupError(asked, found, "Put it into DITKIT_HOST_TOKEN")
         if parts.query or parts.fragment:
-            raise SetupError(asked, "it holds more than an address", "Write http://HOST:PORT")
+            raise SetupError(asked, "it holds more than an address", form)
         if parts.scheme == "ray" and port is None:
             raise SetupError(asked, "it has no port", "Write ray://HOST:10001")
         return cls("ray" if parts.scheme == "ray" else "http", text, text.rstrip("/"))
 
 
-@functools.cache
+@cache
 def address(text: str) -> Spec | None:
     """The host that ``text`` (a model, a part) names, if it names one. Raises SetupError for a crooked address."""
     return Spec.parse(text) if text.startswith(("http://", "https://")) else None

@@ -4,34 +4,30 @@ One stage at a time, because they share a device. Leaves out: how jobs come and 
 ``ray.py``).
 """
 
-from __future__ import annotations
-
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from ditkit.assembly.plugs import received
+from ditkit.assembly import STAGES, Components, Model, calls_of, pipeline_of, placed, stage_of
+from ditkit.assembly.plugs import plugged, received
 from ditkit.cancel import Cancel
 from ditkit.checking import fault_of
-from ditkit.errors import DitkitError, Lost, PlaceError, StateError, nearest
-from ditkit.events import Event, Events
-from ditkit.execution.place import Here, StageCall, StageResult, checked, readable
-from ditkit.execution.stage import Stage
-from ditkit.placement.job import (
-    SAME,
-    WIRE,
-    Job,
-    Message,
-    error_to_message,
-    event_to_message,
-    outcome_to_state,
-    with_options,
-)
-from ditkit.placement.validation import made_by
+from ditkit.checkpoints.model.part import Scope
+from ditkit.contracts import Seams
+from ditkit.errors import DitkitError, Lost, PlaceError, SetupError, StateError, nearest
+from ditkit.events import SILENT, Event, Events
+from ditkit.execution.place import Here, StageCall, StageResult, checked, fingerprint_in
+from ditkit.execution.stage import Stage, readable
+from ditkit.placement.job import WIRE, Job, Message, error_message, event_message, made_by, outcome_to_state
+from ditkit.placement.spec import Target
 from ditkit.receipt import machine, versions
+from ditkit.registry import known_code
 from ditkit.request import Request
+from ditkit.setup import PARTS, Setup
+from ditkit.shared import Shared
 from ditkit.state import FIELDS, SCHEMA, Field, State
 
 Send = Callable[[Message], None]
@@ -50,8 +46,7 @@ class Worker:
 
     @property
     def _table(self) -> dict[str, Field]:
-        """All fields that are known here. A stage may also read one that another end's stage describes; then only its
-        name is."""
+        """All fields that are known here. Of one that another end's stage describes only the name may be."""
         return FIELDS | {f.name: f for stage in self.stages.values() for f in stage.fields}
 
     def describe(self) -> dict[str, Any]:
@@ -66,10 +61,10 @@ class Worker:
         }
 
     def _describe(self, stage: Stage) -> dict[str, Any]:
-        table = self._table
+        facts = {n: {"kind": f.kind, "dtype": f.dtype, "shape": f.shape} for n, f in self._table.items()}
 
         def fields(names: tuple[str, ...]) -> dict[str, Any]:
-            return {n: _facts(table[n]) if n in table else {} for n in names}
+            return {n: facts.get(n, {}) for n in names}
 
         parts = [name for name in stage.components if name in self.components]
         return {
@@ -79,11 +74,8 @@ class Worker:
             "optional": fields((*stage.optional, *stage.triggers)),
             "writes": fields(stage.writes),
             "may_write": fields(stage.may_write),
-            "components": {name: self._fingerprint(name) for name in parts},
+            "components": {name: fingerprint_in(self.components, name) for name in parts},
         }
-
-    def _fingerprint(self, name: str) -> str:
-        return Here(self.components).fingerprints(next(iter(self.stages.values())), [name])[name]
 
     def run(self, job: Job, inputs: State, send: Send, cancelled: threading.Event) -> None:
         """Sends events, what is kept on the way, and at last one outcome or one error. Raises what ``send`` raises."""
@@ -92,27 +84,20 @@ class Worker:
             self._check(stage, job, inputs)
             outcome, seconds = self._carry_out(stage, job, inputs, send, cancelled)
         except KeyboardInterrupt:  # cancelled where nothing can be kept
-            send(error_to_message(Lost(f"running stage {job.stage!r}", "it was ended there", "Look at its log")))
-        except DitkitError as e:
-            send(error_to_message(e))
+            send(error_message(Lost(f"running stage {job.stage!r}", "it was ended there", "Look at its log")))
         except Exception as e:
-            send(error_to_message(e))
-            raise
+            send(error_message(e))
+            if not isinstance(e, DitkitError):
+                raise
         else:
             send(Message("outcome", outcome_to_state(outcome, seconds)))
 
     def _stage(self, job: Job) -> Stage:
         asked = f"running stage {job.stage!r}"
-        if job.wire != WIRE:
-            raise PlaceError(asked, f"the job has wire version {job.wire}, this end {WIRE}", SAME)
         if job.stage not in self.stages:
             found = f"it is not offered here{nearest(job.stage, self.stages)}"
             raise PlaceError(asked, found, f"Offered are {', '.join(self.stages)}")
-        stage = self.stages[job.stage]
-        if job.made_by and job.made_by != made_by(stage):
-            found = f"it is made by {made_by(stage)} here, and asked for is {job.made_by}"
-            raise PlaceError(asked, found, f"Run it where it is defined, or {SAME[0].lower()}{SAME[1:]}")
-        return with_options(stage, job.options)
+        return job.stage_of(self.stages[job.stage])
 
     def _check(self, stage: Stage, job: Job, inputs: State) -> None:
         asked = f"running stage {stage.name!r}"
@@ -129,7 +114,7 @@ class Worker:
         for name in stage.needs(inputs, job.stop_at_step):
             if name not in self.components:
                 raise PlaceError(asked, f"there is no {name} here", "Run these steps where it is")
-            mine = self._fingerprint(name)
+            mine = fingerprint_in(self.components, name)
             if job.weights.get(name, mine) != mine:
                 found = f"its {name} is {mine[:16]}, and the caller knows {job.weights[name][:16]}"
                 raise StateError(asked, found, "Start it with the weights, dtype and dtype_policy of that time")
@@ -137,23 +122,20 @@ class Worker:
     def _carry_out(
         self, stage: Stage, job: Job, inputs: State, send: Send, cancelled: threading.Event
     ) -> tuple[StageResult, float]:
-        cancel = Cancel(cancelled)
-
         def listen(event: Event) -> None:
             if event.name not in job.ignore:
-                send(event_to_message(event))
+                send(event_message(event))
 
         def keep(outcome: StageResult) -> None:
             send(Message("kept", outcome_to_state(outcome).to_bytes()))
 
-        events = Events(listen)
+        cancel, events = Cancel(cancelled), Events(listen)
         listening = getattr(self.components, "listening", None)
         components = self.components if listening is None else listening(events)
         with self._my_turn(cancel):
             begun = time.perf_counter()
-            task = StageCall(stage, inputs, job.weights, events, received(job.plugs), job.stop_at_step,
-                        keep=keep if job.keep_every else None, keep_every=job.keep_every or 1,
-                        cancel=cancel)  # fmt: skip
+            how = events, received(job.plugs), job.stop_at_step, keep if job.keep_every else None, job.keep_every or 1
+            task = StageCall(stage, inputs, job.weights, *how, cancel=cancel)
             outcome = Here(components).run(task)
             return (outcome if outcome.stopped else checked(stage, outcome)), time.perf_counter() - begun
 
@@ -168,5 +150,61 @@ class Worker:
             self._turn.release()
 
 
-def _facts(field: Field) -> dict[str, Any]:
-    return {"kind": field.kind, "dtype": field.dtype, "shape": field.shape}
+# --- a Worker of a Setup: what a host, a child process and a Ray actor have in common
+
+
+def worker_of(setup: Setup, stages: Sequence[str] | None = None, shared: Shared | None = None) -> Worker:
+    """Offers ``stages``, by default all of the model; of a model of which only the parts of these stages are here, too.
+
+    ``denoise.transformer`` and ``denoise.transformer_2`` are the loop with one of two experts. No weights are loaded.
+    Raises LoadError, SetupError."""
+    if setup.placement:
+        asked = f"offering stages that are placed at {', '.join(sorted(set(setup.placement.values())))}"
+        raise SetupError(asked, "what is offered runs here", "Leave placement out")
+    setup = placed(setup)
+    swaps = plugged(setup, Seams())[0].swaps  # all else that is plugged in comes with the jobs
+    if setup.threads is not None:
+        import torch
+
+        torch.set_num_threads(setup.threads)
+    targets = None if stages is None else [Target.parse(text) for text in stages]
+    model = Model.open(setup.model, setup, scope=Scope(None if targets is None else _called(targets)))
+    known = {stage.name: stage for stage in pipeline_of(model, setup).stages} if model.task else {}
+    names = list(known) if targets is None else list(dict.fromkeys(target.stage for target in targets))
+    for name in names if known else ():
+        if name not in known:
+            found = f"{setup.model} has no such stage{nearest(name, known)}"
+            raise SetupError(f"offering the stage {name!r}", found, f"Its stages are {', '.join(known)}")
+    components = Components(model, setup, swaps, shared)
+    about = {"model": model.describe()["model"], "parts": partial(parts_of, components), "code": known_code()}
+    return Worker({name: known.get(name) or stage_of(name, model, setup) for name in names}, components, about)
+
+
+def _called(targets: Sequence[Target]) -> list[str]:
+    """The parts that have to be here for these stages; ``denoise.transformer_2`` is the one expert alone."""
+    names: list[str] = []
+    for target in targets:
+        if target.step is not None or (target.expert and target.expert not in calls_of(target.stage)):
+            found = "only an expert of denoise can be offered by itself"
+            do = "Name the stage, or denoise.transformer or denoise.transformer_2"
+            raise SetupError(f"offering a part of {target.stage}", found, do)
+        if target.stage not in STAGES:
+            found = f"there is none of that name{nearest(target.stage, STAGES)}"
+            raise SetupError(f"offering the stage {target.stage!r}", found, f"The stages are {', '.join(STAGES)}")
+        names += [target.expert] if target.expert else calls_of(target.stage)
+    return [name for name in dict.fromkeys(names) if name in PARTS]
+
+
+def parts_of(components: Components) -> dict[str, dict[str, Any]]:
+    """What ``Model.describe`` says of each part, and where and how it is computed, with its files' hashes. They are
+    read for that, as for the fingerprint."""
+    told = components.model.describe()["parts"]
+    return {name: {**about, **components.facts(name)} for name, about in told.items()}
+
+
+def load_all(worker: Worker, events: Events = SILENT) -> None:
+    """Load the parts that the offered stages call, so that a damaged file is found now. Raises LoadError."""
+    assert isinstance(worker.components, Components)
+    components = worker.components.listening(events)
+    for name in dict.fromkeys(name for stage in worker.stages.values() for name in stage.components):
+        components.get(name)

@@ -1,25 +1,25 @@
 """HTTPChannel: a Worker behind HTTP, over TCP, TLS or a Unix socket.
 
 Built on the standard library's client, which reads into memory that is given to it: a State of 64 MB comes and goes
-without a copy. A host is reached directly, never through a proxy, and is never followed to another address.
-Leaves out: the other end (``host.py``), retries (``remote.py``).
+without a copy. A host is reached directly, never through a proxy, and is never followed to another address. Its token
+is in no setting, log or manifest. Leaves out: the other end (``host.py``), retries (``remote.py``).
 """
-
-from __future__ import annotations
 
 import contextlib
 import http.client
 import json
+import os
 import socket
 import ssl
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from ditkit.errors import DitkitError, Lost, PlaceError
-from ditkit.placement.channel import Question
+from ditkit.config import TOKEN
+from ditkit.errors import DitkitError, Lost, PlaceError, SetupError
 from ditkit.placement.http.framing import MEDIA_TYPE, checksum, fresh, pieces, unpack
-from ditkit.placement.job import Job, Message, message_to_error
+from ditkit.placement.job import LOG, Job, Message, Question, error_of
 from ditkit.state import State
 
 JOB, CRC = "X-Ditkit-Job", "X-Ditkit-Crc32"
@@ -30,11 +30,14 @@ CONNECT = 5.0
 MOST_WORDS = 1 << 26
 """Bytes of an answer that is no stream of messages: a model of a thousand files is described in a hundredth of it."""
 
-LAST = ("outcome", "error")
+SHORTEST = 16
+"""Characters of a token at least; a short one can be guessed."""
+
+ADDRESS = "Check the address"
 
 ANSWERS = {
     401: ("it does not take our token", "Put the host's token into DITKIT_HOST_TOKEN"),
-    404: ("there is no ditkit host at that address (404)", "Check the address"),
+    404: ("there is no ditkit host at that address (404)", ADDRESS),
     413: ("so large a State is too much for it", "Raise its limit"),
 }
 
@@ -61,40 +64,29 @@ class HTTPChannel:
         """``health`` needs no token, and answers with the number of ``jobs``."""
         method, path = ROUTES[question]
         path = path.format(name)
-        with contextlib.closing(self.connect()) as connection, self.faults():
-            response = self.send(connection, method, path, {JOB: path})
+        with self.answer(method, path, {JOB: path}) as response:
             data = self.words(response)
             self.check(response, data)
-        try:
-            said = json.loads(data)
-        except (ValueError, RecursionError):
-            said = None
-        if not isinstance(said, dict):
+        if (said := _object(data)) is None:
             raise self.stranger(response)
         return said
 
     def submit(self, job: Job, inputs: State) -> Iterator[Message]:
         """Closed early, it closes the connection: the host sees that nobody waits any more, and stops."""
-        with contextlib.closing(self.connect()) as connection, self.faults():
-            buffers = inputs.buffers()
-            headers = {
-                JOB: job.to_json(),
-                CRC: f"{checksum(buffers):08x}",
-                "Accept": MEDIA_TYPE,
-                "Content-Type": "application/octet-stream",
-                "Content-Length": str(sum(map(len, buffers))),
-            }
-            response = self.send(connection, "POST", f"/stages/{job.stage}", headers, pieces(buffers))
-            with contextlib.closing(response):  # it holds the socket where the host closes after its answer
-                if response.status != 200:
-                    self.check(response, self.words(response))
-                if response.headers.get("Content-Type") != MEDIA_TYPE:
-                    raise self.stranger(response)
-                while True:
-                    message = unpack(exactly(response), self.address)
-                    yield message
-                    if message.kind in LAST:
-                        return
+        buffers = inputs.buffers()
+        headers = {JOB: job.to_json(), CRC: f"{checksum(buffers):08x}", "Accept": MEDIA_TYPE,
+                   "Content-Type": "application/octet-stream",
+                   "Content-Length": str(sum(map(len, buffers)))}  # fmt: skip
+        with self.answer("POST", f"/stages/{job.stage}", headers, pieces(buffers)) as response:
+            if response.status != 200:
+                self.check(response, self.words(response))
+            if response.headers.get("Content-Type") != MEDIA_TYPE:
+                raise self.stranger(response)
+            while True:
+                message = unpack(exactly(response), self.address)
+                yield message
+                if message.last:
+                    return
 
     def close(self) -> None:
         """Nothing stays open between two requests."""
@@ -105,62 +97,60 @@ class HTTPChannel:
         """All of an answer that is no stream. Raises PlaceError where it has no end."""
         data = response.read(MOST_WORDS + 1)
         if len(data) > MOST_WORDS:
-            raise PlaceError(self.asked, f"its answer is larger than {MOST_WORDS} bytes", "Check the address")
+            raise PlaceError(self.asked, f"its answer is larger than {MOST_WORDS} bytes", ADDRESS)
         if response.length:  # what was announced and did not come
             raise http.client.IncompleteRead(data, response.length)
         return data
 
-    def connect(self) -> http.client.HTTPConnection:
-        """Raises Lost."""
+    def connection(self) -> http.client.HTTPConnection:
         host, port = self._parts.hostname or "", self._parts.port
-        with self.faults():
-            if self.uds is not None:
-                connection: http.client.HTTPConnection = _Unix(self.uds)
-            elif self._parts.scheme == "https":
-                trusted = ssl.create_default_context()
-                connection = http.client.HTTPSConnection(host, port, timeout=CONNECT, context=trusted)
-            else:
-                connection = http.client.HTTPConnection(host, port, timeout=CONNECT)
-            connection.connect()
-            connection.sock.settimeout(self.timeout)
-            return connection
+        if self.uds is not None:
+            return _Unix(self.uds)
+        if self._parts.scheme == "https":
+            return http.client.HTTPSConnection(host, port, timeout=CONNECT, context=ssl.create_default_context())
+        return http.client.HTTPConnection(host, port, timeout=CONNECT)
 
-    def send(self, connection: http.client.HTTPConnection, method: str, path: str, headers: dict[str, str],
-             body: Iterable[memoryview] | None = None) -> http.client.HTTPResponse:  # fmt: skip
-        """All of ``body`` goes out before anything comes back. Raises what ``faults`` turns into errors."""
+    @contextlib.contextmanager
+    def answer(
+        self, method: str, path: str, headers: dict[str, str], body: Iterable[memoryview] | None = None
+    ) -> Iterator[http.client.HTTPResponse]:
+        """All of ``body`` goes out before anything comes back. Faults are as ``faults`` says, here and in the block."""
         token = {} if self._token is None else {"Authorization": f"Bearer {self._token}"}
         path = f"{self._parts.path.rstrip('/')}{path}"
-        connection.request(method, path, body, {"Host": self._parts.netloc, **headers, **token})
-        return connection.getresponse()
+        with self.faults(), contextlib.closing(self.connection()) as connection:
+            connection.connect()
+            connection.sock.settimeout(self.timeout)
+            connection.request(method, path, body, {"Host": self._parts.netloc, **headers, **token})
+            with contextlib.closing(connection.getresponse()) as response:  # it holds the socket of a host that closed
+                yield response
 
     # --- what can go wrong
 
     @contextlib.contextmanager
     def faults(self) -> Iterator[None]:
         """Faults of the way there are Lost; an answer that is no HTTP is a PlaceError."""
+        asked = self.asked
         try:
             yield
         except DitkitError:
             raise
         except ssl.SSLCertVerificationError as e:
             found = f"its certificate does not hold: {e.verify_message}"
-            raise PlaceError(self.asked, found, "Correct it, or name the one to trust in SSL_CERT_FILE") from None
+            raise PlaceError(asked, found, "Correct it, or name the one to trust in SSL_CERT_FILE") from None
         except ssl.SSLError as e:
             if e.reason != "WRONG_VERSION_NUMBER":
-                raise Lost(self.asked, f"TLS failed ({e.reason or e})".lower(), "Look at its log") from None
-            raise PlaceError(self.asked, "it does not speak TLS", "Write http://, or give it a certificate") from None
+                raise Lost(asked, f"TLS failed ({e.reason or e})".lower(), LOG) from None
+            raise PlaceError(asked, "it does not speak TLS", "Write http://, or give it a certificate") from None
         except TimeoutError:
-            raise Lost(self.asked, f"it gave no sign of life in {self.timeout:g} s", "Look at its log") from None
+            raise Lost(asked, f"it gave no sign of life in {self.timeout:g} s", LOG) from None
         except (http.client.IncompleteRead, http.client.RemoteDisconnected, EOFError):
-            raise Lost(self.asked, "it stopped in the middle of its answer", "Look at its log") from None
+            raise Lost(asked, "it stopped in the middle of its answer", LOG) from None
         except http.client.HTTPException as e:
-            what = f"it answers, but not in HTTP ({type(e).__name__})"
-            raise PlaceError(self.asked, what, "Check the address") from None
+            raise PlaceError(asked, f"it answers, but not in HTTP ({type(e).__name__})", ADDRESS) from None
         except ValueError as e:  # half a line of a chunk's size
-            raise PlaceError(self.asked, f"its answer is garbage ({e})", "Check the address") from None
+            raise PlaceError(asked, f"its answer is garbage ({e})", ADDRESS) from None
         except OSError as e:
-            found = (e.strerror or str(e)).lower()
-            raise Lost(self.asked, found, "Check the address, and whether the host runs") from None
+            raise Lost(asked, (e.strerror or str(e)).lower(), f"{ADDRESS}, and whether the host runs") from None
 
     @property
     def asked(self) -> str:
@@ -168,28 +158,26 @@ class HTTPChannel:
 
     def check(self, response: http.client.HTTPResponse, data: bytes = b"") -> None:
         """Raises what an answer other than 200 means."""
-        status = response.status
+        status, what = response.status, f"it answers {response.status} {response.reason}"
         if status == 200:
             return
         if 300 <= status < 400:
             where = response.headers.get("Location", "nowhere")
             raise PlaceError(self.asked, f"it sends us on to {where!r}", "Give the address itself")
+        ours = {"kind", "asked", "found", "do"} <= {*(_object(data) or ())}  # an error as our hosts tell them
         if status in (502, 503, 504):
-            said = (
-                message_to_error(data, self.address).found if _ours(data) else f"it answers {status} {response.reason}"
-            )
+            said = error_of(data, self.address).found if ours else what
             lost = Lost(self.asked, said, "Try again later")
             with contextlib.suppress(ValueError):
                 lost.after = float(response.headers.get("Retry-After", "0"))
             raise lost
-        if _ours(data):
-            raise message_to_error(data, self.address)
-        found, do = ANSWERS.get(status, (f"it answers {status} {response.reason}", "Look at its log"))
-        raise PlaceError(self.asked, found, do)
+        if ours:
+            raise error_of(data, self.address)
+        raise PlaceError(self.asked, *ANSWERS.get(status, (what, LOG)))
 
     def stranger(self, response: http.client.HTTPResponse) -> PlaceError:
         kind = response.headers.get("Content-Type", "no type")
-        return PlaceError(self.asked, f"it answers, but not as a ditkit host does ({kind})", "Check the address")
+        return PlaceError(self.asked, f"it answers, but not as a ditkit host does ({kind})", ADDRESS)
 
 
 class _Unix(http.client.HTTPConnection):
@@ -219,10 +207,36 @@ def exactly(response: http.client.HTTPResponse) -> Callable[[int], bytearray | m
     return read
 
 
-def _ours(data: bytes) -> bool:
-    """Whether it is an error as our hosts tell them."""
+def _object(data: bytes) -> dict[str, Any] | None:
+    """The JSON object that it is, if it is one."""
     try:
-        about = json.loads(data)
+        found = json.loads(data)
     except (ValueError, RecursionError):
-        return False
-    return isinstance(about, dict) and {"kind", "asked", "found", "do"} <= set(about)
+        return None
+    return found if isinstance(found, dict) else None
+
+
+# --- tokens
+
+
+def token_of() -> str | None:
+    """That of the environment, or None. Raises SetupError for one that cannot be used."""
+    text = os.environ.get(TOKEN)
+    return None if text is None else _checked(text.strip(), TOKEN)
+
+
+def token_in(file: Path) -> str:
+    """The one in ``file``. Raises SetupError."""
+    asked = f"the token in {file}"
+    try:
+        return _checked(file.read_text(encoding="utf-8").strip(), asked)
+    except (OSError, UnicodeDecodeError) as e:
+        found = (e.strerror or str(e)).lower() if isinstance(e, OSError) else "it is not text"
+        raise SetupError(asked, found, "Check the path") from None
+
+
+def _checked(text: str, asked: str) -> str:
+    if len(text) < SHORTEST or not text.isascii() or not text.isprintable() or " " in text:
+        found = f"it is not {SHORTEST} or more letters, digits and signs without spaces"
+        raise SetupError(asked, found, "Make one with: python -c 'import secrets; print(secrets.token_urlsafe())'")
+    return text

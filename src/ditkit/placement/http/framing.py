@@ -3,8 +3,7 @@
 The checksum finds content that changed on its way; it is no signature. Leaves out: what messages mean (``job.py``).
 """
 
-from __future__ import annotations
-
+import functools
 import struct
 from collections.abc import Callable, Iterable, Iterator
 
@@ -16,7 +15,7 @@ except ModuleNotFoundError:
     from zlib import crc32
 
 from ditkit.errors import PlaceError
-from ditkit.placement.job import KINDS, Message
+from ditkit.placement.job import KINDS, LOG, Message
 
 MEDIA_TYPE = "application/x-ditkit-frames"
 
@@ -31,28 +30,11 @@ PIECE = 1 << 20
 LARGEST = 1 << 36
 """Bytes of a payload beyond which a length is taken for garbage."""
 
-
 Buffer = bytes | bytearray | memoryview
 
 
-class Checksum:
-    """The CRC-32 of pieces, each added while the processor's cache still holds it; its text is eight digits."""
-
-    def __init__(self) -> None:
-        self.value = 0
-
-    def add(self, piece: Buffer) -> None:
-        self.value = crc32(piece, self.value)
-
-    def __str__(self) -> str:
-        return f"{self.value:08x}"
-
-
 def checksum(buffers: Iterable[Buffer]) -> int:
-    crc = Checksum()
-    for buffer in buffers:
-        crc.add(buffer)
-    return crc.value
+    return functools.reduce(lambda crc, buffer: crc32(buffer, crc), buffers, 0)
 
 
 def fresh(size: int) -> bytearray | memoryview:
@@ -76,24 +58,24 @@ def pack(message: Message) -> Iterator[bytes | memoryview]:
         yield b"".join([head, *buffers, TAIL.pack(checksum(buffers))])
         return
     yield head
-    crc = Checksum()
+    crc = 0
     for piece in pieces(buffers):
-        crc.add(piece)
+        crc = crc32(piece, crc)  # while the processor's cache still holds it
         yield piece
-    yield TAIL.pack(crc.value)
+    yield TAIL.pack(crc)
 
 
 def unpack(read: Callable[[int], bytearray | memoryview], source: str) -> Message:
     """The next message; ``read`` gives exactly so many bytes. Raises PlaceError for bytes that are none,
     and where there is no room for them."""
-    kind, length = HEAD.unpack(read(HEAD.size))
+    asked, (kind, length) = f"reading what {source} sent", HEAD.unpack(read(HEAD.size))
     if kind >= len(KINDS) or length > LARGEST:
-        raise PlaceError(f"reading what {source} sent", "it is no message", "Look at its log")
+        raise PlaceError(asked, "it is no message", LOG)
     try:
         payload = read(length)  # at once: in pieces, each checked while it is in the cache, takes longer
     except MemoryError:  # the length is the other end's word
         found = f"it announces {length} bytes, for which there is no room"
-        raise PlaceError(f"reading what {source} sent", found, "Look at its log, or free some memory") from None
+        raise PlaceError(asked, found, "Look at its log, or free some memory") from None
     if TAIL.pack(checksum([payload])) != bytes(read(TAIL.size)):
-        raise PlaceError(f"reading what {source} sent", "its content has changed on the way", "Look at the network")
+        raise PlaceError(asked, "its content has changed on the way", "Look at the network")
     return Message(KINDS[kind], payload)

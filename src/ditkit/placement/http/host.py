@@ -2,27 +2,26 @@
 
 A job is a POST with a State as its body; the answer is a stream of messages, or, to whoever asks for none (curl), the
 outcome as a State. A client that goes away is noticed, and its job stops at its next event, within a step of a loop.
-Leaves out: what a job does (``worker.py``), how its messages go back (``responses.py``), listening (``listen.py``).
+The job runs in a thread of its own; what it sends goes through a short queue, so that it waits for a slow reader.
+Leaves out: what a job does (``worker.py``), and listening (``listen.py``).
 """
 
-from __future__ import annotations
-
+import asyncio
 import contextlib
+import hmac
 import ipaddress
 import json
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Annotated, Any
 
-from ditkit.errors import DitkitError, MissingDependency, PlaceError, StateError
+from ditkit.errors import DitkitError, MissingDependency, PlaceError, StateError, UserError
 from ditkit.placement.http.client import CRC, JOB
-from ditkit.placement.http.framing import Checksum, fresh
-from ditkit.placement.http.tokens import same
-from ditkit.placement.job import Job, options_to_send
-from ditkit.placement.worker import Send, Worker
+from ditkit.placement.http.framing import FRAMING, MEDIA_TYPE, PIECE, crc32, fresh, pack
+from ditkit.placement.job import Job, Message, error_message, error_of, options_to_send
+from ditkit.placement.worker import TICK, Send, Worker
 from ditkit.state import State
 
 try:
@@ -33,10 +32,30 @@ except ModuleNotFoundError as e:
     do = 'Install it: pip install "ditkit[remote]"'
     raise MissingDependency("offering stages over HTTP", f"{e.name} is not installed", do) from None
 
-from ditkit.placement.http.responses import MessageStream, Refused, RunningJob, plain_response, refuse
 from ditkit.placement.http.zero_copy import connection_of
 
 BEARER = HTTPBearer(auto_error=False, description="the host's token")
+
+
+class Refused(PlaceError):
+    """A request that is not taken: 400 it means nothing, 401 who asks is not known, 404 there is no such thing, 413 a
+    State is too large, 503 too many jobs wait."""
+
+    def __init__(self, status: int, asked: str, found: str, do: str):
+        super().__init__(asked, found, do)
+        self.status = status
+
+
+def refuse(request: Request, error: Exception) -> Response:
+    """An error as JSON in its three parts."""
+    assert isinstance(error, DitkitError)
+    return _error(error, error_message(error))
+
+
+def _error(error: DitkitError, message: Message) -> Response:
+    status = getattr(error, "status", 400 if isinstance(error, UserError) else 500)
+    more = {503: {"Retry-After": "5"}, 401: {"WWW-Authenticate": "Bearer"}}.get(status)
+    return Response(bytes(message.payload), status, more, "application/json")
 
 
 @dataclass(frozen=True)
@@ -50,40 +69,23 @@ class Limits:
 
 
 class Jobs:
-    """The jobs that are there, by id: at work, waiting for their turn or still being sent."""
+    """The jobs that are there, by id, with what is set to cancel each: at work, waiting for their turn or still being
+    sent. They are admitted in the event loop alone, one at a time; all else may come from any thread."""
 
     def __init__(self, limits: Limits):
-        self.limits, self._flags, self._lock = limits, dict[str, threading.Event](), threading.Lock()
+        self.limits, self.flags = limits, dict[str, threading.Event]()
 
     def admit(self, job_id: str) -> threading.Event:
         """What is set to cancel it. Raises Refused, PlaceError."""
-        with self._lock:
-            if len(self._flags) > self.limits.queue:
-                found = f"{len(self._flags)} jobs are waiting already"
-                raise Refused(503, "offering a stage", found, "Try again later")
-            if job_id in self._flags:
-                raise PlaceError(f"taking job {job_id}", "it is here already", "Give each job an id of its own")
-            return self._flags.setdefault(job_id, threading.Event())
-
-    def forget(self, job_id: str) -> None:
-        with self._lock:
-            del self._flags[job_id]
-
-    def cancel(self, job_id: str) -> bool:
-        with self._lock:
-            flag = self._flags.get(job_id)
-        if flag is not None:
-            flag.set()
-        return flag is not None
+        if len(self.flags) > self.limits.queue:
+            raise Refused(503, "offering a stage", f"{len(self.flags)} jobs are waiting already", "Try again later")
+        if job_id in self.flags:
+            raise PlaceError(f"taking job {job_id}", "it is here already", "Give each job an id of its own")
+        return self.flags.setdefault(job_id, threading.Event())
 
     def cancel_all(self) -> None:
-        with self._lock:
-            for flag in self._flags.values():
-                flag.set()
-
-    def count(self) -> int:
-        with self._lock:
-            return len(self._flags)
+        for flag in [*self.flags.values()]:
+            flag.set()
 
 
 def app_of(worker: Worker, *, token: str | None = None, limits: Limits | None = None) -> FastAPI:
@@ -96,8 +98,8 @@ def app_of(worker: Worker, *, token: str | None = None, limits: Limits | None = 
     app.state.jobs = jobs
     app.add_exception_handler(DitkitError, refuse)
     known = Depends(_knows(token))
-    _questions(app, worker, known)
-    _jobs(app, worker, jobs, known)
+    _questions(app, worker, jobs, known)
+    _work(app, worker, jobs, known)
     return app
 
 
@@ -105,33 +107,34 @@ def _knows(token: str | None) -> Callable[..., Any]:
     async def check(
         request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(BEARER)]
     ) -> None:
-        if token is None and not is_number(request.url.hostname or ""):
+        if token is None and number_of(request.url.hostname or "") is None:
             found = f"it is for {request.url.hostname}, a name that anybody can give to this machine"
             raise Refused(401, "a request", found, "Ask 127.0.0.1 or localhost, or give the host a token")
-        if token is not None and not same(credentials.credentials if credentials else None, token):
+        given = credentials.credentials if credentials else ""
+        if token is not None and not hmac.compare_digest(given.encode(), token.encode()):
             found = "it came without a token" if credentials is None else "its token is another one"
             raise Refused(401, "a request", found, "Put the host's token into DITKIT_HOST_TOKEN")
 
     return check
 
 
-def is_number(name: str) -> bool:
-    """Whether no DNS stands between this name and its address: an IP address, or localhost."""
+def number_of(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """The IP address that a name is, with no DNS in between; None for any other name but localhost."""
     with contextlib.suppress(ValueError):
-        return name == "localhost" or bool(ipaddress.ip_address(name))
-    return False
+        return ipaddress.ip_address("127.0.0.1" if name == "localhost" else name)
+    return None
 
 
-def _questions(app: FastAPI, worker: Worker, known: Any) -> None:
+def _questions(app: FastAPI, worker: Worker, jobs: Jobs, known: Any) -> None:
     @app.get("/health")
     def health() -> dict[str, Any]:
         """That it is there, and how many jobs are; needs no token."""
-        return {"ditkit": app.version, "jobs": app.state.jobs.count()}
+        return {"ditkit": app.version, "jobs": len(jobs.flags)}
 
     @app.get("/stages", dependencies=[known])
     def stages() -> dict[str, Any]:
         """What it offers: stages with their fields, parts with their fingerprints, versions, device."""
-        return {**worker.describe(), "max_bytes": app.state.jobs.limits.max_bytes}
+        return {**worker.describe(), "max_bytes": jobs.limits.max_bytes}
 
     @app.get("/stages/{name}/probe", dependencies=[known])
     def probe(name: str, asked: Annotated[str, Header(alias=JOB)]) -> dict[str, Any]:
@@ -142,7 +145,7 @@ def _questions(app: FastAPI, worker: Worker, known: Any) -> None:
         return probe_of(worker, name)
 
 
-def _jobs(app: FastAPI, worker: Worker, jobs: Jobs, known: Any) -> None:
+def _work(app: FastAPI, worker: Worker, jobs: Jobs, known: Any) -> None:
     @app.post("/stages/{name}", dependencies=[known], openapi_extra=_BODY)
     async def run(name: str, request: Request, job: Annotated[str, Header(alias=JOB)]) -> Response:
         """Run a stage. The header is a job as JSON; of ``{}`` everything is filled in. The body is a State with what
@@ -150,9 +153,14 @@ def _jobs(app: FastAPI, worker: Worker, jobs: Jobs, known: Any) -> None:
         parsed = job_of(job, worker, name)
         cancelled = jobs.admit(parsed.id)
         with contextlib.ExitStack() as leave:
-            leave.callback(jobs.forget, parsed.id)
+            leave.callback(jobs.flags.pop, parsed.id)
             data = await read_body(request, jobs.limits.max_bytes)
-            work = partial(_work, worker, parsed, data, cancelled, leave.pop_all())
+            admission = leave.pop_all()
+
+        def work(send: Send) -> None:
+            with admission:
+                worker.run(parsed, State.from_buffer(data, "the caller"), send, cancelled)
+
         begun = RunningJob(work, f"job {parsed.id}", cancelled, jobs.limits.alive)
         if MessageStream.media_type in request.headers.get("accept", ""):
             return MessageStream(begun)
@@ -161,12 +169,9 @@ def _jobs(app: FastAPI, worker: Worker, jobs: Jobs, known: Any) -> None:
     @app.post("/jobs/{job_id}/cancel", dependencies=[known])
     def cancel(job_id: str, asked: Annotated[str, Header(alias=JOB)]) -> dict[str, Any]:
         """Stop a job at its next event; what it has is still sent. One that has ended is not missed."""
-        return {"found": jobs.cancel(job_id)}
-
-
-def _work(worker: Worker, job: Job, data: Any, cancelled: threading.Event, admission: Any, send: Send) -> None:
-    with admission:
-        worker.run(job, State.from_buffer(data, "the caller"), send, cancelled)
+        if flag := jobs.flags.get(job_id):
+            flag.set()
+        return {"found": flag is not None}
 
 
 _BODY = {"requestBody": {"required": True, "content": {"application/octet-stream": {"schema": {
@@ -176,13 +181,14 @@ _BODY = {"requestBody": {"required": True, "content": {"application/octet-stream
 def job_of(text: str, worker: Worker, name: str) -> Job:
     """What the header says, with everything filled in that it leaves out. Raises Refused."""
     whole = {"id": uuid.uuid4().hex, "stage": name, "options": options_to_send(_offered(worker, name))}
+    asked = f"running stage {name!r}"
     try:
         job = Job.from_json(json.dumps({**whole, **json.loads(text)}))
     except (PlaceError, ValueError, TypeError, RecursionError):
-        found = f"the header {JOB} is no job of this version"
-        raise Refused(400, f"running stage {name!r}", found, "Send {} or a whole one") from None
+        do = "Send {} or a whole one"
+        raise Refused(400, asked, f"the header {JOB} is no job of this version", do) from None
     if job.stage != name:
-        raise Refused(400, f"running stage {name!r}", f"the job is for {job.stage!r}", "Name one stage")
+        raise Refused(400, asked, f"the job is for {job.stage!r}", "Name one stage")
     return job
 
 
@@ -194,19 +200,138 @@ def _offered(worker: Worker, name: str) -> Any:
 
 async def read_body(request: Request, limit: int) -> bytearray | memoryview:
     """The whole body. Raises Refused before and while it comes, StateError where its checksum is another."""
-    told = request.headers.get("content-length")
+    told, asked, do = request.headers.get("content-length"), "taking a State", "Start with --max-bytes"
     size = int(told) if told and told.isdigit() else 0
     if size > limit:
-        raise Refused(413, "taking a State", f"it has {size} bytes and {limit} are allowed", "Start with --max-bytes")
-    data, at, crc, connection = fresh(size), 0, Checksum(), connection_of(request.scope)
+        raise Refused(413, asked, f"it has {size} bytes and {limit} are allowed", do)
+    data, at, crc, connection = fresh(size), 0, 0, connection_of(request.scope)
+
+    def hear(piece: bytes | memoryview) -> None:
+        nonlocal crc
+        crc = crc32(piece, crc)
+
     async for piece in request.stream():
         if at + len(piece) > limit:
-            raise Refused(413, "taking a State", f"it has more than {limit} bytes", "Start with --max-bytes")
+            raise Refused(413, asked, f"it has more than {limit} bytes", do)
         data[at : at + len(piece)] = piece
         at += len(piece)
-        crc.add(piece)
-        if connection is not None and at < size and await connection.fill(memoryview(data)[at:], crc.add):
+        hear(piece)
+        if connection is not None and at < size and await connection.fill(memoryview(data)[at:], hear):
             at = size
-    if request.headers.get(CRC, str(crc)) != str(crc):
-        raise StateError("taking a State", "its content has changed on the way", "Send it again")
+    if request.headers.get(CRC, f"{crc:08x}") != f"{crc:08x}":
+        raise StateError(asked, "its content has changed on the way", "Send it again")
     return data
+
+
+# --- a job at work, and how its messages go back
+
+
+class RunningJob:
+    """``work`` in a thread of its own, which is given what takes its messages. ``cancelled`` is set when nobody waits
+    for them any more; ``alive``: seconds of silence between signs of life. Made in the event loop that hears of it."""
+
+    def __init__(self, work: Callable[[Send], None], name: str, cancelled: threading.Event, alive: float):
+        self.work, self.cancelled, self.alive = work, cancelled, alive
+        self._left, self._loop = threading.Event(), asyncio.get_running_loop()
+        self._messages: asyncio.Queue[Message | None] = asyncio.Queue(4)
+        threading.Thread(target=self._work, name=name, daemon=True).start()
+
+    def _work(self) -> None:
+        with contextlib.suppress(_Left):
+            try:
+                self.work(self._send)
+            except StateError as e:
+                self._send(error_message(e))
+            finally:
+                self._send(None)
+
+    def _send(self, message: Message | None) -> None:
+        """Waits for room. Raises _Left when nobody takes messages any more."""
+        if self._left.is_set():
+            raise _Left
+        coroutine = self._messages.put(message)
+        try:
+            future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        except RuntimeError:  # the host has ended
+            coroutine.close()
+            raise _Left from None
+        while True:
+            with contextlib.suppress(TimeoutError):
+                return future.result(TICK)
+            if self._left.is_set():
+                future.cancel()
+                raise _Left
+
+    async def messages(self) -> AsyncIterator[Message]:
+        """As they come, with ``alive`` between them. Whoever stops before the end stops the job."""
+        try:
+            while True:
+                try:
+                    message = await asyncio.wait_for(self._messages.get(), self.alive)
+                except TimeoutError:
+                    message = Message("alive")
+                if message is None:
+                    return
+                yield message
+        finally:
+            self.cancelled.set()
+            self._left.set()
+
+    @contextlib.asynccontextmanager
+    async def watched(self, receive: Any) -> AsyncIterator[AsyncIterator[Message]]:
+        """``messages``; the job is cancelled when the client goes away."""
+
+        async def watch() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            self.cancelled.set()
+
+        watcher = asyncio.create_task(watch())
+        try:
+            async with contextlib.aclosing(self.messages()) as messages:  # type: ignore[type-var]
+                yield messages
+        finally:
+            watcher.cancel()
+
+
+class _Left(BaseException):
+    """Nobody takes messages any more."""
+
+
+class MessageStream(Response):
+    media_type = MEDIA_TYPE
+
+    def __init__(self, begun: RunningJob):
+        super().__init__()
+        del self.headers["content-length"]
+        self.begun = begun
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async with self.begun.watched(receive) as messages:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            connection = connection_of(scope)
+            async for message in messages:
+                if connection is not None and message.nbytes >= PIECE:
+                    await connection.write(_chunk(message))
+                    continue
+                for piece in pack(message):
+                    await send({"type": "http.response.body", "body": piece, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _chunk(message: Message) -> Iterator[bytes | memoryview]:
+    """A message as one chunk of an answer whose length is not known before."""
+    yield b"%x\r\n" % (FRAMING + message.nbytes)
+    yield from pack(message)
+    yield b"\r\n"
+
+
+async def plain_response(begun: RunningJob, request: Request) -> Response:
+    """The outcome as a safetensors file, or the error."""
+    last = Message("error")
+    async with begun.watched(request.receive) as messages:
+        async for message in messages:
+            last = message
+    if last.kind == "error":
+        return _error(error_of(last.payload, "the host"), last)
+    return Response(bytes(last.payload), 200, None, "application/octet-stream")

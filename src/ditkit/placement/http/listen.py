@@ -3,19 +3,14 @@
 Leaves out: what it answers (``host.py``).
 """
 
-from __future__ import annotations
-
-import contextlib
-import ipaddress
 import socket
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import uvicorn
 
 from ditkit.errors import SetupError
-from ditkit.placement.http.host import Limits, app_of
+from ditkit.placement.http.host import Limits, app_of, number_of
 from ditkit.placement.http.zero_copy import Straight
 from ditkit.placement.worker import Worker
 
@@ -29,15 +24,16 @@ FAREWELL = 5
 def bind(address: str = "127.0.0.1", port: int = 0, token: str | None = None) -> socket.socket:
     """A listening socket; port 0 is a free one. Raises SetupError for an address that others reach where there is no
     token, and for one that cannot be had."""
-    if token is None and not is_loopback(address):
+    number = number_of(address)
+    if token is None and not (number and number.is_loopback):
         do = "Put one into DITKIT_HOST_TOKEN or give --token-file, or listen at 127.0.0.1"
         raise SetupError(f"listening at {address}", "others reach that address, and there is no token", do)
     try:
         family = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0][0]
         listener = socket.create_server((address, port), family=family)
     except OSError as e:
-        found = (e.strerror or str(e)).lower()
-        raise SetupError(f"listening at {address}, port {port}", found, "Choose another one") from None
+        asked = f"listening at {address}, port {port}"
+        raise SetupError(asked, (e.strerror or str(e)).lower(), "Choose another one") from None
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # one that died while it sent is noticed, too
     if hasattr(socket, "TCP_KEEPIDLE"):
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, GONE // 2000)
@@ -46,24 +42,13 @@ def bind(address: str = "127.0.0.1", port: int = 0, token: str | None = None) ->
     return listener
 
 
-def is_loopback(address: str) -> bool:
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(address).is_loopback
-    return address == "localhost"
-
-
 class Host(uvicorn.Server):
-    """``started`` is called once it listens. Options are uvicorn's own, such as ssl_keyfile."""
+    """``announce`` is told its URL once it listens. Options are uvicorn's own, such as ssl_keyfile."""
 
     def __init__(
-        self,
-        worker: Worker,
-        listener: socket.socket,
-        token: str | None = None,
-        limits: Limits | None = None,
-        announce: Callable[[str], Any] | None = None,
-        **options: Any,
-    ):
+        self, worker: Worker, listener: socket.socket, token: str | None = None, limits: Limits | None = None,
+        announce: Callable[[str], Any] = lambda url: None, **options: Any,
+    ):  # fmt: skip
         app = app_of(worker, token=token, limits=limits)
         self.jobs, self.listener, self.announce = app.state.jobs, listener, announce
         more = {"http": Straight, "log_level": "warning", "timeout_graceful_shutdown": FAREWELL, **options}
@@ -81,26 +66,9 @@ class Host(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        if self.announce is not None and not self.should_exit:
+        if not self.should_exit:
             self.announce(self.url)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.jobs.cancel_all()
         await super().shutdown(sockets)
-
-
-@contextlib.contextmanager
-def in_thread(worker: Worker, **options: Any) -> Iterator[Host]:
-    """A host on a free port of this machine, in a thread of this process, until the block ends."""
-    listening = threading.Event()
-    host = Host(worker, bind(token=options.get("token")), announce=lambda url: listening.set(), **options)
-    thread = threading.Thread(target=host.serve_here, name="host", daemon=True)
-    thread.start()
-    try:
-        while not listening.wait(0.05):
-            if not thread.is_alive():
-                raise RuntimeError("the host did not start")
-        yield host
-    finally:
-        host.should_exit = True
-        thread.join()

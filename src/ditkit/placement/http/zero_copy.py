@@ -6,8 +6,6 @@ belongs once its first piece has come, and an answer is written from where its t
 A server without this class serves the same, at its own speed. Leaves out: what bodies mean (``host.py``).
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -16,6 +14,38 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 NAME = "ditkit.straight"
+
+
+class _Filling(asyncio.BufferedProtocol):
+    """Stands in for ``owner`` until ``rest`` is full or the connection is lost; then ``ended`` is called."""
+
+    def __init__(
+        self, owner: HttpToolsProtocol, rest: memoryview, heard: Callable[[memoryview], Any], ended: Callable[[], None]
+    ):
+        self.owner, self.rest, self.heard, self.ended = owner, rest, heard, ended
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self.rest
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self.heard(self.rest[:nbytes])
+        self.rest = self.rest[nbytes:]
+        if not self.rest:
+            self.owner.flow.pause_reading()  # what comes next is not for this memory
+            self.ended()
+
+    def pause_writing(self) -> None:
+        self.owner.pause_writing()
+
+    def resume_writing(self) -> None:
+        self.owner.resume_writing()
+
+    def eof_received(self) -> None:
+        self.owner.eof_received()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.owner.connection_lost(exc)
+        self.ended()
 
 
 class Straight(HttpToolsProtocol):
@@ -49,38 +79,6 @@ class Straight(HttpToolsProtocol):
             if self.transport.is_closing():
                 return
             self.transport.write(piece)
-
-
-class _Filling(asyncio.BufferedProtocol):
-    """Stands in for ``owner`` until ``rest`` is full or the connection is lost; then ``ended`` is called."""
-
-    def __init__(
-        self, owner: Straight, rest: memoryview, heard: Callable[[memoryview], Any], ended: Callable[[], None]
-    ):
-        self.owner, self.rest, self.heard, self.ended = owner, rest, heard, ended
-
-    def get_buffer(self, sizehint: int) -> memoryview:
-        return self.rest
-
-    def buffer_updated(self, nbytes: int) -> None:
-        self.heard(self.rest[:nbytes])
-        self.rest = self.rest[nbytes:]
-        if not self.rest:
-            self.owner.flow.pause_reading()  # what comes next is not for this memory
-            self.ended()
-
-    def pause_writing(self) -> None:
-        self.owner.pause_writing()
-
-    def resume_writing(self) -> None:
-        self.owner.resume_writing()
-
-    def eof_received(self) -> None:
-        self.owner.eof_received()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.owner.connection_lost(exc)
-        self.ended()
 
 
 def connection_of(scope: Mapping[str, Any]) -> Straight | None:

@@ -5,15 +5,14 @@ the error; before it dots, as signs of life. When stdin ends, so does the child,
 Leaves out: the socket's language (``host.py``).
 """
 
-from __future__ import annotations
-
+import contextlib
 import json
 import os
 import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 PARENT_DEATH = 1
@@ -38,26 +37,24 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def signs_of_life(file: BinaryIO, every: float) -> Callable[[bytes], None]:
-    """Dots on ``file`` from now on; what is returned ends them with a line."""
-    said = threading.Event()
+@contextlib.contextmanager
+def signs_of_life(file: BinaryIO, every: float) -> Iterator[None]:
+    """Dots on ``file`` within the block."""
+    ended = threading.Event()
 
     def live() -> None:
-        while not said.is_set():
+        while not ended.is_set():
             file.write(b".")
             file.flush()
-            said.wait(every)
+            ended.wait(every)
 
     dots = threading.Thread(target=live, daemon=True)
     dots.start()
-
-    def say(line: bytes) -> None:
-        said.set()
+    try:
+        yield
+    finally:
+        ended.set()
         dots.join()
-        file.write(line + b"\n")
-        file.close()
-
-    return say
 
 
 def opened(told: dict[str, Any]) -> Any:
@@ -65,7 +62,7 @@ def opened(told: dict[str, Any]) -> Any:
     import torch
 
     from ditkit.placement.http.host import Limits, app_of
-    from ditkit.placement.worker_factory import worker_of
+    from ditkit.placement.worker import worker_of
     from ditkit.setup import Setup
 
     torch.set_num_threads(told["threads"])
@@ -79,20 +76,24 @@ def main() -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # nobody reads what a library prints
     told = json.loads(sys.stdin.buffer.readline())
     end_with_parent()
-    say = signs_of_life(file, told["alive"])
 
     from ditkit.errors import DitkitError
-    from ditkit.placement.job import error_to_message
 
-    try:
-        app = opened(told)
-    except DitkitError as e:
-        say(bytes(error_to_message(e).payload))
-        return
+    app, said = None, b""
+    with signs_of_life(file, told["alive"]):
+        try:
+            app = opened(told)
+        except DitkitError as e:
+            from ditkit.placement.job import error_message
+
+            said = bytes(error_message(e).payload)
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(told["socket"])
     listener.listen()
-    say(b"")
+    file.write(said + b"\n")
+    file.close()
+    if app is None:
+        return
 
     import uvicorn
 

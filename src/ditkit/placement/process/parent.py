@@ -6,8 +6,6 @@ only this user can open. It ends with ``close``, with the Pipeline, and with thi
 (``child.py``).
 """
 
-from __future__ import annotations
-
 import collections
 import contextlib
 import json
@@ -23,15 +21,14 @@ import sys
 import tempfile
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ditkit.errors import Lost, PlaceError
-from ditkit.placement.channel import Question
 from ditkit.placement.http.client import HTTPChannel
-from ditkit.placement.job import Job, Message, message_to_error
+from ditkit.placement.job import Job, Message, Question, error_of
 from ditkit.setup import Setup
 from ditkit.state import State
 
@@ -45,30 +42,15 @@ START = 30.0
 """Seconds without a sign of life at least until a child that starts counts as hanging: imports stop all else in it."""
 
 
-class Words:
-    """The last lines of a child's stderr, read by ``hear`` in a thread of their own."""
-
-    def __init__(self) -> None:
-        self._lines: collections.deque[str] = collections.deque(maxlen=LAST_WORDS)
-        self._all = threading.Event()
-
-    def hear(self, stream: Iterable[bytes]) -> None:
-        for line in stream:
-            self._lines.append(line.decode(errors="replace").rstrip()[:500])
-        self._all.set()
-
-    def last(self) -> str:
-        """Of a child that has ended: they may still be on their way. A process that it started may hold the stream."""
-        self._all.wait(1)
-        return " | ".join(self._lines)
-
-
 @dataclass(frozen=True)
 class Child:
+    """``words``: its last lines on stderr, which the thread ``nurse`` reads."""
+
     process: subprocess.Popen[bytes]
     channel: HTTPChannel
-    words: Words
     folder: Path
+    words: Sequence[str]
+    nurse: threading.Thread
 
     def fate(self) -> str | None:
         """How it ended; None while it lives. It may need a moment to end after its socket is closed."""
@@ -77,8 +59,9 @@ class Child:
         except subprocess.TimeoutExpired:
             return None
         how = f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
-        words = self.words.last()
-        return f"its process ended with {how}{f' and said: {words}' if words else ''}"
+        self.nurse.join(1)  # words may still be on their way; a process that it started may hold the stream
+        said = f" and said: {' | '.join(self.words)}" if self.words else ""
+        return f"its process ended with {how}{said}"
 
     def end(self) -> None:
         """It ends itself when its stdin is closed, and is killed where it does not. May be called twice."""
@@ -116,18 +99,12 @@ class ProcessChannel:
     def ask(self, question: Question, name: str = "") -> dict[str, Any]:
         if question == "cancel" and self._child is None:
             return {}
-        child = self._started()
-        try:
-            return child.channel.ask(question, name)
-        except Lost as e:
-            raise self._lost(f"asking {self.name} for {question} {name}".rstrip(), child, e) from None
+        with self._reached(f"asking {self.name} for {question} {name}".rstrip()) as channel:
+            return channel.ask(question, name)
 
     def submit(self, job: Job, inputs: State) -> Iterator[Message]:
-        child = self._started()
-        try:
-            yield from child.channel.submit(job, inputs)
-        except Lost as e:
-            raise self._lost(f"running stage {job.stage!r} at {self.name}", child, e) from None
+        with self._reached(f"running stage {job.stage!r} at {self.name}") as channel:
+            yield from channel.submit(job, inputs)
 
     def close(self) -> None:
         with self._lock:
@@ -138,20 +115,23 @@ class ProcessChannel:
     @property
     def process_id(self) -> int | None:
         """Of the child that is there now."""
-        child = self._child
-        return None if child is None else child.process.pid
+        return child.process.pid if (child := self._child) else None
 
-    def _lost(self, asked: str, child: Child, why: Lost) -> Lost:
-        """The child is ended, also one that lives and does not answer."""
-        found = child.fate()
-        if found is None:
-            found = why.found
-            child.process.kill()
-        with self._lock:
-            if self._child is child:
-                self._child = None
-        child.end()
-        return Lost(asked, found, "A stage that is killed may need more memory than there is")
+    @contextlib.contextmanager
+    def _reached(self, asked: str) -> Iterator[HTTPChannel]:
+        """The way to the child; one that was lost is ended, also where it lives and does not answer. Raises Lost."""
+        child = self._started()
+        try:
+            yield child.channel
+        except Lost as e:
+            if (found := child.fate()) is None:
+                found = e.found
+                child.process.kill()
+            with self._lock:
+                if self._child is child:
+                    self._child = None
+            child.end()
+            raise Lost(asked, found, "A stage that is killed may need more memory than there is") from None
 
     def _started(self) -> Child:
         with self._lock:
@@ -168,9 +148,9 @@ def _born(setup: Setup, stages: Sequence[str], name: str) -> Child:
 
     folder, token = Path(tempfile.mkdtemp(prefix="ditkit-")), secrets.token_urlsafe(32)
     address, asked = folder / "child", f"starting a child process for {name}"
-    process, words = _spawned()
+    process, words, nurse = _spawned()
     channel = HTTPChannel("http://process", setup.timeout, token=token, uds=str(address))
-    child = Child(process, channel, words, folder)
+    child = Child(process, channel, folder, words, nurse)
     try:
         if len(str(address).encode()) > PATH:
             raise PlaceError(asked, f"the name {address} is too long for a socket", "Set TMPDIR to a shorter one")
@@ -185,7 +165,7 @@ def _born(setup: Setup, stages: Sequence[str], name: str) -> Child:
         if not said:
             raise Lost(asked, child.fate() or "it said nothing", "Look at what it said")
         if said != b"\n":
-            raise message_to_error(said, name)
+            raise error_of(said, name)
     except BaseException:
         child.end()
         raise
@@ -206,29 +186,28 @@ def _line(file: int, asked: str, timeout: float) -> bytes:
     return data
 
 
-def _spawned() -> tuple[subprocess.Popen[bytes], Words]:
+def _spawned() -> tuple[subprocess.Popen[bytes], Sequence[str], threading.Thread]:
     """A child in a session of its own, so that Ctrl-C in the terminal is for its parent, and what it says on stderr.
 
     It is started by a thread that lives as long as it does: Linux ends it with the thread that it was started by."""
     born: queue.Queue[subprocess.Popen[bytes] | BaseException] = queue.Queue()
-    words = Words()
+    words = collections.deque[str](maxlen=LAST_WORDS)
 
     def nurse() -> None:
         pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
         try:
-            process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "ditkit.placement.process.child"], start_new_session=True, **pipes
-            )
+            command = [sys.executable, "-P", "-m", "ditkit.placement.process.child"]
+            process = subprocess.Popen(command, start_new_session=True, **pipes)
         except BaseException as e:
             born.put(e)
             return
         born.put(process)
         assert process.stderr is not None
-        with process.stderr:
-            words.hear(process.stderr)
+        with process.stderr as lines:
+            words.extend(line.decode(errors="replace").rstrip()[:500] for line in lines)
 
-    threading.Thread(target=nurse, name="ditkit child", daemon=True).start()
-    found = born.get()
-    if isinstance(found, BaseException):
+    thread = threading.Thread(target=nurse, name="ditkit child", daemon=True)
+    thread.start()
+    if isinstance(found := born.get(), BaseException):
         raise Lost("starting a child process", str(found), "Free some memory")
-    return found, words
+    return found, words, thread
