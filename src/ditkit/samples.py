@@ -35,14 +35,9 @@ def _rebased(new: State, old: State) -> State:
         return new
     records = {}
     for stage, record in old["records"].items():
-        inputs = {n: _print(new, n) if n in new and n in old and _print(old, n) == then else then
-                  for n, then in record["inputs"].items()}  # fmt: skip
-        records[stage] = {**record, "inputs": inputs}
+        same = {n for n, then in record["inputs"].items() if n in new and n in old and old.fingerprint_of(n) == then}
+        records[stage] = {**record, "inputs": record["inputs"] | {n: new.fingerprint_of(n) for n in same}}
     return new.with_fields({"records": records})
-
-
-def _print(state: State, name: str) -> str:
-    return state.fingerprints.get(name) or digest(name, state[name])
 
 
 def _divide(name: str, value: Any, state: State, n: int, table: Mapping[str, Field]) -> list[Any]:

@@ -139,6 +139,10 @@ class State(Mapping[str, Any]):
     def fingerprints(self) -> dict[str, str]:
         return dict(self._fingerprints)
 
+    def fingerprint_of(self, name: str) -> str:
+        """The fingerprint of a field; of a field that the caller brought, the hash of its content."""
+        return self._fingerprints.get(name) or digest(name, self[name])
+
     def __getitem__(self, name: str) -> Any:
         value = self._fields[name]
         return value if _is_tensor(value) else dict(value) if _is_tensors(value) else _plain(name, value)

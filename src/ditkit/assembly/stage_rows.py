@@ -69,15 +69,15 @@ for row in (
         lambda model, setup: {"cfg": model.network.cfg},
     ),
     StageRow(
-        "encode_image", "ditkit.stages.encode_image:EncodeImage", ("image_encoder",),
+        "encode_image", "ditkit.stages.encode_pictures:EncodeImage", ("image_encoder",),
         wanted=lambda model, setup: model.has_image_branch,
     ),
     StageRow(
-        "encode_condition", "ditkit.stages.encode_condition:EncodeCondition", ("vae",),
+        "encode_condition", "ditkit.stages.encode_pictures:EncodeCondition", ("vae",),
         lambda model, setup: {"strides": model.strides},
     ),
-    StageRow("encode_first_frame", "ditkit.stages.encode_first_frame:EncodeFirstFrame", ("vae",)),
-    StageRow("encode_control", "ditkit.stages.encode_control:EncodeControl", ("vae",)),
+    StageRow("encode_first_frame", "ditkit.stages.encode_pictures:EncodeFirstFrame", ("vae",)),
+    StageRow("encode_control", "ditkit.stages.encode_pictures:EncodeControl", ("vae",)),
     StageRow("denoise", "ditkit.stages.denoise:Denoise", ("transformer", "transformer_2"), _denoise),
     StageRow(
         "decode_latents", "ditkit.stages.decode_latents:DecodeLatents", ("vae",),

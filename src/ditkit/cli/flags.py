@@ -71,8 +71,7 @@ class RawSettings:
         origins: dict[str, str] = {}
         for key, texts in self.flags.items():
             origin = "PROMPT" if key == "prompt" else f"flag --{kebab(key)}"
-            if config.takes_list(key) and len(texts) > 1:
-                item = _item(key)
+            if len(texts) > 1 and (item := config.item_of(key)) is not None:
                 whole[key], origins[key] = [config.from_text(t, item, literal=True) for t in texts], origin
             elif typing.get_origin(FIELDS[key].annotation) is dict and not texts[0].lstrip().startswith("{"):
                 for text in texts:
@@ -157,14 +156,6 @@ def _texts(value: Any) -> tuple[str, ...]:
     if isinstance(value, bool):
         return ("true" if value else "false",)
     return tuple(value)
-
-
-def _item(key: str) -> Any:
-    """The type of one entry of a setting that may be a list."""
-    annotation = FIELDS[key].annotation
-    options = (annotation, *typing.get_args(annotation))
-    lists = [option for option in options if typing.get_origin(option) is list]
-    return typing.get_args(lists[0])[0]
 
 
 SINGULAR = {"plugs": "plug"}

@@ -1,7 +1,7 @@
 """Execution: one run of a list of stages, from the first that is due to the last.
 
-Leaves out: which stages are due (``due.py``), where one of them is carried out (``place.py``), and what its result came
-from (``records.py``).
+Leaves out: where a stage is carried out (``place.py``), what its result came from, and which are due
+(``records.py``).
 """
 
 from __future__ import annotations
@@ -16,24 +16,13 @@ from ditkit.checking import fault_of
 from ditkit.contracts import Seams
 from ditkit.errors import PipelineError, StateError
 from ditkit.events import SILENT, Events
-from ditkit.execution.due import skip_reason, wanted
-from ditkit.execution.place import (
-    Call,
-    Checkpointer,
-    Here,
-    Interrupted,
-    Place,
-    ResultCache,
-    Segment,
-    StageCall,
-    StageResult,
-    checked,
-)
-from ditkit.execution.records import code_of, fingerprints, record_of, replugged
-from ditkit.execution.stage import Stage, known_settings, readable, writes_of
+from ditkit.execution.place import Call, Checkpointer, Here, Interrupted, Place, Segment, checked
+from ditkit.execution.records import code_of, fingerprints, record_of, replugged, skip_reason, wanted
+from ditkit.execution.stage import Stage, StageCall, known_settings, readable, writes_of
 from ditkit.identify import forgets
-from ditkit.stage_result import CacheKey
+from ditkit.stage_result import CacheKey, StageResult
 from ditkit.state import FIELDS, Field, State
+from ditkit.store.cache import Cache
 
 
 @dataclass
@@ -56,7 +45,7 @@ class Execution:
     debug: bool = False
     places: Mapping[str, Sequence[Segment]] = field(default_factory=dict)
     keep: Checkpointer | None = None
-    results: ResultCache | None = None
+    results: Cache | None = None
     cancel: Cancel = field(default_factory=Cancel)
     identities: Mapping[str, str] = field(default_factory=dict)
 
@@ -183,7 +172,7 @@ class Execution:
             found |= place.fingerprints(stage, asked) if asked else {}
             if lacking := [name for name in asked if name not in found]:
                 what = f"there is no component {', '.join(lacking)}"
-                raise PipelineError(f"running stage {stage.name!r} at {place.name}", what, "Load it")
+                raise PipelineError(f"running stage {stage.name!r} ({place.name})", what, "Load it")
         known = self.state.get("weights", {}) | found
         return {name: known[name] for name in stage.components if name in known}
 

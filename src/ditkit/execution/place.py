@@ -7,16 +7,14 @@ fingerprints are made from that by the caller, in one way for all places. Leaves
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ditkit.cancel import Cancel
-from ditkit.contracts import Seams
 from ditkit.errors import DitkitError, PipelineError
-from ditkit.events import SILENT, Events
-from ditkit.execution.stage import Context, Only, RecordedSettings, Stage, Stopped, readable
-from ditkit.stage_result import CacheKey, StageResult
-from ditkit.state import FIELDS, Field, State
+from ditkit.events import Events
+from ditkit.execution.stage import Context, Only, Stage, StageCall, Stopped, readable
+from ditkit.stage_result import StageResult
+from ditkit.state import State
 
 
 class Interrupted(DitkitError):
@@ -29,24 +27,6 @@ class Interrupted(DitkitError):
         self.stage, self.state = stage, state
         self.finished: list[State] = []  # of a run of several clips, those that were complete
         self.clip: int | None = None  # of clips that are made one after the other, whose State it is
-
-
-@dataclass(frozen=True)
-class StageCall:
-    """One stage to run. ``inputs``: the fields that it may look at and no others. ``weights``: fingerprints of its
-    components as the caller knows them. ``keep``: told of how a loop stands, every ``keep_every`` steps. ``table``: all
-    fields of the pipeline; a stage may use one that another stage describes."""
-
-    stage: Stage
-    inputs: State
-    weights: Mapping[str, str]
-    events: Events = SILENT
-    seams: Seams = field(default_factory=Seams)
-    stop_at_step: int | None = None
-    keep: Callable[[StageResult], None] | None = None
-    keep_every: int = 1
-    table: Mapping[str, Field] = field(default_factory=lambda: FIELDS)
-    cancel: Cancel = field(default_factory=Cancel)
 
 
 class Call:
@@ -118,18 +98,6 @@ class Checkpointer(Protocol):
         ...
 
 
-class ResultCache(Protocol):
-    """Outcomes of earlier runs, found by all that they depend on."""
-
-    def find(self, question: CacheKey) -> tuple[StageResult | None, str]:
-        """What was computed once, or None; and why."""
-        ...
-
-    def store(self, question: CacheKey, outcome: StageResult) -> str:
-        """Keep it for later runs. Why it was not kept, or nothing."""
-        ...
-
-
 class Here:
     """This process, with these components."""
 
@@ -146,28 +114,11 @@ class Here:
         return {}
 
     def fingerprints(self, stage: Stage, components: Sequence[str]) -> Mapping[str, str]:
-        if lacking := [name for name in components if name not in self.components]:
-            what = f"there is no component {', '.join(lacking)}"
-            raise PipelineError(f"running stage {stage.name!r}", what, "Load it")
-        return {name: fingerprint_in(self.components, name) for name in components}
+        return {name: fingerprint_in(self.components, name) for name in components if name in self.components}
 
     def call(self, task: StageCall) -> Call:
-        stage, settings, keep = task.stage, RecordedSettings(task.inputs.get("request", {})), task.keep
-
-        def result(fields: Mapping[str, Any], stopped: bool = False) -> StageResult:
-            return StageResult(fields, settings.recorded(), ctx.plugs, stopped, ctx.cacheable)
-
-        ctx = Context(
-            Only(self.components, stage.components, stage.name, "component", task.cancel.check),
-            settings,
-            task.events,
-            task.seams,
-            task.stop_at_step,
-            None if keep is None else lambda fields: keep(result(fields)),
-            task.keep_every,
-            task.cancel,
-        )
-        return Call(stage.run, (Only(task.inputs, readable(stage), stage.name, "field"), ctx), result)
+        stage, ctx = task.stage, Context(task, self.components)
+        return Call(stage.run, (Only(task.inputs, readable(stage), stage.name, "field"), ctx), ctx.result)
 
     def run(self, task: StageCall) -> StageResult:
         with self.call(task) as call:

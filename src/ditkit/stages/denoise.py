@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ditkit.contracts import Predict, Scheduler, Step
 from ditkit.errors import StateError
-from ditkit.execution.stage_list import BaseStage, Context, Stopped
+from ditkit.execution.stage import BaseStage, Context, Stopped
 from ditkit.guidance.cfg import classifier_free_guidance
 from ditkit.nn.attention import ATTENTION
 from ditkit.schedulers import make

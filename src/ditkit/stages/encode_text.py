@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ditkit.execution.stage_list import BaseStage, Context
+from ditkit.execution.stage import BaseStage, Context
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from typing import Any
 
 from ditkit.contracts import Answer, Wish
 from ditkit.errors import PlaceError, RequestError, SetupError
-from ditkit.execution.stage_list import BaseStage, Context, StageList
+from ditkit.execution.stage import BaseStage, Context
+from ditkit.execution.stage_list import StageList
 from ditkit.prompting.cleaning import cleaned
 from ditkit.prompting.templates import PICTURES, Template, chosen, packaged_sha256
 from ditkit.state import State

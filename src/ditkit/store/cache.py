@@ -76,8 +76,8 @@ class Contents:
 
 
 class Cache:
-    """Satisfies ``running.ResultCache``. Threads and processes may share a folder. What goes wrong with it is said in
-    the reasons that ``find`` and ``store`` give; a run goes on without it."""
+    """Threads and processes may share a folder. What goes wrong with it is said in the reasons that ``find`` and
+    ``store`` give; a run goes on without it."""
 
     def __init__(self, folder: str | os.PathLike[str], limit: int):
         """``limit``: bytes of all results together. Raises SetupError where the folder cannot be used."""
