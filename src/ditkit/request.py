@@ -1,10 +1,10 @@
 """Request: what to make. Every default says where it comes from; nothing here says how (``setup.py``)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ditkit.errors import RequestError, UserError, nearest
 
@@ -55,14 +55,15 @@ class Settings(BaseModel):
         try:
             return cls(**values)
         except ValidationError as e:
-            raise _fault(cls, e, values, origin, error) from None
+            raise sentence(cls, e, values, origin, error) from None
 
 
-def _fault(
+def sentence(
     cls: type[BaseModel], e: ValidationError, values: Mapping[str, Any], origin: str | Mapping[str, str],
     error: type[UserError],
 ) -> UserError:  # fmt: skip
-    first = e.errors()[0]["loc"]
+    """The first fault of ``values`` that were to be a ``cls``, whose fields say in their descriptions what to give."""
+    first = min(e.errors(), key=lambda f: f["type"] == "missing")["loc"]  # it may be there under a wrong name
     # Of a setting that may have several types, the fault that lies deepest is of the one that was meant.
     fault = max((f for f in e.errors() if f["loc"][:1] == first[:1]), key=lambda f: len(f["loc"]))
     key = str(first[0]) if first else ""
@@ -74,6 +75,17 @@ def _fault(
     message = str(fault["ctx"]["error"]) if fault["type"] == "value_error" else fault["msg"]
     do = f"Give {cls.model_fields[key].description}" if key else "Give it once, by today's name"
     return error(asked, message[:1].lower() + message[1:], do)
+
+
+def one_of(names: Sequence[str], what: str) -> AfterValidator:
+    """For a text that is one of ``names``, each a ``what``."""
+
+    def check(value: str) -> str:
+        if value not in names:
+            raise ValueError(f"there is no {what} {value!r}{nearest(value, names)}; there are {', '.join(names)}")
+        return value
+
+    return AfterValidator(check)
 
 
 Float = Annotated[float, Field(allow_inf_nan=False)]

@@ -1,35 +1,24 @@
 """Setup: how to make it. Nothing in here changes what is asked for, only with what and where it is computed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, field_validator
+from pydantic import field_validator
 
-from ditkit.errors import MissingDependency, SetupError, nearest
+from ditkit.errors import MissingDependency, SetupError
 from ditkit.registry import PlugSpec
-from ditkit.request import Float, Settings, default
+from ditkit.request import Float, Settings, default, one_of
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 COMPONENTS = ("text_encoder", "image_encoder", "transformer", "transformer_2", "vae", "preview_decoder",
               "prompt_expander")  # fmt: skip
 BACKENDS = ("torch", "mlx", "mlx-8bit", "mlx-4bit")
 PARTS = (*(name for name in COMPONENTS if name != "prompt_expander"), "tokenizer")
-
-
-def _one_of(names: Sequence[str], what: str) -> AfterValidator:
-    def check(value: str) -> str:
-        if value not in names:
-            raise ValueError(f"there is no {what} {value!r}{nearest(value, names)}; there are {', '.join(names)}")
-        return value
-
-    return AfterValidator(check)
-
-
-Component = Annotated[str, _one_of(COMPONENTS, "component")]
-Part = Annotated[str, _one_of(PARTS, "part")]
-Dtype = Annotated[str, _one_of(DTYPES, "dtype")]
-Backend = Annotated[str, _one_of(BACKENDS, "backend")]
+Component = Annotated[str, one_of(COMPONENTS, "component")]
+Part = Annotated[str, one_of(PARTS, "part")]
+Dtype = Annotated[str, one_of(DTYPES, "dtype")]
+Backend = Annotated[str, one_of(BACKENDS, "backend")]
 
 
 class Setup(Settings):

@@ -5,17 +5,15 @@ Leaves out: the folder around it (``run.py``).
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
-from ditkit.errors import OutputError, StateError
+from ditkit.errors import StateError
 from ditkit.request import Request, renamed
-from ditkit.state import sync_folder
+from ditkit.state import write_whole
 
 VERSION = 1
 NAME = "run.json"
@@ -77,20 +75,8 @@ class Description(BaseModel):
 
     def write(self, folder: Path) -> None:
         """Whole or not at all, and there for good. Raises OutputError."""
-        path = folder / NAME
-        temporary = path.with_name(f".{NAME}.{os.getpid()}.tmp")
-        try:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(json.dumps(self.model_dump(), indent=1, ensure_ascii=False) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-            sync_folder(folder)
-        except OSError as e:
-            raise OutputError(f"writing {path}", e.strerror or str(e), "Free some space or choose another place") from e
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
+        text = json.dumps(self.model_dump(), indent=1, ensure_ascii=False) + "\n"
+        write_whole(folder / NAME, [text.encode()], f"writing {folder / NAME}")
 
     @classmethod
     def read(cls, folder: Path) -> Description:
