@@ -167,13 +167,7 @@ class Seams:
         """What is plugged in, by seam; neutral seams are left out. Equal descriptions mean equal plugs: one that could
         hide a difference (a lambda, a closure) gets a name that no other ever has. Give it a ``fingerprint``
         attribute, make it a function without closure or a frozen dataclass, and its description lasts."""
-        plugs = {
-            "predict": self.predict,
-            "run_blocks": self.run_blocks,
-            "attend": self.attend,
-            "swaps": self.swaps,
-            "scheduler": () if self.scheduler is None else (self.scheduler,),
-        }
+        plugs = {**vars(self), "scheduler": () if self.scheduler is None else (self.scheduler,)}
         return {seam: [described(p) for p in plugged] for seam, plugged in plugs.items() if plugged}
 
 

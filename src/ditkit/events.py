@@ -5,8 +5,6 @@ live ones and must not be written to. There is no global: a run hands its ``Even
 Leaves out: which events there are (``event_table.py``).
 """
 
-from __future__ import annotations
-
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +12,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Self
 
 from ditkit.errors import PipelineError, StateError
 from ditkit.event_table import ELSEWHERE, ENDS, EVENTS, fault_of
@@ -133,7 +131,7 @@ class Relay:
         self.events, self.place = events, place
         self._ids, self._open = {0: events.inside}, dict[int, Event]()
 
-    def __enter__(self) -> Relay:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:

@@ -1,7 +1,5 @@
 """Several clips in one State, and back: split it into one State for each clip, join finished ones again."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -88,9 +86,6 @@ def _unite(name: str, states: Sequence[State], table: Mapping[str, Field]) -> An
     if how:
         return [x for v in values for x in v] if isinstance(values[0], list) else torch.cat(values)
     if any(digest(v) != digest(values[0]) for v in values):
-        raise StateError(
-            f"joining the field {name!r} of {len(states)} clips",
-            "each clip has another value",
-            "Describe it with a shape legend that begins with B, and give it one entry for each clip",
-        )
+        asked, found = f"joining the field {name!r} of {len(states)} clips", "each clip has another value"
+        raise StateError(asked, found, "Give it one entry for each clip, and a shape legend that begins with B")
     return values[0]

@@ -136,9 +136,8 @@ def _mlx_devices() -> list[str]:
     try:
         import mlx.core as mx
     except ImportError:
-        raise MissingDependency(
-            "computing the text_encoder with MLX", "mlx is not installed", 'Run: pip install "ditkit[mlx]"'
-        ) from None
+        asked = "computing the text_encoder with MLX"
+        raise MissingDependency(asked, "mlx is not installed", 'Run: pip install "ditkit[mlx]"') from None
     if mx.metal.is_available():
         return ["cpu", "mps"]
     return ["cpu", "cuda", "cuda:0"] if mx.default_device().type == mx.gpu else ["cpu"]

@@ -4,8 +4,6 @@ Leaves out: where a stage is carried out (``place.py``), what its result came fr
 (``records.py``).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -63,7 +61,7 @@ class Execution:
                     continue
                 for place, call in self._calls(stage):
                     with call, self.events.span("stage", stage=stage.name, place=place.name):
-                        call.returned = call.run(*call.given)
+                        call.returned = call.run()
                 self._keep()
             if stage.loop and not stage.done(self.state):
                 break

@@ -4,11 +4,10 @@ A place sees the fields that the stage declared, and gives back what the stage w
 fingerprints are made from that by the caller, in one way for all places. Leaves out: other places (``placement``).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Protocol, Self
 
 from ditkit.errors import DitkitError, PipelineError
 from ditkit.events import Events
@@ -30,7 +29,7 @@ class Interrupted(DitkitError):
 
 
 class Call:
-    """A place that is ready for a StageCall: ``with call: call.returned = call.run(*call.given)``, then ``result``.
+    """A place that is ready for a StageCall: ``with call: call.returned = call.run()``, then ``result``.
 
     Whoever has it runs it, so that nothing stands between the run and its stage. ``run`` raises what the stage raises,
     and KeyboardInterrupt where nothing can be kept. ``conclude``: what ``run`` returned, and whether it was stopped, as
@@ -38,11 +37,11 @@ class Call:
 
     result: StageResult
 
-    def __init__(self, run: Callable[..., Any], given: Sequence[Any], conclude: Callable[[Any, bool], StageResult]):
-        self.run, self.given, self._conclude = run, given, conclude
+    def __init__(self, run: Callable[[], Any], conclude: Callable[[Any, bool], StageResult]):
+        self.run, self._conclude = run, conclude
         self.returned: Any = None
 
-    def __enter__(self) -> Call:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> bool:
@@ -93,7 +92,7 @@ class Checkpointer(Protocol):
 
     def __call__(self, state: State) -> None: ...
 
-    def of_clip(self, index: int) -> Checkpointer:
+    def of_clip(self, index: int) -> "Checkpointer":
         """The keeper of one of several clips that are made one after the other; asked for only then."""
         ...
 
@@ -118,11 +117,11 @@ class Here:
 
     def call(self, task: StageCall) -> Call:
         stage, ctx = task.stage, Context(task, self.components)
-        return Call(stage.run, (Only(task.inputs, readable(stage), stage.name, "field"), ctx), ctx.result)
+        return Call(partial(stage.run, Only(task.inputs, readable(stage), stage.name, "field"), ctx), ctx.result)
 
     def run(self, task: StageCall) -> StageResult:
         with self.call(task) as call:
-            call.returned = call.run(*call.given)
+            call.returned = call.run()
         return call.result
 
 

@@ -5,8 +5,6 @@ A record holds the version and the options of the stage, the settings that it re
 it asked for them, its weights and the fingerprints of its inputs. Leaves out: where results are kept (``store``).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import inspect

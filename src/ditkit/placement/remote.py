@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 from ditkit.assembly.plugs import texts_of
 from ditkit.errors import Lost, PlaceError
@@ -48,7 +49,7 @@ class Remote:
         return {name: str(theirs.get(name)) for name in COMPUTES if theirs.get(name) != mine.get(name)}
 
     def call(self, task: StageCall) -> Call:
-        return Call(self._run, [task], lambda result, _: result)
+        return Call(partial(self._run, task), lambda result, _: result)
 
     def _run(self, task: StageCall) -> StageResult:
         """Raises Stopped with the result of a stage that was interrupted."""

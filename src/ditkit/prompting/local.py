@@ -4,8 +4,6 @@
 Text models and models that see pictures. Leaves out: what is asked, and what becomes of a failure.
 """
 
-from __future__ import annotations
-
 import copy
 import threading
 from collections.abc import Callable
@@ -48,11 +46,8 @@ class LocalExpander:
 
     def _check(self) -> None:
         if not (self.folder / "config.json").is_file():
-            raise SetupError(
-                f"expander={self.name!r}",
-                f"{self.folder} holds no config.json",
-                "Give the folder of a transformers model",
-            )
+            found = f"{self.folder} holds no config.json"
+            raise SetupError(f"expander={self.name!r}", found, "Give the folder of a transformers model")
 
     @property
     def sees(self) -> bool:
@@ -95,11 +90,8 @@ class LocalExpander:
         assert self._loaded is not None
         model, reader = self._loaded
         if wish.pictures and not hasattr(reader, "image_processor"):
-            raise SetupError(
-                f"showing a picture to {self.name}",
-                "the model reads text alone",
-                "Take one that sees, or a template that shows no picture, such as expand_template=t2v-en",
-            )
+            do = "Take one that sees, or a template that shows no picture, such as expand_template=t2v-en"
+            raise SetupError(f"showing a picture to {self.name}", "the model reads text alone", do)
         inputs = reader.apply_chat_template(
             _messages(wish, hasattr(reader, "image_processor")),
             add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",

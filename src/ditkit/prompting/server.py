@@ -4,8 +4,6 @@ The key comes from OPENAI_API_KEY, as the client has it; it is neither kept nor 
 (``templates.py``) and what becomes of a failure (``stages/expand_prompt.py``).
 """
 
-from __future__ import annotations
-
 import base64
 import io
 import os

@@ -1,7 +1,5 @@
 """Latents to frames: decoded a few latent frames at a time, announced as they come, 8 bits at the end."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

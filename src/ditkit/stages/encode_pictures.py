@@ -4,30 +4,24 @@ run.
 Leaves out: sizes, pixels and layouts (``conditioning``), and which model has which of these stages (``assembly``).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ditkit.conditioning.condition import control_context, image_condition, per_clip
-from ditkit.conditioning.images import (
-    mask_pixels,
-    pad_on_white,
-    resize_and_crop,
-    resize_exact,
-    resize_to_fit,
-    video_pixels,
-)
+from ditkit.conditioning import images
+from ditkit.conditioning.condition import Encode, control_context, image_condition, per_clip
 from ditkit.errors import RequestError
 from ditkit.execution.stage import BaseStage, Context
 
 
-def _encoder(ctx: Context) -> Callable[[Tensor], Tensor]:
-    """Pixels [B, 3, T, H, W] in [-1, 1] -> normalised latents [B, C, F, h, w], float32 on the CPU."""
-    vae = ctx.components["vae"]
-    return lambda video: vae.encode(video.to(vae.device, vae.dtype)).float().cpu()
+def _tools(ctx: Context) -> tuple[Encode, tuple[int, int], str]:
+    """The VAE, which gives float32 on the CPU; (height, width); how pictures are resized."""
+    vae, settings = ctx.components["vae"], ctx.settings
+    size = settings.height, settings.width
+    return lambda video: vae.encode(video.to(vae.device, vae.dtype)).float().cpu(), size, settings.image_processing
 
 
 @dataclass(frozen=True)
@@ -66,14 +60,13 @@ class EncodeCondition(BaseStage):
 
     @torch.no_grad()
     def run(self, inputs: Mapping[str, Any], ctx: Context) -> Mapping[str, Any]:
-        encode, frames = _encoder(ctx), ctx.settings.frames
-        size, processing = (ctx.settings.height, ctx.settings.width), ctx.settings.image_processing
+        (encode, size, processing), frames = _tools(ctx), ctx.settings.frames
 
         def condition(image: Tensor, last_image: Tensor | None) -> Tensor:
             if last_image is not None and processing == "wan":  # diffusers squeezes it, whatever its shape
-                last_image = resize_to_fit(last_image, *image.shape[1:3])
-            first = resize_exact(image, *size, processing)
-            last = None if last_image is None else resize_exact(last_image, *size, processing)
+                last_image = images.resize_to_fit(last_image, *image.shape[1:3])
+            first = images.resize_exact(image, *size, processing)
+            last = None if last_image is None else images.resize_exact(last_image, *size, processing)
             return image_condition(encode, first, last, frames, self.strides[0])
 
         return {"condition": per_clip(condition, inputs["image"], inputs.get("last_image"))}
@@ -94,19 +87,13 @@ class EncodeFirstFrame(BaseStage):
     @torch.no_grad()
     def run(self, inputs: Mapping[str, Any], ctx: Context) -> Mapping[str, Any]:
         if "last_image" in inputs:
-            raise RequestError(
-                "a video that ends with a given picture (last_image)", "this model takes a first picture only",
-                "Leave last_image out, or use a model with a condition, such as FLF2V-14B or Wan2.2 I2V-A14B",
-            )  # fmt: skip
-        encode, size, processing = (
-            _encoder(ctx),
-            (ctx.settings.height, ctx.settings.width),
-            ctx.settings.image_processing,
-        )
+            do = "Leave last_image out, or use a model with a condition, such as FLF2V-14B or Wan2.2 I2V-A14B"
+            raise RequestError("a video that ends with last_image", "this model takes a first picture only", do)
+        encode, size, processing = _tools(ctx)
 
         def clean(image: Tensor) -> Tensor:
             wan = processing == "wan"
-            pixels = resize_and_crop(image, *size) if wan else resize_exact(image, *size, processing)
+            pixels = images.resize_and_crop(image, *size) if wan else images.resize_exact(image, *size, processing)
             return encode(pixels[:, :, None])
 
         return {"clean_latents": per_clip(clean, inputs["image"])}
@@ -131,16 +118,15 @@ class EncodeControl(BaseStage):
 
     @torch.no_grad()
     def run(self, inputs: Mapping[str, Any], ctx: Context) -> Mapping[str, Any]:
-        encode, frames = _encoder(ctx), ctx.settings.frames
-        size, processing = (ctx.settings.height, ctx.settings.width), ctx.settings.image_processing
+        (encode, size, processing), frames = _tools(ctx), ctx.settings.frames
         given = [inputs.get(name) for name in self.optional]
         _check_lengths(*given[:2], frames)
 
         def control(_: Tensor, video: Tensor | None, mask: Tensor | None, references: Tensor | None) -> Tensor:
             grey = torch.zeros(3, frames, *size)
-            pixels = grey if video is None else video_pixels(video[0], *size, processing)
-            new = torch.ones(1, frames, *size) if mask is None else mask_pixels(mask[0], *size, processing)
-            pictures = None if references is None else pad_on_white(references[0], *size, processing)
+            pixels = grey if video is None else images.video_pixels(video[0], *size, processing)
+            new = torch.ones(1, frames, *size) if mask is None else images.mask_pixels(mask[0], *size, processing)
+            pictures = None if references is None else images.pad_on_white(references[0], *size, processing)
             if pictures is not None and processing == "diffusers":
                 pictures = pictures.flip(0)
             return control_context(encode, pixels, new, pictures, self.strides)[None]

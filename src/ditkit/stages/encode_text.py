@@ -1,7 +1,5 @@
 """Prompts to text rows: clean, tokenise, encode each on its real length, keep only the real rows."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

@@ -4,8 +4,6 @@ The original stays in ``prompt``; what is encoded instead is ``expanded_prompt``
 Leaves out: what the model is told (``prompting/templates.py``).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -43,19 +41,13 @@ class ExpandPrompt(BaseStage):
         done = [self.expand(prompt, seed, i, inputs, ctx) for i, (prompt, seed) in enumerate(columns)]
         return {"expanded_prompt": [text for text, _ in done], "expansion": [about for _, about in done]}
 
-    def expand(
-        self, prompt: str, seed: int, clip: int, inputs: Mapping[str, Any], ctx: Context
-    ) -> tuple[str, dict[str, Any]]:
+    def expand(self, prompt: str, seed: int, clip: int, inputs: Mapping[str, Any], ctx: Context) -> tuple[str, Any]:
+        """What becomes of one prompt, and how that came about."""
         settings, expander = ctx.settings, ctx.components["prompt_expander"]
         template = chosen(settings.expand_template, prompt, [name for name in PICTURES if name in inputs])
-        wish = Wish(
-            template.instructions,
-            prompt,
-            tuple(inputs[name][clip].cpu().numpy() for name in template.pictures),
-            settings.expand_temperature,
-            seed + settings.expand_attempt,
-            settings.expand_max_tokens,
-        )
+        pictures = tuple(inputs[name][clip].cpu().numpy() for name in template.pictures)
+        sampling = settings.expand_temperature, seed + settings.expand_attempt, settings.expand_max_tokens
+        wish = Wish(template.instructions, prompt, pictures, *sampling)
         about = {"expander": expander.name, **_told(template), "temperature": wish.temperature, "seed": wish.seed}
         answer: Answer | None = None
         try:
@@ -101,8 +93,5 @@ def check_asked(pipeline: StageList, state: State, start: str | None, until: str
         found = "nothing is there that expands prompts"
         raise SetupError(f"expand={expand!r}", found, "Name a server or a folder with expander")
     if expand == "ask" and until != name and any(s.name == name for s in pipeline.planned(state, start, until)):
-        raise RequestError(
-            "a run with expand='ask'",
-            "it does not stop to ask",
-            f"Run it until={name!r}, change expanded_prompt of its State, and run that State",
-        )
+        do = f"Run it until={name!r}, change expanded_prompt of its State, and run that State"
+        raise RequestError("a run with expand='ask'", "it does not stop to ask", do)
