@@ -153,17 +153,13 @@ class Relay:
     def send(self, theirs: Event) -> None:
         """``theirs``, which was checked, as an event of this run."""
         begun, parent = self._open.pop(theirs.span, None), self._ids[theirs.parent]
-        if theirs.span and begun is None:
+        begins = begun is None and theirs.span != 0
+        if begins:
             self._ids[theirs.span] = next(_IDS)
-        ours = replace(
-            theirs,
-            seconds=time.perf_counter(),
-            span=self._ids[theirs.span] if theirs.span else 0,
-            parent=begun.parent if begun else parent,
-            place=self.place,
-            sent=theirs.seconds,
-        )
-        if theirs.span and begun is None:
+        ours = replace(theirs, seconds=time.perf_counter(), place=self.place, sent=theirs.seconds)
+        span = self._ids[theirs.span] if theirs.span else 0
+        ours = replace(ours, span=span, parent=begun.parent if begun else parent)
+        if begins:
             self._open[theirs.span] = ours
         self.events.send(ours)
 

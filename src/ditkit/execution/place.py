@@ -61,19 +61,15 @@ class Place(Protocol):
     def prepare(self, stage: Stage, components: Sequence[str], events: Events) -> None:
         """Make sure that ``stage`` can run with these of its components, before anything is computed: they are loaded
         here, or the host is asked who it is. Raises LoadError, or what the place has to say."""
-        ...
 
     def fingerprints(self, stage: Stage, components: Sequence[str]) -> Mapping[str, str]:
         """Of those of these components that are there."""
-        ...
 
     def software(self) -> Mapping[str, str]:
         """Versions of what computes there, where they are not those of this process."""
-        ...
 
     def call(self, task: StageCall) -> Call:
         """Nothing has run yet."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -94,7 +90,6 @@ class Checkpointer(Protocol):
 
     def of_clip(self, index: int) -> "Checkpointer":
         """The keeper of one of several clips that are made one after the other; asked for only then."""
-        ...
 
 
 class Here:

@@ -109,10 +109,8 @@ def replugged(stage: Stage, state: State, plugs: Mapping[str, list[str]]) -> str
     then: dict[str, list[Any]] = dict(record["plugs"])
     now: dict[str, list[Any]] = dict(plugs)
     known = known_settings(state.get("request", {}))
-    for name, before, here in (
-        ("scheduler", record["settings"], known),
-        ("attention", record["options"], options_of(stage)),
-    ):
+    sides = ("scheduler", record["settings"], known), ("attention", record["options"], options_of(stage))
+    for name, before, here in sides:
         if name in before or name in then:
             then.setdefault(name, [before.get(name)])
             now.setdefault(name, [here.get(name)])

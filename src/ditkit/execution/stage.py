@@ -56,19 +56,15 @@ class Stage(Protocol):
 
     def run(self, inputs: Mapping[str, Any], ctx: Context) -> Mapping[str, Any]:
         """The fields that it writes. A stage that can stop early returns them as they stand."""
-        ...
 
     def skip_reason(self, state: State) -> str:
         """Why the State's request does without this stage, or nothing. What it wrote for another request is dropped."""
-        ...
 
     def needs(self, state: State, stop_at_step: int | None = None) -> tuple[str, ...]:
         """Those of ``components`` that are still called in a run that goes on from ``state`` (to ``stop_at_step``)."""
-        ...
 
     def done(self, state: State) -> bool:
         """Whether ``state`` already holds all that this stage would write."""
-        ...
 
 
 class BaseStage:

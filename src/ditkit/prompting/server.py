@@ -19,6 +19,7 @@ from ditkit.prompting.cleaning import split_reasoning
 from ditkit.state import digest
 
 LONGEST_SIDE = 1024  # pixels of a picture that is sent: more costs tokens, and a prompt needs no more
+CHECK = "Check that the address is that of its API"
 SEEDS = 2**31  # llama.cpp and Ollama keep a seed in 32 bits, and take a negative one for "any"
 
 
@@ -48,13 +49,8 @@ class ServerExpander:
         asked = f"expanding a prompt at {self.name}"
         model, client = self._model(asked), self._openai()
         with _explained(asked, model, bool(wish.pictures)):
-            reply = client.chat.completions.create(
-                model=model,
-                messages=messages_of(wish),
-                temperature=wish.temperature,
-                seed=wish.seed % SEEDS,
-                max_tokens=wish.max_tokens,
-            )
+            sampling = {"temperature": wish.temperature, "seed": wish.seed % SEEDS, "max_tokens": wish.max_tokens}
+            reply = client.chat.completions.create(model=model, messages=messages_of(wish), **sampling)
         return _answer(asked, reply, model)
 
     def _model(self, asked: str) -> str:
@@ -111,28 +107,19 @@ def _answer(asked: str, reply: Any, model: str) -> Answer:
     """Raises PlaceError for what is no completion: the client does not check that."""
     choices = getattr(reply, "choices", None)
     first = choices[0] if isinstance(choices, list) and choices else None
-    message = getattr(first, "message", None)
-    if message is None:
-        raise PlaceError(asked, "its answer is no chat completion", "Check that the address is that of its API")
+    message, usage = getattr(first, "message", None), getattr(reply, "usage", None)
     content = getattr(message, "content", None) or ""
-    if not isinstance(content, str):
-        raise PlaceError(asked, "its answer is no text", "Check that the address is that of its API")
+    if message is None or not isinstance(content, str):
+        found = "its answer is no chat completion" if message is None else "its answer is no text"
+        raise PlaceError(asked, found, CHECK)
     if refusal := getattr(message, "refusal", None):
         raise PlaceError(asked, f"the model refused: {refusal}", "Say it in other words")
-    separated = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None) or ""
+    separated = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
     text, thought = split_reasoning(content)
-    usage = getattr(reply, "usage", None)
-    return Answer(
-        raw=content,
-        text=text,
-        reasoning=separated or thought,
-        model=model,
-        told_model=getattr(reply, "model", None) or "",
-        told_build=getattr(reply, "system_fingerprint", None) or "",
-        finish=getattr(first, "finish_reason", None) or "",
-        prompt_tokens=getattr(usage, "prompt_tokens", None),
-        tokens=getattr(usage, "completion_tokens", None),
-    )
+    told_model, build = getattr(reply, "model", None) or "", getattr(reply, "system_fingerprint", None) or ""
+    finish = getattr(first, "finish_reason", None) or ""
+    tokens = getattr(usage, "prompt_tokens", None), getattr(usage, "completion_tokens", None)
+    return Answer(content, text, separated or thought, model, told_model, build, finish, *tokens)
 
 
 @contextmanager
@@ -159,7 +146,7 @@ def _explained(asked: str, model: str | None, seeing: bool) -> Iterator[None]:
         raise PlaceError(asked, f"it answered {e.status_code}{about} ({_said(e)})", do) from None
     except (openai.OpenAIError, ValueError) as e:  # a ValueError: JSON that is none
         found = f"its answer cannot be read ({type(e).__name__}: {_short(str(e))})"
-        raise PlaceError(asked, found, "Check that the address is that of its API") from None
+        raise PlaceError(asked, found, CHECK) from None
 
 
 def _said(error: Any) -> str:

@@ -119,8 +119,8 @@ class EncodeControl(BaseStage):
     @torch.no_grad()
     def run(self, inputs: Mapping[str, Any], ctx: Context) -> Mapping[str, Any]:
         (encode, size, processing), frames = _tools(ctx), ctx.settings.frames
-        given = [inputs.get(name) for name in self.optional]
-        _check_lengths(*given[:2], frames)
+        given = inputs.get("control_video"), inputs.get("control_mask"), inputs.get("reference_images")
+        _check_lengths(given[0], given[1], frames)
 
         def control(_: Tensor, video: Tensor | None, mask: Tensor | None, references: Tensor | None) -> Tensor:
             grey = torch.zeros(3, frames, *size)
