@@ -61,7 +61,7 @@ class Execution:
                     continue
                 for place, call in self._calls(stage):
                     with call, self.events.span("stage", stage=stage.name, place=place.name):
-                        call.returned = call.run()
+                        call.take(call.run())
                 self._keep()
             if stage.loop and not stage.done(self.state):
                 break

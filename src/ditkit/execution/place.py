@@ -11,7 +11,7 @@ from typing import Any, Protocol, Self
 
 from ditkit.errors import DitkitError, PipelineError
 from ditkit.events import Events
-from ditkit.execution.stage import Context, Only, Stage, StageCall, Stopped, readable
+from ditkit.execution.stage import Context, Only, Stage, StageCall, readable
 from ditkit.stage_result import StageResult
 from ditkit.state import State
 
@@ -29,27 +29,28 @@ class Interrupted(DitkitError):
 
 
 class Call:
-    """A place that is ready for a StageCall: ``with call: call.returned = call.run()``, then ``result``.
+    """A place that is ready for a StageCall: ``with call: call.take(call.run())``, then ``result``.
 
     Whoever has it runs it, so that nothing stands between the run and its stage. ``run`` raises what the stage raises,
-    and KeyboardInterrupt where nothing can be kept. ``conclude``: what ``run`` returned, and whether it was stopped, as
-    a StageResult."""
+    and KeyboardInterrupt where nothing can be kept. ``conclude``: what ``run`` returned as a StageResult."""
 
     result: StageResult
 
-    def __init__(self, run: Callable[[], Any], conclude: Callable[[Any, bool], StageResult]):
-        self.run, self._conclude = run, conclude
-        self.returned: Any = None
+    def __init__(self, run: Callable[[], Any], conclude: Callable[[Any], StageResult]):
+        self.run, self._conclude, self._stopped = run, conclude, False
+
+    def take(self, returned: Any) -> None:
+        """Raises KeyboardInterrupt for a stage that was stopped; it goes no further than ``with``."""
+        self.result = self._conclude(returned)
+        self._stopped = self.result.stopped
+        if self._stopped:
+            raise KeyboardInterrupt("interrupted")
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> bool:
-        if stopped := isinstance(error, Stopped):
-            self.returned = error.fields
-        if stopped or error is None:
-            self.result = self._conclude(self.returned, stopped)
-        return stopped
+        return self._stopped and isinstance(error, KeyboardInterrupt)
 
 
 class Place(Protocol):
@@ -116,7 +117,7 @@ class Here:
 
     def run(self, task: StageCall) -> StageResult:
         with self.call(task) as call:
-            call.returned = call.run()
+            call.take(call.run())
         return call.result
 
 

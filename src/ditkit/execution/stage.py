@@ -55,7 +55,8 @@ class Stage(Protocol):
     def together(self) -> bool: ...
 
     def run(self, inputs: Mapping[str, Any], ctx: Context) -> Mapping[str, Any]:
-        """The fields that it writes. A stage that can stop early returns them as they stand."""
+        """The fields that it writes. A loop that is interrupted says so (``ctx.stopped``), and returns them as they
+        stood after its last step."""
 
     def skip_reason(self, state: State) -> str:
         """Why the State's request does without this stage, or nothing. What it wrote for another request is dropped."""
@@ -240,6 +241,7 @@ class Context:
         self.events, self.stop_at_step, self.cancel = call.events, call.stop_at_step, call.cancel
         self.plugs: dict[str, list[str]] | None = None  # what is plugged into the seams, once they are asked for
         self.cacheable = True  # a stage sets it to False for a makeshift, which must not serve other runs
+        self.stopped = False  # a loop that is interrupted sets it, and gives its fields as they stand
 
     @property
     def seams(self) -> Seams:
@@ -252,17 +254,6 @@ class Context:
             self._call.keep(self.result(fields()))
         self.cancel.check()
 
-    def result(self, fields: Mapping[str, Any], stopped: bool = False) -> StageResult:
+    def result(self, fields: Mapping[str, Any]) -> StageResult:
         """``fields``, and what the stage looked at to make them."""
-        return StageResult(fields, self.settings.recorded(), self.plugs, stopped, self.cacheable)
-
-
-class Stopped(Exception):
-    """Raised inside a looping stage when it is interrupted: carries the fields as they stood after the last step, and
-    raised by a place elsewhere, its whole result."""
-
-    exit_code = 130
-
-    def __init__(self, fields: Any):
-        super().__init__("interrupted")
-        self.fields = fields
+        return StageResult(fields, self.settings.recorded(), self.plugs, self.stopped, self.cacheable)

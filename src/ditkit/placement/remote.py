@@ -14,7 +14,7 @@ from ditkit.assembly.plugs import texts_of
 from ditkit.errors import Lost, PlaceError
 from ditkit.events import Events
 from ditkit.execution.place import Call, StageCall, StageResult
-from ditkit.execution.stage import Stage, Stopped
+from ditkit.execution.stage import Stage
 from ditkit.identify import forgets
 from ditkit.placement.attempt import Attempt, plugged
 from ditkit.placement.channel import Channel
@@ -49,14 +49,7 @@ class Remote:
         return {name: str(theirs.get(name)) for name in COMPUTES if theirs.get(name) != mine.get(name)}
 
     def call(self, task: StageCall) -> Call:
-        return Call(partial(self._run, task), lambda result, _: result)
-
-    def _run(self, task: StageCall) -> StageResult:
-        """Raises Stopped with the result of a stage that was interrupted."""
-        result = self.run(task)
-        if result.stopped:
-            raise Stopped(result)
-        return result
+        return Call(partial(self.run, task), lambda result: result)
 
     def run(self, task: StageCall) -> StageResult:
         self.handshake.check(task.stage, task.events)

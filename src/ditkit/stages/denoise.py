@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ditkit.contracts import Predict, Scheduler, Step
 from ditkit.errors import StateError
-from ditkit.execution.stage import BaseStage, Context, Stopped
+from ditkit.execution.stage import BaseStage, Context
 from ditkit.guidance.cfg import classifier_free_guidance
 from ditkit.nn.attention import ATTENTION
 from ditkit.schedulers import make
@@ -109,7 +109,7 @@ class Denoise(BaseStage):
                 if done < last:
                     ctx.kept(done, partial(as_fields, sigmas, *reached))
         except KeyboardInterrupt:
-            raise Stopped(as_fields(sigmas, *reached)) from None
+            ctx.stopped = True
         return as_fields(sigmas, *reached)
 
     def begin(
