@@ -36,27 +36,8 @@ _HOMES = {
 }  # fmt: skip
 
 __all__ = [
-    "BaseStage",
-    "Cancel",
-    "Context",
-    "DitkitError",
-    "Event",
-    "Events",
-    "Field",
-    "Interrupted",
-    "Pipeline",
-    "Request",
-    "Result",
-    "Seams",
-    "Setup",
-    "Site",
-    "Stage",
-    "StageList",
-    "State",
-    "Step",
-    "Swap",
-    "load",
-    "switch",
+    "BaseStage", "Cancel", "Context", "DitkitError", "Event", "Events", "Field", "Interrupted", "Pipeline", "Request",
+    "Result", "Seams", "Setup", "Site", "Stage", "StageList", "State", "Step", "Swap", "load", "switch",
 ]  # fmt: skip
 
 

@@ -93,16 +93,16 @@ def _fitting(name: str, annotation: Any, values: tuple[Any, ...], what: str, err
             fault = fault or (e.errors()[0]["msg"] if isinstance(e, ValidationError) else str(e))
         except PydanticSchemaGenerationError:
             fault = "its type cannot be written as a text"
-    raise error(f"{name}={values[-1]!r} of {what}", fault[:1].lower() + fault[1:], f"Give {_name(annotation)}")
+    raise error(
+        f"{name}={values[-1]!r} of {what}",
+        fault[:1].lower() + fault[1:],
+        f"Give {getattr(annotation, '__name__', annotation)}",
+    )
 
 
 @cache
 def adapter(annotation: Any) -> TypeAdapter[Any]:
     return TypeAdapter(annotation)
-
-
-def _name(annotation: Any) -> str:
-    return getattr(annotation, "__name__", None) or str(annotation)
 
 
 def _toml(value: Any) -> str:

@@ -7,6 +7,7 @@ Text models and models that see pictures. Leaves out: what is asked, and what be
 import copy
 import threading
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +30,16 @@ class LocalExpander:
         self.name, self.folder, self._place = f"transformers:{folder}", Path(folder).expanduser(), place
         self._lock = threading.RLock()
         self._loaded: tuple[Any, Any] | None = None
-        self._fingerprint: str | None = None
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Of all files that decide what it says, and of its dtype; it is not loaded for that."""
         from ditkit.checkpoints.files.stored import file_hash
 
-        with self._lock:
-            if self._fingerprint is None:
-                self._check()
-                kinds = {".json", ".jinja", ".txt", ".model", ".safetensors", ".bin"}
-                files = sorted(f for f in self.folder.iterdir() if f.suffix in kinds)
-                self._fingerprint = digest("transformers", self._place()[0], {f.name: file_hash(f) for f in files})
-            return self._fingerprint
+        self._check()
+        kinds = {".json", ".jinja", ".txt", ".model", ".safetensors", ".bin"}
+        files = sorted(f for f in self.folder.iterdir() if f.suffix in kinds)
+        return digest("transformers", self._place()[0], {f.name: file_hash(f) for f in files})
 
     def _check(self) -> None:
         if not (self.folder / "config.json").is_file():

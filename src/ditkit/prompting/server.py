@@ -7,9 +7,9 @@ The key comes from OPENAI_API_KEY, as the client has it; it is neither kept nor 
 import base64
 import io
 import os
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 from ditkit.contracts import Answer, Wish
@@ -29,8 +29,6 @@ class ServerExpander:
 
     def __init__(self, url: str, model: str | None = None, timeout: float = 60.0, retries: int = 2):
         self.name, self.model, self.timeout, self.retries = url, model, timeout, retries
-        self._lock = threading.RLock()
-        self._client: Any = None
 
     @property
     def fingerprint(self) -> str:
@@ -47,35 +45,32 @@ class ServerExpander:
     def __call__(self, wish: Wish) -> Answer:
         """Raises PlaceError for a server that is not there, refuses, or does not answer with a completion."""
         asked = f"expanding a prompt at {self.name}"
-        model, client = self._model(asked), self._openai()
+        model = self._model(asked)
         with _explained(asked, model, bool(wish.pictures)):
             sampling = {"temperature": wish.temperature, "seed": wish.seed % SEEDS, "max_tokens": wish.max_tokens}
-            reply = client.chat.completions.create(model=model, messages=messages_of(wish), **sampling)
+            reply = self._client.chat.completions.create(model=model, messages=messages_of(wish), **sampling)
         return _answer(asked, reply, model)
 
     def _model(self, asked: str) -> str:
-        with self._lock:
-            if self.model is None:
-                client = self._openai()
-                with _explained(asked, None, False):
-                    listed = client.models.list()
-                names = [getattr(each, "id", None) for each in getattr(listed, "data", None) or []]
-                if not names or not isinstance(names[0], str):
-                    raise PlaceError(asked, "it lists no models", "Name one with expander_model")
-                self.model = names[0]
-            return self.model
+        if self.model is None:
+            client = self._client
+            with _explained(asked, None, False):
+                listed = client.models.list()
+            names = [getattr(each, "id", None) for each in getattr(listed, "data", None) or []]
+            if not names or not isinstance(names[0], str):
+                raise PlaceError(asked, "it lists no models", "Name one with expander_model")
+            self.model = names[0]
+        return self.model
 
-    def _openai(self) -> Any:
-        with self._lock:
-            if self._client is None:
-                try:
-                    from openai import OpenAI
-                except ImportError:
-                    raise MissingDependency(f"expanding prompts at {self.name}", "the package openai is not installed",
-                                            'Run pip install "ditkit[prompts]"') from None  # fmt: skip
-                key = os.environ.get("OPENAI_API_KEY") or "none"  # local servers want some key, and look at none
-                self._client = OpenAI(base_url=self.name, api_key=key, timeout=self.timeout, max_retries=self.retries)
-            return self._client
+    @cached_property
+    def _client(self) -> Any:
+        try:
+            from openai import OpenAI
+        except ImportError:
+            raise MissingDependency(f"expanding prompts at {self.name}", "the package openai is not installed",
+                                    'Run pip install "ditkit[prompts]"') from None  # fmt: skip
+        key = os.environ.get("OPENAI_API_KEY") or "none"  # local servers want some key, and look at none
+        return OpenAI(base_url=self.name, api_key=key, timeout=self.timeout, max_retries=self.retries)
 
 
 def messages_of(wish: Wish) -> list[dict[str, Any]]:
@@ -83,11 +78,11 @@ def messages_of(wish: Wish) -> list[dict[str, Any]]:
     system = {"role": "system", "content": wish.instructions}
     if not wish.pictures:
         return [system, {"role": "user", "content": wish.prompt}]
-    seen = [{"type": "image_url", "image_url": {"url": data_url(picture)}} for picture in wish.pictures]
+    seen = [{"type": "image_url", "image_url": {"url": _data_url(picture)}} for picture in wish.pictures]
     return [system, {"role": "user", "content": [*seen, {"type": "text", "text": wish.prompt}]}]
 
 
-def data_url(picture: Any) -> str:
+def _data_url(picture: Any) -> str:
     """uint8 [H, W, 3] -> a PNG of at most ``LONGEST_SIDE`` pixels a side."""
     buffer = io.BytesIO()
     shrunk(picture).save(buffer, format="PNG")

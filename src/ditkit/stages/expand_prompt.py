@@ -13,7 +13,7 @@ from ditkit.errors import PlaceError, RequestError, SetupError
 from ditkit.execution.stage import BaseStage, Context
 from ditkit.execution.stage_list import StageList
 from ditkit.prompting.cleaning import cleaned
-from ditkit.prompting.templates import PICTURES, Template, chosen, packaged_sha256
+from ditkit.prompting.templates import PICTURES, chosen, packaged_sha256
 from ditkit.state import State
 
 
@@ -48,14 +48,19 @@ class ExpandPrompt(BaseStage):
         pictures = tuple(inputs[name][clip].cpu().numpy() for name in template.pictures)
         sampling = settings.expand_temperature, seed + settings.expand_attempt, settings.expand_max_tokens
         wish = Wish(template.instructions, prompt, pictures, *sampling)
-        about = {"expander": expander.name, **_told(template), "temperature": wish.temperature, "seed": wish.seed}
+        about = {
+            "expander": expander.name, "template": template.name, "template_version": template.version,
+            "template_sha256": template.sha256, "language": template.language, "pictures": template.pictures,
+            "temperature": wish.temperature, "seed": wish.seed,
+        }  # fmt: skip
         answer: Answer | None = None
         try:
             answer = expander(wish)
             text = useful(answer, expander.name, wish.max_tokens)
         except PlaceError as e:
             if not settings.expand_fallback:
-                raise _with_advice(e) from None
+                do = f"{e.do}; or go on with the raw prompt by expand_fallback"
+                raise PlaceError(e.asked, e.found, do) from None
             ctx.cacheable = False  # another try may go better
             ctx.events.emit("prompt.fallback", clip=clip, prompt=prompt, reason=str(e))
             text, about = prompt, {**about, "failure": str(e)}
@@ -74,15 +79,6 @@ def useful(answer: Answer, place: str, max_tokens: int) -> str:
         found = "the model reasoned and did not answer" if answer.reasoning else "the answer is empty"
         raise PlaceError(asked, found, "Try another seed or another model")
     return text
-
-
-def _told(template: Template) -> dict[str, Any]:
-    named = {"template": template.name, "template_version": template.version, "template_sha256": template.sha256}
-    return {**named, "language": template.language, "pictures": list(template.pictures)}
-
-
-def _with_advice(error: PlaceError) -> PlaceError:
-    return PlaceError(error.asked, error.found, f"{error.do}; or go on with the raw prompt by expand_fallback")
 
 
 def check_asked(pipeline: StageList, state: State, start: str | None, until: str | None) -> None:
