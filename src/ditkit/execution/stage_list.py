@@ -64,13 +64,11 @@ class StageList:
 
     @property
     def table(self) -> dict[str, Field]:
-        """All fields that can occur: ditkit's own and those that the stages describe."""
         return table_of(self.stages)
 
     # --- slicing
 
     def slice(self, start: str | None = None, until: str | None = None) -> Sequence[Stage]:
-        """The stages from ``start`` to ``until``."""
         a = 0 if start is None else self.index(start)
         b = len(self.stages) if until is None else self.index(until) + 1
         if a >= b:

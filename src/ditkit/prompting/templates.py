@@ -46,7 +46,7 @@ class Template(BaseModel):
 
     @classmethod
     def parse(cls, text: str, origin: str) -> Self:
-        """Raises RequestError for a file that is no template."""
+        """Raises RequestError."""
         asked, values = f"the template {origin}", dict[str, Any]()
         try:
             values = tomllib.loads(text)
