@@ -206,16 +206,8 @@ class Transformer(Protocol):
         caller; ``frames(start, stop)`` narrows it to a range of latent frames. With ``cache_text_kv`` it holds what
         each block derives from the text. ``settings``: those of the request, as attributes. Raises StateError."""
 
-    def __call__(
-        self,
-        latents: Tensor,
-        timestep: Tensor,
-        conditioning: Any,
-        *,
-        run_blocks: RunBlocks,
-        attend: Attend,
-        step: Step | None = None,
-    ) -> Tensor:
+    def __call__(self, latents: Tensor, timestep: Tensor, conditioning: Any, *, run_blocks: RunBlocks, attend: Attend,
+                 step: Step | None = None) -> Tensor:  # fmt: skip
         """``latents`` [B, C, F, h, w], ``timestep`` [B] -> velocity (noise minus data) of the latents' shape.
 
         ``step`` changes nothing here; it is what seams B and D are told."""

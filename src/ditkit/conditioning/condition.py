@@ -17,6 +17,9 @@ from torch import Tensor
 from ditkit.errors import RequestError
 from ditkit.state import digest
 
+Strides = tuple[int, int, int]
+"""Of the VAE: (frames, height, width)."""
+
 Encode = Callable[[Tensor], Tensor]
 """Pixels [B, 3, T, H, W] in [-1, 1] -> normalised latents [B, C, F, h, w] float32: a VAE's ``encode``."""
 
@@ -53,7 +56,7 @@ def image_condition(encode: Encode, first: Tensor, last: Tensor | None, frames: 
     return torch.cat([mask.expand(len(latents), -1, -1, -1, -1), latents], dim=1)
 
 
-def fold_mask(mask: Tensor, strides: tuple[int, int, int] = (4, 8, 8)) -> Tensor:
+def fold_mask(mask: Tensor, strides: Strides = (4, 8, 8)) -> Tensor:
     """[T, H, W] -> [s * s, F, H/s, W/s]: the pixels under one latent become channels (row by row), and of the T
     frames F are picked, each the nearest to the middle of its share."""
     (count, height, width), (t, rows, columns) = mask.shape, strides
@@ -62,11 +65,7 @@ def fold_mask(mask: Tensor, strides: tuple[int, int, int] = (4, 8, 8)) -> Tensor
 
 
 def control_context(
-    encode: Encode,
-    video: Tensor,
-    mask: Tensor,
-    references: Tensor | None = None,
-    strides: tuple[int, int, int] = (4, 8, 8),
+    encode: Encode, video: Tensor, mask: Tensor, references: Tensor | None = None, strides: Strides = (4, 8, 8)
 ) -> Tensor:
     """``video`` [3, T, H, W] in [-1, 1], ``mask`` [1, T, H, W] (1: to be made), ``references`` [N, 3, H, W] ->
     [2C + s * s, N + F, h, w] float32.
