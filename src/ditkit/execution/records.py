@@ -42,9 +42,8 @@ def code_of(stage: Stage) -> str:
         files[getattr(module, "__file__", None) or ""] = getattr(module, "__sha256__", None)
         own = [getattr(value, "fget", value) for name, value in vars(cls).items() if not name.startswith("__")]
         codes = [getattr(inspect.unwrap(value), "__code__", None) for value in own if callable(value)]
-        for code in codes:  # a decorator may hide a function
-            if code is not None:
-                files.setdefault(code.co_filename)
+        for code in filter(None, codes):  # a decorator may hide a function
+            files.setdefault(code.co_filename)
     if any("<locals>" in name for name in names) or not all(Path(file).is_file() for file in files):
         return ""
     text = b"".join(
