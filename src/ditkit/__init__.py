@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from ditkit.contracts import Seams, Site, Step, Swap
     from ditkit.errors import DitkitError
     from ditkit.events import Event, Events
-    from ditkit.execution.stage_list import BaseStage, Context, Interrupted, Stage, StageList
+    from ditkit.execution.place import Interrupted
+    from ditkit.execution.stage import BaseStage, Context, Stage
+    from ditkit.execution.stage_list import StageList
     from ditkit.pipeline import Pipeline, Result, load, switch
     from ditkit.request import Request
     from ditkit.setup import Setup
@@ -34,27 +36,8 @@ _HOMES = {
 }  # fmt: skip
 
 __all__ = [
-    "BaseStage",
-    "Cancel",
-    "Context",
-    "DitkitError",
-    "Event",
-    "Events",
-    "Field",
-    "Interrupted",
-    "Pipeline",
-    "Request",
-    "Result",
-    "Seams",
-    "Setup",
-    "Site",
-    "Stage",
-    "StageList",
-    "State",
-    "Step",
-    "Swap",
-    "load",
-    "switch",
+    "BaseStage", "Cancel", "Context", "DitkitError", "Event", "Events", "Field", "Interrupted", "Pipeline", "Request",
+    "Result", "Seams", "Setup", "Site", "Stage", "StageList", "State", "Step", "Swap", "load", "switch",
 ]  # fmt: skip
 
 

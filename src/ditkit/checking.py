@@ -4,14 +4,14 @@ A State may come from a file that was edited, cut together or written by another
 file itself (``state.py``) and whether the model is the right one (``pipeline.py``).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
 from ditkit.errors import StateError
 from ditkit.request import Request
 from ditkit.state import FIELDS, Field, State, kind_of
+
+UNTOUCHED = "Take an untouched State"
 
 _PLAIN: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (float, int), "dict": (dict,)}
 _RECORDED = ("settings", "inputs", "weights", "options", "plugs")  # dicts in a record, see records.py
@@ -38,17 +38,14 @@ def fault_of(spec: Field, value: Any, sizes: dict[str, int]) -> str | None:
 
 
 def _plain_fault(spec: Field, value: Any, sizes: dict[str, int]) -> str | None:
-    inner = spec.dtype.removeprefix("list[").removesuffix("]")
+    many, inner = spec.dtype.startswith("list["), spec.dtype.removeprefix("list[").removesuffix("]")
     if inner not in _PLAIN:  # a description of somebody else's
         return None
-    items = value if spec.dtype.startswith("list[") and isinstance(value, list) else [value]
-    is_list = spec.dtype.startswith("list[")
-    fits = isinstance(value, list) == is_list and all(
-        isinstance(x, _PLAIN[inner]) and not isinstance(x, bool) for x in items
-    )
-    if not fits:
+    items = value if many and isinstance(value, list) else [value]
+    fits = all(isinstance(x, _PLAIN[inner]) and not isinstance(x, bool) for x in items)
+    if isinstance(value, list) != many or not fits:
         return f"it is {value!r}, it must be {spec.dtype}"
-    if is_list and spec.shape == "B" and not _agrees("B", len(value), sizes):
+    if many and spec.shape == "B" and not _agrees("B", len(value), sizes):
         return f"it has {len(value)} entries, the run makes {sizes['B']} clips"
     return None
 
@@ -60,23 +57,21 @@ def _agrees(letter: str, size: int, sizes: dict[str, int]) -> bool:
 def check_state(state: State, table: Mapping[str, Field] = FIELDS) -> Request:
     """The State's request, once all its fields are what they should be. Raises StateError."""
     asked = "running a State"
-    absent = [name for name in ("request", "prompt", "negative_prompt", "seed") if name not in state]
-    if absent:
+    if absent := [name for name in ("request", "prompt", "negative_prompt", "seed") if name not in state]:
         raise StateError(asked, f"it has no {', '.join(absent)}", "Start it with Pipeline.begin")
     sizes: dict[str, int] = {}
     for name, value in state.items():
-        fault = fault_of(table[name], value, sizes) if name in table else None
-        if fault:
-            raise StateError(asked, f"its field {name!r} is damaged: {fault}", "Take an untouched State")
+        if fault := fault_of(table[name], value, sizes) if name in table else None:
+            raise StateError(asked, f"its field {name!r} is damaged: {fault}", UNTOUCHED)
     if not state["prompt"]:
-        raise StateError(asked, "it has no prompt", "Take an untouched State")
+        raise StateError(asked, "it has no prompt", UNTOUCHED)
     request = Request.parse(state["request"], "the State's request", StateError)
     check_counts(state, asked)
     for stage, record in state.get("records", {}).items():
         if not isinstance(record, dict) or any(not isinstance(record.get(part), dict) for part in _RECORDED):
-            raise StateError(asked, f"its record of stage {stage!r} is damaged", "Take an untouched State")
+            raise StateError(asked, f"its record of stage {stage!r} is damaged", UNTOUCHED)
     if not isinstance(state.get("model", {}).get("parts", {}), dict):
-        raise StateError(asked, "what it says of its model's parts is damaged", "Take an untouched State")
+        raise StateError(asked, "what it says of its model's parts is damaged", UNTOUCHED)
     return request
 
 
@@ -84,25 +79,17 @@ def check_counts(state: State, asked: str) -> None:
     """Rows and their lengths, steps, noise levels, history and latents belong together. Raises StateError."""
     for rows, lengths in _LENGTHS.items():
         counts = state.get(lengths, [])
-        if (rows in state) != (lengths in state) or (
-            rows in state and (min(counts, default=0) < 1 or sum(counts) != len(state[rows]))
-        ):
-            raise StateError(asked, f"{rows!r} and {lengths!r} do not fit together", "Take an untouched State")
-    _check_progress(asked, state)
-
-
-def _check_progress(asked: str, state: State) -> None:
-    """Steps, noise levels, history and latents belong together."""
+        whole = rows not in state or (min(counts, default=0) > 0 and sum(counts) == len(state[rows]))
+        if (rows in state) != (lengths in state) or not whole:
+            raise StateError(asked, f"{rows!r} and {lengths!r} do not fit together", UNTOUCHED)
     step, sigmas = state.get("step", 0), state.get("sigmas")
-    if step and (sigmas is None or "latents" not in state):
-        raise StateError(asked, f"{step} steps are behind it, but no sigmas or latents", "Take an untouched State")
-    if sigmas is not None and "step" not in state:
-        raise StateError(asked, "it has noise levels and no count of steps", "Take an untouched State")
-    if not step and state.get("history"):
-        raise StateError(asked, "its scheduler remembers steps, and none was taken", "Take an untouched State")
-    if step < 0 or (sigmas is not None and step > len(sigmas) - 1):
-        raise StateError(asked, f"its step {step} is not one of its run", "Take an untouched State")
-    if sigmas is not None and 0 < step < len(sigmas) - 1 and "history" not in state:
-        raise StateError(
-            asked, "it stands between two steps without the scheduler's history", "Take an untouched State"
-        )
+    last = step if sigmas is None else len(sigmas) - 1
+    for wrong, found in (
+        (step and (sigmas is None or "latents" not in state), f"{step} steps are behind it, but no sigmas or latents"),
+        (sigmas is not None and "step" not in state, "it has noise levels and no count of steps"),
+        (not step and state.get("history"), "its scheduler remembers steps, and none was taken"),
+        (not 0 <= step <= last, f"its step {step} is not one of its run"),
+        (0 < step < last and "history" not in state, "it stands between two steps without the scheduler's history"),
+    ):
+        if wrong:
+            raise StateError(asked, found, UNTOUCHED)

@@ -5,22 +5,20 @@ the model's own, a config file (TOML), the environment (``DITKIT_STEPS=4``), fla
 it; a dotted key (``devices.vae=cpu``) changes one entry. Leaves out: the names of flags (``cli/``).
 """
 
-from __future__ import annotations
-
 import tomllib
-import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from ditkit.errors import RequestError, SetupError, UserError, nearest
-from ditkit.request import OLD_NAMES, Request, Settings, describe, renamed
+from ditkit import options
+from ditkit.errors import RequestError, SetupError, nearest
+from ditkit.request import OLD_NAMES, Request, Settings, renamed
 from ditkit.setup import Setup
 
 FIELDS: dict[str, FieldInfo] = {**Request.model_fields, **Setup.model_fields}
@@ -44,7 +42,7 @@ class Layer:
     origins: Mapping[str, str]
 
     @classmethod
-    def of(cls, values: Mapping[str, Any], origin: str) -> Layer:
+    def of(cls, values: Mapping[str, Any], origin: str) -> Self:
         for key in values:
             check_key(OLD_NAMES.get(key, key), f"{origin}: {key}")
         try:
@@ -58,9 +56,15 @@ class Layer:
 class Settled:
     """All layers above the defaults, put together. ``said`` lists for each setting who said what, the lowest first."""
 
-    values: Mapping[str, Any]
-    origins: Mapping[str, str]
     said: Mapping[str, tuple[tuple[str, Any], ...]]
+
+    @cached_property
+    def values(self) -> Mapping[str, Any]:
+        return {key: told[-1][1] for key, told in self.said.items()}
+
+    @cached_property
+    def origins(self) -> Mapping[str, str]:
+        return {key: told[-1][0] for key, told in self.said.items()}
 
     def of(self, settings: type[Settings]) -> dict[str, Any]:
         """The values that somebody gave for the fields of Request or of Setup."""
@@ -68,11 +72,11 @@ class Settled:
 
     def setup(self) -> Setup:
         """Raises SetupError that names the origin of the faulty value."""
-        return build(Setup, self.of(Setup), self.origins, SetupError)
+        return Setup.parse(self.of(Setup), self.origins, SetupError)
 
     def request(self) -> Request:
         """Raises RequestError that names the origin of the faulty value."""
-        return build(Request, self.of(Request), self.origins, RequestError)
+        return Request.parse(self.of(Request), self.origins, RequestError)
 
     def explain(self, key: str) -> list[tuple[str, Any]]:
         """(origin, value) of one setting in every layer that has it, ditkit's default first; the last one counts."""
@@ -85,17 +89,14 @@ class Settled:
 
 def settle(*layers: Layer) -> Settled:
     """Put layers together, the lowest first."""
-    values: dict[str, Any] = {}
-    origins: dict[str, str] = {}
     said: dict[str, tuple[tuple[str, Any], ...]] = {}
     for layer in layers:
         for key, value in layer.values.items():
             if isinstance(value, Entries):
-                below = values.get(key, FIELDS[key].get_default())
+                below = said[key][-1][1] if key in said else FIELDS[key].get_default()
                 value = _joined(below if isinstance(below, dict) else {}, value, nested=key == "stage_settings")
-            values[key], origins[key] = value, layer.origins[key]
             said[key] = (*said.get(key, ()), (layer.origins[key], value))
-    return Settled(values, origins, said)
+    return Settled(said)
 
 
 def _joined(below: dict[str, Any], entries: Entries, nested: bool) -> dict[str, Any]:
@@ -108,14 +109,6 @@ def _joined(below: dict[str, Any], entries: Entries, nested: bool) -> dict[str, 
         else:
             found[name] = value
     return found
-
-
-def build(cls: type[Settings], values: Mapping[str, Any], origins: Mapping[str, str], error: type[UserError]) -> Any:
-    try:
-        return cls(**values)
-    except ValidationError as e:
-        location = e.errors()[0]["loc"]
-        raise describe(cls, e, values, origins.get(str(location[0]) if location else "", "default"), error) from None
 
 
 def file_layer(path: str | Path) -> Layer:
@@ -173,43 +166,33 @@ def from_text(text: str, annotation: Any, literal: bool = False) -> Any:
     With ``literal`` the bare text comes first where the type takes it: on a command line the shell has already removed
     the quotes. ``none`` unsets what may be unset; 1 and 0 stand for true and false. A text that nothing fits is handed
     on for the check of the whole to refuse."""
-    meanings: list[Any] = []
-    try:
-        parsed = tomllib.loads(f"value = {text}")
-        meanings += [parsed["value"]] if len(parsed) == 1 else []
-    except tomllib.TOMLDecodeError:
-        pass
-    meanings = [text, *meanings] if literal else [*meanings, text]
     if annotation is bool and text in ("0", "1"):
-        meanings = [text == "1"]
+        return text == "1"
     if text.lower() == "none" and type(None) in typing.get_args(annotation):
         return None
     if typing.get_origin(annotation) is list and not text.lstrip().startswith("["):  # its only entry
         return [from_text(text, typing.get_args(annotation)[0], literal)]
+    values = options.toml_values(text)
+    meanings = [text, *values] if literal else [*values, text]
     for meaning in meanings:
         if _fits(meaning, annotation):
             return meaning
-    return next((m for m in meanings if not isinstance(m, str)), text)
+    return next((value for value in values if not isinstance(value, str)), text)
 
 
 def _fits(value: Any, annotation: Any) -> bool:
     try:
-        _adapter(annotation).validate_python(value)
+        options.adapter(annotation).validate_python(value, strict=True)
     except ValidationError:
         return False
     return True
 
 
-@cache
-def _adapter(annotation: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(annotation, config=ConfigDict(strict=True))
-
-
-def takes_list(key: str) -> bool:
-    """Whether a setting may hold several values, so that its flag may be repeated."""
+def item_of(key: str) -> Any:
+    """The type of one entry of a setting that may hold several, so that its flag may be repeated; else None."""
     annotation = FIELDS[key].annotation
-    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-    return any(typing.get_origin(option) is list for option in options)
+    lists = (t for t in (annotation, *typing.get_args(annotation)) if typing.get_origin(t) is list)
+    return next((typing.get_args(found)[0] for found in lists), None)
 
 
 def check_key(key: str, asked: str) -> None:

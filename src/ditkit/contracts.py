@@ -84,11 +84,9 @@ class BlockContext(Protocol):
 
     def rows(self, index: slice) -> BlockContext:
         """The context of the rows ``x[:, index]``."""
-        ...
 
     def shifted(self, frames: int) -> BlockContext:
         """The context of the same tokens as if they stood ``frames`` latent frames later."""
-        ...
 
 
 class RunBlocks(Protocol):
@@ -140,7 +138,6 @@ class Scheduler(Protocol):
 
     def sigmas(self, steps: int, shift: float, convention: str) -> list[float]:
         """``steps + 1`` falling values in [0, 1], the last one 0."""
-        ...
 
     def solve(
         self, x: Tensor, velocity: Tensor, step: Step, history: History, noise: Tensor | None = None
@@ -148,7 +145,6 @@ class Scheduler(Protocol):
         """One step: x at ``step.sigma`` -> x at ``step.sigma_next``, all float32 (float64 stays float64).
 
         ``history`` is the mapping returned by the step before ({} at first); it is never changed in place."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -171,13 +167,7 @@ class Seams:
         """What is plugged in, by seam; neutral seams are left out. Equal descriptions mean equal plugs: one that could
         hide a difference (a lambda, a closure) gets a name that no other ever has. Give it a ``fingerprint``
         attribute, make it a function without closure or a frozen dataclass, and its description lasts."""
-        plugs = {
-            "predict": self.predict,
-            "run_blocks": self.run_blocks,
-            "attend": self.attend,
-            "swaps": self.swaps,
-            "scheduler": () if self.scheduler is None else (self.scheduler,),
-        }
+        plugs = {**vars(self), "scheduler": () if self.scheduler is None else (self.scheduler,)}
         return {seam: [described(p) for p in plugged] for seam, plugged in plugs.items() if plugged}
 
 
@@ -185,7 +175,6 @@ class Seams:
 class Tokenizer(Protocol):
     def __call__(self, prompts: Sequence[str], max_length: int) -> tuple[list[list[int]], list[int]]:
         """Token ids of each prompt, unpadded, end token kept, at most ``max_length``; and how many were cut off."""
-        ...
 
 
 @runtime_checkable
@@ -194,7 +183,6 @@ class TextEncoder(Protocol):
 
     def __call__(self, ids: Sequence[int]) -> Tensor:
         """Ids of one prompt -> [len(ids), D]."""
-        ...
 
 
 @runtime_checkable
@@ -203,7 +191,6 @@ class ImageEncoder(Protocol):
 
     def encode(self, images: Tensor, processing: str) -> Tensor:
         """Pictures uint8 [B, I, J, 3] -> features [B, r, d]. ``processing``: official or diffusers (resize, crop)."""
-        ...
 
 
 @runtime_checkable
@@ -222,22 +209,12 @@ class Transformer(Protocol):
         """What forward passes of one branch are conditioned on, made of fields of a State. The object belongs to the
         caller; ``frames(start, stop)`` narrows it to a range of latent frames. With ``cache_text_kv`` it holds what
         each block derives from the text. ``settings``: those of the request, as attributes. Raises StateError."""
-        ...
 
-    def __call__(
-        self,
-        latents: Tensor,
-        timestep: Tensor,
-        conditioning: Any,
-        *,
-        run_blocks: RunBlocks,
-        attend: Attend,
-        step: Step | None = None,
-    ) -> Tensor:
+    def __call__(self, latents: Tensor, timestep: Tensor, conditioning: Any, *, run_blocks: RunBlocks, attend: Attend,
+                 step: Step | None = None) -> Tensor:  # fmt: skip
         """``latents`` [B, C, F, h, w], ``timestep`` [B] -> velocity (noise minus data) of the latents' shape.
 
         ``step`` changes nothing here; it is what seams B and D are told."""
-        ...
 
 
 @runtime_checkable
@@ -248,11 +225,9 @@ class VAE(Protocol):
 
     def encode(self, video: Tensor, frames_per_chunk: int = 4) -> Tensor:
         """[B, 3, T, H, W] in [-1, 1] -> normalised latents [B, C, F, h, w]."""
-        ...
 
     def decode(self, latents: Tensor, frames_per_chunk: int = 1) -> Iterator[Tensor]:
         """Normalised latents -> chunks [B, 3, t, H, W] in [-1, 1], in order."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -294,8 +269,6 @@ class PromptExpander(Protocol):
 
     def load(self, events: Events = SILENT) -> None:
         """Bring it into memory, if it is to be in this process, and tell of that. Raises LoadError."""
-        ...
 
     def __call__(self, wish: Wish) -> Answer:
         """Raises PlaceError when no answer came."""
-        ...

@@ -1,9 +1,8 @@
 """Every error a person can meet: what was asked, what was found, what to do about it."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable
+from typing import Self
 
 
 class DitkitError(Exception):
@@ -15,7 +14,7 @@ class DitkitError(Exception):
         super().__init__(f"{asked}: {found}. {do}.")
         self.asked, self.found, self.do = asked, found, do
 
-    def __reduce__(self) -> tuple[type[DitkitError], tuple[str, str, str]]:  # survives pickling between processes
+    def __reduce__(self) -> tuple[type[Self], tuple[str, str, str]]:  # survives pickling between processes
         return type(self), (self.asked, self.found, self.do)
 
 

@@ -4,8 +4,6 @@ A name whose first word (before the first dot) begins no name of this table is f
 yours may emit it with any values.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType

@@ -5,8 +5,6 @@ live ones and must not be written to. There is no global: a run hands its ``Even
 Leaves out: which events there are (``event_table.py``).
 """
 
-from __future__ import annotations
-
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +12,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Self
 
 from ditkit.errors import PipelineError, StateError
 from ditkit.event_table import ELSEWHERE, ENDS, EVENTS, fault_of
@@ -133,7 +131,7 @@ class Relay:
         self.events, self.place = events, place
         self._ids, self._open = {0: events.inside}, dict[int, Event]()
 
-    def __enter__(self) -> Relay:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
@@ -155,17 +153,13 @@ class Relay:
     def send(self, theirs: Event) -> None:
         """``theirs``, which was checked, as an event of this run."""
         begun, parent = self._open.pop(theirs.span, None), self._ids[theirs.parent]
-        if theirs.span and begun is None:
+        begins = begun is None and theirs.span != 0
+        if begins:
             self._ids[theirs.span] = next(_IDS)
-        ours = replace(
-            theirs,
-            seconds=time.perf_counter(),
-            span=self._ids[theirs.span] if theirs.span else 0,
-            parent=begun.parent if begun else parent,
-            place=self.place,
-            sent=theirs.seconds,
-        )
-        if theirs.span and begun is None:
+        ours = replace(theirs, seconds=time.perf_counter(), place=self.place, sent=theirs.seconds)
+        span = self._ids[theirs.span] if theirs.span else 0
+        ours = replace(ours, span=span, parent=begun.parent if begun else parent)
+        if begins:
             self._open[theirs.span] = ours
         self.events.send(ours)
 

@@ -4,8 +4,6 @@ types.
 Plugs, stages and schedulers have their options so, and stages their settings.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import tomllib
@@ -29,11 +27,7 @@ def fields_of(cls: Any) -> dict[str, Field[Any]]:
 
 
 def typed(
-    cls: Any,
-    given: str | Mapping[str, Any],
-    what: str,
-    error: type[UserError] = SetupError,
-    whole: bool = True,
+    cls: Any, given: str | Mapping[str, Any], what: str, error: type[UserError] = SetupError, whole: bool = True
 ) -> dict[str, Any]:
     """``given`` as ``cls`` takes it. ``what`` has these options, for messages. Raises ``error`` for an option that is
     unknown, of another type, or missing where it is to be the ``whole``."""
@@ -77,33 +71,38 @@ def _read(text: str, what: str, error: type[UserError]) -> dict[str, tuple[Any, 
         if not equals or not name or name in found:
             raise error(f"options {text!r} of {what}", f"{piece.strip()!r} is not one of the form OPTION=VALUE, once "
                         "each", "Write OPTION=VALUE,OPTION=VALUE")  # fmt: skip
-        try:
-            parsed = tomllib.loads(f"value = {value}")
-            found[name] = (parsed["value"], value) if len(parsed) == 1 else (value,)
-        except tomllib.TOMLDecodeError:
-            found[name] = (None, value) if value == "none" else (value,)
+        found[name] = (*([None] if value == "none" else toml_values(value)), value)
     return found
+
+
+def toml_values(text: str) -> list[Any]:
+    """What ``text`` is as a TOML value; nothing where it is none."""
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return []
+    return [parsed["value"]] if len(parsed) == 1 else []
 
 
 def _fitting(name: str, annotation: Any, values: tuple[Any, ...], what: str, error: type[UserError]) -> Any:
     fault = ""
     for value in values:
         try:
-            return _adapter(annotation).validate_json(json.dumps(value), strict=True)
+            return adapter(annotation).validate_json(json.dumps(value), strict=True)
         except (ValidationError, TypeError) as e:
             fault = fault or (e.errors()[0]["msg"] if isinstance(e, ValidationError) else str(e))
         except PydanticSchemaGenerationError:
             fault = "its type cannot be written as a text"
-    raise error(f"{name}={values[-1]!r} of {what}", fault[:1].lower() + fault[1:], f"Give {_name(annotation)}")
+    raise error(
+        f"{name}={values[-1]!r} of {what}",
+        fault[:1].lower() + fault[1:],
+        f"Give {getattr(annotation, '__name__', annotation)}",
+    )
 
 
 @cache
-def _adapter(annotation: Any) -> TypeAdapter[Any]:
+def adapter(annotation: Any) -> TypeAdapter[Any]:
     return TypeAdapter(annotation)
-
-
-def _name(annotation: Any) -> str:
-    return getattr(annotation, "__name__", None) or str(annotation)
 
 
 def _toml(value: Any) -> str:

@@ -24,7 +24,7 @@ from ditkit.errors import DitkitError, RequestError, SetupError
 from ditkit.events import Events, Listener
 from ditkit.execution.clips import Clips
 from ditkit.execution.execution import Execution
-from ditkit.execution.place import Checkpointer, ResultCache
+from ditkit.execution.place import Checkpointer
 from ditkit.execution.stage import with_own_defaults, with_stage_settings
 from ditkit.execution.stage_list import StageList
 from ditkit.placement import Places
@@ -37,7 +37,7 @@ from ditkit.shared import Switch
 from ditkit.shared import switch as exchange
 from ditkit.stages.expand_prompt import ExpandPrompt, check_asked
 from ditkit.state import State
-from ditkit.store.cache import open_cache
+from ditkit.store.cache import Cache, open_cache
 
 if TYPE_CHECKING:
     import numpy as np
@@ -91,7 +91,7 @@ class Pipeline:
         stages: StageList,
         seams: Seams | None = None,
         listeners: Iterable[Listener] = (),
-        results: ResultCache | None = None,
+        results: Cache | None = None,
         places: Places | None = None,
     ):
         self.model, self.setup, self.components, self.stages = model, setup, components, stages

@@ -1,7 +1,5 @@
 """Several clips in one State, and back: split it into one State for each clip, join finished ones again."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -35,14 +33,9 @@ def _rebased(new: State, old: State) -> State:
         return new
     records = {}
     for stage, record in old["records"].items():
-        inputs = {n: _print(new, n) if n in new and n in old and _print(old, n) == then else then
-                  for n, then in record["inputs"].items()}  # fmt: skip
-        records[stage] = {**record, "inputs": inputs}
+        same = {n for n, then in record["inputs"].items() if n in new and n in old and old.fingerprint_of(n) == then}
+        records[stage] = {**record, "inputs": record["inputs"] | {n: new.fingerprint_of(n) for n in same}}
     return new.with_fields({"records": records})
-
-
-def _print(state: State, name: str) -> str:
-    return state.fingerprints.get(name) or digest(name, state[name])
 
 
 def _divide(name: str, value: Any, state: State, n: int, table: Mapping[str, Field]) -> list[Any]:
@@ -93,9 +86,6 @@ def _unite(name: str, states: Sequence[State], table: Mapping[str, Field]) -> An
     if how:
         return [x for v in values for x in v] if isinstance(values[0], list) else torch.cat(values)
     if any(digest(v) != digest(values[0]) for v in values):
-        raise StateError(
-            f"joining the field {name!r} of {len(states)} clips",
-            "each clip has another value",
-            "Describe it with a shape legend that begins with B, and give it one entry for each clip",
-        )
+        asked, found = f"joining the field {name!r} of {len(states)} clips", "each clip has another value"
+        raise StateError(asked, found, "Give it one entry for each clip, and a shape legend that begins with B")
     return values[0]

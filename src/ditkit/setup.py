@@ -1,93 +1,71 @@
 """Setup: how to make it. Nothing in here changes what is asked for, only with what and where it is computed."""
 
-from __future__ import annotations
-
-import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import field_validator
 
-from ditkit.errors import MissingDependency, SetupError, nearest
+from ditkit.errors import MissingDependency, SetupError
 from ditkit.registry import PlugSpec
-from ditkit.request import Settings, _number, default
+from ditkit.request import Float, Settings, default, one_of
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 COMPONENTS = ("text_encoder", "image_encoder", "transformer", "transformer_2", "vae", "preview_decoder",
               "prompt_expander")  # fmt: skip
 BACKENDS = ("torch", "mlx", "mlx-8bit", "mlx-4bit")
 PARTS = (*(name for name in COMPONENTS if name != "prompt_expander"), "tokenizer")
+Component = Annotated[str, one_of(COMPONENTS, "component")]
+Part = Annotated[str, one_of(PARTS, "part")]
+Dtype = Annotated[str, one_of(DTYPES, "dtype")]
+Backend = Annotated[str, one_of(BACKENDS, "backend")]
 
 
 class Setup(Settings):
     """Model, devices, dtypes, kernels. ``devices`` and ``dtypes`` override single components by name."""
 
+    # fmt: off
     model: str = default("shapes", "ditkit", "a model's name, folder, file or manifest, or hf:OWNER/NAME@REVISION")
-    components: dict[str, str] = default(
-        {}, "none", "files or folders that take the place of the model's, such as {vae = 'taew2_1.safetensors'}"
-    )
+    components: dict[Part, str] = default(
+        {}, "none", "files or folders that take the place of the model's, such as {vae = 'taew2_1.safetensors'}")
     variant: str | None = default(None, "none", "which set of weights of a Diffusers folder, such as fp16")
     allow: list[str] = default(
-        [], "none", "a list of named exceptions from strict loading, such as image_claim (see the guide on models)"
-    )
+        [], "none", "a list of named exceptions from strict loading, such as image_claim (see the guide on models)")
     strict_config: bool = default(
-        False, "ditkit", "true to refuse configs with keys that are not known, instead of noting them"
-    )
+        False, "ditkit", "true to refuse configs with keys that are not known, instead of noting them")
     offline: bool = default(False, "ditkit", "true to use no network: what is not here is an error")
     loras: list[str] = default([], "none", "a list of LoRA files, each FILE, FILE:STRENGTH or EXPERT=FILE:STRENGTH")
     lora_mode: Literal["side", "fused"] = default(
-        "side", "ditkit", "side to keep LoRAs beside the weights, fused to add them while loading"
-    )
+        "side", "ditkit", "side to keep LoRAs beside the weights, fused to add them while loading")
     lora_allow: list[str] = default([], "none", "named rules for LoRA keys without a target, such as image_branch")
     device: str = default("auto", "ditkit", "auto, cpu, cuda, cuda:N or mps")
-    devices: dict[str, str] = default({}, "none", "devices of single components, such as {vae = 'cpu'}")
+    devices: dict[Component, str] = default({}, "none", "devices of single components, such as {vae = 'cpu'}")
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = default(
-        "auto", "ditkit: bfloat16 on a GPU, float32 on a CPU", "auto, float32, bfloat16, float16 or float64"
-    )
-    dtypes: dict[str, str] = default({}, "none", "dtypes of single components, such as {vae = 'float32'}")
+        "auto", "ditkit: bfloat16 on a GPU, float32 on a CPU", "auto, float32, bfloat16, float16 or float64")
+    dtypes: dict[Component, Dtype] = default({}, "none", "dtypes of single components, such as {vae = 'float32'}")
     dtype_policy: Literal["wan", "diffusers", "float32"] = default(
-        "wan", "Wan2.1 model.py", "wan, diffusers or float32: which tensors of the transformer stay wide"
-    )
+        "wan", "Wan2.1 model.py", "wan, diffusers or float32: which tensors of the transformer stay wide")
     attention: str = default("sdpa", "PyTorch", "the name of an attention kernel, such as sdpa or dense")
     plugs: list[str] = default(
-        [],
-        "none",
-        "a list of plugs and stages, each NAME, FILE.py, FILE.py:NAME or module:NAME, with :OPTION=VALUE",
-    )
-    threads: int | None = default(None, "PyTorch's own choice", "a number of CPU threads, 1 or more")
-    vae_frames_per_chunk: int = default(1, "Wan2.1 vae.py", "latent frames that are decoded at once, 1 or more")
+        [], "none", "a list of plugs and stages, each NAME, FILE.py, FILE.py:NAME or module:NAME, with :OPTION=VALUE")
+    threads: int | None = default(None, "PyTorch's own choice", "a number of CPU threads, 1 or more", ge=1)
+    vae_frames_per_chunk: int = default(1, "Wan2.1 vae.py", "latent frames that are decoded at once, 1 or more", ge=1)
     cache_text_kv: bool = default(True, "ditkit", "true to keep each block's text keys and values during a run")
-    backends: dict[str, str] = default(
-        {}, "none", "what computes single components, such as {text_encoder = 'mlx'}: torch, mlx, mlx-8bit or mlx-4bit"
-    )
+    backends: dict[Component, Backend] = default(
+        {}, "none", "what computes single components, such as {text_encoder = 'mlx'}: torch, mlx, mlx-8bit or mlx-4bit")
     placement: dict[str, str] = default(
-        {}, "none", "where stages run, such as {encode_text = 'http://mac.local:8700', denoise = 'process:cuda:1'}"
-    )
+        {}, "none", "where stages run, such as {encode_text = 'http://mac.local:8700', denoise = 'process:cuda:1'}")
     expected_probes: dict[str, str] = default(
-        {}, "none", "probe hashes that hosts have to show, by stage, as `ditkit doctor --placement` prints them"
-    )
-    retries: int = default(2, "ditkit", "how often a stage is sent again to a host that was lost, 0 or more")
-    timeout: float = default(60.0, "ditkit", "seconds without a sign of life after which a host counts as lost")
+        {}, "none", "probe hashes that hosts have to show, by stage, as `ditkit doctor --placement` prints them")
+    retries: int = default(2, "ditkit", "how often a stage is sent again to a host that was lost, 0 or more", ge=0)
+    timeout: Float = default(60.0, "ditkit", "seconds without a sign of life after which a host counts as lost", gt=0)
     cache: str | None = default(None, "none", "a folder for results of stages, or `default` for that of the user")
-    cache_gigabytes: float = default(20.0, "ditkit", "how large the cache may grow, in 10^9 bytes")
+    cache_gigabytes: Float = default(20.0, "ditkit", "how large the cache may grow, in 10^9 bytes", gt=0)
     expander: str | None = default(
-        None, "none", "what expands prompts: the URL of an OpenAI-compatible server, or transformers:FOLDER"
-    )
+        None, "none", "what expands prompts: the URL of an OpenAI-compatible server, or transformers:FOLDER")
     expander_model: str | None = default(None, "the server's first one", "the name of the server's model")
     debug: bool = default(False, "ditkit", "true to check every field's dtype and shape on the way")
-
-    @field_validator("timeout", "cache_gigabytes", mode="before")
-    @classmethod
-    def _floats(cls, value: Any) -> Any:
-        return _number(value)
-
-    @field_validator("timeout", "cache_gigabytes")
-    @classmethod
-    def _above_zero(cls, value: float) -> float:
-        if not 0 < value < math.inf:
-            raise ValueError(f"{value} is not a finite number above 0")
-        return value
+    # fmt: on
 
     @field_validator("expander")
     @classmethod
@@ -100,25 +78,6 @@ class Setup(Settings):
                 raise ValueError("an address with a key in it would be written into every clip; set OPENAI_API_KEY")
         return value
 
-    @field_validator("retries")
-    @classmethod
-    def _count(cls, value: int) -> int:
-        if value < 0:
-            raise ValueError(f"{value} is negative")
-        return value
-
-    @field_validator("threads", "vae_frames_per_chunk")
-    @classmethod
-    def _positive(cls, value: int | None) -> int | None:
-        if value is not None and value < 1:
-            raise ValueError(f"{value} is less than 1")
-        return value
-
-    @field_validator("loras", "lora_allow", "allow", "plugs", mode="before")
-    @classmethod
-    def _lists(cls, value: Any) -> Any:
-        return [*value] if isinstance(value, tuple) else value
-
     @field_validator("plugs")
     @classmethod
     def _plugs(cls, value: list[str]) -> list[str]:
@@ -127,42 +86,16 @@ class Setup(Settings):
         except SetupError as e:
             raise ValueError(e.found) from None
 
-    @field_validator("components")
-    @classmethod
-    def _parts(cls, value: dict[str, str]) -> dict[str, str]:
-        for name in value:
-            if name not in PARTS:
-                raise ValueError(f"there is no part {name!r}{nearest(name, PARTS)}; there are {', '.join(PARTS)}")
-        return value
-
     @field_validator("backends")
     @classmethod
     def _backends(cls, value: dict[str, str]) -> dict[str, str]:
         for name, backend in value.items():
-            if backend not in BACKENDS:
-                raise ValueError(f"{backend!r} is not one of {', '.join(BACKENDS)}{nearest(backend, BACKENDS)}")
-            if backend != "torch" and name in COMPONENTS and name != "text_encoder":
+            if backend != "torch" and name != "text_encoder":
                 raise ValueError(f"{name} is computed by torch only; {backend} is for the text_encoder")
         return value
 
-    @field_validator("devices", "dtypes", "backends")
     @classmethod
-    def _component(cls, value: dict[str, str]) -> dict[str, str]:
-        for name in value:
-            if name not in COMPONENTS:
-                raise ValueError(f"there is no component {name!r}; there are {', '.join(COMPONENTS)}")
-        return value
-
-    @field_validator("dtypes")
-    @classmethod
-    def _dtypes(cls, value: dict[str, str]) -> dict[str, str]:
-        for dtype in value.values():
-            if dtype not in DTYPES:
-                raise ValueError(f"{dtype!r} is not one of {', '.join(DTYPES)}")
-        return value
-
-    @classmethod
-    def of(cls, values: Mapping[str, Any], origin: str = "setup") -> Setup:
+    def of(cls, values: Mapping[str, Any], origin: str = "setup") -> Self:
         return cls.parse(values, origin, SetupError)
 
     def device_of(self, component: str) -> str:
@@ -203,9 +136,8 @@ def _mlx_devices() -> list[str]:
     try:
         import mlx.core as mx
     except ImportError:
-        raise MissingDependency(
-            "computing the text_encoder with MLX", "mlx is not installed", 'Run: pip install "ditkit[mlx]"'
-        ) from None
+        asked = "computing the text_encoder with MLX"
+        raise MissingDependency(asked, "mlx is not installed", 'Run: pip install "ditkit[mlx]"') from None
     if mx.metal.is_available():
         return ["cpu", "mps"]
     return ["cpu", "cuda", "cuda:0"] if mx.default_device().type == mx.gpu else ["cpu"]

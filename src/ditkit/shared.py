@@ -5,8 +5,6 @@ device, precision, swaps. Whoever asks for a key that somebody holds gets that s
 here: a component goes when its last holder lets go. Leaves out: how a component is made, and how its key is.
 """
 
-from __future__ import annotations
-
 import gc
 import threading
 import weakref
@@ -87,11 +85,10 @@ class Holder(Mapping[str, Any]):
         with self._lock:
             return dict(self._held)
 
-    def drop(self, names: Iterable[str] | None = None) -> None:
-        """Let go of these components (of all when None); asked for again, they are loaded again."""
+    def drop(self) -> None:
+        """Let go of all components; asked for again, they are loaded again."""
         with self._lock:
-            for name in list(self._held) if names is None else names:
-                self._held.pop(name, None)
+            self._held.clear()
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,6 @@
 Leaves out: where a stage runs (``execution/place.py``) and where results are kept (``store``).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any

@@ -14,7 +14,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,14 +106,11 @@ def kind_of(value: Any) -> str:
 def _plain(name: str, value: Any) -> Any:
     """A deep copy through JSON: proves that the value is plain, and keeps the State immutable."""
     try:
-        copied = json.loads(json.dumps(value, allow_nan=False))
+        return json.loads(json.dumps(value, allow_nan=False))
     except (TypeError, ValueError, RecursionError) as e:
-        raise StateError(
-            f"field {name!r} was set to a {type(value).__name__}",
-            f"a State holds tensors and plain JSON values ({e})",
-            "Convert it to a tensor, a number, a string, a list or a dict",
-        ) from None
-    return copied
+        asked, found = f"field {name!r} was set to a {type(value).__name__}", "a State holds tensors and plain JSON"
+        do = "Convert it to a tensor, a number, a string, a list or a dict"
+        raise StateError(asked, f"{found} ({e})", do) from None
 
 
 def _field(name: str, value: Any) -> Any:
@@ -139,6 +136,10 @@ class State(Mapping[str, Any]):
     def fingerprints(self) -> dict[str, str]:
         return dict(self._fingerprints)
 
+    def fingerprint_of(self, name: str) -> str:
+        """The fingerprint of a field; of a field that the caller brought, the hash of its content."""
+        return self._fingerprints.get(name) or digest(name, self[name])
+
     def __getitem__(self, name: str) -> Any:
         value = self._fields[name]
         return value if _is_tensor(value) else dict(value) if _is_tensors(value) else _plain(name, value)
@@ -153,13 +154,11 @@ class State(Mapping[str, Any]):
         def show(value: Any) -> str:
             if _is_tensor(value):
                 return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
-            return (
-                "{" + ", ".join(f"{k}: {show(v)}" for k, v in value.items()) + "}"
-                if _is_tensors(value)
-                else repr(value)
-            )
+            if _is_tensors(value):
+                return f"{{{', '.join(f'{k}: {show(v)}' for k, v in value.items())}}}"
+            return repr(value)
 
-        return "State(" + ", ".join(f"{name}={show(value)}" for name, value in self._fields.items()) + ")"
+        return f"State({', '.join(f'{name}={show(value)}' for name, value in self._fields.items())})"
 
     def with_fields(self, fields: Mapping[str, Any], fingerprints: Mapping[str, str] | None = None) -> State:
         """A new State in which ``fields`` are replaced or added; fingerprints of replaced fields are dropped."""
@@ -211,13 +210,13 @@ class State(Mapping[str, Any]):
     @classmethod
     def from_buffer(cls, data: bytearray | memoryview, source: str = "the given bytes") -> State:
         """A State whose tensors lie in ``data`` itself, which must not be written to any more. Raises StateError."""
-        asked = f"loading a State from {source}"
+        asked, again = f"loading a State from {source}", "Save the State again"
         try:
             tensors, metadata = _read(data)
             text = metadata.get("ditkit.state")
         except (struct.error, UnicodeDecodeError, ValueError, TypeError, KeyError, AttributeError, RuntimeError,
                 OverflowError, RecursionError) as e:  # fmt: skip
-            raise StateError(asked, f"it is not a complete safetensors file ({e})", "Save the State again") from None
+            raise StateError(asked, f"it is not a complete safetensors file ({e})", again) from None
         if text is None:
             raise StateError(asked, "it is a safetensors file without a ditkit State in it",
                              "Pass a file that `ditkit run --save-state` wrote")  # fmt: skip
@@ -225,48 +224,28 @@ class State(Mapping[str, Any]):
             header = json.loads(text)
             schema, plain, fingerprints = header["schema"], header.get("plain"), header.get("fingerprints")
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
-            raise StateError(asked, f"its description is damaged ({e!r})", "Save the State again") from None
+            raise StateError(asked, f"its description is damaged ({e!r})", again) from None
         if schema != SCHEMA:
             raise StateError(asked, f"it has State version {schema}; this ditkit reads version {SCHEMA}",
                              "Load it with the ditkit version that wrote it, or make it again")  # fmt: skip
         single = {key: tensor for key, tensor in tensors.items() if "/" not in key}
         groups: dict[str, dict[str, Tensor]] = {}
-        for key, tensor in tensors.items():
-            name, slash, member = key.partition("/")
-            if slash:
-                groups.setdefault(name, {})[member] = tensor
+        for key in (key for key in tensors if key not in single):
+            name, _, member = key.partition("/")
+            groups.setdefault(name, {})[member] = tensors[key]
         sound = isinstance(plain, dict) and isinstance(fingerprints, dict)
         sound = sound and all(isinstance(f, str) for f in fingerprints.values())
         if not sound or len({*plain, *single, *groups}) < len(plain) + len(single) + len(groups):  # a name twice
-            raise StateError(asked, "its description is damaged", "Save the State again")
+            raise StateError(asked, "its description is damaged", again)
         return cls({**_today(plain), **single, **groups}, fingerprints)
 
     def save(self, path: str | os.PathLike[str], durable: bool = False) -> Path:
-        """Write one file, complete or not at all; ``durable``: when this returns it outlives a loss of power too.
-        Raises OutputError where the disk or the path does not allow it."""
+        """Write one file (``write_whole``). Raises OutputError."""
         path = Path(path)
         if path.is_dir():
-            raise OutputError(
-                f"saving the State to {path}", "that is a folder", "Give a file name, such as state.safetensors"
-            )
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
-                file.writelines(self.buffers())
-                if durable:
-                    file.flush()
-                    os.fsync(file.fileno())
-            os.replace(temporary, path)
-            if durable:
-                sync_folder(path.parent)
-        except OSError as e:
-            raise OutputError(
-                f"saving the State to {path}", e.strerror or str(e), "Free some space or choose another place"
-            ) from None
-        finally:
-            with contextlib.suppress(OSError):  # renamed, or never made
-                temporary.unlink()
+            do = "Give a file name, such as state.safetensors"
+            raise OutputError(f"saving the State to {path}", "that is a folder", do)
+        write_whole(path, self.buffers(), f"saving the State to {path}", durable)
         return path
 
     @classmethod
@@ -297,6 +276,27 @@ def _today(plain: dict[str, Any]) -> dict[str, Any]:
         return plain
     sound = {n: r for n, r in records.items() if isinstance(r, dict) and isinstance(r.get("settings"), dict)}
     return {**plain, "records": records | {n: {**r, "settings": renamed(r["settings"])} for n, r in sound.items()}}
+
+
+def write_whole(path: Path, pieces: Iterable[bytes | memoryview], asked: str, durable: bool = True) -> None:
+    """One file, complete or not at all; ``durable``: when this returns it outlives a loss of power too. Raises
+    OutputError where the disk or the path does not allow it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.writelines(pieces)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+        if durable:
+            sync_folder(path.parent)
+    except OSError as e:
+        raise OutputError(asked, e.strerror or str(e), "Free some space or choose another place") from None
+    finally:
+        with contextlib.suppress(OSError):  # renamed, or never made
+            temporary.unlink()
 
 
 def sync_folder(folder: Path) -> None:

@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 
 import ditkit
 from ditkit.errors import RequestError, StateError
-from ditkit.execution.stage_list import fingerprint_of
 from ditkit.state import State
 
 PROMPT = "a red circle moving left"
@@ -87,7 +86,7 @@ def begin(pipe, **values) -> State:
 
 
 def prints(state: State, *names: str) -> list[str]:
-    return [fingerprint_of(state, name) for name in names]
+    return [state.fingerprint_of(name) for name in names]
 
 
 # --- one model, however it lies on disk

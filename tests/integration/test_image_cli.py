@@ -227,7 +227,10 @@ def test_the_control_of_vace(call, folder, red, tmp_path):
         (("--control-video", "long.mp4"), "control_video of 9 frames: the run makes 5."),
         (("--control-video", "right.mp4", "--control-mask", "long.mp4"), "control_mask of 9 frames: the run makes 5."),
         (("--control-video", "red.png"), "its format is not known"),
-        (("--control-scale", "-1"), "-1.0 is negative"),
+        (
+            ("--control-scale", "-1"),
+            "(flag --control-scale): input should be greater than or equal to 0.",
+        ),
         (("--reference-images", "nope.png"), "nope.png: there is no such file"),
     ],
 )

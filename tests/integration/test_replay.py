@@ -149,7 +149,7 @@ def test_the_difference_is_told_in_pixels(call, mine, tmp_path, clip):
         (lambda m: m.pop("setup"), "no usable 'setup'"),
         (lambda m: m.update(sigmas="many"), "no usable 'sigmas'"),
         (lambda m: m["request"].update(stpes=3), "did you mean 'steps'"),
-        (lambda m: m["request"].update(steps=0), "less than 1"),
+        (lambda m: m["request"].update(steps=0), "greater than or equal to 1"),
         (lambda m: m["setup"].update(dtype="float31"), "dtype='float31'"),
         (lambda m: m["setup"].update(model="nowhere"), "model 'nowhere'"),
         (lambda m: m.update(clip=1), "clip 1 of a run that makes 1"),

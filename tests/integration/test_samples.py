@@ -7,7 +7,8 @@ from reference import rel
 import ditkit
 from ditkit import samples
 from ditkit.errors import RequestError
-from ditkit.execution.stage_list import BaseStage, Interrupted
+from ditkit.execution.place import Interrupted
+from ditkit.execution.stage import BaseStage
 from ditkit.schedulers.noise import initial_noise
 from ditkit.state import Field, State
 

@@ -17,8 +17,7 @@ from ditkit.checkpoints.kinds.clip import clip_keys
 from ditkit.checkpoints.kinds.wan_vae import vae_keys
 from ditkit.checkpoints.views.key_table import rename
 from ditkit.checkpoints.views.mapped import Mapped
-from ditkit.conditioning.condition import image_condition
-from ditkit.conditioning.control import control_context
+from ditkit.conditioning.condition import control_context, image_condition
 from ditkit.conditioning.images import pad_on_white, resize_exact, signed, video_pixels
 from ditkit.conditioning.sizes import size_i2v, size_ti2v
 from ditkit.execution.stage_list import StageList
@@ -26,10 +25,7 @@ from ditkit.models.clip import CLIPConfig, CLIPImageEncoder
 from ditkit.models.wan_vae import WanVAE, WanVAEConfig
 from ditkit.models.wan_vae22 import WanVAE22, WanVAE22Config
 from ditkit.request import Request
-from ditkit.stages.encode_condition import EncodeCondition
-from ditkit.stages.encode_control import EncodeControl
-from ditkit.stages.encode_first_frame import EncodeFirstFrame
-from ditkit.stages.encode_image import EncodeImage
+from ditkit.stages.encode_pictures import EncodeCondition, EncodeControl, EncodeFirstFrame, EncodeImage
 from ditkit.state import State
 
 GOLDEN = Path(__file__).parents[1] / "data/golden"

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ditkit
-from ditkit.execution.stage_list import BaseStage, StageList
+from ditkit.execution.stage import BaseStage
+from ditkit.execution.stage_list import StageList
 from ditkit.state import Field, State
 from ditkit.store.cache import Cache
 
@@ -176,7 +177,7 @@ def test_a_component_that_nothing_tells_from_another_one_is_not_cached(cache):
 
 
 PLAIN = """
-from ditkit.execution.stage_list import BaseStage
+from ditkit.execution.stage import BaseStage
 from ditkit.state import Field
 
 class Answer(BaseStage):

@@ -277,7 +277,7 @@ def test_a_missing_client_is_named(monkeypatch):
     with pytest.raises(MissingDependency, match=r"ditkit\[prompts\]"):
         _ = expander.fingerprint
     with pytest.raises(MissingDependency, match=r"ditkit\[prompts\]"):
-        ServerExpander("http://127.0.0.1:9/v1", "some", retries=0)._openai()
+        _ = ServerExpander("http://127.0.0.1:9/v1", "some", retries=0)._client
 
 
 def test_nothing_of_a_server_is_imported_by_those_who_use_none(tiny_model):

@@ -344,6 +344,6 @@ def test_a_run_that_is_interrupted_ends_its_spans(pipe):
     fails = [e for e in heard if e.name.endswith(".fail")]
     assert [(e.name, e["error"], e["outcome"]) for e in fails] == [
         ("step.fail", "KeyboardInterrupt", "interrupted"),
-        ("stage.fail", "Stopped", "interrupted"),
+        ("stage.fail", "KeyboardInterrupt", "interrupted"),
     ]
     assert fails[1]["stage"] == "denoise"

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from ditkit.events import Events
-from ditkit.execution.stage_list import BaseStage, StageList
+from ditkit.execution.stage import BaseStage
+from ditkit.execution.stage_list import StageList
 from ditkit.state import Field, State
 from ditkit.store.cache import Cache
 

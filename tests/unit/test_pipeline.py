@@ -11,7 +11,9 @@ import ditkit
 from ditkit.contracts import Seams
 from ditkit.errors import PipelineError, StateError
 from ditkit.events import Events
-from ditkit.execution.stage_list import BaseStage, Interrupted, StageList
+from ditkit.execution.place import Interrupted
+from ditkit.execution.stage import BaseStage
+from ditkit.execution.stage_list import StageList
 from ditkit.schedulers import make
 from ditkit.stages.decode_latents import DecodeLatents
 from ditkit.stages.denoise import Denoise

@@ -8,9 +8,7 @@ import tiny
 import torch
 from PIL import Image
 
-from ditkit.conditioning.clips import per_clip
-from ditkit.conditioning.condition import image_condition, known_frames
-from ditkit.conditioning.control import fold_mask
+from ditkit.conditioning.condition import fold_mask, image_condition, known_frames, per_clip
 from ditkit.conditioning.images import (
     mask_pixels,
     one_size,
@@ -24,9 +22,7 @@ from ditkit.conditioning.images import (
 from ditkit.errors import RequestError
 from ditkit.execution.stage_list import StageList
 from ditkit.request import Request
-from ditkit.stages.encode_condition import EncodeCondition
-from ditkit.stages.encode_control import EncodeControl
-from ditkit.stages.encode_first_frame import EncodeFirstFrame
+from ditkit.stages.encode_pictures import EncodeCondition, EncodeControl, EncodeFirstFrame
 from ditkit.state import State
 
 GIVEN = ("prompt", "request", "image", "last_image", "control_video", "control_mask", "reference_images")
@@ -180,15 +176,8 @@ def test_a_mask_moves_with_its_video():
 
 
 def test_an_unknown_processing_is_refused():
-    image = pixels(1, 32, 48, 3)
-    for use in (
-        lambda: resize_exact(image, 32, 48, "difusers"),
-        lambda: pad_on_white(image, 32, 48, "difusers"),
-        lambda: video_pixels(image, 32, 48, "difusers"),
-        lambda: mask_pixels(torch.zeros(1, 32, 48), 32, 48, "difusers"),
-    ):
-        with pytest.raises(RequestError, match="did you mean 'diffusers'"):
-            use()
+    with pytest.raises(RequestError, match=r"image_processing='difusers'.*should be 'wan' or 'diffusers'"):
+        Request.of({"image_processing": "difusers"})
 
 
 # --- masks

@@ -12,6 +12,7 @@ from acting import check_spans
 import ditkit
 from ditkit.errors import Lost, PlaceError, SetupError
 from ditkit.events import Event
+from ditkit.execution.execution import Execution
 from ditkit.execution.place import Here, Segment
 from ditkit.placement.job import Job
 from ditkit.placement.remote import Remote
@@ -361,7 +362,8 @@ def test_a_host_that_is_not_there_at_first_is_asked_again(pipe, remote):
     remote.channel.ask = late
     events = ditkit.Events(lambda e: heard.append(e["attempt"]) if e.name == "place.retry" else None)
     places = {"encode_text": [Segment(remote)]}
-    pipe.stages.prepare(begin(pipe), pipe.components, places=places, events=events)
+    due = pipe.stages.stages
+    Execution(due, begin(pipe), pipe.components, due, places=places, events=events).prepare()
     assert heard == [1, 2]
     asked.clear()
     remote._said, remote.retries = None, 1

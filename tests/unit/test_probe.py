@@ -98,7 +98,7 @@ def test_the_numbers_tell_how_far_apart_two_hosts_are(models):
 
 
 def test_a_stage_of_somebody_else_has_none(models):
-    from ditkit.execution.stage_list import BaseStage
+    from ditkit.execution.stage import BaseStage
 
     class Mine(BaseStage):
         name, reads, writes = "mine", ("weights",), ("video",)

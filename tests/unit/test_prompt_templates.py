@@ -82,10 +82,10 @@ def test_a_file_goes_into_the_request_with_its_text(tmp_path):
     [
         ("instructions = ", "not valid TOML"),
         (OWN.replace("version", "versoin"), "did you mean 'version'"),
-        (OWN.replace("3", '"3"'), "version of .*Give it as a whole number"),
-        (OWN.replace("Say it twice.", " "), "instructions of"),
+        (OWN.replace("3", '"3"'), "version='3' .*Give a whole number"),
+        (OWN.replace("Say it twice.", " "), "instructions=' '"),
         (OWN.replace("[]", '["imgae"]'), "did you mean 'image'"),
-        (OWN.replace('name = "mine"\n', ""), "name of .*it is missing"),
+        (OWN.replace('name = "mine"\n', ""), "name .*field required"),
     ],
 )
 def test_a_file_that_is_no_template_is_refused_when_the_run_begins(tmp_path, text, said):

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ditkit.execution.stage_list import BaseStage, StageList
+from ditkit.execution.stage import BaseStage
+from ditkit.execution.stage_list import StageList
 from ditkit.runs import located
 from ditkit.runs.fork import taken_back
 from ditkit.runs.kept import KeptStates

@@ -14,7 +14,8 @@ import ditkit
 from ditkit.errors import PlaceError
 from ditkit.events import Events
 from ditkit.execution.place import Segment
-from ditkit.execution.stage_list import BaseStage, StageList
+from ditkit.execution.stage import BaseStage
+from ditkit.execution.stage_list import StageList
 from ditkit.placement.job import Message, error_of
 from ditkit.placement.remote import Remote
 from ditkit.placement.worker import Worker

@@ -91,8 +91,8 @@ class RawSettings:
         whole: dict[str, Any] = {}
         origins: dict[str, str] = {}
         for key, texts in self.flags.items():
-            origin, item = "PROMPT" if key == "prompt" else f"flag --{kebab(key)}", _item(key)
-            if item is not None and len(texts) > 1:
+            origin = "PROMPT" if key == "prompt" else f"flag --{kebab(key)}"
+            if len(texts) > 1 and (item := config.item_of(key)) is not None:
                 whole[key], origins[key] = [config.from_text(t, item, literal=True) for t in texts], origin
             elif typing.get_origin(FIELDS[key].annotation) is dict and not texts[0].lstrip().startswith("{"):
                 for text in texts:
@@ -155,13 +155,6 @@ def _annotation(key: str) -> Any:
         return Annotated[bool | None, typer.Option(f"--{name}/--no-{name}", help=text, show_default=False)]
     metavar = "NAME=VALUE" if typing.get_origin(field.annotation) is dict else "VALUE"
     return Annotated[list[str] | None, typer.Option(f"--{name}", help=text, metavar=metavar, show_default=False)]
-
-
-def _item(key: str) -> Any:
-    """The type of one entry of a setting that may be a list; None for any other."""
-    annotation = FIELDS[key].annotation
-    options = (annotation, *typing.get_args(annotation))
-    return next((typing.get_args(option)[0] for option in options if typing.get_origin(option) is list), None)
 
 
 SINGULAR = {"plugs": "plug"}

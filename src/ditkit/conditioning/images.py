@@ -5,27 +5,16 @@ Legend: B clips, T frames, I x J the picture's rows and columns, H x W the video
 Leaves out: which size (``sizes.py``), reading files (``media``), the resizing for CLIP (the encoder's own).
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ditkit.errors import RequestError, nearest
-
-PROCESSINGS = ("wan", "diffusers")
-
-
-def check_processing(processing: str) -> None:
-    if processing not in PROCESSINGS:
-        raise RequestError(f"image_processing={processing!r}", f"it is not known{nearest(processing, PROCESSINGS)}",
-                           f"Use {' or '.join(PROCESSINGS)}")  # fmt: skip
+from ditkit.errors import RequestError
 
 
 def signed(pixels: Tensor, processing: str = "wan") -> Tensor:
     """uint8 [..., H, W, 3] -> float32 [..., 3, H, W] in [-1, 1]. The two ways differ by a rounding at most."""
-    check_processing(processing)
     x = pixels.movedim(-1, -3).float() / 255
     return (x - 0.5) / 0.5 if processing == "wan" else 2 * x - 1
 
@@ -50,7 +39,6 @@ def resize_exact(images: Tensor, height: int, width: int, processing: str = "wan
 
     ``wan``: bicubic without antialiasing (Wan2.1 ``wan/image2video.py``); values may leave [-1, 1] a little.
     ``diffusers``: Lanczos of PIL (``VideoProcessor.preprocess``)."""
-    check_processing(processing)
     if processing == "wan":
         return F.interpolate(signed(images), size=(height, width), mode="bicubic", align_corners=False)
     return signed(torch.stack([_pil(image, width, height) for image in images]), processing)
@@ -81,12 +69,11 @@ def pad_on_white(images: Tensor, height: int, width: int, processing: str = "wan
 
     Bilinear without antialiasing. Source: Wan2.1 ``wan/vace.py`` (prepare_source); diffusers' ``WanVACEPipeline``
     first brings the sides down to multiples of 8 by Lanczos."""
-    check_processing(processing)
     if processing == "diffusers":
         if min(images.shape[1:3]) < 8:
             raise RequestError(f"a reference picture of {images.shape[2]}x{images.shape[1]}",
                                "diffusers brings its sides down to multiples of 8, and one would be 0",
-                               "Give a larger picture, or image_processing=official")  # fmt: skip
+                               "Give a larger picture, or image_processing=wan")  # fmt: skip
         images = torch.stack([_pil(x, x.shape[1] // 8 * 8, x.shape[0] // 8 * 8) for x in images])
     pictures = signed(images, processing)
     if pictures.shape[-2:] == (height, width):
@@ -115,7 +102,6 @@ def video_pixels(video: Tensor, height: int, width: int, processing: str = "wan"
 
     ``wan``: antialiased bicubic on bytes to the size that covers H x W, then its centre (Wan2.1
     ``wan/utils/vace_processor.py``); ``diffusers``: each frame squeezed by Lanczos (``preprocess_video``)."""
-    check_processing(processing)
     frames = _resized(video.movedim(-1, 1), height, width, processing).transpose(0, 1).float()
     return frames / 127.5 - 1 if processing == "wan" else 2 * (frames / 255) - 1
 
@@ -124,7 +110,6 @@ def mask_pixels(mask: Tensor, height: int, width: int, processing: str = "wan") 
     """float32 [T, I, J] in [0, 1] -> float32 [1, T, H, W], resized as ``video_pixels`` resizes the video.
 
     A mask of the right size stays as it is. Another goes through 8 bits, as a mask video of either code does."""
-    check_processing(processing)
     if mask.shape[1:] == (height, width):
         return mask[None].float()
     levels = (mask * 255).round().to(torch.uint8)

@@ -3,11 +3,10 @@
 Leaves out: how a State is divided (``samples.py``), and batches: these are one Execution.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import takewhile
+from typing import Self
 
 from ditkit import samples
 from ditkit.execution.execution import Execution, table_of
@@ -69,7 +68,7 @@ class Clips:
             self.finished.append(self.state)
         self.part = replace(self.whole, state=samples.join(self.finished, table))
 
-    def __enter__(self) -> Clips:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:

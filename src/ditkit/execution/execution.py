@@ -1,10 +1,8 @@
 """Execution: one run of a list of stages, from the first that is due to the last.
 
-Leaves out: which stages are due (``due.py``), where one of them is carried out (``place.py``), and what its result came
-from (``records.py``).
+Leaves out: where a stage is carried out (``place.py``), what its result came from, and which are due
+(``records.py``).
 """
-
-from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,24 +14,13 @@ from ditkit.checking import fault_of
 from ditkit.contracts import Seams
 from ditkit.errors import PipelineError, StateError
 from ditkit.events import SILENT, Events
-from ditkit.execution.due import skip_reason, wanted
-from ditkit.execution.place import (
-    Call,
-    Checkpointer,
-    Here,
-    Interrupted,
-    Place,
-    ResultCache,
-    Segment,
-    StageCall,
-    StageResult,
-    checked,
-)
-from ditkit.execution.records import code_of, fingerprints, record_of, replugged
-from ditkit.execution.stage import Stage, known_settings, readable, writes_of
+from ditkit.execution.place import Call, Checkpointer, Here, Interrupted, Place, Segment, checked
+from ditkit.execution.records import code_of, fingerprints, record_of, replugged, skip_reason, wanted
+from ditkit.execution.stage import Stage, StageCall, known_settings, readable, writes_of
 from ditkit.identify import forgets
-from ditkit.stage_result import CacheKey
+from ditkit.stage_result import CacheKey, StageResult
 from ditkit.state import FIELDS, Field, State
+from ditkit.store.cache import Cache
 
 
 @dataclass
@@ -56,7 +43,7 @@ class Execution:
     debug: bool = False
     places: Mapping[str, Sequence[Segment]] = field(default_factory=dict)
     keep: Checkpointer | None = None
-    results: ResultCache | None = None
+    results: Cache | None = None
     cancel: Cancel = field(default_factory=Cancel)
     identities: Mapping[str, str] = field(default_factory=dict)
 
@@ -74,7 +61,7 @@ class Execution:
                     continue
                 for place, call in self._calls(stage):
                     with call, self.events.span("stage", stage=stage.name, place=place.name):
-                        call.returned = call.run(*call.given)
+                        call.take(call.run())
                 self._keep()
             if stage.loop and not stage.done(self.state):
                 break
@@ -89,9 +76,8 @@ class Execution:
         for stage in planned:
             with self._interruptible(planned[0]):
                 if all(name in self.state for name in (*stage.triggers, *stage.reads)):
-                    key = self._cache_key(stage)
-                    found = None if key is None or self.results is None else self.results.find(key)[0]
-                    if found is not None and key is not None:
+                    key, found, _ = self._cached(stage)
+                    if key is not None and found is not None:
                         self.state = self._after(stage, key.weights, found)
                         continue
                 for place, names in self._still_called(stage):
@@ -119,20 +105,20 @@ class Execution:
         if stage.loop and stage.done(self.state):  # all of it once more, not another look at its end
             self.state = self.state.without(*stage.loop)
         self._check_inputs(stage)
-        key = self._cache_key(stage)
-        if key is not None and self._found(stage, key):
+        key, found, why = self._cached(stage)
+        weights = self._weights(stage) if key is None else key.weights
+        if key is not None:
+            self.events.emit(f"cache.{'miss' if found is None else 'hit'}", stage=stage.name, why=why)
+        if found is not None:
+            self.state = self._after(stage, weights, checked(stage, found))
             return
-        weights = self._weights(stage)
         self._check_weights(stage, weights)
         seams = self.seams.of(stage.components)
         if other := replugged(stage, self.state, seams.describe()):
             self.events.emit("plug.changed", stage=stage.name, text=other)
         read: dict[str, Any] = {}  # at all places: what the whole result depends on
-        for place, _, end in self._segments(stage):
-            if end is not None and end <= self.state.get("step", 0):
-                continue
+        for place, _, end, stop in self._segments(stage):
             self.cancel.check()
-            stop = min((x for x in (end, self.stop_at_step) if x is not None), default=None)
             call = place.call(self._stage_call(stage, weights, stop))
             yield place, call
             result = call.result if call.result.stopped else checked(stage, call.result)
@@ -146,8 +132,10 @@ class Execution:
                 break
             self._keep()  # a hand-over is an end: the next place may not be there
             key = None if forgets(seams.describe()) else key  # a plug that forgets made this another result
-        if key is not None and stage.done(self.state):
-            self._store(key, replace(result, settings=read))
+        if key is not None and self.results is not None and stage.done(self.state):
+            whole, makeshift = replace(result, settings=read), "it is a makeshift of the stage"
+            if why := self.results.store(key, whole) if result.cacheable else makeshift:
+                self.events.emit("cache.refused", stage=stage.name, why=why)
 
     def _stage_call(self, stage: Stage, weights: Mapping[str, str], stop: int | None) -> StageCall:
         keep = self.keep if stage.loop else None
@@ -155,23 +143,25 @@ class Execution:
         how = self.events, self.seams.of(stage.components), stop, told, 1 if keep is None else keep.every
         return StageCall(stage, _inputs(stage, self.state), weights, *how, table_of(self.stages), self.cancel)
 
-    def _segments(self, stage: Stage) -> list[tuple[Place, int, int | None]]:
-        """The places of ``stage``, each with the step where it begins and the one where it hands over."""
+    def _segments(self, stage: Stage) -> Iterator[tuple[Place, int, int | None, int | None]]:
+        """Where ``stage`` still runs: the places with the step where each begins, the one where it hands over, if it
+        does, and the one where it stops, be it for that or for good."""
+        done = self.state.get("step", 0) if stage.loop else 0
         segments = self.places.get(stage.name) or (Segment(Here(self.components)),)
         ends = [*(segment.from_step for segment in segments[1:]), None]
-        return [(segment.place, segment.from_step, end) for segment, end in zip(segments, ends, strict=True)]
+        for segment, end in zip(segments, ends, strict=True):
+            if end is None or end > done:
+                stop = min((step for step in (end, self.stop_at_step) if step is not None), default=None)
+                yield segment.place, max(done, segment.from_step), end, stop
 
     def _still_called(self, stage: Stage) -> Iterator[tuple[Place, Sequence[str]]]:
         """Where ``stage`` still runs, and which of its components are called there. What a scheduler of the user's
         makes of the noise levels is not known before; then it is all of them."""
         done = self.state.get("step", 0) if stage.loop else 0
-        for place, first, end in self._segments(stage):
-            last = min((step for step in (end, self.stop_at_step) if step is not None), default=None)
-            begin = max(done, first)
-            if (end is not None and end <= done) or (last is not None and begin >= last and begin > done):
-                continue
-            there = self.state if begin == done else self.state.with_fields({"step": begin})
-            yield place, stage.components if self.seams.scheduler is not None else stage.needs(there, last)
+        for place, begin, _, stop in self._segments(stage):
+            if begin == done or stop is None or begin < stop:
+                there = self.state if begin == done else self.state.with_fields({"step": begin})
+                yield place, stage.components if self.seams.scheduler is not None else stage.needs(there, stop)
 
     # --- what is known before, what is remembered after
 
@@ -184,36 +174,22 @@ class Execution:
             found |= place.fingerprints(stage, asked) if asked else {}
             if lacking := [name for name in asked if name not in found]:
                 what = f"there is no component {', '.join(lacking)}"
-                raise PipelineError(f"running stage {stage.name!r} at {place.name}", what, "Load it")
+                raise PipelineError(f"running stage {stage.name!r} ({place.name})", what, "Load it")
         known = self.state.get("weights", {}) | found
         return {name: known[name] for name in stage.components if name in known}
 
-    def _cache_key(self, stage: Stage) -> CacheKey | None:
-        """What to ask the cache for; None without one, and for a part of a loop."""
-        if self.results is None or (
-            stage.loop and (self.stop_at_step is not None or any(n in self.state for n in stage.loop))
-        ):
-            return None
+    def _cached(self, stage: Stage) -> tuple[CacheKey | None, StageResult | None, str]:
+        """What to ask the cache for, None without one and for a part of a loop; what it has, and why."""
+        part = stage.loop and (self.stop_at_step is not None or any(n in self.state for n in stage.loop))
+        if self.results is None or part:
+            return None, None, ""
         weights, known = self._weights(stage), known_settings(self.state.get("request", {}))
         record = record_of(stage, self.state, weights, {}, {})
-        software = {k: v for place, _, _ in self._segments(stage) for k, v in place.software().items()}
         plugs = self.seams.of(stage.components).describe()
+        software = {k: v for place, *_ in self._segments(stage) for k, v in place.software().items()}
         parts = record["options"], weights, record["inputs"], known, plugs, software
-        return CacheKey(stage.name, stage.version, code_of(stage), *parts)
-
-    def _found(self, stage: Stage, key: CacheKey) -> bool:
-        assert self.results is not None
-        found, why = self.results.find(key)
-        self.events.emit(f"cache.{'miss' if found is None else 'hit'}", stage=stage.name, why=why)
-        if found is not None:
-            self.state = self._after(stage, key.weights, checked(stage, found))
-        return found is not None
-
-    def _store(self, key: CacheKey, result: StageResult) -> None:
-        assert self.results is not None
-        why = self.results.store(key, result) if result.cacheable else "it is a makeshift of the stage"
-        if why:
-            self.events.emit("cache.refused", stage=key.stage, why=why)
+        key = CacheKey(stage.name, stage.version, code_of(stage), *parts)
+        return key, *self.results.find(key)
 
     def _after(self, stage: Stage, weights: Mapping[str, str], result: StageResult) -> State:
         """The State with what a stage wrote, where that came from, which weights were at work and what is finished.

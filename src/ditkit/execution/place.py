@@ -4,19 +4,16 @@ A place sees the fields that the stage declared, and gives back what the stage w
 fingerprints are made from that by the caller, in one way for all places. Leaves out: other places (``placement``).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol, Self
 
-from ditkit.cancel import Cancel
-from ditkit.contracts import Seams
 from ditkit.errors import DitkitError, PipelineError
-from ditkit.events import SILENT, Events
-from ditkit.execution.stage import Context, Only, RecordedSettings, Stage, Stopped, readable
-from ditkit.stage_result import CacheKey, StageResult
-from ditkit.state import FIELDS, Field, State
+from ditkit.events import Events
+from ditkit.execution.stage import Context, Only, Stage, StageCall, readable
+from ditkit.stage_result import StageResult
+from ditkit.state import State
 
 
 class Interrupted(DitkitError):
@@ -31,46 +28,29 @@ class Interrupted(DitkitError):
         self.clip: int | None = None  # of clips that are made one after the other, whose State it is
 
 
-@dataclass(frozen=True)
-class StageCall:
-    """One stage to run. ``inputs``: the fields that it may look at and no others. ``weights``: fingerprints of its
-    components as the caller knows them. ``keep``: told of how a loop stands, every ``keep_every`` steps. ``table``: all
-    fields of the pipeline; a stage may use one that another stage describes."""
-
-    stage: Stage
-    inputs: State
-    weights: Mapping[str, str]
-    events: Events = SILENT
-    seams: Seams = field(default_factory=Seams)
-    stop_at_step: int | None = None
-    keep: Callable[[StageResult], None] | None = None
-    keep_every: int = 1
-    table: Mapping[str, Field] = field(default_factory=lambda: FIELDS)
-    cancel: Cancel = field(default_factory=Cancel)
-
-
 class Call:
-    """A place that is ready for a StageCall: ``with call: call.returned = call.run(*call.given)``, then ``result``.
+    """A place that is ready for a StageCall: ``with call: call.take(call.run())``, then ``result``.
 
     Whoever has it runs it, so that nothing stands between the run and its stage. ``run`` raises what the stage raises,
-    and KeyboardInterrupt where nothing can be kept. ``conclude``: what ``run`` returned, and whether it was stopped, as
-    a StageResult."""
+    and KeyboardInterrupt where nothing can be kept. ``conclude``: what ``run`` returned as a StageResult."""
 
     result: StageResult
 
-    def __init__(self, run: Callable[..., Any], given: Sequence[Any], conclude: Callable[[Any, bool], StageResult]):
-        self.run, self.given, self._conclude = run, given, conclude
-        self.returned: Any = None
+    def __init__(self, run: Callable[[], Any], conclude: Callable[[Any], StageResult]):
+        self.run, self._conclude, self._stopped = run, conclude, False
 
-    def __enter__(self) -> Call:
+    def take(self, returned: Any) -> None:
+        """Raises KeyboardInterrupt for a stage that was stopped; it goes no further than ``with``."""
+        self.result = self._conclude(returned)
+        self._stopped = self.result.stopped
+        if self._stopped:
+            raise KeyboardInterrupt("interrupted")
+
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> bool:
-        if stopped := isinstance(error, Stopped):
-            self.returned = error.fields
-        if stopped or error is None:
-            self.result = self._conclude(self.returned, stopped)
-        return stopped
+        return self._stopped and isinstance(error, KeyboardInterrupt)
 
 
 class Place(Protocol):
@@ -82,19 +62,15 @@ class Place(Protocol):
     def prepare(self, stage: Stage, components: Sequence[str], events: Events) -> None:
         """Make sure that ``stage`` can run with these of its components, before anything is computed: they are loaded
         here, or the host is asked who it is. Raises LoadError, or what the place has to say."""
-        ...
 
     def fingerprints(self, stage: Stage, components: Sequence[str]) -> Mapping[str, str]:
         """Of those of these components that are there."""
-        ...
 
     def software(self) -> Mapping[str, str]:
         """Versions of what computes there, where they are not those of this process."""
-        ...
 
     def call(self, task: StageCall) -> Call:
         """Nothing has run yet."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -113,21 +89,8 @@ class Checkpointer(Protocol):
 
     def __call__(self, state: State) -> None: ...
 
-    def of_clip(self, index: int) -> Checkpointer:
+    def of_clip(self, index: int) -> "Checkpointer":
         """The keeper of one of several clips that are made one after the other; asked for only then."""
-        ...
-
-
-class ResultCache(Protocol):
-    """Outcomes of earlier runs, found by all that they depend on."""
-
-    def find(self, question: CacheKey) -> tuple[StageResult | None, str]:
-        """What was computed once, or None; and why."""
-        ...
-
-    def store(self, question: CacheKey, outcome: StageResult) -> str:
-        """Keep it for later runs. Why it was not kept, or nothing."""
-        ...
 
 
 class Here:
@@ -146,32 +109,15 @@ class Here:
         return {}
 
     def fingerprints(self, stage: Stage, components: Sequence[str]) -> Mapping[str, str]:
-        if lacking := [name for name in components if name not in self.components]:
-            what = f"there is no component {', '.join(lacking)}"
-            raise PipelineError(f"running stage {stage.name!r}", what, "Load it")
-        return {name: fingerprint_in(self.components, name) for name in components}
+        return {name: fingerprint_in(self.components, name) for name in components if name in self.components}
 
     def call(self, task: StageCall) -> Call:
-        stage, settings, keep = task.stage, RecordedSettings(task.inputs.get("request", {})), task.keep
-
-        def result(fields: Mapping[str, Any], stopped: bool = False) -> StageResult:
-            return StageResult(fields, settings.recorded(), ctx.plugs, stopped, ctx.cacheable)
-
-        ctx = Context(
-            Only(self.components, stage.components, stage.name, "component", task.cancel.check),
-            settings,
-            task.events,
-            task.seams,
-            task.stop_at_step,
-            None if keep is None else lambda fields: keep(result(fields)),
-            task.keep_every,
-            task.cancel,
-        )
-        return Call(stage.run, (Only(task.inputs, readable(stage), stage.name, "field"), ctx), result)
+        stage, ctx = task.stage, Context(task, self.components)
+        return Call(partial(stage.run, Only(task.inputs, readable(stage), stage.name, "field"), ctx), ctx.result)
 
     def run(self, task: StageCall) -> StageResult:
         with self.call(task) as call:
-            call.returned = call.run(*call.given)
+            call.take(call.run())
         return call.result
 
 

@@ -1,30 +1,25 @@
-"""What a stage's result came from: written down beside it, hashed into its fingerprints, compared when a run goes on.
+"""What a stage's result came from: written down beside it, hashed into its fingerprints, compared when a run goes on,
+to tell which stages a State still needs.
 
 A record holds the version and the options of the stage, the settings that it read, what was plugged into the seams if
 it asked for them, its weights and the fingerprints of its inputs. Leaves out: where results are kept (``store``).
 """
-
-from __future__ import annotations
 
 import dataclasses
 import hashlib
 import inspect
 import re
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ditkit.execution.stage import Stage, known_settings
+from ditkit.events import SILENT, Events
+from ditkit.execution.stage import Stage, known_settings, writes_of
 from ditkit.identify import forgets
 from ditkit.state import State, digest, kind_of
 
 Record = dict[str, Any]
-
-
-def fingerprint_of(state: State, name: str) -> str:
-    """The fingerprint of a field; of a field that the caller brought, the hash of its content."""
-    return state.fingerprints.get(name) or digest(name, state[name])
 
 
 def options_of(stage: Stage) -> dict[str, Any]:
@@ -47,9 +42,8 @@ def code_of(stage: Stage) -> str:
         files[getattr(module, "__file__", None) or ""] = getattr(module, "__sha256__", None)
         own = [getattr(value, "fget", value) for name, value in vars(cls).items() if not name.startswith("__")]
         codes = [getattr(inspect.unwrap(value), "__code__", None) for value in own if callable(value)]
-        for code in codes:  # a decorator may hide a function
-            if code is not None:
-                files.setdefault(code.co_filename)
+        for code in filter(None, codes):  # a decorator may hide a function
+            files.setdefault(code.co_filename)
     if any("<locals>" in name for name in names) or not all(Path(file).is_file() for file in files):
         return ""
     text = b"".join(
@@ -59,26 +53,19 @@ def code_of(stage: Stage) -> str:
     return hashlib.sha256("\n".join(names).encode() + text).hexdigest()
 
 
-def inputs_of(stage: Stage, state: State) -> dict[str, str]:
-    """Fingerprints of all that the stage may look at; the request counts by the settings that are read of it."""
-    names = dict.fromkeys((*stage.reads, *stage.optional, *stage.triggers))
-    return {n: fingerprint_of(state, n) for n in names if n in state and n not in stage.loop and n != "request"}
-
-
 def record_of(
-    stage: Stage,
-    state: State,
-    weights: Mapping[str, str],
-    settings: Mapping[str, Any],
+    stage: Stage, state: State, weights: Mapping[str, str], settings: Mapping[str, Any],
     plugs: Mapping[str, list[str]] | None,
-) -> Record:
+) -> Record:  # fmt: skip
+    """``inputs``: fingerprints of all that the stage may look at; the request counts by the settings that are read."""
+    seen = dict.fromkeys((*stage.reads, *stage.optional, *stage.triggers))
     return {
         "version": stage.version,
         "options": options_of(stage),
         "settings": dict(settings),
         "plugs": dict(plugs or {}),
         "weights": dict(weights),
-        "inputs": inputs_of(stage, state),
+        "inputs": {n: state.fingerprint_of(n) for n in seen if n in state and n not in (*stage.loop, "request")},
     }
 
 
@@ -109,7 +96,7 @@ def fingerprints(
 
     held = [n for n in stage.loop if n in state]
     same = all(state.fingerprints.get(n) == key(n, state, []) for n in held)
-    origin = [] if same and not forgets(record["plugs"]) else [fingerprint_of(state, n) for n in held]
+    origin = [] if same and not forgets(record["plugs"]) else [state.fingerprint_of(n) for n in held]
     return {name: key(name, written, origin) for name in written}
 
 
@@ -121,10 +108,8 @@ def replugged(stage: Stage, state: State, plugs: Mapping[str, list[str]]) -> str
     then: dict[str, list[Any]] = dict(record["plugs"])
     now: dict[str, list[Any]] = dict(plugs)
     known = known_settings(state.get("request", {}))
-    for name, before, here in (
-        ("scheduler", record["settings"], known),
-        ("attention", record["options"], options_of(stage)),
-    ):
+    sides = ("scheduler", record["settings"], known), ("attention", record["options"], options_of(stage))
+    for name, before, here in sides:
         if name in before or name in then:
             then.setdefault(name, [before.get(name)])
             now.setdefault(name, [here.get(name)])
@@ -137,14 +122,43 @@ def _all(plugs: list[Any] | None) -> str:
     return " and ".join(re.sub("(@[0-9a-f]{8})[0-9a-f]+", r"\1", str(plug)) for plug in plugs or ["nothing"])
 
 
-def outdated(stage: Stage, state: State, later: Collection[str]) -> list[str]:
-    """Why the State's own request and inputs would give this stage another result than the one that it holds; nothing
-    if it would be the same, or if nobody wrote down what it came from.
+# --- which stages a State still needs
 
-    ``later``: fields that this stage or one after it writes; that they are others now says nothing."""
+
+def wanted(stages: Sequence[Stage], state: State) -> State:
+    """``state`` without what stages wrote that its request does without now."""
+    for stage in stages:
+        if stage.name in state.get("records", {}) and stage.skip_reason(state):
+            kept = {n: r for n, r in state["records"].items() if n != stage.name}
+            finished = [n for n in state["stages"] if n != stage.name]
+            state = state.without(*writes_of(stage)).with_fields({"records": kept, "stages": finished})
+    return state
+
+
+def skip_reason(
+    stages: Sequence[Stage], stage: Stage, state: State, asked: bool = False, events: Events = SILENT
+) -> str | None:
+    """Why ``stage`` does not run now, or None. ``asked``: it runs also if it is done."""
+    if why := stage.skip_reason(state):
+        return why
+    if missing := [name for name in stage.triggers if name not in state]:
+        return f"no {', '.join(missing)}"
+    if asked or not stage.done(state):
+        return None
+    if reasons := outdated(stages, stage, state):
+        events.emit("stage.outdated", stage=stage.name, reasons=reasons)
+        return None
+    return "already in the State"
+
+
+def outdated(stages: Sequence[Stage], stage: Stage, state: State) -> list[str]:
+    """Why the State's own request and inputs would give ``stage``, one of ``stages``, another result than the one that
+    it holds; nothing if it would be the same, or if nobody wrote down what it came from."""
     record = state.get("records", {}).get(stage.name)
     if record is None:
         return []
+    at = [s.name for s in stages].index(stage.name)
+    later = {name for each in stages[at:] for name in writes_of(each)}  # that these are others now says nothing
     known, reasons = known_settings(state.get("request", {})), []
     for name, value in record["settings"].items():
         if name not in known:
@@ -152,7 +166,7 @@ def outdated(stage: Stage, state: State, later: Collection[str]) -> list[str]:
         elif (now := known[name]) != value and str(value).partition("@")[0] != now:  # or its code is not here
             reasons.append(f"{name} was {value!r}, is {now!r}")
     for name, then in record["inputs"].items():
-        if name not in later and (name not in state or fingerprint_of(state, name) != then):
+        if name not in later and (name not in state or state.fingerprint_of(name) != then):
             reasons.append(f"{name} is {'another one' if name in state else 'gone'}")
     seen = (*stage.optional, *stage.triggers)
     unseen = {*stage.loop, *later, *record["inputs"], "request"}

@@ -6,7 +6,7 @@ Leaves out: the stages themselves (``stages/``), their order (``stage_list.py``)
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
@@ -18,7 +18,8 @@ from ditkit.events import SILENT, Events
 from ditkit.request import Request
 from ditkit.schedulers import SCHEDULERS
 from ditkit.setup import Setup
-from ditkit.state import Field, State
+from ditkit.stage_result import StageResult
+from ditkit.state import FIELDS, Field, State
 
 
 @runtime_checkable
@@ -54,20 +55,17 @@ class Stage(Protocol):
     def together(self) -> bool: ...
 
     def run(self, inputs: Mapping[str, Any], ctx: Context) -> Mapping[str, Any]:
-        """The fields that it writes. A stage that can stop early returns them as they stand."""
-        ...
+        """The fields that it writes. A loop that is interrupted says so (``ctx.stopped``), and returns them as they
+        stood after its last step."""
 
     def skip_reason(self, state: State) -> str:
         """Why the State's request does without this stage, or nothing. What it wrote for another request is dropped."""
-        ...
 
     def needs(self, state: State, stop_at_step: int | None = None) -> tuple[str, ...]:
         """Those of ``components`` that are still called in a run that goes on from ``state`` (to ``stop_at_step``)."""
-        ...
 
     def done(self, state: State) -> bool:
         """Whether ``state`` already holds all that this stage would write."""
-        ...
 
 
 class BaseStage:
@@ -116,16 +114,10 @@ class Only(Mapping[str, Any]):
     """A view of a mapping that knows what may be read; reading anything else is an error that says so. ``before`` is
     called before each reading."""
 
-    def __init__(
-        self,
-        values: Mapping[str, Any],
-        allowed: Iterable[str],
-        stage: str,
-        what: str,
-        before: Callable[[], None] = lambda: None,
-    ):
-        self._values, self._allowed, self._stage, self._what = values, frozenset(allowed), stage, what
-        self._before = before
+    def __init__(self, values: Mapping[str, Any], allowed: Iterable[str], stage: str, what: str,
+                 before: Callable[[], None] = lambda: None):  # fmt: skip
+        self._values, self._allowed, self._before = values, frozenset(allowed), before
+        self._stage, self._what = stage, what
 
     def __getitem__(self, name: str) -> Any:
         if name not in self._allowed:
@@ -200,9 +192,7 @@ class RecordedSettings:
     Remembers which were read: a fingerprint holds those and no others."""
 
     def __init__(self, request: Mapping[str, Any], stage: str = "", read: dict[str, Any] | None = None):
-        object.__setattr__(self, "_request", request)
-        object.__setattr__(self, "_stage", stage)
-        object.__setattr__(self, "_read", {} if read is None else read)
+        vars(self).update(_request=request, _stage=stage, _read={} if read is None else read)
 
     def __getattr__(self, name: str) -> Any:
         if not self._stage and name in self._request.get("stage_settings", {}):
@@ -222,45 +212,48 @@ class RecordedSettings:
         raise AttributeError("settings are read-only")
 
 
+@dataclass(frozen=True)
+class StageCall:
+    """One stage to run. ``inputs``: the fields that it may look at and no others. ``weights``: fingerprints of its
+    components as the caller knows them. ``keep``: told of how a loop stands, every ``keep_every`` steps. ``table``: all
+    fields of the pipeline; a stage may use one that another stage describes."""
+
+    stage: Stage
+    inputs: State
+    weights: Mapping[str, str]
+    events: Events = SILENT
+    seams: Seams = field(default_factory=Seams)
+    stop_at_step: int | None = None
+    keep: Callable[[StageResult], None] | None = None
+    keep_every: int = 1
+    table: Mapping[str, Field] = field(default_factory=lambda: FIELDS)
+    cancel: Cancel = field(default_factory=Cancel)
+
+
 class Context:
     """What a stage is given besides its inputs: components, settings, events, and the seams if it asks for them.
     ``cancel`` is looked at whenever it asks for a component and after each step."""
 
-    def __init__(
-        self,
-        components: Mapping[str, Any],
-        settings: RecordedSettings,
-        events: Events = SILENT,
-        seams: Seams | None = None,
-        stop_at_step: int | None = None,
-        keep: Callable[[Mapping[str, Any]], None] | None = None,
-        keep_every: int = 1,
-        cancel: Cancel | None = None,
-    ):
-        self.components, self.settings, self.events, self.stop_at_step = components, settings, events, stop_at_step
-        self.cancel = cancel or Cancel()
-        self._seams, self._keep, self._every = seams or Seams(), keep, keep_every
+    def __init__(self, call: StageCall, components: Mapping[str, Any]):
+        stage, self._call = call.stage, call
+        self.components = Only(components, stage.components, stage.name, "component", call.cancel.check)
+        self.settings = RecordedSettings(call.inputs.get("request", {}))
+        self.events, self.stop_at_step, self.cancel = call.events, call.stop_at_step, call.cancel
         self.plugs: dict[str, list[str]] | None = None  # what is plugged into the seams, once they are asked for
         self.cacheable = True  # a stage sets it to False for a makeshift, which must not serve other runs
+        self.stopped = False  # a loop that is interrupted sets it, and gives its fields as they stand
 
     @property
     def seams(self) -> Seams:
-        self.plugs = self._seams.describe()
-        return self._seams
+        self.plugs = self._call.seams.describe()
+        return self._call.seams
 
     def kept(self, step: int, fields: Callable[[], Mapping[str, Any]]) -> None:
         """A loop tells after each step but the last how it stands; a run that is kept keeps it, every few steps."""
-        if self._keep is not None and step % self._every == 0:
-            self._keep(fields())
+        if self._call.keep is not None and step % self._call.keep_every == 0:
+            self._call.keep(self.result(fields()))
         self.cancel.check()
 
-
-class Stopped(Exception):
-    """Raised inside a looping stage when it is interrupted: carries the fields as they stood after the last step, and
-    raised by a place elsewhere, its whole result."""
-
-    exit_code = 130
-
-    def __init__(self, fields: Any):
-        super().__init__("interrupted")
-        self.fields = fields
+    def result(self, fields: Mapping[str, Any]) -> StageResult:
+        """``fields``, and what the stage looked at to make them."""
+        return StageResult(fields, self.settings.recorded(), self.plugs, self.stopped, self.cacheable)

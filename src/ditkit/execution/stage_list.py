@@ -11,25 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ditkit.errors import PipelineError, nearest
-from ditkit.execution import due
+from ditkit.execution import records
 from ditkit.execution.execution import Execution, table_of
-from ditkit.execution.place import Interrupted
-from ditkit.execution.records import fingerprint_of
-from ditkit.execution.stage import BaseStage, Context, Only, RecordedSettings, Stage, Stopped
+from ditkit.execution.stage import Stage
 from ditkit.state import FIELDS, Field, State
-
-__all__ = [
-    "SOURCES",
-    "BaseStage",
-    "Context",
-    "Interrupted",
-    "Only",
-    "RecordedSettings",
-    "Stage",
-    "StageList",
-    "Stopped",
-    "fingerprint_of",
-]  # fmt: skip
 
 SOURCES = ("prompt", "negative_prompt", "seed", "request")
 """Fields that the caller brings."""
@@ -79,13 +64,11 @@ class StageList:
 
     @property
     def table(self) -> dict[str, Field]:
-        """All fields that can occur: ditkit's own and those that the stages describe."""
         return table_of(self.stages)
 
     # --- slicing
 
     def slice(self, start: str | None = None, until: str | None = None) -> Sequence[Stage]:
-        """The stages from ``start`` to ``until``."""
         a = 0 if start is None else self.index(start)
         b = len(self.stages) if until is None else self.index(until) + 1
         if a >= b:
@@ -95,8 +78,8 @@ class StageList:
 
     def planned(self, state: State, start: str | None = None, until: str | None = None) -> list[Stage]:
         """The stages from ``start`` to ``until`` that a run from ``state`` would not find done already."""
-        state, asked = due.wanted(self.stages, state), start is not None
-        return [s for s in self.slice(start, until) if due.skip_reason(self.stages, s, state, asked) is None]
+        state, asked = records.wanted(self.stages, state), start is not None
+        return [s for s in self.slice(start, until) if records.skip_reason(self.stages, s, state, asked) is None]
 
     def components(self, start: str | None = None, until: str | None = None) -> list[str]:
         """The components that the stages from ``start`` to ``until`` call, in order of first use."""
@@ -104,42 +87,20 @@ class StageList:
 
     def outdated(self, stage: Stage, state: State) -> list[str]:
         """Why the result of ``stage`` does not belong to what the State asks for (``records.py``)."""
-        return due.outdated(self.stages, stage, state)
+        return records.outdated(self.stages, stage, state)
 
     # --- running
 
     def run(
-        self,
-        state: State,
-        components: Mapping[str, Any],
-        *,
-        start: str | None = None,
-        until: str | None = None,
+        self, state: State, components: Mapping[str, Any], *, start: str | None = None, until: str | None = None,
         **how: Any,
-    ) -> State:
+    ) -> State:  # fmt: skip
         """Thread ``state`` through the stages from ``start`` (default: the first that is not done) to ``until``.
 
         ``how``: stop_at_step, events, seams, debug, places, keep, results, cancel; what they are, and what is raised,
         stands at ``Execution``."""
-        return self._execution(state, components, start, until, how).run()
-
-    def prepare(
-        self,
-        state: State,
-        components: Mapping[str, Any],
-        *,
-        start: str | None = None,
-        until: str | None = None,
-        **how: Any,
-    ) -> None:
-        """``Execution.prepare`` of such a run."""
-        self._execution(state, components, start, until, how).prepare()
-
-    def _execution(
-        self, state: State, components: Mapping[str, Any], start: str | None, until: str | None, how: Mapping[str, Any]
-    ) -> Execution:
         said = {name: value for name, value in how.items() if value is not None}
-        return Execution(self.stages, state, components, self.slice(start, until), start is not None, **said)
+        return Execution(self.stages, state, components, self.slice(start, until), start is not None, **said).run()
 
 
 def _check(stages: Sequence[Stage], given: Sequence[str]) -> None:

@@ -1,6 +1,6 @@
 """VACE's control branch: blocks that turn a control input into hints for the main blocks.
 
-Leaves out: making the control input of videos, masks and pictures (``conditioning/control.py``).
+Leaves out: making the control input of videos, masks and pictures (``conditioning/condition.py``).
 Source: Wan2.1 ``wan/modules/vace_model.py``, which makes all hints first; here each is made when it is needed.
 """
 

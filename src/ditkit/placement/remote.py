@@ -7,6 +7,7 @@ Leaves out: what travels (``job.py``), one sending (``attempt.py``), and the fix
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 from ditkit.assembly.plugs import texts_of
@@ -14,7 +15,7 @@ from ditkit.cancel import Cancel
 from ditkit.errors import Lost, PlaceError, nearest
 from ditkit.events import SILENT, Events
 from ditkit.execution.place import Call, StageCall, StageResult
-from ditkit.execution.stage import Stage, Stopped
+from ditkit.execution.stage import Stage
 from ditkit.placement.attempt import Attempt, plugged
 from ditkit.placement.job import SAME, WIRE, Channel, made_by
 from ditkit.receipt import versions
@@ -54,25 +55,21 @@ class Remote:
         return {name: str(theirs.get(name)) for name in COMPUTES if theirs.get(name) != mine.get(name)}
 
     def call(self, task: StageCall) -> Call:
-        return Call(self._run, [task], lambda result, _: result)
+        return Call(partial(self.run, task), lambda result: result)
 
-    def _run(self, task: StageCall) -> StageResult:
-        """Raises Stopped with the result of a stage that was interrupted."""
+    def run(self, task: StageCall) -> StageResult:
         self.check(task.stage, task.events)
         attempt = Attempt(self.name, self.channel, task)
         if texts_of(task.seams) is None and task.stage.loop:
             raise plugged(attempt.asked, task)
         try:
-            result = self._patiently(attempt.run, task.stage.name, task.events, task.cancel)
+            return self._patiently(attempt.run, task.stage.name, task.events, task.cancel)
         except Lost as e:
             raise PlaceError(e.asked, e.found, e.do) from None
         except KeyboardInterrupt:
             if attempt.reached is None:
                 raise
-            raise Stopped(replace(attempt.reached, stopped=True)) from None
-        if result.stopped:
-            raise Stopped(result)
-        return result
+            return replace(attempt.reached, stopped=True)
 
     def _patiently(self, act: Callable[[], T], stage: str, events: Events, cancel: Cancel | None = None) -> T:
         """What ``act`` gives, once more where the other end was lost: after as long as that asks for, or a little

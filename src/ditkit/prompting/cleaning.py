@@ -3,8 +3,6 @@
 Nothing inside of the answer is changed.
 """
 
-from __future__ import annotations
-
 import re
 
 _FENCE = re.compile(r"^```[^\n`]*\n(.*?)\n?```$", re.S)

@@ -4,11 +4,10 @@
 Text models and models that see pictures. Leaves out: what is asked, and what becomes of a failure.
 """
 
-from __future__ import annotations
-
 import copy
 import threading
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,28 +30,21 @@ class LocalExpander:
         self.name, self.folder, self._place = f"transformers:{folder}", Path(folder).expanduser(), place
         self._lock = threading.RLock()
         self._loaded: tuple[Any, Any] | None = None
-        self._fingerprint: str | None = None
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Of all files that decide what it says, and of its dtype; it is not loaded for that."""
         from ditkit.store.hashes import HASHES
 
-        with self._lock:
-            if self._fingerprint is None:
-                self._check()
-                kinds = {".json", ".jinja", ".txt", ".model", ".safetensors", ".bin"}
-                files = sorted(f for f in self.folder.iterdir() if f.suffix in kinds)
-                self._fingerprint = digest("transformers", self._place()[0], {f.name: HASHES.of(f) for f in files})
-            return self._fingerprint
+        self._check()
+        kinds = {".json", ".jinja", ".txt", ".model", ".safetensors", ".bin"}
+        files = sorted(f for f in self.folder.iterdir() if f.suffix in kinds)
+        return digest("transformers", self._place()[0], {f.name: HASHES.of(f) for f in files})
 
     def _check(self) -> None:
         if not (self.folder / "config.json").is_file():
-            raise SetupError(
-                f"expander={self.name!r}",
-                f"{self.folder} holds no config.json",
-                "Give the folder of a transformers model",
-            )
+            found = f"{self.folder} holds no config.json"
+            raise SetupError(f"expander={self.name!r}", found, "Give the folder of a transformers model")
 
     @property
     def sees(self) -> bool:
@@ -95,11 +87,8 @@ class LocalExpander:
         assert self._loaded is not None
         model, reader = self._loaded
         if wish.pictures and not hasattr(reader, "image_processor"):
-            raise SetupError(
-                f"showing a picture to {self.name}",
-                "the model reads text alone",
-                "Take one that sees, or a template that shows no picture, such as expand_template=t2v-en",
-            )
+            do = "Take one that sees, or a template that shows no picture, such as expand_template=t2v-en"
+            raise SetupError(f"showing a picture to {self.name}", "the model reads text alone", do)
         inputs = reader.apply_chat_template(
             _messages(wish, hasattr(reader, "image_processor")),
             add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",

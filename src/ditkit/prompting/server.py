@@ -4,14 +4,12 @@ The key comes from OPENAI_API_KEY, as the client has it; it is neither kept nor 
 (``templates.py``) and what becomes of a failure (``stages/expand_prompt.py``).
 """
 
-from __future__ import annotations
-
 import base64
 import io
 import os
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 from ditkit.contracts import Answer, Wish
@@ -21,6 +19,7 @@ from ditkit.prompting.cleaning import split_reasoning
 from ditkit.state import digest
 
 LONGEST_SIDE = 1024  # pixels of a picture that is sent: more costs tokens, and a prompt needs no more
+CHECK = "Check that the address is that of its API"
 SEEDS = 2**31  # llama.cpp and Ollama keep a seed in 32 bits, and take a negative one for "any"
 
 
@@ -30,8 +29,6 @@ class ServerExpander:
 
     def __init__(self, url: str, model: str | None = None, timeout: float = 60.0, retries: int = 2):
         self.name, self.model, self.timeout, self.retries = url, model, timeout, retries
-        self._lock = threading.RLock()
-        self._client: Any = None
 
     @property
     def fingerprint(self) -> str:
@@ -48,40 +45,32 @@ class ServerExpander:
     def __call__(self, wish: Wish) -> Answer:
         """Raises PlaceError for a server that is not there, refuses, or does not answer with a completion."""
         asked = f"expanding a prompt at {self.name}"
-        model, client = self._model(asked), self._openai()
+        model = self._model(asked)
         with _explained(asked, model, bool(wish.pictures)):
-            reply = client.chat.completions.create(
-                model=model,
-                messages=messages_of(wish),
-                temperature=wish.temperature,
-                seed=wish.seed % SEEDS,
-                max_tokens=wish.max_tokens,
-            )
+            sampling = {"temperature": wish.temperature, "seed": wish.seed % SEEDS, "max_tokens": wish.max_tokens}
+            reply = self._client.chat.completions.create(model=model, messages=messages_of(wish), **sampling)
         return _answer(asked, reply, model)
 
     def _model(self, asked: str) -> str:
-        with self._lock:
-            if self.model is None:
-                client = self._openai()
-                with _explained(asked, None, False):
-                    listed = client.models.list()
-                names = [getattr(each, "id", None) for each in getattr(listed, "data", None) or []]
-                if not names or not isinstance(names[0], str):
-                    raise PlaceError(asked, "it lists no models", "Name one with expander_model")
-                self.model = names[0]
-            return self.model
+        if self.model is None:
+            client = self._client
+            with _explained(asked, None, False):
+                listed = client.models.list()
+            names = [getattr(each, "id", None) for each in getattr(listed, "data", None) or []]
+            if not names or not isinstance(names[0], str):
+                raise PlaceError(asked, "it lists no models", "Name one with expander_model")
+            self.model = names[0]
+        return self.model
 
-    def _openai(self) -> Any:
-        with self._lock:
-            if self._client is None:
-                try:
-                    from openai import OpenAI
-                except ImportError:
-                    raise MissingDependency(f"expanding prompts at {self.name}", "the package openai is not installed",
-                                            'Run pip install "ditkit[prompts]"') from None  # fmt: skip
-                key = os.environ.get("OPENAI_API_KEY") or "none"  # local servers want some key, and look at none
-                self._client = OpenAI(base_url=self.name, api_key=key, timeout=self.timeout, max_retries=self.retries)
-            return self._client
+    @cached_property
+    def _client(self) -> Any:
+        try:
+            from openai import OpenAI
+        except ImportError:
+            raise MissingDependency(f"expanding prompts at {self.name}", "the package openai is not installed",
+                                    'Run pip install "ditkit[prompts]"') from None  # fmt: skip
+        key = os.environ.get("OPENAI_API_KEY") or "none"  # local servers want some key, and look at none
+        return OpenAI(base_url=self.name, api_key=key, timeout=self.timeout, max_retries=self.retries)
 
 
 def messages_of(wish: Wish) -> list[dict[str, Any]]:
@@ -89,11 +78,11 @@ def messages_of(wish: Wish) -> list[dict[str, Any]]:
     system = {"role": "system", "content": wish.instructions}
     if not wish.pictures:
         return [system, {"role": "user", "content": wish.prompt}]
-    seen = [{"type": "image_url", "image_url": {"url": data_url(picture)}} for picture in wish.pictures]
+    seen = [{"type": "image_url", "image_url": {"url": _data_url(picture)}} for picture in wish.pictures]
     return [system, {"role": "user", "content": [*seen, {"type": "text", "text": wish.prompt}]}]
 
 
-def data_url(picture: Any) -> str:
+def _data_url(picture: Any) -> str:
     """uint8 [H, W, 3] -> a PNG of at most ``LONGEST_SIDE`` pixels a side."""
     buffer = io.BytesIO()
     shrunk(picture).save(buffer, format="PNG")
@@ -113,28 +102,19 @@ def _answer(asked: str, reply: Any, model: str) -> Answer:
     """Raises PlaceError for what is no completion: the client does not check that."""
     choices = getattr(reply, "choices", None)
     first = choices[0] if isinstance(choices, list) and choices else None
-    message = getattr(first, "message", None)
-    if message is None:
-        raise PlaceError(asked, "its answer is no chat completion", "Check that the address is that of its API")
+    message, usage = getattr(first, "message", None), getattr(reply, "usage", None)
     content = getattr(message, "content", None) or ""
-    if not isinstance(content, str):
-        raise PlaceError(asked, "its answer is no text", "Check that the address is that of its API")
+    if message is None or not isinstance(content, str):
+        found = "its answer is no chat completion" if message is None else "its answer is no text"
+        raise PlaceError(asked, found, CHECK)
     if refusal := getattr(message, "refusal", None):
         raise PlaceError(asked, f"the model refused: {refusal}", "Say it in other words")
-    separated = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None) or ""
+    separated = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
     text, thought = split_reasoning(content)
-    usage = getattr(reply, "usage", None)
-    return Answer(
-        raw=content,
-        text=text,
-        reasoning=separated or thought,
-        model=model,
-        told_model=getattr(reply, "model", None) or "",
-        told_build=getattr(reply, "system_fingerprint", None) or "",
-        finish=getattr(first, "finish_reason", None) or "",
-        prompt_tokens=getattr(usage, "prompt_tokens", None),
-        tokens=getattr(usage, "completion_tokens", None),
-    )
+    told_model, build = getattr(reply, "model", None) or "", getattr(reply, "system_fingerprint", None) or ""
+    finish = getattr(first, "finish_reason", None) or ""
+    tokens = getattr(usage, "prompt_tokens", None), getattr(usage, "completion_tokens", None)
+    return Answer(content, text, separated or thought, model, told_model, build, finish, *tokens)
 
 
 @contextmanager
@@ -161,7 +141,7 @@ def _explained(asked: str, model: str | None, seeing: bool) -> Iterator[None]:
         raise PlaceError(asked, f"it answered {e.status_code}{about} ({_said(e)})", do) from None
     except (openai.OpenAIError, ValueError) as e:  # a ValueError: JSON that is none
         found = f"its answer cannot be read ({type(e).__name__}: {_short(str(e))})"
-        raise PlaceError(asked, found, "Check that the address is that of its API") from None
+        raise PlaceError(asked, found, CHECK) from None
 
 
 def _said(error: Any) -> str:

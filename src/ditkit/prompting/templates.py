@@ -4,75 +4,59 @@ Those of ditkit lie in ``assets/prompts``. A file of yours takes their place: it
 request, so that a State is whole without the file. Leaves out: asking the model.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re
 import tomllib
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, StringConstraints, ValidationError
 
 from ditkit.errors import RequestError, nearest
-
-if TYPE_CHECKING:
-    from ditkit.request import Request
+from ditkit.request import Request, one_of, sentence
 
 FOLDER = Path(__file__).parents[1] / "assets" / "prompts"
 AUTO = "auto"
 PICTURES = ("image", "last_image")
-_KEYS: Mapping[str, type] = {"name": str, "version": int, "language": str, "pictures": list, "instructions": str}
 _QUOTED = re.compile(r'"[^"]*"|“[^”]*”|「[^」]*」|『[^』]*』|《[^》]*》')
 _HAN, _KANA, _HANGUL = r"[\u3400-\u4dbf\u4e00-\u9fff]", r"[\u3040-\u30ff]", r"[\uac00-\ud7af]"
 
 
-@dataclass(frozen=True)
-class Template:
+Word = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+
+
+class Template(BaseModel):
     """``pictures``: the fields of the run that the model is shown, in this order. ``sha256`` is that of the file."""
 
-    name: str
-    version: int
-    language: str
-    pictures: tuple[str, ...]
-    instructions: str
-    sha256: str
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    name: Word = Field(description="a text")
+    version: int = Field(description="a whole number")
+    language: Word = Field(description="a text such as en")
+    pictures: list[Annotated[str, one_of(PICTURES, "picture")]] = Field(description="a list such as [] or ['image']")
+    instructions: Word = Field(description="a text of at least a word")
+    _sha256: str = PrivateAttr()
+
+    @property
+    def sha256(self) -> str:
+        return self._sha256
 
     @classmethod
-    def parse(cls, text: str, origin: str) -> Template:
-        """Raises RequestError for a file that is no template."""
-        asked = f"the template {origin}"
+    def parse(cls, text: str, origin: str) -> Self:
+        """Raises RequestError."""
+        asked, values = f"the template {origin}", dict[str, Any]()
         try:
             values = tomllib.loads(text)
+            template = cls(**values)
         except tomllib.TOMLDecodeError as e:
             raise RequestError(asked, f"it is not valid TOML ({e})", "Correct it") from None
-        if unknown := [key for key in values if key not in _KEYS]:
-            raise RequestError(
-                asked, f"there is no key {unknown[0]!r}{nearest(unknown[0], _KEYS)}", f"The keys are {', '.join(_KEYS)}"
-            )
-        for key, kind in _KEYS.items():
-            if not _fits(values.get(key), kind):
-                found = "it is missing" if key not in values else f"it is {values[key]!r}"
-                raise RequestError(f"{key} of {asked}", found, f"Give it as {_WANTED[key]}")
-        if strange := [name for name in values["pictures"] if name not in PICTURES]:
-            raise RequestError(
-                f"pictures of {asked}", f"there is no {strange[0]!r}{nearest(str(strange[0]), PICTURES)}",
-                f"Choose from {', '.join(PICTURES)}",
-            )  # fmt: skip
-        told = {**values, "pictures": tuple(values["pictures"]), "instructions": values["instructions"].strip()}
-        return cls(**told, sha256=hashlib.sha256(text.encode()).hexdigest())
-
-
-_WANTED = {
-    "name": "a text", "version": "a whole number", "language": "a text such as en",
-    "pictures": "a list such as [] or ['image']", "instructions": "a text of at least a word",
-}  # fmt: skip
-
-
-def _fits(value: Any, kind: type) -> bool:
-    return type(value) is kind and (not isinstance(value, str) or bool(value.strip()))
+        except ValidationError as e:
+            raise sentence(cls, e, values, asked, RequestError) from None
+        template._sha256 = hashlib.sha256(text.encode()).hexdigest()
+        return template
 
 
 @cache

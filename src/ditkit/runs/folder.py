@@ -16,11 +16,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from ditkit.assembly.plugs import check_trusted
 from ditkit.errors import OutputError, StateError
-from ditkit.media.files import write_together
 from ditkit.request import Request, renamed
 from ditkit.runs.kept import WHOLE, KeptStates, Tell, clip
 from ditkit.setup import Setup
-from ditkit.state import sync_folder
+from ditkit.state import write_whole
 
 if TYPE_CHECKING:
     from ditkit.pipeline import Pipeline
@@ -101,8 +100,7 @@ class Description(BaseModel):
     def write(self, folder: Path) -> None:
         """Whole or not at all, and there for good. Raises OutputError."""
         text = json.dumps(self.model_dump(), indent=1, ensure_ascii=False) + "\n"
-        write_together({folder / NAME: text.encode()})
-        sync_folder(folder)
+        write_whole(folder / NAME, [text.encode()], f"writing {folder / NAME}")
 
     @classmethod
     def read(cls, folder: Path) -> Description:

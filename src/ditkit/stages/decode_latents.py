@@ -1,14 +1,12 @@
 """Latents to frames: decoded a few latent frames at a time, announced as they come, 8 bits at the end."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ditkit.execution.stage_list import BaseStage, Context
+from ditkit.execution.stage import BaseStage, Context
 from ditkit.media import to_uint8
 
 

@@ -5,9 +5,7 @@ and what plugs remember are all that it remembers. Leaves out: what the transfor
 (``models/``), how plugs are put around it (``seams.py``), and making it (``assembly``).
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from types import SimpleNamespace
@@ -18,7 +16,7 @@ from torch import Tensor
 
 from ditkit.contracts import Predict, Scheduler, Step
 from ditkit.errors import StateError
-from ditkit.execution.stage_list import BaseStage, Context, Stopped
+from ditkit.execution.stage import BaseStage, Context
 from ditkit.guidance.cfg import classifier_free_guidance
 from ditkit.nn.attention import ATTENTION
 from ditkit.schedulers import make
@@ -95,7 +93,6 @@ class Denoise(BaseStage):
         x, done, history = self.begin(inputs, ctx, transformer)
         plugs = RunPlugs(ctx.events, ctx.settings, len(x), inputs.get("memory"), x.device)
         predict = self.predict(inputs, ctx, plugs, first)
-        noise = self.noise(scheduler, inputs["seed"], x)
         last = len(steps) if ctx.stop_at_step is None else min(ctx.stop_at_step, len(steps))
 
         reached = x, history, plugs.remembered(), done
@@ -104,14 +101,15 @@ class Denoise(BaseStage):
                 with ctx.events.span("step", step=step):
                     velocity = predict(x, step)
                     ctx.events.emit("prediction", step=step, x=x, velocity=velocity)
-                    x_next, history_next = scheduler.solve(x, velocity, step, history, noise(step))
+                    noise = fresh_noise(scheduler, step, inputs["seed"], x)
+                    x_next, history_next = scheduler.solve(x, velocity, step, history, noise)
                     # One assignment, so that Ctrl-C finds all of them before the step or all of them after it.
                     reached = with_known(x_next, inputs), history_next, plugs.remembered(), step.index + 1
                     x, history, _, done = reached
                 if done < last:
                     ctx.kept(done, partial(as_fields, sigmas, *reached))
         except KeyboardInterrupt:
-            raise Stopped(as_fields(sigmas, *reached)) from None
+            ctx.stopped = True
         return as_fields(sigmas, *reached)
 
     def begin(
@@ -172,13 +170,12 @@ class Denoise(BaseStage):
         attend = plugs.wrap(ATTENTION[self.attention], "attend", seams.attend, name, branch)
         return transformer, conditioning, run_blocks, attend
 
-    def noise(self, scheduler: Scheduler, seeds: list[int], x: Tensor) -> Callable[[Step], Tensor | None]:
-        def draw(step: Step) -> Tensor | None:
-            if not scheduler.needs_noise:
-                return None
-            return torch.stack([step_noise(seed, step.index, x.shape[1:]) for seed in seeds]).to(x.device)
 
-        return draw
+def fresh_noise(scheduler: Scheduler, step: Step, seeds: list[int], x: Tensor) -> Tensor | None:
+    """What a scheduler that wants noise adds in this step: for each sample what its seed gives alone."""
+    if not scheduler.needs_noise:
+        return None
+    return torch.stack([step_noise(seed, step.index, x.shape[1:]) for seed in seeds]).to(x.device)
 
 
 def noise_levels(steps: list[Step]) -> list[float]:

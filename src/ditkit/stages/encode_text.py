@@ -1,14 +1,12 @@
 """Prompts to text rows: clean, tokenise, encode each on its real length, keep only the real rows."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ditkit.execution.stage_list import BaseStage, Context
+from ditkit.execution.stage import BaseStage, Context
 
 
 @dataclass(frozen=True)

@@ -4,17 +4,16 @@ The original stays in ``prompt``; what is encoded instead is ``expanded_prompt``
 Leaves out: what the model is told (``prompting/templates.py``).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from ditkit.contracts import Answer, Wish
 from ditkit.errors import PlaceError, RequestError, SetupError
-from ditkit.execution.stage_list import BaseStage, Context, StageList
+from ditkit.execution.stage import BaseStage, Context
+from ditkit.execution.stage_list import StageList
 from ditkit.prompting.cleaning import cleaned
-from ditkit.prompting.templates import PICTURES, Template, chosen, packaged_sha256
+from ditkit.prompting.templates import PICTURES, chosen, packaged_sha256
 from ditkit.state import State
 
 
@@ -42,27 +41,26 @@ class ExpandPrompt(BaseStage):
         done = [self.expand(prompt, seed, i, inputs, ctx) for i, (prompt, seed) in enumerate(columns)]
         return {"expanded_prompt": [text for text, _ in done], "expansion": [about for _, about in done]}
 
-    def expand(
-        self, prompt: str, seed: int, clip: int, inputs: Mapping[str, Any], ctx: Context
-    ) -> tuple[str, dict[str, Any]]:
+    def expand(self, prompt: str, seed: int, clip: int, inputs: Mapping[str, Any], ctx: Context) -> tuple[str, Any]:
+        """What becomes of one prompt, and how that came about."""
         settings, expander = ctx.settings, ctx.components["prompt_expander"]
         template = chosen(settings.expand_template, prompt, [name for name in PICTURES if name in inputs])
-        wish = Wish(
-            template.instructions,
-            prompt,
-            tuple(inputs[name][clip].cpu().numpy() for name in template.pictures),
-            settings.expand_temperature,
-            seed + settings.expand_attempt,
-            settings.expand_max_tokens,
-        )
-        about = {"expander": expander.name, **_told(template), "temperature": wish.temperature, "seed": wish.seed}
+        pictures = tuple(inputs[name][clip].cpu().numpy() for name in template.pictures)
+        sampling = settings.expand_temperature, seed + settings.expand_attempt, settings.expand_max_tokens
+        wish = Wish(template.instructions, prompt, pictures, *sampling)
+        about = {
+            "expander": expander.name, "template": template.name, "template_version": template.version,
+            "template_sha256": template.sha256, "language": template.language, "pictures": template.pictures,
+            "temperature": wish.temperature, "seed": wish.seed,
+        }  # fmt: skip
         answer: Answer | None = None
         try:
             answer = expander(wish)
             text = useful(answer, expander.name, wish.max_tokens)
         except PlaceError as e:
             if not settings.expand_fallback:
-                raise _with_advice(e) from None
+                do = f"{e.do}; or go on with the raw prompt by expand_fallback"
+                raise PlaceError(e.asked, e.found, do) from None
             ctx.cacheable = False  # another try may go better
             ctx.events.emit("prompt.fallback", clip=clip, prompt=prompt, reason=str(e))
             text, about = prompt, {**about, "failure": str(e)}
@@ -83,15 +81,6 @@ def useful(answer: Answer, place: str, max_tokens: int) -> str:
     return text
 
 
-def _told(template: Template) -> dict[str, Any]:
-    named = {"template": template.name, "template_version": template.version, "template_sha256": template.sha256}
-    return {**named, "language": template.language, "pictures": list(template.pictures)}
-
-
-def _with_advice(error: PlaceError) -> PlaceError:
-    return PlaceError(error.asked, error.found, f"{error.do}; or go on with the raw prompt by expand_fallback")
-
-
 def check_asked(pipeline: StageList, state: State, start: str | None, until: str | None) -> None:
     """Before a run: raises SetupError where a prompt shall be expanded and nothing is there that can, and RequestError
     where a person shall be asked and the run would go on without that."""
@@ -100,8 +89,5 @@ def check_asked(pipeline: StageList, state: State, start: str | None, until: str
         found = "nothing is there that expands prompts"
         raise SetupError(f"expand={expand!r}", found, "Name a server or a folder with expander")
     if expand == "ask" and until != name and any(s.name == name for s in pipeline.planned(state, start, until)):
-        raise RequestError(
-            "a run with expand='ask'",
-            "it does not stop to ask",
-            f"Run it until={name!r}, change expanded_prompt of its State, and run that State",
-        )
+        do = f"Run it until={name!r}, change expanded_prompt of its State, and run that State"
+        raise RequestError("a run with expand='ask'", "it does not stop to ask", do)

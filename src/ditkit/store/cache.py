@@ -53,8 +53,8 @@ _NOW = "(SELECT COALESCE(MAX(used), 0) + 1 FROM entries)"  # counts uses: clocks
 
 
 class Cache:
-    """Satisfies ``execution.place.ResultCache``. Threads and processes may share a folder. What goes wrong with it is
-    said in the reasons that ``find`` and ``store`` give; a run goes on without it."""
+    """Threads and processes may share a folder. What goes wrong with it is said in the reasons that ``find`` and
+    ``store`` give; a run goes on without it."""
 
     def __init__(self, folder: str | os.PathLike[str], limit: int):
         """``limit``: bytes of all results together. Raises SetupError where the folder cannot be used."""
