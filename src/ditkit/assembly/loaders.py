@@ -51,7 +51,7 @@ def load_tokenizer(part: Part, how: LoadOptions) -> Any:
 
 
 def load_umt5(part: Part, how: LoadOptions) -> Any:
-    from ditkit.models.umt5 import UMT5Config, UMT5TextEncoder
+    from ditkit.models.encoders import UMT5Config, UMT5TextEncoder
 
     assert part.source is not None
     config = UMT5Config(**part.config)
@@ -66,7 +66,7 @@ def load_umt5(part: Part, how: LoadOptions) -> Any:
 
 
 def load_clip(part: Part, how: LoadOptions) -> Any:
-    from ditkit.models.clip import CLIPConfig, CLIPImageEncoder
+    from ditkit.models.encoders import CLIPConfig, CLIPImageEncoder
 
     assert part.source is not None
     return CLIPImageEncoder.load(CLIPConfig(**part.config), part.source, **how.place)
@@ -87,7 +87,7 @@ def load_wan_vae(part: Part, how: LoadOptions) -> Any:
 
 
 def load_wan_vae22(part: Part, how: LoadOptions) -> Any:
-    from ditkit.models.wan_vae22 import WanVAE22, WanVAE22Config
+    from ditkit.models.wan_vae import WanVAE22, WanVAE22Config
 
     return filled(lambda: WanVAE22(WanVAE22Config(**part.config)), part, how)
 

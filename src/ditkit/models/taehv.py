@@ -18,10 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ditkit.checkpoints.load import Device, identify_weights, load_into
-from ditkit.checkpoints.views.source import Facts, Inspect, TensorFacts, TensorSource, View
+from ditkit.checkpoints.views.source import Inspect, TensorFacts, TensorSource, View
 from ditkit.contracts import Swap
-from ditkit.models.vae_layers import FeatureCache
-from ditkit.nn.loaded import Loaded
+from ditkit.models.vae_layers import FeatureCache, VideoVAE
 
 VARIANTS = ("base", "super")
 BLOCKS = 3  # in each level, in both variants
@@ -177,18 +176,13 @@ class LastRows(View):
     of each group, which is the one to keep (``patch_tgrow_layers`` in ``taehv.py``)."""
 
     def __init__(self, source: TensorSource, rows: Mapping[str, int]):
-        longer = {name: n for name, n in rows.items() if self._is_longer(source.tensors.get(name), n)}
-        notes = (f"{name}: the last {n} of {source.tensors[name].shape[0]} rows" for name, n in longer.items())
-        super().__init__(source, tuple(notes))
-        self.rows = longer
+        stored = {name: source.tensors[name].shape[0] for name in rows if name in source.tensors}
+        self.rows = {name: rows[name] for name, n in stored.items() if n > rows[name] and n % rows[name] == 0}
+        super().__init__(source, tuple(f"{name}: the last {n} of {stored[name]} rows" for name, n in self.rows.items()))
         self.tensors = {
-            name: TensorFacts(facts.dtype, (longer.get(name, facts.shape[0]), *facts.shape[1:]))
+            name: TensorFacts(facts.dtype, (self.rows.get(name, facts.shape[0]), *facts.shape[1:]))
             for name, facts in source.tensors.items()
         }
-
-    @staticmethod
-    def _is_longer(facts: Facts | None, rows: int) -> bool:
-        return facts is not None and facts.shape[0] > rows and facts.shape[0] % rows == 0
 
     def same(self, name: str) -> str | None:
         return None if name in self.rows else name
@@ -199,9 +193,7 @@ class LastRows(View):
         return tensor
 
 
-class TAEHV(Loaded):
-    """Satisfies ``contracts.VAE``; ``fingerprint`` stands for the weights, as in the other VAEs."""
-
+class TAEHV(VideoVAE):
     def __init__(self, config: TAEHVConfig | None = None):
         super().__init__()
         self.config = config = config or TAEHVConfig()
@@ -226,8 +218,7 @@ class TAEHV(Loaded):
             for name, part in module.named_modules()
             if isinstance(part, GrowFrames)
         }
-        source = LastRows(source, rows)
-        where = device_of or device
+        source, where = LastRows(source, rows), device_of or device
         load_into(module, source, dtype_of=lambda name: dtype, device_of=where, swaps=swaps, check_finite=True)
         module.loaded(device, dtype)
         module.identify = identify_weights(source, dtype, config, swaps)
@@ -238,17 +229,10 @@ class TAEHV(Loaded):
 
         The last frame is repeated until the count is a multiple of the stride, as officially. Works piece by piece.
         Raises ValueError for a size that the stride does not divide."""
-        (_, channels, t, height, width), stride = video.shape, self.config.spatial_stride
-        if channels != 3 or not t or any(not side or side % stride for side in (height, width)):
-            raise ValueError(
-                f"cannot encode a video of {t} frames, {width}x{height}, {channels} channels: "
-                f"the sides must be multiples of {stride}, the channels 3"
-            )
-        step = self.config.temporal_stride
-        if frames_per_chunk < 1 or frames_per_chunk % step:
-            raise ValueError(f"frames_per_chunk is {frames_per_chunk}; it must be a multiple of {step}")
+        self.check_video(video, frames_per_chunk, first_alone=False)
         frames, cache = video.transpose(1, 2), FeatureCache()
-        frames = torch.cat((frames, frames[:, -1:].expand(-1, -t % step, -1, -1, -1)), 1)
+        missing = -frames.shape[1] % self.config.temporal_stride
+        frames = torch.cat((frames, frames[:, -1:].expand(-1, missing, -1, -1, -1)), 1)
         pieces = [
             run(self.encoder, F.pixel_unshuffle(piece * 0.5 + 0.5, self.config.patch_size), cache)
             for piece in frames.split(frames_per_chunk, dim=1)
@@ -260,12 +244,9 @@ class TAEHV(Loaded):
 
         The first latent frame gives 1 pixel frame, every other one 4. ``frames_per_chunk`` counts latent frames.
         Pass a ``cache`` to go on with a stream. Raises ValueError, when first asked for a chunk."""
-        if latents.shape[1] != self.config.z_dim or 0 in latents.shape:
-            raise ValueError(f"cannot decode latents of {list(latents.shape)}; they have {self.config.z_dim} channels")
-        if frames_per_chunk < 1:
-            raise ValueError(f"frames_per_chunk is {frames_per_chunk}; it must be at least 1")
+        pieces = self.pieces(latents, frames_per_chunk)
         cache = {} if cache is None else cache
-        for piece in latents.split(frames_per_chunk, dim=2):
+        for piece in pieces:
             unneeded = 0 if cache else self.config.frames_of_a_latent - 1  # frames before the first of a stream
             frames = run(self.decoder, piece.transpose(1, 2), cache)[:, unneeded:]
             pixels = F.pixel_shuffle(frames, self.config.patch_size).clamp(0, 1)

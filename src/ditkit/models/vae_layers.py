@@ -3,23 +3,32 @@
 A network of these is causal in time: no output frame looks at a later one. So it can work on a whole clip or on pieces
 of any length, and the only thing that has to be carried from piece to piece is a few past frames in front of each
 temporal convolution. Here that memory is an ordinary dict that the caller holds (``FeatureCache``), never an
-attribute of a module: two threads can share one network.
+attribute of a module: two threads can share one network. Every layer is called with its input and that dict.
 
 Parameter names are those of the official checkpoints (``residual.2.weight``, ...). Leaves out: how the blocks are
-joined (wan_vae.py, wan_vae22.py), and chunks and normalisation (causal_vae.py).
+joined, chunks and normalisation (wan_vae.py).
 Source: Wan2.1 ``wan/modules/vae.py``, Wan2.2 ``wan/modules/vae2_2.py``, compared with diffusers ``AutoencoderKLWan``.
 """
 
-from __future__ import annotations
+from collections import OrderedDict
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ditkit.nn.convolution import convolution
+from ditkit.nn.loaded import Loaded
 
 FeatureCache = dict[nn.Module, Tensor]
 """The past frames of each temporal layer. Start a stream with ``{}`` and hand the same dict to every chunk."""
+
+
+class Chain(nn.Sequential):
+    def forward(self, x: Tensor, cache: FeatureCache | None = None) -> Tensor:
+        for layer in self:
+            x = layer(x, cache)
+        return x
 
 
 class RMSNorm(nn.Module):
@@ -32,7 +41,7 @@ class RMSNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(dim, *(1,) * axes))
         self.scale, self.silu = dim**0.5, silu
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cache: FeatureCache | None = None) -> Tensor:
         norm = torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min(1e-12)
         y = x * (self.scale / norm)
         in_place = not torch.is_grad_enabled()
@@ -82,22 +91,17 @@ def batch_as_frames(x: Tensor, batch: int) -> Tensor:
 class ResidualBlock(nn.Module):
     def __init__(self, in_dim: int, out_dim: int):
         super().__init__()
-        self.residual = nn.Sequential(  # indices as in the checkpoint; 1 and 4 were SiLUs, 5 a dropout of 0
-            RMSNorm(in_dim, 3, silu=True),
-            nn.Identity(),
-            CausalConv3d(in_dim, out_dim, (3, 3, 3)),
-            RMSNorm(out_dim, 3, silu=True),
-            nn.Identity(),
-            nn.Identity(),
-            CausalConv3d(out_dim, out_dim, (3, 3, 3)),
-        )
+        layers = {  # numbers as in the checkpoint; between them are SiLUs and a dropout of 0
+            "0": RMSNorm(in_dim, 3, silu=True),
+            "2": CausalConv3d(in_dim, out_dim, (3, 3, 3)),
+            "3": RMSNorm(out_dim, 3, silu=True),
+            "6": CausalConv3d(out_dim, out_dim, (3, 3, 3)),
+        }
+        self.residual = Chain(OrderedDict(layers))
         self.shortcut = CausalConv3d(in_dim, out_dim, (1, 1, 1)) if in_dim != out_dim else nn.Identity()
 
     def forward(self, x: Tensor, cache: FeatureCache | None) -> Tensor:
-        y = x
-        for layer in self.residual:
-            y = layer(y, cache) if isinstance(layer, CausalConv3d) else layer(y)
-        return y + self.shortcut(x)
+        return self.residual(x, cache) + self.shortcut(x)
 
 
 class AttentionBlock(nn.Module):
@@ -149,26 +153,71 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor, cache: FeatureCache | None) -> Tensor:
         if self.time_conv is not None:
-            x = self._double_frames(self.time_conv, x, {} if cache is None else cache)
+            x = _frames_doubled(self.time_conv, x, {} if cache is None else cache)
         y = F.interpolate(frames_as_batch(x), scale_factor=2.0, mode="nearest-exact")
         return batch_as_frames(self.resample(y), x.shape[0])
 
-    @staticmethod
-    def _double_frames(time_conv: CausalConv3d, x: Tensor, cache: FeatureCache) -> Tensor:
-        first, rest = x[:, :, :0], x
-        if time_conv not in cache:  # the first frame stays single, and the convolution never sees it
-            first, rest = x[:, :, :1], x[:, :, 1:]
-            cache[time_conv] = first[:, :, :0]
-        if rest.shape[2] == 0:
-            return first
-        even, odd = time_conv(rest, cache).chunk(2, dim=1)
-        doubled = torch.stack((even, odd), 3).flatten(2, 3)
-        return torch.cat((first, doubled), 2) if first.shape[2] else doubled
+
+def _frames_doubled(time_conv: CausalConv3d, x: Tensor, cache: FeatureCache) -> Tensor:
+    first, rest = x[:, :, :0], x
+    if time_conv not in cache:  # the first frame stays single, and the convolution never sees it
+        first, rest = x[:, :, :1], x[:, :, 1:]
+        cache[time_conv] = first[:, :, :0]
+    if rest.shape[2] == 0:
+        return first
+    even, odd = time_conv(rest, cache).chunk(2, dim=1)
+    doubled = torch.stack((even, odd), 3).flatten(2, 3)
+    return torch.cat((first, doubled), 2) if first.shape[2] else doubled
 
 
-def middle(dim: int) -> nn.Sequential:
-    return nn.Sequential(ResidualBlock(dim, dim), AttentionBlock(dim), ResidualBlock(dim, dim))
+def middle(dim: int) -> Chain:
+    return Chain(ResidualBlock(dim, dim), AttentionBlock(dim), ResidualBlock(dim, dim))
 
 
-def head(dim: int, out_dim: int) -> nn.Sequential:
-    return nn.Sequential(RMSNorm(dim, 3, silu=True), nn.Identity(), CausalConv3d(dim, out_dim, (3, 3, 3)))
+def head(dim: int, out_dim: int) -> Chain:
+    layers = {"0": RMSNorm(dim, 3, silu=True), "2": CausalConv3d(dim, out_dim, (3, 3, 3))}
+    return Chain(OrderedDict(layers))
+
+
+def down(in_dim: int, out_dim: int, blocks: int, time: bool | None) -> list[nn.Module]:
+    """A level of an encoder: residual blocks, then a halving, where ``time`` is True also of the frames; the last
+    level, where it is None, has no halving."""
+    layers: list[nn.Module] = [ResidualBlock(out_dim if i else in_dim, out_dim) for i in range(blocks)]
+    return layers if time is None else [*layers, Downsample(out_dim, time)]
+
+
+def up(in_dim: int, out_dim: int, next_dim: int, blocks: int, time: bool | None) -> list[nn.Module]:
+    """A level of a decoder, as ``down``; it doubles, and gives ``next_dim`` channels then."""
+    layers: list[nn.Module] = [ResidualBlock(out_dim if i else in_dim, out_dim) for i in range(blocks)]
+    return layers if time is None else [*layers, Upsample(out_dim, next_dim, time)]
+
+
+class VideoVAE(Loaded):
+    """Satisfies ``contracts.VAE``. ``config`` has ``z_dim``, ``spatial_stride`` and ``temporal_stride``: the pixels and
+    frames of one latent."""
+
+    config: Any
+
+    def check_video(self, video: Tensor, frames_per_chunk: int, first_alone: bool) -> None:
+        """That ``video`` [B, 3, T, H, W] can be encoded. Where the first frame makes a latent alone, T is 1 more than
+        a multiple of the stride. Raises ValueError."""
+        stride, step = self.config.spatial_stride, self.config.temporal_stride
+        _, channels, t, height, width = video.shape
+        counted = t % step == 1 % step if first_alone else t > 0
+        if channels != 3 or not counted or any(not side or side % stride for side in (height, width)):
+            rule = f"the frame count must be {step}n + 1, the sides" if first_alone else "the sides must be"
+            raise ValueError(
+                f"cannot encode a video of {t} frames, {width}x{height}, {channels} channels: "
+                f"{rule} multiples of {stride}, the channels 3"
+            )
+        if frames_per_chunk < 1 or frames_per_chunk % step:
+            raise ValueError(f"frames_per_chunk is {frames_per_chunk}; it must be a multiple of {step}")
+
+    def pieces(self, latents: Tensor, frames_per_chunk: int) -> tuple[Tensor, ...]:
+        """``latents`` [B, z, F, h, w] in pieces of so many frames. Raises ValueError where they cannot be decoded."""
+        z_dim = self.config.z_dim
+        if latents.shape[1] != z_dim or 0 in latents.shape:
+            raise ValueError(f"cannot decode latents of {list(latents.shape)}; they have {z_dim} channels")
+        if frames_per_chunk < 1:
+            raise ValueError(f"frames_per_chunk is {frames_per_chunk}; it must be at least 1")
+        return latents.split(frames_per_chunk, dim=2)

@@ -1,26 +1,26 @@
 """One block of the Wan transformer: self-attention, attention to the text and the image, and a feed-forward net.
 
-Also what a block needs besides the tokens (``BlockContext``), and the sizes that all parts are made of (``WanConfig``).
-Leaves out: what stands before and behind the blocks (``wan.py``) and the control branch (``vace.py``).
-Source: Wan2.1 and Wan2.2 ``wan/modules/model.py``.
+Also the blocks of VACE's control branch, which turn a control input into hints for the main blocks, what a block needs
+besides the tokens (``BlockContext``), and the sizes that all parts are made of (``WanConfig``).
+Leaves out: what stands before and behind the blocks (``wan.py``).
+Source: Wan2.1 and Wan2.2 ``wan/modules/model.py``; Wan2.1 ``wan/modules/vace_model.py``, which makes all hints first;
+here each is made when it is needed.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ditkit.contracts import Attend, Site, Step
 from ditkit.models.conditioning import Text
 from ditkit.nn.dtype_policy import DtypePolicy
-from ditkit.nn.layers import LayerNorm, Linear, RMSNorm, modulation
-from ditkit.nn.rope import rope_table, rotate
+from ditkit.nn.layers import LayerNorm, Linear, Modulation, RMSNorm, modulation
+from ditkit.nn.rope import Rope, rotate
 
 
 @dataclass(frozen=True)
@@ -57,38 +57,6 @@ class WanConfig:
     @property
     def head_dim(self) -> int:
         return self.dim // self.num_heads
-
-
-@dataclass(frozen=True)
-class Modulation:
-    """What the timestep does to blocks and head: ``values`` [B, n, dim], or one row for each different timestep and
-    ``token`` [B, L], which says whose row each token takes (a few rows stand for 30,000 tokens)."""
-
-    values: Tensor
-    token: Tensor | None = None
-
-    def parts(self, own: Tensor, wide: torch.dtype) -> Iterator[Tensor]:
-        """``own`` [1, n, dim] added, then the n parts one by one: [B, 1, dim], or [B, L, dim]."""
-        for part in (own.to(wide) + self.values.to(wide)).chunk(own.shape[1], dim=1):
-            yield part if self.token is None else part.squeeze(1)[self.token]
-
-
-@dataclass(frozen=True)
-class Rope:
-    """Rotary positions of the tokens of ``grid``: frames count from ``start``; ``index``: those of some rows only."""
-
-    grid: tuple[int, int, int]
-    head_dim: int
-    device: torch.device
-    dtype: torch.dtype
-    start: int = 0
-    index: slice = field(default_factory=lambda: slice(None))
-
-    @cached_property
-    def table(self) -> tuple[Tensor, Tensor]:
-        """Cosines and sines, each [L, 1, d/2]."""
-        cos, sin = rope_table(self.grid, self.head_dim, self.device, self.dtype, self.start)
-        return cos[self.index], sin[self.index]
 
 
 @dataclass
@@ -228,11 +196,33 @@ class Block(nn.Module):
         return torch.addcmul(x.to(wide), y.to(wide), next(part)).to(stream)
 
 
-def patchify(latents: Tensor, embedding: nn.Conv3d) -> Tensor:
-    """[B, C, F, h, w] -> tokens [B, L, dim], column fastest. The same sum as a convolution with stride = kernel."""
-    b, c, f, h, w = latents.shape
-    p, q, r = embedding.kernel_size
-    x = latents.reshape(b, c, f // p, p, h // q, q, w // r, r).permute(0, 2, 4, 6, 1, 3, 5, 7)
-    weight, bias = embedding.weight, embedding.bias
-    assert bias is not None  # the convolution was made with one
-    return F.linear(x.flatten(4).flatten(1, 3), weight.flatten(1).to(x.dtype), bias.to(x.dtype))
+class ControlBlock(Block):
+    """A block of VACE's control branch: an ordinary one with a projection behind it, and before the first of them.
+    Its attention sites have the number of the main block that takes its hint, and ``control``."""
+
+    def __init__(self, config: WanConfig, number: int):
+        super().__init__(config, config.vace_layers[number])
+        self.self_attn.control = self.cross_attn.control = True
+        self.before_proj = Linear(config.dim, config.dim) if number == 0 else None
+        self.after_proj = Linear(config.dim, config.dim)
+
+
+class Controlled(nn.Module):
+    """What seam B sees of a block that takes a hint: the control block, then the block, then the hint added.
+
+    A hint needs the earlier control blocks only, so it is made when it is needed, and one is alive at a time. The
+    pair is put together for each pass; the modules in it are those of the transformer."""
+
+    def __init__(self, block: nn.Module, control: ControlBlock, number: int):
+        super().__init__()
+        self.block, self.control, self.number = block, control, number
+
+    def forward(self, x: Tensor, ctx: BlockContext) -> Tensor:
+        branch, compute = ctx.control, ctx.policy.compute
+        assert branch is not None
+        tokens = branch.tokens
+        if self.control.before_proj is not None:
+            tokens = self.control.before_proj(tokens.to(compute)) + x
+        branch.tokens = self.control(tokens, ctx)
+        hint = self.control.after_proj(branch.tokens.to(compute))
+        return self.block(x, ctx) + hint.to(ctx.policy.residual_dtype) * branch.scales[self.number]

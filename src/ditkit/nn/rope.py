@@ -4,7 +4,8 @@ Of the d/2 pairs of a head, rows and columns get d//6 each and frames the rest (
 frames, rows, columns; each axis has its own frequencies ``10000^(-2i / d_axis)`` (Wan2.1 ``rope_params``).
 """
 
-from __future__ import annotations
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -33,6 +34,24 @@ def rope_table(
             parts.append(values.to(device, dtype).view(shape).expand(*grid, -1))
     cos, sin = (torch.cat(parts, -1).flatten(0, 2).unsqueeze(1) for parts in (cosines, sines))
     return cos, sin
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary positions of the tokens of ``grid``: frames count from ``start``; ``index``: those of some rows only."""
+
+    grid: tuple[int, int, int]
+    head_dim: int
+    device: torch.device
+    dtype: torch.dtype
+    start: int = 0
+    index: slice = field(default_factory=lambda: slice(None))
+
+    @cached_property
+    def table(self) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, each [L, 1, d/2]."""
+        cos, sin = rope_table(self.grid, self.head_dim, self.device, self.dtype, self.start)
+        return cos[self.index], sin[self.index]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
