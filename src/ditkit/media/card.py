@@ -4,8 +4,6 @@ It is one line of canonical ASCII JSON, so that any container takes it unharmed.
 lies beside the clip as ``NAME.json``. Leaves out: what a manifest says.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping

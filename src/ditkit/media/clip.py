@@ -1,7 +1,5 @@
 """Write a clip where it was asked for, in the format that the path's suffix names."""
 
-from __future__ import annotations
-
 import importlib
 import math
 import re

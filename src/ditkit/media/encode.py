@@ -11,8 +11,6 @@ Everything is made in memory: an encoded clip is small beside its frames, and a 
 encoder. Leaves out: paths.
 """
 
-from __future__ import annotations
-
 import io
 from fractions import Fraction
 

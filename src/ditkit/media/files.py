@@ -3,8 +3,6 @@
 Leaves out: what is in them.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import secrets

@@ -4,8 +4,6 @@ Decided here: a camera's rotation tag (EXIF) is applied; what is transparent lie
 code; 16-bit grey is scaled to 8 bits. Leaves out: colour profiles (numbers are taken as sRGB), and resizing.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

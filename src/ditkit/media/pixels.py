@@ -1,7 +1,5 @@
 """Decoded floats to bytes, and the hash of those bytes. Leaves out: files."""
 
-from __future__ import annotations
-
 import hashlib
 from typing import Any
 

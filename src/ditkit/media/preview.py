@@ -1,7 +1,5 @@
 """A small picture in a terminal: two pixels per character, by half blocks in true colour."""
 
-from __future__ import annotations
-
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -11,7 +9,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 
-def preview_blocks(frame: np.ndarray, columns: int = 32) -> Text:
+def preview_blocks(frame: np.ndarray, columns: int = 32) -> "Text":
     """``frame`` uint8 [h, w, 3] -> rich Text of ``columns`` characters (w at most) and about h/w/2 times as many lines.
 
     A character is twice as high as wide, so the two halves of each are square. rich turns the colours into those

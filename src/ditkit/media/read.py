@@ -1,7 +1,5 @@
 """Clips back into frames, and the manifests that they carry."""
 
-from __future__ import annotations
-
 import zipfile
 from pathlib import Path
 from typing import Any

@@ -3,8 +3,6 @@
 Leaves out: what the caption says; the caller knows seed and steps.
 """
 
-from __future__ import annotations
-
 import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +33,7 @@ def contact_sheet(
     rows: int = 2,
     fps: float | None = None,
     font: str | Path | None = None,
-) -> Image:
+) -> "Image":
     """``columns * rows`` frames of ``video`` uint8 [T, H, W, 3], evenly chosen, the first and the last among them.
 
     ``title`` (the prompt) is wrapped and cut after six lines; ``caption`` is one small line; under each frame stands

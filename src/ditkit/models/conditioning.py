@@ -4,10 +4,9 @@ It is made of fields of the State, by the transformer itself, and can be narrowe
 where the fields come from (the ``encode_*`` stages), and what a block needs (``wan_block.py``).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -43,7 +42,7 @@ class Conditioning:
     control_scale: float | Sequence[float] = 1.0
     clean_frames: int = 0
 
-    def frames(self, start: int, stop: int) -> Conditioning:
+    def frames(self, start: int, stop: int) -> Self:
         """What belongs to the latent frames from ``start`` to ``stop``; the text belongs to all of them."""
 
         def cut(x: Tensor | None) -> Tensor | None:

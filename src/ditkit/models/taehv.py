@@ -7,11 +7,10 @@ Frames are [B, T, C, H, W] inside, pixels in [0, 1]; ``encode`` and ``decode`` s
 Leaves out: everything about which file is which. Source: madebyollin/taehv ``taehv.py`` (structure, both variants).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -209,7 +208,7 @@ class TAEHV(VideoVAE):
         device: Device = "cpu",
         device_of: Callable[[str], Device] | None = None,
         swaps: Sequence[Swap] = (),
-    ) -> TAEHV:
+    ) -> Self:
         """``source`` has the official names. Strict but for the rows that ``LastRows`` leaves out. Raises LoadError."""
         with torch.device("meta"):
             module = cls(config).eval().requires_grad_(False)

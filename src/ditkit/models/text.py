@@ -6,8 +6,6 @@ Leaves out: padding, which nothing here needs, and reading a bare ``spiece.model
 Sources: Wan2.1 ``wan/modules/tokenizers.py`` (cleaning, 512 tokens); the umt5-xxl tokenizer (``</s>`` ends).
 """
 
-from __future__ import annotations
-
 import functools
 import html
 import re

@@ -7,11 +7,10 @@ Source: Wan2.1 and Wan2.2 ``wan/modules/model.py``; Wan2.1 ``wan/modules/vace_mo
 here each is made when it is needed.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +87,7 @@ class BlockContext:
     def rope(self) -> tuple[Tensor, Tensor]:
         return self.positions.table
 
-    def rows(self, index: slice) -> BlockContext:
+    def rows(self, index: slice) -> Self:
         """The context of the rows ``x[:, index]``: positions, timesteps and control tokens of those."""
         kept = range(math.prod(self.grid))[self.positions.index][index]
         modulation, control = self.modulation, self.control
@@ -104,7 +103,7 @@ class BlockContext:
             tokens={"video": slice(0, len(kept))},
         )
 
-    def shifted(self, frames: int) -> BlockContext:
+    def shifted(self, frames: int) -> Self:
         """The context of the same tokens as if they stood ``frames`` latent frames later."""
         return replace(self, positions=replace(self.positions, start=self.positions.start + frames))
 

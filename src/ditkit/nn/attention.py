@@ -1,7 +1,5 @@
 """Seam D: the default ``attend``. Other kernels have the same signature and live beside it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -25,7 +23,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
     return (logits.softmax(-1) @ v.transpose(1, 2)).transpose(1, 2)
 
 
-ATTENTION: Registry[AttentionRow] = Registry("attention kernel", "ditkit.attention")
+ATTENTION: Registry["AttentionRow"] = Registry("attention kernel", "ditkit.attention")
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,6 @@ float32; diffusers keeps the stream, the projection and the head in bfloat16 and
 up to the timestep sinusoid.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -7,8 +7,6 @@ start. Base tensors are never written, so a transformer that others hold too sta
 Leaves out: reading LoRA files (``checkpoints/lora/read.py``) and merging while loading (``checkpoints/lora/merge.py``).
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Mapping, Sequence
