@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ditkit.errors import OutputError, StateError
+from ditkit.errors import OutputError
 
 from .pixels import frames_sha256
 
@@ -26,19 +26,14 @@ _VERSION = "ditkit_clip"
 def make_card(video: np.ndarray, fps: float, manifest: Mapping[str, Any] | None, suffix: str) -> Card:
     """``suffix`` is that of the clip: it tells to which of several files of one name ``NAME.json`` belongs."""
     card = {
-        _VERSION: 1,
-        "suffix": suffix,
-        "fps": fps,
-        "frames": len(video),
-        "frames_sha256": frames_sha256(video),
+        _VERSION: 1, "suffix": suffix, "fps": fps, "frames": len(video), "frames_sha256": frames_sha256(video),
         "manifest": None if manifest is None else dict(manifest),
-    }
+    }  # fmt: skip
     try:
         pretty(card)
     except (TypeError, ValueError, RecursionError) as error:  # a tensor, NaN, a lone surrogate, a loop
-        raise OutputError(
-            "writing a manifest", f"it is not JSON ({error})", "use text, numbers, lists and dicts"
-        ) from None
+        do = "use text, numbers, lists and dicts"
+        raise OutputError("writing a manifest", f"it is not JSON ({error})", do) from None
     return card
 
 
@@ -87,11 +82,3 @@ def _clip_of(path: Path, card: Card) -> Path:
     if suffix == path.suffix or not isinstance(suffix, str) or not re.fullmatch(r"\.\w+", suffix):
         return path
     return path.with_suffix("" if suffix.lower() == ".png" else suffix)
-
-
-def manifest_of(path: Path, card: Card | None) -> dict[str, Any]:
-    if card is None or card["manifest"] is None:
-        raise StateError(
-            f"reading the manifest of {path}", "the file carries none", "name a clip that ditkit wrote, or its .json"
-        )
-    return card["manifest"]

@@ -1,9 +1,10 @@
-"""A contact sheet: one picture that shows what a clip does, to look at and to send around.
+"""What a clip does at a glance: a contact sheet to look at and to send around, and a small picture in a terminal.
 
 Leaves out: what the caption says; the caller knows seed and steps.
 """
 
 import io
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from .pixels import check_frames
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from rich.text import Text
 
 GROUND, TITLE, CAPTION, NUMBER, RULE = (17, 18, 22), (240, 240, 243), (150, 153, 163), (110, 113, 124), (44, 46, 54)
 TILE = 208  # a frame is brought to about this width; by a whole factor where it is enlarged
@@ -122,3 +124,30 @@ def _wrap(text: str, font: Any, width: int) -> list[str]:
             last = last[:-1]
         lines = [*lines[: MOST_LINES - 1], f"{last} ..."]
     return lines
+
+
+def preview_blocks(frame: np.ndarray, columns: int = 32) -> "Text":
+    """``frame`` uint8 [h, w, 3] -> rich Text of ``columns`` characters (w at most) and about h/w/2 times as many lines.
+
+    A character is twice as high as wide, so the two halves of each are square. rich turns the colours into those
+    that the terminal has."""
+    from PIL import Image
+    from rich.style import Style
+    from rich.text import Text
+
+    height, width = frame.shape[:2]
+    columns = max(1, min(columns, width))
+    lines = max(1, round(columns * height / width / 2))
+    small = np.asarray(Image.fromarray(np.ascontiguousarray(frame)).resize((columns, 2 * lines), Image.Resampling.BOX))
+    text = Text(no_wrap=True, end="")
+    for line in range(lines):
+        if line:
+            text.append("\n")
+        pairs = zip(map(_hex, small[2 * line]), map(_hex, small[2 * line + 1]), strict=True)
+        for (upper, lower), run in groupby(pairs):
+            text.append("\u2580" * sum(1 for _ in run), Style(color=upper, bgcolor=lower))
+    return text
+
+
+def _hex(pixel: np.ndarray) -> str:
+    return "#{:02x}{:02x}{:02x}".format(*pixel)
