@@ -55,6 +55,7 @@ def _temporary(target: Path) -> Path:
 
 @contextlib.contextmanager
 def _told(target: Path) -> Iterator[None]:
+    """What the system says against writing ``target`` is an OutputError."""
     try:
         yield
     except OSError as error:

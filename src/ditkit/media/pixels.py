@@ -23,20 +23,15 @@ def to_uint8(video: Any, rounding: str = "wan") -> np.ndarray:
         video = video.detach().float().cpu().numpy()
     video = np.asarray(video)
     if video.ndim < 4 or video.shape[-4] != 3 or video.dtype.kind != "f":
-        raise OutputError(
-            "turning a video into bytes",
-            f"it is {video.dtype} {list(video.shape)}",
-            "hand over floats of shape [..., 3, T, H, W] in [-1, 1]",
-        )
+        found, do = f"it is {video.dtype} {list(video.shape)}", "hand over floats of shape [..., 3, T, H, W] in [-1, 1]"
+        raise OutputError("turning a video into bytes", found, do)
     frames = np.empty((*video.shape[:-4], *video.shape[-3:], 3), np.uint8)
     for index in range(video.shape[-3]):  # frame by frame: a long clip in float32 is big enough once
         frame = np.moveaxis(video[..., index, :, :], -3, -1).astype(np.float32)
         if not np.isfinite(frame).all():
-            raise DitkitError(
-                "turning the decoded video into bytes",
-                f"{np.count_nonzero(~np.isfinite(frame))} values of frame {index} are NaN or infinite",
-                "run again with dtype float32 and without caching, quantization or other attention kernels",
-            )
+            found = f"{np.count_nonzero(~np.isfinite(frame))} values of frame {index} are NaN or infinite"
+            do = "run again with dtype float32 and without caching, quantization or other attention kernels"
+            raise DitkitError("turning the decoded video into bytes", found, do)
         level = (np.clip(frame, -1, 1) + np.float32(1)) / np.float32(2) * np.float32(255)
         frames[..., index, :, :, :] = np.rint(level) if rounding == "diffusers" else level
     return frames

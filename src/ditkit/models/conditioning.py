@@ -56,10 +56,8 @@ class Conditioning:
         if self.condition is None:
             return x
         if self.condition.shape[2:] != x.shape[2:]:
-            raise ValueError(
-                f"latents of size {tuple(x.shape[2:])} were given with a condition of size "
-                f"{tuple(self.condition.shape[2:])}; narrow it with Step.window where they are a part of the frames"
-            )
+            sizes = f"{tuple(x.shape[2:])} were given with a condition of size {tuple(self.condition.shape[2:])}"
+            raise ValueError(f"latents of size {sizes}; narrow it with Step.window where they are a part of the frames")
         return torch.cat((x, self.condition.to(x)), 1)
 
     def timesteps(self, timestep: Tensor, x: Tensor) -> Tensor:
@@ -79,11 +77,9 @@ def text_rows(fields: Mapping[str, object], branch: str) -> Sequence[Tensor]:
         raise StateError(f"a forward pass of the branch {branch!r}", "the branches are cond and uncond",
                          "Put a name of your own behind a colon: cond:NAME")  # fmt: skip
     if f"{field}_embeds" not in fields:
-        raise StateError(
-            "guiding away from the negative prompt" if branch != "cond" else "denoising",
-            f"the State has no {field}_embeds",
-            "Run encode_text with this guidance scale, or set it to 1",
-        )
+        asked = "guiding away from the negative prompt" if branch != "cond" else "denoising"
+        do = "Run encode_text with this guidance scale, or set it to 1"
+        raise StateError(asked, f"the State has no {field}_embeds", do)
     return fields[f"{field}_embeds"].split(fields[f"{field}_lengths"])  # type: ignore[attr-defined]
 
 
@@ -92,9 +88,6 @@ def fitting(fields: Mapping[str, Tensor], field: str, channels: int) -> Tensor |
     given = fields.get(field)
     has = 0 if given is None else given.shape[1]
     if has != channels:
-        raise StateError(
-            f"denoising with {field!r} of {has} channels",
-            f"this transformer takes {channels}",
-            "Use the model that it was made for" if has else f"Run the stage that writes {field!r} first",
-        )
+        do = "Use the model that it was made for" if has else f"Run the stage that writes {field!r} first"
+        raise StateError(f"denoising with {field!r} of {has} channels", f"this transformer takes {channels}", do)
     return given

@@ -39,8 +39,7 @@ class AttentionRow(Row):
     registry: ClassVar[Registry[Any]] = ATTENTION
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
-        attended: Tensor = self.made(q, k, v, site)
-        return attended
+        return self.made(q, k, v, site)
 
 
 ATTENTION.add(AttentionRow("sdpa", sdpa, "PyTorch's scaled dot product"), "ditkit")

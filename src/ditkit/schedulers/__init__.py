@@ -43,5 +43,4 @@ def make(name: str, **given: Any) -> "Scheduler":
     if str(name).partition("@")[0] not in SCHEDULERS:
         do = f"Use one of: {', '.join(SCHEDULERS)}, or bring it with --plug FILE.py"
         raise RequestError(asked, f"unknown{nearest(str(name), SCHEDULERS)}", do)
-    made: "Scheduler" = options.made(SCHEDULERS[name].made, given, asked, RequestError)
-    return made
+    return options.made(SCHEDULERS[name].made, given, asked, RequestError)

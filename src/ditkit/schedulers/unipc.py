@@ -111,5 +111,4 @@ def _solved(ratios: Sequence[float], h: float) -> list[float]:
         psi /= -h
     rows = [[r**j for r in ratios] for j in range(len(ratios))]
     a, b = (torch.tensor(v, dtype=torch.float64, device="cpu") for v in (rows, right))
-    weights: list[float] = torch.linalg.solve(a, b).tolist()
-    return weights
+    return torch.linalg.solve(a, b).tolist()
