@@ -71,8 +71,7 @@ def build_umt5(config: UMT5Config) -> nn.Module:
     from transformers import UMT5Config as TheirConfig
     from transformers import UMT5EncoderModel
 
-    settings: dict[str, Any] = asdict(config) | {"feed_forward_proj": "gated-gelu", "attn_implementation": "eager"}
-    theirs = TheirConfig(**settings)
+    theirs = TheirConfig(**asdict(config), feed_forward_proj="gated-gelu", attn_implementation="eager")
     with torch.device("meta"):
         return UMT5EncoderModel(theirs).eval().requires_grad_(False)
 
@@ -84,8 +83,7 @@ def build_clip(config: CLIPConfig) -> Any:
     if config.hidden_act not in ACTIVATIONS:
         found = f"hidden_act is {config.hidden_act!r}{nearest(config.hidden_act, ACTIVATIONS)}"
         raise LoadError("building a CLIP image encoder", found, f"Use {' or '.join(ACTIVATIONS)}")
-    settings: dict[str, Any] = asdict(config) | {"attn_implementation": "sdpa"}
-    theirs = CLIPVisionConfig(**settings)
+    theirs = CLIPVisionConfig(**asdict(config), attn_implementation="sdpa")
     with torch.device("meta"):
         model: Any = CLIPVisionModel(theirs).eval().requires_grad_(False)
     model = getattr(model, "vision_model", model)  # where transformers 5.1 has what is the model itself in later ones
@@ -143,10 +141,6 @@ class UMT5TextEncoder(Encoder):
 
     build, aliases = staticmethod(build_umt5), UMT5_ALIASES
 
-    def __init__(self, model: Any, identify: Callable[[], str], dtype: torch.dtype, device: Device):
-        super().__init__(model, identify, dtype, device)
-        self.vocab_size, self.dim = model.config.vocab_size, model.config.d_model
-
     @staticmethod
     def dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
         return torch.float32 if dtype == torch.float16 and name.endswith(".DenseReluDense.wo.weight") else dtype
@@ -157,8 +151,9 @@ class UMT5TextEncoder(Encoder):
         Raises RequestError for no ids at all, LoadError for ids that the embedding does not have."""
         if not len(ids):
             raise RequestError("encoding a prompt", "it has no tokens", "Give at least the end token")
-        if not 0 <= min(ids) <= max(ids) < self.vocab_size:
-            found = f"the ids reach from {min(ids)} to {max(ids)} and it knows 0 to {self.vocab_size - 1}"
+        known = self.model.config.vocab_size
+        if not 0 <= min(ids) <= max(ids) < known:
+            found = f"the ids reach from {min(ids)} to {max(ids)} and it knows 0 to {known - 1}"
             raise LoadError("encoding a prompt with this text encoder", found, "Use the tokenizer of the same model")
         with torch.no_grad():
             batch = torch.tensor([list(ids)], dtype=torch.long, device=self.device)
@@ -176,8 +171,7 @@ class CLIPImageEncoder(Encoder):
     def __init__(self, model: Any, identify: Callable[[], str], dtype: torch.dtype, device: Device):
         super().__init__(model, identify, dtype, device)
         model.encoder.layers = model.encoder.layers[:-1]
-        self.dim: int = model.config.hidden_size
-        self.image_size: int = model.config.image_size
+        self.dim, self.image_size = model.config.hidden_size, model.config.image_size
 
     def encode(self, images: Tensor, processing: str) -> Tensor:
         """Pictures uint8 [B, H, W, 3] of any size -> features [B, tokens, width] in the encoder's dtype.
@@ -193,9 +187,8 @@ class CLIPImageEncoder(Encoder):
         Raises RequestError for another shape."""
         side = self.image_size
         if pixel_values.shape[1:] != (3, side, side):
-            raise RequestError(
-                "encoding a picture", f"it is {list(pixel_values.shape)}", f"Give [B, 3, {side}, {side}], normalised"
-            )
+            do = f"Give [B, 3, {side}, {side}], normalised"
+            raise RequestError("encoding a picture", f"it is {list(pixel_values.shape)}", do)
         return self.model(pixel_values=pixel_values.to(self.device, self.dtype)).last_hidden_state
 
 

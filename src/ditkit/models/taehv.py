@@ -71,37 +71,26 @@ class SoftClamp(nn.Module):
         return torch.tanh(x / 3) * 3
 
 
-def with_past(block: nn.Module, x: Tensor, cache: FeatureCache) -> Tensor:
-    """Each frame of ``x`` [B, T, C, H, W] with the one before it, [B * T, 2C, H, W]; zeros before the first."""
-    past = cache.get(block)
-    past = torch.zeros_like(x[:, :1]) if past is None else past
-    cache[block] = x[:, -1:].clone()  # a view would keep the whole piece alive
-    return torch.cat((x, torch.cat((past, x[:, :-1]), 1)), 2).flatten(0, 1)
-
-
 class MemBlock(nn.Module):
-    def __init__(self, dim: int):
+    """A frame, and what its convolutions make of it and of the one before it (zeros before the first). ``wide``: those
+    of the "super" variant, a depthwise 7x7 and two pointwise layers."""
+
+    def __init__(self, dim: int, wide: bool = False):
         super().__init__()
-        self.conv = nn.Sequential(conv(2 * dim, dim), nn.ReLU(), conv(dim, dim), nn.ReLU(), conv(dim, dim))
+        self.wide = wide
+        if wide:
+            across = nn.Conv2d(2 * dim, 2 * dim, 7, padding=3, groups=2 * dim, bias=False)
+            up, back = nn.Conv2d(2 * dim, 4 * dim, 1), nn.Conv2d(4 * dim, dim, 1, bias=False)
+            self.conv = nn.Sequential(across, up, nn.ReLU(), back)
+        else:
+            self.conv = nn.Sequential(conv(2 * dim, dim), nn.ReLU(), conv(dim, dim), nn.ReLU(), conv(dim, dim))
 
     def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
-        return F.relu(self.conv(with_past(self, x, cache)).view_as(x) + x)
-
-
-class SuperMemBlock(nn.Module):
-    """The wider block of the "super" variant: a depthwise 7x7, then two pointwise layers."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.conv = nn.Sequential(
-            nn.Conv2d(2 * dim, 2 * dim, 7, padding=3, groups=2 * dim, bias=False),
-            nn.Conv2d(2 * dim, 4 * dim, 1),
-            nn.ReLU(),
-            nn.Conv2d(4 * dim, dim, 1, bias=False),
-        )
-
-    def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
-        return self.conv(with_past(self, x, cache)).view_as(x) + x
+        past = cache[self] if self in cache else torch.zeros_like(x[:, :1])
+        cache[self] = x[:, -1:].clone()  # a view would keep the whole piece alive
+        pairs = torch.cat((x, torch.cat((past, x[:, :-1]), 1)), 2).flatten(0, 1)
+        y = self.conv(pairs).view_as(x) + x
+        return y if self.wide else F.relu(y)
 
 
 class JoinFrames(nn.Module):
@@ -128,9 +117,6 @@ class GrowFrames(nn.Module):
         return self.conv(x.flatten(0, 1)).unflatten(1, (self.frames, -1)).unflatten(0, (len(x), -1)).flatten(1, 2)
 
 
-IN_TIME = (MemBlock, SuperMemBlock, JoinFrames, GrowFrames)
-
-
 def encoder(config: TAEHVConfig) -> nn.Sequential:
     dim = config.encoder_width
     layers: list[nn.Module] = [conv(3 * config.patch_size**2, dim), nn.ReLU()]
@@ -141,27 +127,23 @@ def encoder(config: TAEHVConfig) -> nn.Sequential:
 
 
 def decoder(config: TAEHVConfig) -> nn.Sequential:
-    widths, out_dim = config.decoder_widths, 3 * config.patch_size**2
+    widths, wide = config.decoder_widths, config.variant == "super"
     layers: list[nn.Module] = [SoftClamp(), conv(config.z_dim, widths[0]), nn.ReLU()]
+    if wide:
+        layers = [nn.Conv2d(config.z_dim, widths[0], 1, bias=False)]
     for (dim, next_dim), doubles in zip(pairwise(widths), config.temporal_upsample, strict=True):
-        layers += [MemBlock(dim) for _ in range(BLOCKS)]
-        layers += [nn.Upsample(scale_factor=2), GrowFrames(dim, 1 + doubles), conv(dim, next_dim, bias=False)]
-    return nn.Sequential(*layers, nn.ReLU(), conv(widths[-1], out_dim))
-
-
-def super_decoder(config: TAEHVConfig) -> nn.Sequential:
-    widths, out_dim = config.decoder_widths, 3 * config.patch_size**2
-    layers: list[nn.Module] = [nn.Conv2d(config.z_dim, widths[0], 1, bias=False)]
-    for (dim, next_dim), doubles in zip(pairwise(widths), config.temporal_upsample, strict=True):
-        layers += [SuperMemBlock(dim) for _ in range(BLOCKS)]
-        layers += [conv(dim, 4 * next_dim), nn.ReLU(), nn.PixelShuffle(2), GrowFrames(next_dim, 1 + doubles)]
-    return nn.Sequential(*layers, conv(widths[-1], out_dim))
+        layers += [MemBlock(dim, wide) for _ in range(BLOCKS)]
+        if wide:
+            layers += [conv(dim, 4 * next_dim), nn.ReLU(), nn.PixelShuffle(2), GrowFrames(next_dim, 1 + doubles)]
+        else:
+            layers += [nn.Upsample(scale_factor=2), GrowFrames(dim, 1 + doubles), conv(dim, next_dim, bias=False)]
+    return nn.Sequential(*layers, *([] if wide else [nn.ReLU()]), conv(widths[-1], 3 * config.patch_size**2))
 
 
 def run(layers: nn.Sequential, x: Tensor, cache: FeatureCache) -> Tensor:
     """``x`` [B, T, C, H, W] through all layers; those that do not look along time take frames as samples."""
     for layer in layers:
-        if isinstance(layer, IN_TIME):
+        if isinstance(layer, MemBlock | JoinFrames | GrowFrames):
             x = layer(x, cache)
         else:
             x = layer(x.flatten(0, 1)).unflatten(0, x.shape[:2])
@@ -197,7 +179,7 @@ class TAEHV(VideoVAE):
         super().__init__()
         self.config = config = config or TAEHVConfig()
         self.encoder = encoder(config)
-        self.decoder = super_decoder(config) if config.variant == "super" else decoder(config)
+        self.decoder = decoder(config)
 
     @classmethod
     def load(
@@ -212,11 +194,8 @@ class TAEHV(VideoVAE):
         """``source`` has the official names. Strict but for the rows that ``LastRows`` leaves out. Raises LoadError."""
         with torch.device("meta"):
             module = cls(config).eval().requires_grad_(False)
-        rows = {
-            f"{name}.conv.weight": part.conv.out_channels
-            for name, part in module.named_modules()
-            if isinstance(part, GrowFrames)
-        }
+        growing = {name: part for name, part in module.named_modules() if isinstance(part, GrowFrames)}
+        rows = {f"{name}.conv.weight": part.conv.out_channels for name, part in growing.items()}
         source, where = LastRows(source, rows), device_of or device
         load_into(module, source, dtype_of=lambda name: dtype, device_of=where, swaps=swaps, check_finite=True)
         module.loaded(device, dtype)
@@ -232,11 +211,8 @@ class TAEHV(VideoVAE):
         frames, cache = video.transpose(1, 2), FeatureCache()
         missing = -frames.shape[1] % self.config.temporal_stride
         frames = torch.cat((frames, frames[:, -1:].expand(-1, missing, -1, -1, -1)), 1)
-        pieces = [
-            run(self.encoder, F.pixel_unshuffle(piece * 0.5 + 0.5, self.config.patch_size), cache)
-            for piece in frames.split(frames_per_chunk, dim=1)
-        ]
-        return torch.cat(pieces, 1).transpose(1, 2)
+        pixels = (F.pixel_unshuffle(x * 0.5 + 0.5, self.config.patch_size) for x in frames.split(frames_per_chunk, 1))
+        return torch.cat([run(self.encoder, x, cache) for x in pixels], 1).transpose(1, 2)
 
     def decode(self, latents: Tensor, frames_per_chunk: int = 1, cache: FeatureCache | None = None) -> Iterator[Tensor]:
         """Normalised ``latents`` [B, z, F, h, w] -> chunks [B, 3, t, H, W] in [-1, 1] as they are ready.

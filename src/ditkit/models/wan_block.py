@@ -7,6 +7,7 @@ Source: Wan2.1 and Wan2.2 ``wan/modules/model.py``; Wan2.1 ``wan/modules/vace_mo
 here each is made when it is needed.
 """
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -144,12 +145,9 @@ class CrossAttention(Attention):
     def forward(self, x: Tensor, ctx: BlockContext) -> Tensor:
         x = x.to(ctx.policy.compute)
         q = self.split(self.norm_q(self.q(x))).to(x.dtype)
-        k, v = self.keys_values(ctx.text, "cross")
-        out = ctx.attend(q, k, v, Site(self.block, "cross", ctx.grid, ctx.step, self.control)).flatten(2)
-        if ctx.text.image is not None:
-            k, v = self.keys_values(ctx.text, "image")
-            out = out + ctx.attend(q, k, v, Site(self.block, "image", ctx.grid, ctx.step, self.control)).flatten(2)
-        return self.o(out)
+        sites = [Site(self.block, kind, ctx.grid, ctx.step, self.control) for kind in kinds(ctx.text)]
+        rows = (ctx.attend(q, *self.keys_values(ctx.text, site.kind), site).flatten(2) for site in sites)
+        return self.o(functools.reduce(torch.add, rows))
 
     def keys_values(self, text: Text, kind: str) -> tuple[Tensor, Tensor]:
         """Keys and values [B, n, N, d] of the text (``cross``) or of the image rows (``image``)."""
@@ -158,14 +156,18 @@ class CrossAttention(Attention):
             return known
         if kind == "cross":
             return self.split(self.norm_k(self.k(text.rows))).to(text.rows.dtype), self.split(self.v(text.rows))
+        assert text.image is not None
         rows = text.image
-        assert rows is not None
         return self.split(self.norm_k_img(self.k_img(rows))).to(rows.dtype), self.split(self.v_img(rows))
 
     def all_keys_values(self, text: Text) -> dict[tuple[int, bool, str], tuple[Tensor, Tensor]]:
         """What ``Text.keys_values`` holds for this layer."""
-        kinds = ("cross",) if text.image is None else ("cross", "image")
-        return {(self.block, self.control, kind): self.keys_values(text, kind) for kind in kinds}
+        return {(self.block, self.control, kind): self.keys_values(text, kind) for kind in kinds(text)}
+
+
+def kinds(text: Text) -> tuple[str, ...]:
+    """Of cross-attention that there are."""
+    return ("cross",) if text.image is None else ("cross", "image")
 
 
 class Block(nn.Module):
