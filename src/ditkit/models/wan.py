@@ -11,8 +11,8 @@ Source: Wan2.1 and Wan2.2 ``wan/modules/model.py``; numerics of both conventions
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from ditkit.contracts import Attend, RunBlocks, Step
 from ditkit.errors import StateError
-from ditkit.models.conditioning import FIELDS, Conditioning, Text, fitting, text_rows
-from ditkit.models.wan_block import Block, BlockContext, Control, ControlBlock, Controlled, CrossAttention, WanConfig
+from ditkit.models.wan_block import Block, BlockContext, Control, ControlBlock, CrossAttention, Text, WanConfig
 from ditkit.nn.attention import sdpa
 from ditkit.nn.dtype_policy import DtypePolicy, dtype_policy
 from ditkit.nn.layers import LayerNorm, Linear, Modulation, modulation, patchify, timestep_embedding
@@ -29,6 +28,49 @@ from ditkit.nn.loaded import Loaded
 from ditkit.nn.rope import Rope
 
 TIMESTEP_SCALE = 1000.0  # timestep = 1000 sigma; the only place of this factor
+
+
+FIELDS = ("image_embeds", "condition", "clean_latents", "control")
+"""Fields of a State that a Wan transformer may be conditioned on besides the text; each is there when it is needed."""
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """``condition`` [B, c, F, h, w] goes behind the channels of the latents; ``control`` [B, v, F, h, w] is VACE's
+    control input, ``control_scale`` how much each hint counts; the first ``clean_frames`` frames of the latents are
+    known and have timestep 0 (Wan2.2 ``textimage2video.py``)."""
+
+    text: Text
+    condition: Tensor | None = None
+    control: Tensor | None = None
+    control_scale: float | Sequence[float] = 1.0
+    clean_frames: int = 0
+
+    def frames(self, start: int, stop: int) -> Self:
+        """What belongs to the latent frames from ``start`` to ``stop``; the text belongs to all of them."""
+
+        def cut(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[:, :, start:stop]
+
+        clean = min(max(self.clean_frames - start, 0), stop - start)
+        return replace(self, condition=cut(self.condition), control=cut(self.control), clean_frames=clean)
+
+    def latents(self, x: Tensor) -> Tensor:
+        """``x`` [B, C, F, h, w] with the condition behind its channels. Raises ValueError where the frames differ."""
+        if self.condition is None:
+            return x
+        if self.condition.shape[2:] != x.shape[2:]:
+            sizes = f"{tuple(x.shape[2:])} were given with a condition of size {tuple(self.condition.shape[2:])}"
+            raise ValueError(f"latents of size {sizes}; narrow it with Step.window where they are a part of the frames")
+        return torch.cat((x, self.condition.to(x)), 1)
+
+    def timesteps(self, timestep: Tensor, x: Tensor) -> Tensor:
+        """``timestep`` [B] as it is, or with known frames as [B, F] with 0 at those."""
+        if not self.clean_frames or timestep.dim() != 1:
+            return timestep
+        each = timestep[:, None].repeat(1, x.shape[2])
+        each[:, : self.clean_frames] = 0
+        return each
 
 
 class Head(nn.Module):
@@ -68,6 +110,30 @@ def run_in_order(blocks: Iterable[nn.Module], x: Tensor, ctx: BlockContext) -> T
     for block in blocks:
         x = block(x, ctx)
     return x
+
+
+def text_rows(fields: Mapping[str, object], branch: str) -> Sequence[Tensor]:
+    """The text rows of each sample for a branch: ``cond`` the prompt, ``uncond`` the negative prompt. What stands
+    behind a colon (``cond:skip``) is for plugs. Raises StateError."""
+    field = {"cond": "prompt", "uncond": "negative_prompt"}.get(branch.partition(":")[0])
+    if field is None:
+        raise StateError(f"a forward pass of the branch {branch!r}", "the branches are cond and uncond",
+                         "Put a name of your own behind a colon: cond:NAME")  # fmt: skip
+    if f"{field}_embeds" not in fields:
+        asked = "guiding away from the negative prompt" if branch != "cond" else "denoising"
+        do = "Run encode_text with this guidance scale, or set it to 1"
+        raise StateError(asked, f"the State has no {field}_embeds", do)
+    return fields[f"{field}_embeds"].split(fields[f"{field}_lengths"])  # type: ignore[attr-defined]
+
+
+def fitting(fields: Mapping[str, Tensor], field: str, channels: int) -> Tensor | None:
+    """The input ``field``, there exactly when the transformer has ``channels`` for it. Raises StateError."""
+    given = fields.get(field)
+    has = 0 if given is None else given.shape[1]
+    if has != channels:
+        do = "Use the model that it was made for" if has else f"Run the stage that writes {field!r} first"
+        raise StateError(f"denoising with {field!r} of {has} channels", f"this transformer takes {channels}", do)
+    return given
 
 
 class WanTransformer(Loaded):
@@ -207,8 +273,8 @@ class WanTransformer(Loaded):
     def _controlled(self) -> list[nn.Module]:
         """The blocks, those that take a hint paired with their control block."""
         blocks: list[nn.Module] = [*self.blocks]
-        for number, (layer, control) in enumerate(zip(self.config.vace_layers, self.vace_blocks, strict=True)):
-            blocks[layer] = Controlled(blocks[layer], control, number)  # type: ignore[arg-type]
+        for layer, control in zip(self.config.vace_layers, self.vace_blocks, strict=True):
+            blocks[layer] = control.beside(blocks[layer])  # type: ignore[operator]
         return blocks
 
     def _grid(self, latents: Tensor) -> tuple[int, int, int]:

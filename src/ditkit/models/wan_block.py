@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from ditkit.contracts import Attend, Site, Step
-from ditkit.models.conditioning import Text
 from ditkit.nn.dtype_policy import DtypePolicy
 from ditkit.nn.layers import LayerNorm, Linear, Modulation, RMSNorm, modulation
 from ditkit.nn.rope import Rope, rotate
@@ -57,6 +56,24 @@ class WanConfig:
     @property
     def head_dim(self) -> int:
         return self.dim // self.num_heads
+
+
+@dataclass(frozen=True)
+class Text:
+    """Text rows, embedded: ``rows`` [B, 512, dim]; and the image, where there is one: ``image`` [B, n, dim].
+
+    ``keys_values``: (block, whether it is a control block, kind) -> keys and values [B, n, N, d] that its
+    cross-attention made of the rows, for they are the same at every step; None makes them anew each time. Equal results
+    either way."""
+
+    rows: Tensor
+    keys_values: Mapping[tuple[int, bool, str], tuple[Tensor, Tensor]] | None = None
+    image: Tensor | None = None
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Of cross-attention that it takes."""
+        return ("cross",) if self.image is None else ("cross", "image")
 
 
 @dataclass
@@ -145,7 +162,7 @@ class CrossAttention(Attention):
     def forward(self, x: Tensor, ctx: BlockContext) -> Tensor:
         x = x.to(ctx.policy.compute)
         q = self.split(self.norm_q(self.q(x))).to(x.dtype)
-        sites = [Site(self.block, kind, ctx.grid, ctx.step, self.control) for kind in kinds(ctx.text)]
+        sites = [Site(self.block, kind, ctx.grid, ctx.step, self.control) for kind in ctx.text.kinds]
         rows = (ctx.attend(q, *self.keys_values(ctx.text, site.kind), site).flatten(2) for site in sites)
         return self.o(functools.reduce(torch.add, rows))
 
@@ -162,12 +179,7 @@ class CrossAttention(Attention):
 
     def all_keys_values(self, text: Text) -> dict[tuple[int, bool, str], tuple[Tensor, Tensor]]:
         """What ``Text.keys_values`` holds for this layer."""
-        return {(self.block, self.control, kind): self.keys_values(text, kind) for kind in kinds(text)}
-
-
-def kinds(text: Text) -> tuple[str, ...]:
-    """Of cross-attention that there are."""
-    return ("cross",) if text.image is None else ("cross", "image")
+        return {(self.block, self.control, kind): self.keys_values(text, kind) for kind in text.kinds}
 
 
 class Block(nn.Module):
@@ -203,9 +215,13 @@ class ControlBlock(Block):
 
     def __init__(self, config: WanConfig, number: int):
         super().__init__(config, config.vace_layers[number])
+        self.number = number
         self.self_attn.control = self.cross_attn.control = True
         self.before_proj = Linear(config.dim, config.dim) if number == 0 else None
         self.after_proj = Linear(config.dim, config.dim)
+
+    def beside(self, block: nn.Module) -> "Controlled":
+        return Controlled(block, self)
 
 
 class Controlled(nn.Module):
@@ -214,9 +230,9 @@ class Controlled(nn.Module):
     A hint needs the earlier control blocks only, so it is made when it is needed, and one is alive at a time. The
     pair is put together for each pass; the modules in it are those of the transformer."""
 
-    def __init__(self, block: nn.Module, control: ControlBlock, number: int):
+    def __init__(self, block: nn.Module, control: ControlBlock):
         super().__init__()
-        self.block, self.control, self.number = block, control, number
+        self.block, self.control = block, control
 
     def forward(self, x: Tensor, ctx: BlockContext) -> Tensor:
         branch, compute = ctx.control, ctx.policy.compute
@@ -226,4 +242,4 @@ class Controlled(nn.Module):
             tokens = self.control.before_proj(tokens.to(compute)) + x
         branch.tokens = self.control(tokens, ctx)
         hint = self.control.after_proj(branch.tokens.to(compute))
-        return self.block(x, ctx) + hint.to(ctx.policy.residual_dtype) * branch.scales[self.number]
+        return self.block(x, ctx) + hint.to(ctx.policy.residual_dtype) * branch.scales[self.control.number]
