@@ -5,8 +5,7 @@ every file carries a card with the caller's manifest (``card.py``); files appear
 Leaves out: decoding latents, and what belongs into a manifest.
 """
 
-from .image import as_image, read_image
-from .pixels import frames_sha256, to_uint8
+from .pixels import as_image, frames_sha256, read_image, to_uint8
 from .read import read_manifest, read_video
 from .sheet import contact_sheet, preview_blocks
 from .write import check_writable, write_video

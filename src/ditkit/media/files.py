@@ -21,9 +21,7 @@ _PROBE = bytes(64 * 1024)
 def write_together(contents: Mapping[Path, Content]) -> None:
     """Write everything, then rename everything; existing targets are replaced. Parents are created.
 
-    Raises:
-        OutputError: with what the system said. Of these files nothing is left then.
-    """
+    Raises OutputError with what the system said. Of these files nothing is left then."""
     parts = {target: _temporary(target) for target in contents}
     try:
         for target, content in contents.items():

@@ -15,11 +15,7 @@ from .card import Card
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
     """The manifest inside an mp4, gif, npz, png or folder of frames; or of the ``.json`` beside a clip, if that is
-    what ``path`` names.
-
-    Raises:
-        StateError: no such file, not readable, or it carries no manifest.
-    """
+    what ``path`` names. Raises StateError where there is no such file, or it is not readable or carries no manifest."""
     card = _read(path, _READ_CARD)
     if card is None or card["manifest"] is None:
         do = "name a clip that ditkit wrote, or its .json"

@@ -132,6 +132,7 @@ def preview_blocks(frame: np.ndarray, columns: int = 32) -> "Text":
     A character is twice as high as wide, so the two halves of each are square. rich turns the colours into those
     that the terminal has."""
     from PIL import Image
+    from rich.color import Color
     from rich.style import Style
     from rich.text import Text
 
@@ -143,11 +144,7 @@ def preview_blocks(frame: np.ndarray, columns: int = 32) -> "Text":
     for line in range(lines):
         if line:
             text.append("\n")
-        pairs = zip(map(_hex, small[2 * line]), map(_hex, small[2 * line + 1]), strict=True)
-        for (upper, lower), run in groupby(pairs):
-            text.append("\u2580" * sum(1 for _ in run), Style(color=upper, bgcolor=lower))
+        for (upper, lower), run in groupby(zip(*small[2 * line : 2 * line + 2].tolist(), strict=True)):
+            style = Style(color=Color.from_rgb(*upper), bgcolor=Color.from_rgb(*lower))
+            text.append("\u2580" * sum(1 for _ in run), style)
     return text
-
-
-def _hex(pixel: np.ndarray) -> str:
-    return "#{:02x}{:02x}{:02x}".format(*pixel)

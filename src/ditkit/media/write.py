@@ -41,10 +41,8 @@ def write_video(
     A card with fps, frame hash and ``manifest`` goes into the file, and with a manifest also beside it as
     ``NAME.json``. What was there before is replaced; parents are created. ``crf`` is for mp4 only.
 
-    Raises:
-        OutputError: an unknown suffix, an odd size for mp4, a manifest that is not JSON, a path that cannot be
-            written. Then nothing new is left at the path.
-    """
+    Raises OutputError for an unknown suffix, an odd size for mp4, a manifest that is not JSON, a path that cannot be
+    written. Then nothing new is left at the path."""
     check_frames(video)
     target = check_writable(path, width=video.shape[2], height=video.shape[1], fps=fps)
     path = Path(path)

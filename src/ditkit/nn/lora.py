@@ -119,14 +119,12 @@ def lora_swaps(adapters: Sequence[tuple[Adapter, float]]) -> tuple[Swap, ...]:
     """Swaps that put LoRAs with their strengths beside the weights of a transformer; one for each of its top modules
     that changes, however many LoRAs there are. A strength of 0 is no LoRA. Raises SetupError for a strength that is no
     finite number."""
-    for _, strength in adapters:
+    touching: dict[str, Adapters] = {}
+    for adapter, strength in adapters:
         if not math.isfinite(strength):
             raise SetupError(f"a LoRA strength of {strength}", "it is not a finite number", "Give one, such as 1.0")
-    used = tuple((adapter, float(strength)) for adapter, strength in adapters if strength)
-    touching: dict[str, Adapters] = {}
-    for adapter, strength in used:
-        for top in dict.fromkeys(map(_top, adapter.deltas)):
-            touching[top] = (*touching.get(top, ()), (adapter, strength))
+        for top in dict.fromkeys(map(_top, adapter.deltas)) if strength else ():
+            touching[top] = (*touching.get(top, ()), (adapter, float(strength)))
     return tuple(Swap(f"lora {top}", At(top), Adapt(top, adapters)) for top, adapters in touching.items())
 
 
