@@ -55,25 +55,22 @@ def parse(text: str | bytes | None) -> Card | None:
     return card if isinstance(card, dict) and card.get(_VERSION) == 1 else None
 
 
-def sidecar(path: Path) -> Path:
-    return path.with_suffix(".json")
-
-
 def check_sidecar(path: Path) -> None:
     """``NAME.json`` may be replaced if it is the card of this clip, or of one that is gone. Anything else there is a
     person's own file."""
-    beside, found = sidecar(path), "which is something else"
+    beside, found = path.with_suffix(".json"), "which is something else"
     try:
         card = parse(beside.read_bytes())
-        free = card is not None
-        if card is not None and (other := _clip_of(path, card)) != path and other.exists():
-            free, found = False, f"which is that of {other}"
     except FileNotFoundError:
-        free = True
+        return
     except OSError:  # a folder, or not for us to read
-        free = False
-    if not free:
-        raise OutputError(f"writing {path}", f"its manifest goes to {beside}, {found}", "choose another file name")
+        card = None
+    if card is not None:
+        other = _clip_of(path, card)
+        if other == path or not other.exists():
+            return
+        found = f"which is that of {other}"
+    raise OutputError(f"writing {path}", f"its manifest goes to {beside}, {found}", "choose another file name")
 
 
 def _clip_of(path: Path, card: Card) -> Path:

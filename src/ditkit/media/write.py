@@ -14,7 +14,7 @@ disk that fails cannot confuse an encoder.
 import io
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -53,9 +53,11 @@ def write_video(
         raise OutputError(f"crf {crf}", "it is out of range", "use 0 (best) to 51")
     card = cards.make_card(video, fps, manifest, path.suffix)
     content = mp4(video, card, crf) if suffix == ".mp4" else FORMATS[suffix](video, card)
-    beside = cards.sidecar(path)
-    files.write_together({target: content} if manifest is None else {target: content, beside: cards.pretty(card)})
-    if manifest is None:
+    beside = path.with_suffix(".json")
+    if manifest is not None:
+        files.write_together({target: content, beside: cards.pretty(card)})
+    else:
+        files.write_together({target: content})
         beside.unlink(missing_ok=True)  # the card of the clip that was here before
     return target
 
@@ -198,4 +200,4 @@ def npz(video: np.ndarray, card: Card) -> bytes:
     return buffer.getvalue()
 
 
-FORMATS = {".mp4": mp4, ".gif": gif, ".png": png, ".npz": npz}
+FORMATS: dict[str, Callable[[np.ndarray, Card], files.Content]] = {".mp4": mp4, ".gif": gif, ".png": png, ".npz": npz}

@@ -71,7 +71,8 @@ def build_umt5(config: UMT5Config) -> nn.Module:
     from transformers import UMT5Config as TheirConfig
     from transformers import UMT5EncoderModel
 
-    theirs = TheirConfig(**asdict(config), feed_forward_proj="gated-gelu", attn_implementation="eager")
+    settings: dict[str, Any] = asdict(config) | {"feed_forward_proj": "gated-gelu", "attn_implementation": "eager"}
+    theirs = TheirConfig(**settings)
     with torch.device("meta"):
         return UMT5EncoderModel(theirs).eval().requires_grad_(False)
 
@@ -83,7 +84,8 @@ def build_clip(config: CLIPConfig) -> Any:
     if config.hidden_act not in ACTIVATIONS:
         found = f"hidden_act is {config.hidden_act!r}{nearest(config.hidden_act, ACTIVATIONS)}"
         raise LoadError("building a CLIP image encoder", found, f"Use {' or '.join(ACTIVATIONS)}")
-    theirs = CLIPVisionConfig(**asdict(config), attn_implementation="sdpa")
+    settings: dict[str, Any] = asdict(config) | {"attn_implementation": "sdpa"}
+    theirs = CLIPVisionConfig(**settings)
     with torch.device("meta"):
         model: Any = CLIPVisionModel(theirs).eval().requires_grad_(False)
     model = getattr(model, "vision_model", model)  # where transformers 5.1 has what is the model itself in later ones
@@ -95,7 +97,7 @@ class Encoder:
     """``model`` is a filled network of transformers, ``identify`` tells what stands for its weights, its sizes and its
     dtype. Threads may share an encoder."""
 
-    build: ClassVar[Callable[[Any], Any]]
+    build: ClassVar[Any]
     aliases: ClassVar[Mapping[str, str]] = NOTHING
 
     def __init__(self, model: Any, identify: Callable[[], str], dtype: torch.dtype, device: Device):

@@ -25,7 +25,7 @@ FeatureCache = dict[nn.Module, Tensor]
 
 
 class Chain(nn.Sequential):
-    def forward(self, x: Tensor, cache: FeatureCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:  # type: ignore[override]
         for layer in self:
             x = layer(x, cache)
         return x
@@ -59,15 +59,12 @@ class CausalConv3d(nn.Conv3d):
         super().__init__(in_dim, out_dim, kernel, stride, self.margins)
         self.past = kernel[0] - stride[0]
 
-    def forward(self, x: Tensor, cache: FeatureCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:  # type: ignore[override]
         """``x`` [B, C, T, H, W] -> [B, C', T, H', W'] (T / 2 with stride 2, given one past frame)."""
         if self.past:
-            past = cache.get(self) if cache is not None else None
-            if past is None:
-                past = x[:, :, :0]
+            past = cache.get(self, x[:, :, :0])
             known = torch.cat((past, x), 2) if past.shape[2] else x
-            if cache is not None:
-                cache[self] = known[:, :, -self.past :].clone()  # a view would keep the whole chunk alive
+            cache[self] = known[:, :, -self.past :].clone()  # a view would keep the whole chunk alive
             missing = self.past - past.shape[2]
             if missing == self.past and x.shape[2] == 1 and self.stride[0] == 1:
                 # The first frame sees nothing but zeros behind it: only the last tap of the kernel counts.
@@ -98,10 +95,10 @@ class ResidualBlock(nn.Module):
             "6": CausalConv3d(out_dim, out_dim, (3, 3, 3)),
         }
         self.residual = Chain(OrderedDict(layers))
-        self.shortcut = CausalConv3d(in_dim, out_dim, (1, 1, 1)) if in_dim != out_dim else nn.Identity()
+        self.shortcut = CausalConv3d(in_dim, out_dim, (1, 1, 1)) if in_dim != out_dim else Chain()
 
-    def forward(self, x: Tensor, cache: FeatureCache | None) -> Tensor:
-        return self.residual(x, cache) + self.shortcut(x)
+    def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
+        return self.residual(x, cache) + self.shortcut(x, cache)
 
 
 class AttentionBlock(nn.Module):
@@ -113,7 +110,7 @@ class AttentionBlock(nn.Module):
         self.to_qkv = nn.Conv2d(dim, dim * 3, 1)
         self.proj = nn.Conv2d(dim, dim, 1)
 
-    def forward(self, x: Tensor, cache: FeatureCache | None) -> Tensor:
+    def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
         b, c, _, h, w = x.shape
         frames = frames_as_batch(x)
         q, k, v = self.to_qkv(self.norm(frames)).flatten(2).transpose(1, 2).unsqueeze(1).chunk(3, dim=-1)
@@ -121,7 +118,7 @@ class AttentionBlock(nn.Module):
         return x + batch_as_frames(self.proj(o), b)
 
 
-class Downsample(nn.Module):
+class Halve(nn.Module):
     """Halve height and width, and with ``temporal`` also the frames after the first (T -> 1 + (T - 1) / 2)."""
 
     def __init__(self, dim: int, temporal: bool):
@@ -129,11 +126,10 @@ class Downsample(nn.Module):
         self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(dim, dim, 3, stride=2))
         self.time_conv = CausalConv3d(dim, dim, (3, 1, 1), (2, 1, 1)) if temporal else None
 
-    def forward(self, x: Tensor, cache: FeatureCache | None) -> Tensor:
+    def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
         x = batch_as_frames(self.resample(frames_as_batch(x)), x.shape[0])
         if self.time_conv is None:
             return x
-        cache = {} if cache is None else cache
         if self.time_conv in cache:
             return self.time_conv(x, cache)
         # The first frame of a stream passes alone; the convolution starts with it as its past.
@@ -142,7 +138,7 @@ class Downsample(nn.Module):
         return torch.cat((first, self.time_conv(rest, cache)), 2) if rest.shape[2] else first
 
 
-class Upsample(nn.Module):
+class Double(nn.Module):
     """Double height and width, and with ``temporal`` also the frames after the first (T -> 1 + 2 (T - 1))."""
 
     def __init__(self, dim: int, out_dim: int, temporal: bool):
@@ -151,9 +147,9 @@ class Upsample(nn.Module):
         self.resample = nn.Sequential(nn.Identity(), nn.Conv2d(dim, out_dim, 3, padding=1))
         self.time_conv = CausalConv3d(dim, dim * 2, (3, 1, 1)) if temporal else None
 
-    def forward(self, x: Tensor, cache: FeatureCache | None) -> Tensor:
+    def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
         if self.time_conv is not None:
-            x = _frames_doubled(self.time_conv, x, {} if cache is None else cache)
+            x = _frames_doubled(self.time_conv, x, cache)
         y = F.interpolate(frames_as_batch(x), scale_factor=2.0, mode="nearest-exact")
         return batch_as_frames(self.resample(y), x.shape[0])
 
@@ -179,17 +175,9 @@ def head(dim: int, out_dim: int) -> Chain:
     return Chain(OrderedDict(layers))
 
 
-def down(in_dim: int, out_dim: int, blocks: int, time: bool | None) -> list[nn.Module]:
-    """A level of an encoder: residual blocks, then a halving, where ``time`` is True also of the frames; the last
-    level, where it is None, has no halving."""
-    layers: list[nn.Module] = [ResidualBlock(out_dim if i else in_dim, out_dim) for i in range(blocks)]
-    return layers if time is None else [*layers, Downsample(out_dim, time)]
-
-
-def up(in_dim: int, out_dim: int, next_dim: int, blocks: int, time: bool | None) -> list[nn.Module]:
-    """A level of a decoder, as ``down``; it doubles, and gives ``next_dim`` channels then."""
-    layers: list[nn.Module] = [ResidualBlock(out_dim if i else in_dim, out_dim) for i in range(blocks)]
-    return layers if time is None else [*layers, Upsample(out_dim, next_dim, time)]
+def residuals(in_dim: int, out_dim: int, count: int) -> list[nn.Module]:
+    """Blocks, the first of which changes the width."""
+    return [ResidualBlock(out_dim if i else in_dim, out_dim) for i in range(count)]
 
 
 class VideoVAE(Loaded):

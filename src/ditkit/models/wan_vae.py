@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ditkit.checkpoints.kinds.wan_vae import WAN21_MEAN, WAN21_STD, WAN22_MEAN, WAN22_STD
-from ditkit.models.vae_layers import CausalConv3d, Chain, FeatureCache, Upsample, VideoVAE, down, head, middle, up
+from ditkit.models.vae_layers import CausalConv3d, Chain, Double, FeatureCache, Halve, VideoVAE, head, middle, residuals
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class DownStage(nn.Module):
             raise ValueError(f"{in_dim} channels cannot be averaged to {out_dim} in a shortcut")
         self.downsamples = Chain(*level)
 
-    def forward(self, x: Tensor, cache: FeatureCache | None) -> Tensor:
+    def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
         return self.downsamples(x, cache) + average_down(x, self.out_dim, self.frames, self.pixels)
 
 
@@ -128,9 +128,9 @@ class UpStage(nn.Module):
             raise ValueError(f"{in_dim} channels cannot be repeated to {out_dim} in a shortcut")
         self.upsamples = Chain(*level)
 
-    def forward(self, x: Tensor, cache: FeatureCache | None) -> Tensor:
-        cache, last = {} if cache is None else cache, self.upsamples[-1]
-        if not isinstance(last, Upsample):
+    def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
+        last = self.upsamples[-1]
+        if not isinstance(last, Double):
             return self.upsamples(x, cache)
         begins = last.time_conv is not None and last.time_conv not in cache
         y = self.upsamples(x, cache)
@@ -142,7 +142,8 @@ def encoder(config: WanVAEConfig) -> Chain:
     dims, layers = [config.dim * m for m in (1, *config.dim_mult)], list[nn.Module]()
     first = CausalConv3d(3 * config.patch_size**2, dims[0], (3, 3, 3))
     for (dim, out_dim), time in zip(pairwise(dims), (*config.temporal_downsample, None), strict=True):
-        level = down(dim, out_dim, config.num_res_blocks, time)
+        level = residuals(dim, out_dim, config.num_res_blocks)
+        level += [] if time is None else [Halve(out_dim, time)]  # the last level halves nothing
         layers += [DownStage(level, dim, out_dim, time)] if config.shortcuts else level
     last = {"middle": middle(dims[-1]), "head": head(dims[-1], config.z_dim * 2)}
     return Chain(OrderedDict(conv1=first, downsamples=Chain(*layers), **last))
@@ -155,7 +156,8 @@ def decoder(config: WanVAEConfig) -> Chain:
     dim = dims[0]
     for out_dim, time in zip(dims, (*config.temporal_downsample[::-1], None), strict=True):
         next_dim = out_dim if config.shortcuts else out_dim // 2
-        level = up(dim, out_dim, next_dim, config.num_res_blocks + 1, time)
+        level = residuals(dim, out_dim, config.num_res_blocks + 1)
+        level += [] if time is None else [Double(out_dim, next_dim, time)]
         layers += [UpStage(level, dim, out_dim, time)] if config.shortcuts else level
         dim = next_dim
     return Chain(OrderedDict(**first, upsamples=Chain(*layers), head=head(dims[-1], 3 * config.patch_size**2)))
@@ -182,8 +184,9 @@ class WanVAE(VideoVAE):
 
     def moments(self, video: Tensor, cache: FeatureCache | None = None) -> tuple[Tensor, Tensor]:
         """Posterior mean and log-variance of one chunk, not normalised, each [B, z, F, h, w]."""
+        cache = {} if cache is None else cache
         x = patchify(video, self.config.patch_size).contiguous(memory_format=torch.channels_last_3d)
-        mean, log_variance = self.conv1(self.encoder(x, cache)).chunk(2, dim=1)
+        mean, log_variance = self.conv1(self.encoder(x, cache), cache).chunk(2, dim=1)
         return mean, log_variance
 
     def encode(self, video: Tensor, frames_per_chunk: int = 4) -> Tensor:
@@ -208,7 +211,7 @@ class WanVAE(VideoVAE):
         cache = {} if cache is None else cache
         mean, std = self._statistics(latents)
         for piece in pieces:
-            x = self.conv2(piece / (1 / std) + mean).contiguous(memory_format=torch.channels_last_3d)
+            x = self.conv2(piece / (1 / std) + mean, cache).contiguous(memory_format=torch.channels_last_3d)
             yield unpatchify(self.decoder(x, cache), self.config.patch_size).clamp(-1, 1)
 
 

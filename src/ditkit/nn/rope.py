@@ -21,18 +21,18 @@ def rope_table(
     if max(grid[0] + start, *grid[1:]) > MAX_POSITIONS:
         found = f"{grid}" + (f" from frame {start} on" if start else "")
         raise ValueError(f"a token grid of {found} was asked for; rotary positions end at {MAX_POSITIONS} an axis")
-    side = 2 * (head_dim // 6)
-    cosines: list[Tensor] = []
-    sines: list[Tensor] = []
+    side, angles = 2 * (head_dim // 6), list[Tensor]()
     for axis, (length, width) in enumerate(zip(grid, (head_dim - 2 * side, side, side), strict=True)):
         frequency = 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
         first = 0 if axis else start
-        angle = torch.outer(torch.arange(first, first + length, dtype=torch.float64), frequency)
         shape = [1, 1, 1, width // 2]
         shape[axis] = length
-        for parts, values in ((cosines, angle.cos()), (sines, angle.sin())):
-            parts.append(values.to(device, dtype).view(shape).expand(*grid, -1))
-    cos, sin = (torch.cat(parts, -1).flatten(0, 2).unsqueeze(1) for parts in (cosines, sines))
+        steps = torch.arange(first, first + length, dtype=torch.float64)
+        angles.append(torch.outer(steps, frequency).view(shape))
+    cos, sin = (
+        torch.cat([turn(x).to(device, dtype).expand(*grid, -1) for x in angles], -1).flatten(0, 2).unsqueeze(1)
+        for turn in (torch.cos, torch.sin)
+    )
     return cos, sin
 
 
