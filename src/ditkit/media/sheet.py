@@ -62,14 +62,13 @@ def contact_sheet(
     inner = max(columns * (width + GAP) - GAP, 320)
     title_face, caption_face, number_face = face(TITLE_SIZE), face(CAPTION_SIZE), face(NUMBER_SIZE)
     lines = _wrap(title, title_face, inner)
-    caption_lines = _wrap(caption, caption_face, inner)[:1] if caption else []
+    caption_lines = _wrap(caption, caption_face, inner)[:1]
 
     line_height, head = round(TITLE_SIZE * 1.3), 0
     if lines or caption_lines:
-        head = len(lines) * line_height + (26 if caption_lines else 0) + 22
-    sheet = Image.new(
-        "RGB", (inner + 2 * MARGIN, MARGIN + head + rows * (height + FOOT) + (rows - 1) * GAP + MARGIN - 8), GROUND
-    )
+        head = len(lines) * line_height + 26 * len(caption_lines) + 22
+    whole = MARGIN + head + rows * (height + FOOT) + (rows - 1) * GAP + MARGIN - 8
+    sheet = Image.new("RGB", (inner + 2 * MARGIN, whole), GROUND)
     pen = ImageDraw.Draw(sheet)
     y = MARGIN - 6
     for text in lines:
@@ -100,7 +99,7 @@ def _tile(width: int, height: int) -> tuple[int, int]:
     """A whole multiple of a small frame; a large frame comes down to TILE, by its longer side."""
     longer = max(width, height)
     if longer <= TILE:
-        factor = max(1, round(TILE / longer))
+        factor = round(TILE / longer)
         return width * factor, height * factor
     return max(1, round(width * TILE / longer)), max(1, round(height * TILE / longer))
 

@@ -99,6 +99,7 @@ class Encoder:
 
     build: ClassVar[Any]
     aliases: ClassVar[Mapping[str, str]] = NOTHING
+    wide: ClassVar[tuple[str, ...]] = ()  # endings of names whose tensors are float32 where all others are float16
 
     def __init__(self, model: Any, identify: Callable[[], str], dtype: torch.dtype, device: Device):
         self.model, self.identify, self.dtype, self.device = model.eval(), identify, dtype, torch.device(device)
@@ -117,16 +118,12 @@ class Encoder:
         """``names``: the source's names -> transformers' (``umt5_keys(n).to_other`` for a native file); None: equal.
         ``config``: an ``UMT5Config`` or a ``CLIPConfig``. Raises LoadError, also when not one name fits: no weight is
         ever left random."""
-        model = cls.build(config)
+        model, wide = cls.build(config), cls.wide if dtype == torch.float16 else ()
         load_into(
-            model, source, names, dtype_of=lambda name: cls.dtype_of(name, dtype), device_of=device_of or device,
-            swaps=swaps, aliases=cls.aliases, check_finite=True,
+            model, source, names, dtype_of=lambda name: torch.float32 if name.endswith(wide) else dtype,
+            device_of=device_of or device, swaps=swaps, aliases=cls.aliases, check_finite=True,
         )  # fmt: skip
         return cls(model, identify_weights(source, dtype, config, swaps), dtype, device)
-
-    @staticmethod
-    def dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
-        return dtype
 
     @property
     def fingerprint(self) -> str:
@@ -141,11 +138,7 @@ class UMT5TextEncoder(Encoder):
     With float16 the last linear layer of each feed-forward, ``DenseReluDense.wo``, stays float32, as in transformers
     itself, because its sums leave the range of float16."""
 
-    build, aliases = staticmethod(build_umt5), UMT5_ALIASES
-
-    @staticmethod
-    def dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
-        return torch.float32 if dtype == torch.float16 and name.endswith(".DenseReluDense.wo.weight") else dtype
+    build, aliases, wide = staticmethod(build_umt5), UMT5_ALIASES, (".DenseReluDense.wo.weight",)
 
     def __call__(self, ids: Sequence[int]) -> Tensor:
         """Ids of one prompt, unpadded -> [len(ids), D] in the encoder's dtype and on its device.

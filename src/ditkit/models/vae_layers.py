@@ -11,6 +11,7 @@ Source: Wan2.1 ``wan/modules/vae.py``, Wan2.2 ``wan/modules/vae2_2.py``, compare
 """
 
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -50,17 +51,16 @@ class RMSNorm(nn.Module):
 
 
 class CausalConv3d(nn.Conv3d):
-    """A convolution whose time padding is all in the past: zeros at the start of a stream, cached frames later."""
+    """A convolution whose time padding is all in the past: zeros at the start of a stream, cached frames later.
+    ``every``: the stride in time."""
 
-    def __init__(
-        self, in_dim: int, out_dim: int, kernel: tuple[int, int, int], stride: tuple[int, int, int] = (1, 1, 1)
-    ):
+    def __init__(self, in_dim: int, out_dim: int, kernel: tuple[int, int, int], every: int = 1):
         self.margins = (0, kernel[1] // 2, kernel[2] // 2)
-        super().__init__(in_dim, out_dim, kernel, stride, self.margins)
-        self.past = kernel[0] - stride[0]
+        super().__init__(in_dim, out_dim, kernel, (every, 1, 1), self.margins)
+        self.past = kernel[0] - every
 
     def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:  # type: ignore[override]
-        """``x`` [B, C, T, H, W] -> [B, C', T, H', W'] (T / 2 with stride 2, given one past frame)."""
+        """``x`` [B, C, T, H, W] -> [B, C', T, H', W'] (T / 2 for every second, given one past frame)."""
         if self.past:
             past = cache.get(self, x[:, :, :0])
             known = torch.cat((past, x), 2) if past.shape[2] else x
@@ -74,15 +74,10 @@ class CausalConv3d(nn.Conv3d):
         return convolution(x, self.weight, self.bias, self.stride, self.margins)
 
 
-def frames_as_batch(x: Tensor) -> Tensor:
-    """[B, C, T, H, W] -> [B*T, C, H, W]; free of copies when x is channels-last."""
+def on_frames(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``x`` [B, C, T, H, W] through a layer that takes frames as samples; no copies when x is channels-last."""
     b, c, t, h, w = x.shape
-    return x.transpose(1, 2).reshape(b * t, c, h, w)
-
-
-def batch_as_frames(x: Tensor, batch: int) -> Tensor:
-    """The inverse: [B*T, C, H, W] -> [B, C, T, H, W]."""
-    return x.unflatten(0, (batch, -1)).transpose(1, 2)
+    return layer(x.transpose(1, 2).reshape(b * t, c, h, w)).unflatten(0, (b, -1)).transpose(1, 2)
 
 
 class ResidualBlock(nn.Module):
@@ -111,11 +106,11 @@ class AttentionBlock(nn.Module):
         self.proj = nn.Conv2d(dim, dim, 1)
 
     def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
-        b, c, _, h, w = x.shape
-        frames = frames_as_batch(x)
-        q, k, v = self.to_qkv(self.norm(frames)).flatten(2).transpose(1, 2).unsqueeze(1).chunk(3, dim=-1)
-        o = F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2).reshape(-1, c, h, w)
-        return x + batch_as_frames(self.proj(o), b)
+        return x + on_frames(self._attended, x)
+
+    def _attended(self, x: Tensor) -> Tensor:
+        q, k, v = self.to_qkv(self.norm(x)).flatten(2).transpose(1, 2).unsqueeze(1).chunk(3, dim=-1)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2).reshape(x.shape))
 
 
 class Halve(nn.Module):
@@ -124,10 +119,10 @@ class Halve(nn.Module):
     def __init__(self, dim: int, temporal: bool):
         super().__init__()
         self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(dim, dim, 3, stride=2))
-        self.time_conv = CausalConv3d(dim, dim, (3, 1, 1), (2, 1, 1)) if temporal else None
+        self.time_conv = CausalConv3d(dim, dim, (3, 1, 1), 2) if temporal else None
 
     def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
-        x = batch_as_frames(self.resample(frames_as_batch(x)), x.shape[0])
+        x = on_frames(self.resample, x)
         if self.time_conv is None:
             return x
         if self.time_conv in cache:
@@ -143,15 +138,14 @@ class Double(nn.Module):
 
     def __init__(self, dim: int, out_dim: int, temporal: bool):
         super().__init__()
-        # Index 0 is the nearest-neighbour doubling, done in forward.
-        self.resample = nn.Sequential(nn.Identity(), nn.Conv2d(dim, out_dim, 3, padding=1))
+        nearest = nn.Upsample(scale_factor=2.0, mode="nearest-exact")
+        self.resample = nn.Sequential(nearest, nn.Conv2d(dim, out_dim, 3, padding=1))
         self.time_conv = CausalConv3d(dim, dim * 2, (3, 1, 1)) if temporal else None
 
     def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
         if self.time_conv is not None:
             x = _frames_doubled(self.time_conv, x, cache)
-        y = F.interpolate(frames_as_batch(x), scale_factor=2.0, mode="nearest-exact")
-        return batch_as_frames(self.resample(y), x.shape[0])
+        return on_frames(self.resample, x)
 
 
 def _frames_doubled(time_conv: CausalConv3d, x: Tensor, cache: FeatureCache) -> Tensor:
