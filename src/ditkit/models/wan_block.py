@@ -232,7 +232,7 @@ class Controlled(nn.Module):
 
     def __init__(self, block: nn.Module, control: ControlBlock):
         super().__init__()
-        self.block, self.control = block, control
+        self.block, self.control, self.number = block, control, control.number
 
     def forward(self, x: Tensor, ctx: BlockContext) -> Tensor:
         branch, compute = ctx.control, ctx.policy.compute
@@ -242,4 +242,4 @@ class Controlled(nn.Module):
             tokens = self.control.before_proj(tokens.to(compute)) + x
         branch.tokens = self.control(tokens, ctx)
         hint = self.control.after_proj(branch.tokens.to(compute))
-        return self.block(x, ctx) + hint.to(ctx.policy.residual_dtype) * branch.scales[self.control.number]
+        return self.block(x, ctx) + hint.to(ctx.policy.residual_dtype) * branch.scales[self.number]
