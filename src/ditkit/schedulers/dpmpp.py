@@ -54,23 +54,17 @@ class DPMpp(Multistep):
         points = now[: min(self.order, limit)]
 
         h = log_snr(step.sigma_next) - log_snr(step.sigma)
-        terms = [(self._keep(step, h), x)]
+        ratio = step.sigma_next / step.sigma
+        terms = [(ratio * math.exp(-h) if self.needs_noise else ratio, x)]
         terms += zip(self._weights(step, h, [sigma for sigma, _ in points]), (x0 for _, x0 in points), strict=True)
         if noise is not None:
             terms.append((step.sigma_next * math.sqrt(-math.expm1(-2 * h)), noise.to(x)))
         return weighted(terms), remember(now[: self.order - 1])
 
-    def _keep(self, step: Step, h: float) -> float:
-        """The factor of x."""
-        return step.sigma_next / step.sigma
-
-    def _decay(self, h: float) -> float:
-        """The exponent over which the x0 predictions are integrated."""
-        return h
-
     def _weights(self, step: Step, h: float, sigmas: Sequence[float]) -> list[float]:
         """The factors of the x0 predictions at ``sigmas``, the newest first."""
-        alpha, z = 1 - step.sigma_next, self._decay(h)
+        alpha = 1 - step.sigma_next
+        z = 2 * h if self.needs_noise else h  # the exponent over which the x0 predictions are integrated
         phi = -math.expm1(-z)  # the integral of e^-(z - u) over the step, for a constant
         if len(sigmas) == 1:
             return [alpha * phi]
@@ -96,9 +90,3 @@ class DPMppSDE(DPMpp):
     name: ClassVar[str] = "dpm++_sde"
     needs_noise: ClassVar[bool] = True
     orders: ClassVar[tuple[int, ...]] = (1, 2)
-
-    def _keep(self, step: Step, h: float) -> float:
-        return step.sigma_next / step.sigma * math.exp(-h)
-
-    def _decay(self, h: float) -> float:
-        return 2 * h

@@ -31,7 +31,7 @@ def grid(scheduler: str, steps: int, shift: float, convention: str) -> list[floa
 
     Raises RequestError for an unknown name, fewer than one step, a shift that is not a positive number, or one so
     extreme that two sigmas coincide."""
-    check_convention(convention)
+    _check_known("convention", convention, CONVENTIONS)
     _check_known("sigmas of scheduler", scheduler, _GRIDS)
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise RequestError(f"{steps!r} steps", "not a whole number of at least 1", "Ask for one step or more")
@@ -69,14 +69,10 @@ def timesteps(sigmas: Sequence[float], convention: str, scheduler: str, scale: f
     UniPC and DPM++ tell ``scale * sigma`` cut off to a whole number, in both conventions and for explicit sigmas too;
     two steps may then be told the same value. Euler and every other scheduler tell it as a float32 number.
     ``scale`` is the transformer's ``timestep_scale``."""
-    check_convention(convention)
+    _check_known("convention", convention, CONVENTIONS)
     if scheduler in ("unipc", "dpm++", "dpm++_sde"):
         return [float(math.trunc(scale * sigma)) for sigma in sigmas[:-1]]
     return [float32(scale * float32(sigma)) for sigma in sigmas[:-1]]
-
-
-def check_convention(convention: str) -> None:
-    _check_known("convention", convention, CONVENTIONS)
 
 
 def _check_known(what: str, name: str, known: Collection[str]) -> None:

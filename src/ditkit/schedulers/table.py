@@ -10,7 +10,7 @@ from typing import Any
 
 from ditkit.contracts import EXPERTS, Scheduler, Step
 from ditkit.errors import RequestError
-from ditkit.schedulers.sigmas import check_convention, explicit, float32, timesteps
+from ditkit.schedulers.sigmas import explicit, float32, timesteps
 
 
 def step_table(
@@ -35,7 +35,6 @@ def step_table(
     if explicit_sigmas is None:
         if steps is None or shift is None:
             raise RequestError("a run without its own sigmas", "steps or shift is missing", "Give both")
-        check_convention(convention)
         sigmas = list(scheduler.sigmas(steps, shift, convention))
     else:
         sigmas = explicit(explicit_sigmas)
