@@ -61,15 +61,15 @@ def check_sidecar(path: Path) -> None:
     beside, found = path.with_suffix(".json"), "which is something else"
     try:
         card = parse(beside.read_bytes())
+        if card is not None:
+            other = _clip_of(path, card)
+            if other == path or not other.exists():
+                return
+            found = f"which is that of {other}"
     except FileNotFoundError:
         return
     except OSError:  # a folder, or not for us to read
-        card = None
-    if card is not None:
-        other = _clip_of(path, card)
-        if other == path or not other.exists():
-            return
-        found = f"which is that of {other}"
+        pass
     raise OutputError(f"writing {path}", f"its manifest goes to {beside}, {found}", "choose another file name")
 
 

@@ -47,7 +47,7 @@ class WanConfig:
     vace_in_dim: int = 96
 
     def __post_init__(self) -> None:
-        if self.dim % self.num_heads or (self.dim // self.num_heads) % 2 or self.dim // self.num_heads < 6:
+        if self.dim % self.num_heads or self.head_dim % 2 or self.head_dim < 6:
             raise ValueError(f"dim {self.dim} over {self.num_heads} heads: the head width must be even and at least 6")
         layers = self.vace_layers
         if layers and (layers[0] != 0 or sorted(set(layers)) != [*layers] or layers[-1] >= self.num_layers):
@@ -108,18 +108,13 @@ class BlockContext:
     def rows(self, index: slice) -> Self:
         """The context of the rows ``x[:, index]``: positions, timesteps and control tokens of those."""
         kept = range(math.prod(self.grid))[self.positions.index][index]
-        modulation, control = self.modulation, self.control
+        positions = replace(self.positions, index=slice(kept.start, kept.stop, kept.step))
+        modulation, control, tokens = self.modulation, self.control, {"video": slice(0, len(kept))}
         if modulation.token is not None:
             modulation = replace(modulation, token=modulation.token[:, index])
         if control is not None:
             control = replace(control, tokens=control.tokens[:, index])
-        return replace(
-            self,
-            modulation=modulation,
-            control=control,
-            positions=replace(self.positions, index=slice(kept.start, kept.stop, kept.step)),
-            tokens={"video": slice(0, len(kept))},
-        )
+        return replace(self, modulation=modulation, positions=positions, control=control, tokens=tokens)
 
     def shifted(self, frames: int) -> Self:
         """The context of the same tokens as if they stood ``frames`` latent frames later."""
@@ -190,9 +185,8 @@ class Block(nn.Module):
         self.norm3 = LayerNorm(config.dim, config.eps, affine=True)  # the official numbering
         self.cross_attn = CrossAttention(config, index)
         self.norm2 = LayerNorm(config.dim, config.eps)
-        self.ffn = nn.Sequential(
-            Linear(config.dim, config.ffn_dim), nn.GELU(approximate="tanh"), Linear(config.ffn_dim, config.dim)
-        )
+        gelu = nn.GELU(approximate="tanh")
+        self.ffn = nn.Sequential(Linear(config.dim, config.ffn_dim), gelu, Linear(config.ffn_dim, config.dim))
         self.modulation = modulation(6, config.dim)
 
     def forward(self, x: Tensor, ctx: BlockContext) -> Tensor:
