@@ -17,7 +17,7 @@ from ditkit.checkpoints.kinds.clip import clip_keys
 from ditkit.checkpoints.views.mapped import Mapped
 from ditkit.contracts import ImageEncoder
 from ditkit.errors import LoadError, RequestError
-from ditkit.models.clip import MEAN, STD, CLIPConfig, CLIPImageEncoder, build, check_processor, preprocess
+from ditkit.models.encoders import MEAN, STD, CLIPConfig, CLIPImageEncoder, build_clip, check_processor, preprocess
 
 GOLDEN = Path(__file__).parents[1] / "data/golden/clip"
 NATIVE = GOLDEN / "models_clip_open-clip-xlm-roberta-large-vit-huge-14.safetensors"
@@ -90,7 +90,7 @@ def test_official_features(official):
 
 def test_official_size():
     """The visual tower of the published file has 632,076,800 parameters, of which the projection is 1280 x 1024."""
-    model = build(CLIPConfig())
+    model = build_clip(CLIPConfig())
     assert sum(p.numel() for p in model.parameters()) == 632_076_800 - 1280 * 1024
     assert CLIPConfig().tokens == 257
 
@@ -189,7 +189,7 @@ def test_no_weight_stays_random(tmp_path):
 
 def test_an_activation_that_does_not_exist():
     with pytest.raises(LoadError, match="did you mean 'quick_gelu'"):
-        build(replace(TOWERS["ViT-L"], hidden_act="quick_gleu"))
+        build_clip(replace(TOWERS["ViT-L"], hidden_act="quick_gleu"))
 
 
 def test_dtype_and_identity(tmp_path):

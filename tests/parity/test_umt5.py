@@ -13,7 +13,7 @@ from ditkit.checkpoints.kinds.kind import KINDS
 from ditkit.checkpoints.kinds.umt5 import UMT5_ALIASES, umt5_keys
 from ditkit.contracts import TextEncoder
 from ditkit.errors import LoadError, RequestError
-from ditkit.models.umt5 import UMT5Config, UMT5TextEncoder, build
+from ditkit.models.encoders import UMT5Config, UMT5TextEncoder, build_umt5
 
 GOLDEN = Path(__file__).parents[1] / "data/golden/umt5"
 
@@ -189,7 +189,7 @@ def test_bad_ids_are_refused(saved):
 
 
 def test_building_takes_no_memory():
-    model = build(UMT5Config())
+    model = build_umt5(UMT5Config())
     assert all(tensor.is_meta for tensor in model.state_dict().values())
     own = [tensor for name, tensor in model.state_dict().items() if name not in UMT5_ALIASES]
     assert (len(own), sum(tensor.numel() for tensor in own)) == (242, 5_680_910_336)

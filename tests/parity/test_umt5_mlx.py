@@ -25,7 +25,7 @@ from ditkit.checkpoints.model.open_part import open_part
 from ditkit.contracts import TextEncoder
 from ditkit.errors import LoadError, MissingDependency, RequestError, SetupError
 from ditkit.mlx.umt5 import MLXTextEncoder, Packed, _inside, buckets_of, is_linear, shapes, to_mlx, to_torch
-from ditkit.models.umt5 import UMT5Config, UMT5TextEncoder, build
+from ditkit.models.encoders import UMT5Config, UMT5TextEncoder, build_umt5
 from ditkit.setup import Setup
 from ditkit.shapes.measure import psnr
 
@@ -81,7 +81,7 @@ SIZES = [
 @pytest.mark.parametrize("sizes", SIZES)
 def test_random_sizes_and_all_lengths_against_transformers(sizes, tmp_path):
     config = UMT5Config(vocab_size=99, **sizes)
-    theirs = tiny.randomise(build(config).to_empty(device="cpu"), 5)
+    theirs = tiny.randomise(build_umt5(config).to_empty(device="cpu"), 5)
     tensors = {name: tensor.clone() for name, tensor in theirs.state_dict().items() if name != "shared.weight"}
     save_file(tensors, tmp_path / "model.safetensors")
     ours = MLXTextEncoder.load(config, TensorFiles(tmp_path), None, torch.float32)
@@ -98,7 +98,7 @@ def test_every_distance_falls_where_transformers_has_it(buckets, reach):
         vocab_size=8, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2,
         relative_attention_num_buckets=buckets, relative_attention_max_distance=reach,
     )  # fmt: skip
-    theirs = build(config).encoder.block[0].layer[0].SelfAttention
+    theirs = build_umt5(config).encoder.block[0].layer[0].SelfAttention
     distances = torch.arange(-600, 601)
     assert torch.equal(buckets_of(distances, buckets, reach), theirs._relative_position_bucket(distances))
 
@@ -111,7 +111,7 @@ def test_known_distances_of_umt5():
 def test_float16_leaves_its_range_where_transformers_does_and_comes_back(tmp_path):
     """Rows of the first attention sum to more than float16 holds; the last linear layer of the feed-forward too."""
     config = UMT5Config(vocab_size=20, d_model=64, d_kv=16, d_ff=64, num_layers=2, num_heads=4)
-    model = tiny.randomise(build(config).to_empty(device="cpu"), 8)
+    model = tiny.randomise(build_umt5(config).to_empty(device="cpu"), 8)
     with torch.no_grad():
         model.encoder.block[0].layer[0].SelfAttention.o.weight.mul_(6e4)
         model.encoder.block[1].layer[1].DenseReluDense.wo.weight.mul_(2e4)
@@ -242,7 +242,7 @@ def test_loading_is_strict(saved, change, said):  # noqa: F811
 
 def test_the_real_encoder_has_the_tensors_that_torch_has():
     sizes = UMT5Config()
-    theirs = {name: tuple(t.shape) for name, t in build(sizes).state_dict().items() if "embed_tokens" not in name}
+    theirs = {name: tuple(t.shape) for name, t in build_umt5(sizes).state_dict().items() if "embed_tokens" not in name}
     assert shapes(sizes) == theirs
     assert sum(torch.Size(shape).numel() for shape in theirs.values()) == 5_680_910_336
 

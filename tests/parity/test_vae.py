@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 
 from ditkit.checkpoints.convert import folders
 from ditkit.checkpoints.kinds.kind import KINDS
-from ditkit.checkpoints.kinds.wan_vae import vae_keys
+from ditkit.checkpoints.kinds.wan_vae import WAN21_MEAN, WAN21_STD, vae_keys
 from ditkit.checkpoints.views.key_table import rename
-from ditkit.models.wan_vae import LATENTS_MEAN, LATENTS_STD, WanVAE, WanVAEConfig
+from ditkit.models.wan_vae import WanVAE, WanVAEConfig
 
 GOLDEN = Path(__file__).parents[1] / "data/golden/vae/wan21"
 IO = load_file(GOLDEN / "io.safetensors")
@@ -64,8 +64,8 @@ def vae() -> WanVAE:
 
 
 def test_official_statistics():
-    torch.testing.assert_close(torch.tensor(LATENTS_MEAN), IO["norm.mean"], rtol=0, atol=0)
-    torch.testing.assert_close(1 / torch.tensor(LATENTS_STD), IO["norm.inv_std"], rtol=0, atol=0)
+    torch.testing.assert_close(torch.tensor(WAN21_MEAN), IO["norm.mean"], rtol=0, atol=0)
+    torch.testing.assert_close(1 / torch.tensor(WAN21_STD), IO["norm.inv_std"], rtol=0, atol=0)
 
 
 def test_official_size():

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from ditkit.checkpoints.kinds.wan_vae import WAN22_MEAN, WAN22_STD
 from ditkit.contracts import VAE
-from ditkit.models.wan_vae22 import (
+from ditkit.models.wan_vae import (
     WanVAE22,
     WanVAE22Config,
     average_down,

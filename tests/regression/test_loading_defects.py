@@ -35,11 +35,10 @@ from ditkit.checkpoints.views.mapped import Mapped
 from ditkit.checkpoints.views.source import Facts, View
 from ditkit.cli.weights import examine
 from ditkit.errors import DitkitError, LoadError
-from ditkit.models import clip, umt5
+from ditkit.models import encoders
 from ditkit.models.published import OFFICIAL
 from ditkit.models.wan import WanConfig, WanTransformer
-from ditkit.models.wan_vae import WanVAE, WanVAEConfig
-from ditkit.models.wan_vae22 import WanVAE22, WanVAE22Config
+from ditkit.models.wan_vae import WanVAE, WanVAE22, WanVAE22Config, WanVAEConfig
 from ditkit.setup import Setup
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -262,15 +261,15 @@ def test_f12_both_vaes_in_one_file(name, layout, prefix, tmp_path):
 def test_k4_both_encoders_at_full_size(layout, tmp_path):
     for module, table, wanted, kind in (
         (
-            umt5.build(umt5.UMT5Config()),
-            KINDS["umt5"].keys(asdict(umt5.UMT5Config())),
-            asdict(umt5.UMT5Config()),
+            encoders.build_umt5(encoders.UMT5Config()),
+            KINDS["umt5"].keys(asdict(encoders.UMT5Config())),
+            asdict(encoders.UMT5Config()),
             "umt5",
         ),
         (
-            clip.build(clip.CLIPConfig()),
-            KINDS["clip"].keys(asdict(clip.CLIPConfig())),
-            asdict(clip.CLIPConfig()),
+            encoders.build_clip(encoders.CLIPConfig()),
+            KINDS["clip"].keys(asdict(encoders.CLIPConfig())),
+            asdict(encoders.CLIPConfig()),
             "clip",
         ),
     ):

@@ -19,7 +19,7 @@ from ditkit.checkpoints.kinds.wan_vae import vae22_keys, vae_keys
 from ditkit.checkpoints.model.find import locate
 from ditkit.checkpoints.model.manifest import Manifest
 from ditkit.errors import LoadError, OutputError
-from ditkit.models.umt5 import UMT5Config, build
+from ditkit.models.encoders import UMT5Config, build_umt5
 from ditkit.models.wan_vae import WanVAE, WanVAEConfig
 
 transformer_config = partial(KINDS["wan"].read_config, "diffusers")
@@ -95,7 +95,7 @@ def clip_facts() -> dict[str, TensorInfo]:
 
 
 def umt5_facts() -> dict[str, TensorInfo]:
-    names = build(UMT5Config(**UMT5)).state_dict()
+    names = build_umt5(UMT5Config(**UMT5)).state_dict()
     return facts({name: tensor.shape for name, tensor in names.items() if name not in UMT5_ALIASES})
 
 

@@ -17,7 +17,7 @@ import pytest
 
 from ditkit import media
 from ditkit.errors import DitkitError, OutputError, StateError
-from ditkit.media import encode, files
+from ditkit.media import files, write
 from ditkit.shapes import draw
 
 FORMATS = (".mp4", ".gif", ".png", ".npz")
@@ -109,7 +109,7 @@ def test_mp4_keeps_a_plain_colour(color):
     video[:] = color
     import av
 
-    data = encode.mp4(video, {"fps": 16})
+    data = write.mp4(video, {"fps": 16})
     with av.open(io.BytesIO(data)) as container:
         seen = np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
     assert np.abs(seen.astype(int) - video).max() <= 3
@@ -360,7 +360,7 @@ def test_check_writable_notices_a_disk_without_room(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
         try:
             media.check_writable(sys.argv[1])
-        except media.clip.OutputError as error:
+        except media.write.OutputError as error:
             print(error)"""
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code), tmp_path / "a.mp4"],

@@ -13,12 +13,11 @@ from ditkit.checkpoints.kinds.wan_vae import taehv_sizes, vae_sizes
 from ditkit.checkpoints.views.mapped import Mapped
 from ditkit.checkpoints.views.source import Facts, View
 from ditkit.errors import LoadError
-from ditkit.models import clip, umt5
+from ditkit.models import encoders
 from ditkit.models.published import OFFICIAL
 from ditkit.models.taehv import TAEHV, TAEHVConfig
 from ditkit.models.wan import WanConfig, WanTransformer
-from ditkit.models.wan_vae import WanVAE, WanVAEConfig
-from ditkit.models.wan_vae22 import WanVAE22, WanVAE22Config
+from ditkit.models.wan_vae import WanVAE, WanVAE22, WanVAE22Config, WanVAEConfig
 
 SMALL = WanConfig(dim=96, ffn_dim=8, num_heads=3, num_layers=1, text_dim=8, freq_dim=8)
 SAID = {
@@ -84,25 +83,26 @@ def test_vaes_of_2_2(layout, config):
 
 @pytest.mark.parametrize("layout", ["native", "transformers"])
 def test_umt5_xxl(layout):
-    config = umt5.UMT5Config()
-    source = Shapes(umt5.build(config))
+    config = encoders.UMT5Config()
+    source = Shapes(encoders.build_umt5(config))
     if layout == "native":
         source.tensors = without(source.tensors, "encoder.embed_tokens.weight")
         source = Mapped(source, KINDS["umt5"].keys(asdict(config)), "native")
     found = KINDS["umt5"].read_config(layout, None, source.tensors)
-    assert umt5.UMT5Config(**found) == config
+    assert encoders.UMT5Config(**found) == config
 
 
 def test_the_official_image_encoder_and_its_smaller_relatives():
-    source = Shapes(clip.build(clip.CLIPConfig()))
-    assert clip.CLIPConfig(**KINDS["clip"].read_config("transformers", None, source.tensors)) == clip.CLIPConfig()
-    native = Mapped(source, KINDS["clip"].keys(asdict(clip.CLIPConfig())), "native")
-    assert clip.CLIPConfig(**KINDS["clip"].read_config("native", None, native.tensors)) == clip.CLIPConfig()
-    large = clip.CLIPConfig(1024, 4096, 24, 16, 224, 14, "quick_gelu")
-    sizes = clip_sizes(Shapes(clip.build(large)).tensors)
+    config = encoders.CLIPConfig()
+    source = Shapes(encoders.build_clip(config))
+    assert encoders.CLIPConfig(**KINDS["clip"].read_config("transformers", None, source.tensors)) == config
+    native = Mapped(source, KINDS["clip"].keys(asdict(config)), "native")
+    assert encoders.CLIPConfig(**KINDS["clip"].read_config("native", None, native.tensors)) == config
+    large = encoders.CLIPConfig(1024, 4096, 24, 16, 224, 14, "quick_gelu")
+    sizes = clip_sizes(Shapes(encoders.build_clip(large)).tensors)
     assert sizes.fields | sizes.assumed == without(asdict(large), "hidden_act", "layer_norm_eps")
     with pytest.raises(LoadError, match="shapes do not tell hidden_act, and there is no config"):
-        KINDS["clip"].read_config("transformers", None, Shapes(clip.build(large)).tensors)
+        KINDS["clip"].read_config("transformers", None, Shapes(encoders.build_clip(large)).tensors)
 
 
 @pytest.mark.parametrize("config", [

@@ -52,7 +52,7 @@ def load_tokenizer(part: Part, how: LoadOptions) -> Any:
 
 
 def load_umt5(part: Part, how: LoadOptions) -> Any:
-    from ditkit.models.umt5 import UMT5Config, UMT5TextEncoder
+    from ditkit.models.encoders import UMT5Config, UMT5TextEncoder
 
     assert part.source is not None
     config = UMT5Config(**part.config)
@@ -67,7 +67,7 @@ def load_umt5(part: Part, how: LoadOptions) -> Any:
 
 
 def load_clip(part: Part, how: LoadOptions) -> Any:
-    from ditkit.models.clip import CLIPConfig, CLIPImageEncoder
+    from ditkit.models.encoders import CLIPConfig, CLIPImageEncoder
 
     assert part.source is not None
     return CLIPImageEncoder.load(CLIPConfig(**part.config), part.source, **how.place)

@@ -198,7 +198,7 @@ class Model:
             if not getattr(request, name):
                 raise RequestError(f"{asked} without {name}", f"its model goes on from {name}", f"Give {name}=FILE")
         if request.image_processing == "diffusers" and self.processor is not None and self.has_image_branch:
-            from ditkit.models.clip import check_processor
+            from ditkit.models.encoders import check_processor
 
             check_processor(self.processor, self.known["image_encoder"].config["image_size"])
         if request.size_from == "image" and "image" not in task.inputs:

@@ -1,7 +1,5 @@
 """Seam A: classifier-free guidance, ``uncond + scale * (cond - uncond)``."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from torch import Tensor

@@ -4,8 +4,6 @@ It is one line of canonical ASCII JSON, so that any container takes it unharmed.
 lies beside the clip as ``NAME.json``. Leaves out: what a manifest says.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping
@@ -14,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ditkit.errors import OutputError, StateError
+from ditkit.errors import OutputError
 
 from .pixels import frames_sha256
 
@@ -28,19 +26,14 @@ _VERSION = "ditkit_clip"
 def make_card(video: np.ndarray, fps: float, manifest: Mapping[str, Any] | None, suffix: str) -> Card:
     """``suffix`` is that of the clip: it tells to which of several files of one name ``NAME.json`` belongs."""
     card = {
-        _VERSION: 1,
-        "suffix": suffix,
-        "fps": fps,
-        "frames": len(video),
-        "frames_sha256": frames_sha256(video),
+        _VERSION: 1, "suffix": suffix, "fps": fps, "frames": len(video), "frames_sha256": frames_sha256(video),
         "manifest": None if manifest is None else dict(manifest),
-    }
+    }  # fmt: skip
     try:
         pretty(card)
     except (TypeError, ValueError, RecursionError) as error:  # a tensor, NaN, a lone surrogate, a loop
-        raise OutputError(
-            "writing a manifest", f"it is not JSON ({error})", "use text, numbers, lists and dicts"
-        ) from None
+        do = "use text, numbers, lists and dicts"
+        raise OutputError("writing a manifest", f"it is not JSON ({error})", do) from None
     return card
 
 
@@ -62,25 +55,22 @@ def parse(text: str | bytes | None) -> Card | None:
     return card if isinstance(card, dict) and card.get(_VERSION) == 1 else None
 
 
-def sidecar(path: Path) -> Path:
-    return path.with_suffix(".json")
-
-
 def check_sidecar(path: Path) -> None:
     """``NAME.json`` may be replaced if it is the card of this clip, or of one that is gone. Anything else there is a
     person's own file."""
-    beside, found = sidecar(path), "which is something else"
+    beside, found = path.with_suffix(".json"), "which is something else"
     try:
         card = parse(beside.read_bytes())
-        free = card is not None
-        if card is not None and (other := _clip_of(path, card)) != path and other.exists():
-            free, found = False, f"which is that of {other}"
+        if card is not None:
+            other = _clip_of(path, card)
+            if other == path or not other.exists():
+                return
+            found = f"which is that of {other}"
     except FileNotFoundError:
-        free = True
+        return
     except OSError:  # a folder, or not for us to read
-        free = False
-    if not free:
-        raise OutputError(f"writing {path}", f"its manifest goes to {beside}, {found}", "choose another file name")
+        pass
+    raise OutputError(f"writing {path}", f"its manifest goes to {beside}, {found}", "choose another file name")
 
 
 def _clip_of(path: Path, card: Card) -> Path:
@@ -89,11 +79,3 @@ def _clip_of(path: Path, card: Card) -> Path:
     if suffix == path.suffix or not isinstance(suffix, str) or not re.fullmatch(r"\.\w+", suffix):
         return path
     return path.with_suffix("" if suffix.lower() == ".png" else suffix)
-
-
-def manifest_of(path: Path, card: Card | None) -> dict[str, Any]:
-    if card is None or card["manifest"] is None:
-        raise StateError(
-            f"reading the manifest of {path}", "the file carries none", "name a clip that ditkit wrote, or its .json"
-        )
-    return card["manifest"]

@@ -3,13 +3,11 @@
 Leaves out: what is in them.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ditkit.errors import OutputError
@@ -23,23 +21,17 @@ _PROBE = bytes(64 * 1024)
 def write_together(contents: Mapping[Path, Content]) -> None:
     """Write everything, then rename everything; existing targets are replaced. Parents are created.
 
-    Raises:
-        OutputError: with what the system said. Of these files nothing is left then.
-    """
-    ready: list[tuple[Path, Path]] = []
-    target = next(iter(contents))
+    Raises OutputError with what the system said. Of these files nothing is left then."""
+    parts = {target: _temporary(target) for target in contents}
     try:
         for target, content in contents.items():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            part = _temporary(target)
-            ready.append((part, target))
-            _write(part, content)
-        for part, target in ready:
-            _replace(part, target)
-    except OSError as error:
-        raise _failure(target, error) from error
+            with _told(target):
+                _write(parts[target], content)
+        for target, part in parts.items():
+            with _told(target):
+                _replace(part, target)
     finally:
-        for part, _ in ready:
+        for part in parts.values():
             _remove(part)
 
 
@@ -47,12 +39,10 @@ def probe(target: Path) -> None:
     """Raise now the OutputError that writing ``target`` would end with later."""
     part = _temporary(target)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(_PROBE)
-        with contextlib.suppress(FileNotFoundError):
-            target.lstat()  # a name too long for the file system shows here
-    except OSError as error:
-        raise _failure(target, error) from error
+        with _told(target):
+            _write(part, _PROBE)
+            with contextlib.suppress(FileNotFoundError):
+                target.lstat()  # a name too long for the file system shows here
     finally:
         _remove(part)
 
@@ -61,7 +51,19 @@ def _temporary(target: Path) -> Path:
     return target.with_name(f".ditkit-{secrets.token_hex(6)}.part")
 
 
+@contextlib.contextmanager
+def _told(target: Path) -> Iterator[None]:
+    """What the system says against writing ``target`` is an OutputError."""
+    try:
+        yield
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename and Path(error.filename).parent != target.parent else ""
+        found = (error.strerror or str(error) or type(error).__name__).lower() + where
+        raise OutputError(f"writing {target}", found, "choose a folder that can be written to and has room") from error
+
+
 def _write(part: Path, content: Content) -> None:
+    part.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(content, Mapping):
         part.mkdir()
         for name, data in content.items():
@@ -90,9 +92,3 @@ def _replace(part: Path, target: Path) -> None:
 def _remove(part: Path) -> None:
     with contextlib.suppress(OSError):  # it was renamed, or never made
         shutil.rmtree(part) if part.is_dir() else part.unlink()
-
-
-def _failure(target: Path, error: OSError) -> OutputError:
-    where = f" ({error.filename})" if error.filename and Path(error.filename).parent != target.parent else ""
-    found = (error.strerror or str(error) or type(error).__name__).lower() + where
-    return OutputError(f"writing {target}", found, "choose a folder that can be written to and has room")

@@ -1,8 +1,7 @@
 """Clips back into frames, and the manifests that they carry."""
 
-from __future__ import annotations
-
 import zipfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,41 +15,36 @@ from .card import Card
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
     """The manifest inside an mp4, gif, npz, png or folder of frames; or of the ``.json`` beside a clip, if that is
-    what ``path`` names.
-
-    Raises:
-        StateError: no such file, not readable, or it carries no manifest.
-    """
-    path = _existing(path)
-    return cards.manifest_of(path, _guarded(_READ_CARD, path))
+    what ``path`` names. Raises StateError where there is no such file, or it is not readable or carries no manifest."""
+    card = _read(path, _READ_CARD)
+    if card is None or card["manifest"] is None:
+        do = "name a clip that ditkit wrote, or its .json"
+        raise StateError(f"reading the manifest of {path}", "the file carries none", do)
+    return card["manifest"]
 
 
 def read_video(path: str | Path) -> tuple[np.ndarray, float]:
     """uint8 [T, H, W, 3] and frames per second, of an mp4, gif, npz or a folder of frames (``NAME`` or ``NAME.png``).
 
     A gif of another program has the mean rate of its delays. Raises StateError, as ``read_manifest``."""
-    return _guarded(_READ_VIDEO, _existing(path))
+    return _read(path, _READ_VIDEO)
 
 
-def _existing(path: str | Path) -> Path:
+def _read(path: str | Path, readers: Mapping[str, Callable[[Path], Any]]) -> Any:
     path = Path(path)
     if path.suffix.lower() == ".png" and not path.exists() and path.with_suffix("").is_dir():
         path = path.with_suffix("")
+    asked, kind = f"reading {path}", "folder" if path.is_dir() else path.suffix.lower()
     if not path.exists():
-        raise StateError(f"reading {path}", "there is no such file", "check the path")
-    return path
-
-
-def _guarded(readers: dict[str, Any], path: Path) -> Any:
-    kind = "folder" if path.is_dir() else path.suffix.lower()
+        raise StateError(asked, "there is no such file", "check the path")
     if kind not in readers:
-        raise StateError(f"reading {path}", "its format is not known", f"use {', '.join(readers)}")
+        raise StateError(asked, "its format is not known", f"use {', '.join(readers)}")
     try:
         return readers[kind](path)
     except DitkitError:
         raise
     except (OSError, ValueError, KeyError, IndexError, EOFError, SyntaxError, zipfile.BadZipFile) as error:
-        raise StateError(f"reading {path}", f"it is damaged or not a {kind} ({error})", "write it again") from error
+        raise StateError(asked, f"it is damaged or not a {kind} ({error})", "write it again") from error
 
 
 def _mp4(path: Path) -> tuple[np.ndarray, float]:
@@ -97,11 +91,8 @@ def _folder(path: Path) -> tuple[np.ndarray, float]:
     files = sorted(path.glob("*.png"), key=lambda file: (len(file.name), file.name))
     card = _image_card(files[0]) if files else None
     if card is None or card["frames"] != len(files):
-        raise StateError(
-            f"reading the frames in {path}",
-            f"{len(files)} frames and {'no card' if card is None else 'a card for ' + str(card['frames'])}",
-            "name a folder that ditkit wrote",
-        )
+        found = f"{len(files)} frames and {'no card' if card is None else 'a card for ' + str(card['frames'])}"
+        raise StateError(f"reading the frames in {path}", found, "name a folder that ditkit wrote")
     return np.stack([np.array(Image.open(file).convert("RGB")) for file in files]), float(card["fps"])
 
 
@@ -117,10 +108,7 @@ def _npz_card(path: Path) -> Card | None:
 
 _READ_VIDEO = {".mp4": _mp4, ".gif": _gif, ".npz": _npz, "folder": _folder}
 _READ_CARD = {
-    ".mp4": _mp4_card,
-    ".gif": _image_card,
-    ".png": _image_card,
-    ".npz": _npz_card,
+    ".mp4": _mp4_card, ".gif": _image_card, ".png": _image_card, ".npz": _npz_card,
     "folder": lambda path: _image_card(path / "0000.png"),
     ".json": lambda path: cards.parse(path.read_bytes()),
-}
+}  # fmt: skip

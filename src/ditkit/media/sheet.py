@@ -1,11 +1,10 @@
-"""A contact sheet: one picture that shows what a clip does, to look at and to send around.
+"""What a clip does at a glance: a contact sheet to look at and to send around, and a small picture in a terminal.
 
 Leaves out: what the caption says; the caller knows seed and steps.
 """
 
-from __future__ import annotations
-
 import io
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ from .pixels import check_frames
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from rich.text import Text
 
 GROUND, TITLE, CAPTION, NUMBER, RULE = (17, 18, 22), (240, 240, 243), (150, 153, 163), (110, 113, 124), (44, 46, 54)
 TILE = 208  # a frame is brought to about this width; by a whole factor where it is enlarged
@@ -35,7 +35,7 @@ def contact_sheet(
     rows: int = 2,
     fps: float | None = None,
     font: str | Path | None = None,
-) -> Image:
+) -> "Image":
     """``columns * rows`` frames of ``video`` uint8 [T, H, W, 3], evenly chosen, the first and the last among them.
 
     ``title`` (the prompt) is wrapped and cut after six lines; ``caption`` is one small line; under each frame stands
@@ -62,14 +62,13 @@ def contact_sheet(
     inner = max(columns * (width + GAP) - GAP, 320)
     title_face, caption_face, number_face = face(TITLE_SIZE), face(CAPTION_SIZE), face(NUMBER_SIZE)
     lines = _wrap(title, title_face, inner)
-    caption_lines = _wrap(caption, caption_face, inner)[:1] if caption else []
+    caption_lines = _wrap(caption, caption_face, inner)[:1]
 
     line_height, head = round(TITLE_SIZE * 1.3), 0
     if lines or caption_lines:
-        head = len(lines) * line_height + (26 if caption_lines else 0) + 22
-    sheet = Image.new(
-        "RGB", (inner + 2 * MARGIN, MARGIN + head + rows * (height + FOOT) + (rows - 1) * GAP + MARGIN - 8), GROUND
-    )
+        head = len(lines) * line_height + 26 * len(caption_lines) + 22
+    whole = MARGIN + head + rows * (height + FOOT) + (rows - 1) * GAP + MARGIN - 8
+    sheet = Image.new("RGB", (inner + 2 * MARGIN, whole), GROUND)
     pen = ImageDraw.Draw(sheet)
     y = MARGIN - 6
     for text in lines:
@@ -100,7 +99,7 @@ def _tile(width: int, height: int) -> tuple[int, int]:
     """A whole multiple of a small frame; a large frame comes down to TILE, by its longer side."""
     longer = max(width, height)
     if longer <= TILE:
-        factor = max(1, round(TILE / longer))
+        factor = round(TILE / longer)
         return width * factor, height * factor
     return max(1, round(width * TILE / longer)), max(1, round(height * TILE / longer))
 
@@ -124,3 +123,27 @@ def _wrap(text: str, font: Any, width: int) -> list[str]:
             last = last[:-1]
         lines = [*lines[: MOST_LINES - 1], f"{last} ..."]
     return lines
+
+
+def preview_blocks(frame: np.ndarray, columns: int = 32) -> "Text":
+    """``frame`` uint8 [h, w, 3] -> rich Text of ``columns`` characters (w at most) and about h/w/2 times as many lines.
+
+    A character is twice as high as wide, so the two halves of each are square. rich turns the colours into those
+    that the terminal has."""
+    from PIL import Image
+    from rich.color import Color
+    from rich.style import Style
+    from rich.text import Text
+
+    height, width = frame.shape[:2]
+    columns = max(1, min(columns, width))
+    lines = max(1, round(columns * height / width / 2))
+    small = np.asarray(Image.fromarray(np.ascontiguousarray(frame)).resize((columns, 2 * lines), Image.Resampling.BOX))
+    text = Text(no_wrap=True, end="")
+    for line in range(lines):
+        if line:
+            text.append("\n")
+        for (upper, lower), run in groupby(zip(*small[2 * line : 2 * line + 2].tolist(), strict=True)):
+            style = Style(color=Color.from_rgb(*upper), bgcolor=Color.from_rgb(*lower))
+            text.append("\u2580" * sum(1 for _ in run), style)
+    return text

@@ -1,8 +1,8 @@
 """The UMT5 text encoder of Wan in MLX: token ids of one prompt -> one row of features a token.
 
-The same network, files and names of tensors as in ``models/umt5.py``, and the same order of operations and casts as in
-transformers, so that they agree to rounding. On Apple silicon MLX computes on the GPU, on Linux on the CPU. A prompt
-runs at its real length. Leaves out: files and layouts (checkpoints), and the other encoders.
+The same network, files and names of tensors as in ``models/encoders.py``, and the same order of operations and casts
+as in transformers, so that they agree to rounding. On Apple silicon MLX computes on the GPU, on Linux on the CPU. A
+prompt runs at its real length. Leaves out: files and layouts (checkpoints), and the other encoders.
 
 Legend: L tokens, D text width, H heads, d head width. Source of the sizes: Wan2.1 ``wan/modules/t5.py`` (umt5-xxl).
 """
@@ -24,7 +24,7 @@ from ditkit.checkpoints.load import fit, identify_weights, read, two_names_diffe
 from ditkit.checkpoints.views.source import TensorSource
 from ditkit.errors import MissingDependency, SetupError
 from ditkit.mlx import BITS, exact_name
-from ditkit.models.umt5 import UMT5Config, check_ids
+from ditkit.models.encoders import UMT5Config, check_ids
 
 try:
     import mlx.core as mx

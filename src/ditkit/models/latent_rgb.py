@@ -7,8 +7,7 @@ Source of the numbers: ComfyUI ``comfy/latent_formats.py``, ``Wan21`` and ``Wan2
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from types import MappingProxyType
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from ditkit.media import to_uint8
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 
     from ditkit.contracts import VAE
 
-Factors = tuple[list[list[float]], list[float]]
+Factors = tuple[Sequence[Sequence[float]], Sequence[float]]
 """Rows of 3 (R G B), one for each latent channel, and 3 numbers to add; the result is about [-1, 1]."""
 
 WAN21 = (
@@ -28,7 +27,6 @@ WAN21 = (
     (-0.0412, 0.0267, -0.1364), (-0.1293, 0.0740, 0.1636), (0.0680, 0.3019, 0.1128), (0.0032, 0.0581, 0.0639),
     (-0.1251, 0.0927, 0.1699), (0.0060, -0.0633, 0.0005), (0.3477, 0.2275, 0.2950), (0.1984, 0.0913, 0.1861),
 )  # fmt: skip
-WAN21_BIAS = (-0.1835, -0.0868, -0.3360)
 WAN22 = (
     (0.0119, 0.0103, 0.0046), (-0.1062, -0.0504, 0.0165), (0.0140, 0.0409, 0.0491), (-0.0813, -0.0677, 0.0607),
     (0.0656, 0.0851, 0.0808), (0.0264, 0.0463, 0.0912), (0.0295, 0.0326, 0.0590), (-0.0244, -0.0270, 0.0025),
@@ -43,22 +41,14 @@ WAN22 = (
     (-0.0479, -0.0489, -0.0420), (-0.0660, -0.0153, 0.0800), (-0.0101, 0.0068, 0.0156), (-0.0690, -0.0452, -0.0927),
     (-0.0145, 0.0041, 0.0015), (0.0421, 0.0451, 0.0373), (0.0504, -0.0483, -0.0356), (-0.0837, 0.0168, 0.0055),
 )  # fmt: skip
-WAN22_BIAS = (0.0317, -0.0878, -0.1388)
-
-OFFICIAL: Mapping[int, tuple[tuple[tuple[float, ...], ...], tuple[float, ...]]] = MappingProxyType({
-    len(WAN21): (WAN21, WAN21_BIAS),
-    len(WAN22): (WAN22, WAN22_BIAS),
-})  # fmt: skip
+OFFICIAL: dict[int, Factors] = {16: (WAN21, (-0.1835, -0.0868, -0.3360)), 48: (WAN22, (0.0317, -0.0878, -0.1388))}
 
 
 def factors_for(z_dim: int) -> Factors | None:
     """The official matrix for normalised latents of the Wan 2.1 (16 channels) or 2.2 VAE (48); None for others.
 
     A model that was not trained on these latents looks wrong through it and should bring its own."""
-    if z_dim not in OFFICIAL:
-        return None
-    rows, bias = OFFICIAL[z_dim]
-    return [list(row) for row in rows], list(bias)
+    return OFFICIAL.get(z_dim)
 
 
 def rgb_frames(latents: Tensor, factors: Factors) -> np.ndarray:

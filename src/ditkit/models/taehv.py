@@ -7,11 +7,10 @@ Frames are [B, T, C, H, W] inside, pixels in [0, 1]; ``encode`` and ``decode`` s
 Leaves out: everything about which file is which. Source: madebyollin/taehv ``taehv.py`` (structure, both variants).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +19,7 @@ from torch import Tensor, nn
 from ditkit.checkpoints.load import Device, identify_weights, load_into
 from ditkit.checkpoints.views.source import Facts, Inspect, TensorSource, View
 from ditkit.contracts import Swap
-from ditkit.models.vae_layers import FeatureCache
-from ditkit.nn.loaded import Loaded
+from ditkit.models.vae_layers import FeatureCache, VideoVAE
 
 VARIANTS = ("base", "super")
 BLOCKS = 3  # in each level, in both variants
@@ -73,37 +71,26 @@ class SoftClamp(nn.Module):
         return torch.tanh(x / 3) * 3
 
 
-def with_past(block: nn.Module, x: Tensor, cache: FeatureCache) -> Tensor:
-    """Each frame of ``x`` [B, T, C, H, W] with the one before it, [B * T, 2C, H, W]; zeros before the first."""
-    past = cache.get(block)
-    past = torch.zeros_like(x[:, :1]) if past is None else past
-    cache[block] = x[:, -1:].clone()  # a view would keep the whole piece alive
-    return torch.cat((x, torch.cat((past, x[:, :-1]), 1)), 2).flatten(0, 1)
-
-
 class MemBlock(nn.Module):
-    def __init__(self, dim: int):
+    """A frame, and what its convolutions make of it and of the one before it (zeros before the first). ``wide``: those
+    of the "super" variant, a depthwise 7x7 and two pointwise layers."""
+
+    def __init__(self, dim: int, wide: bool = False):
         super().__init__()
-        self.conv = nn.Sequential(conv(2 * dim, dim), nn.ReLU(), conv(dim, dim), nn.ReLU(), conv(dim, dim))
+        self.wide = wide
+        if wide:
+            across = nn.Conv2d(2 * dim, 2 * dim, 7, padding=3, groups=2 * dim, bias=False)
+            up, back = nn.Conv2d(2 * dim, 4 * dim, 1), nn.Conv2d(4 * dim, dim, 1, bias=False)
+            self.conv = nn.Sequential(across, up, nn.ReLU(), back)
+        else:
+            self.conv = nn.Sequential(conv(2 * dim, dim), nn.ReLU(), conv(dim, dim), nn.ReLU(), conv(dim, dim))
 
     def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
-        return F.relu(self.conv(with_past(self, x, cache)).view_as(x) + x)
-
-
-class SuperMemBlock(nn.Module):
-    """The wider block of the "super" variant: a depthwise 7x7, then two pointwise layers."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.conv = nn.Sequential(
-            nn.Conv2d(2 * dim, 2 * dim, 7, padding=3, groups=2 * dim, bias=False),
-            nn.Conv2d(2 * dim, 4 * dim, 1),
-            nn.ReLU(),
-            nn.Conv2d(4 * dim, dim, 1, bias=False),
-        )
-
-    def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
-        return self.conv(with_past(self, x, cache)).view_as(x) + x
+        past = cache[self] if self in cache else torch.zeros_like(x[:, :1])
+        cache[self] = x[:, -1:].clone()  # a view would keep the whole piece alive
+        pairs = torch.cat((x, torch.cat((past, x[:, :-1]), 1)), 2).flatten(0, 1)
+        y = self.conv(pairs).view_as(x) + x
+        return y if self.wide else F.relu(y)
 
 
 class JoinFrames(nn.Module):
@@ -130,9 +117,6 @@ class GrowFrames(nn.Module):
         return self.conv(x.flatten(0, 1)).unflatten(1, (self.frames, -1)).unflatten(0, (len(x), -1)).flatten(1, 2)
 
 
-IN_TIME = (MemBlock, SuperMemBlock, JoinFrames, GrowFrames)
-
-
 def encoder(config: TAEHVConfig) -> nn.Sequential:
     dim = config.encoder_width
     layers: list[nn.Module] = [conv(3 * config.patch_size**2, dim), nn.ReLU()]
@@ -143,27 +127,23 @@ def encoder(config: TAEHVConfig) -> nn.Sequential:
 
 
 def decoder(config: TAEHVConfig) -> nn.Sequential:
-    widths, out_dim = config.decoder_widths, 3 * config.patch_size**2
+    widths, wide = config.decoder_widths, config.variant == "super"
     layers: list[nn.Module] = [SoftClamp(), conv(config.z_dim, widths[0]), nn.ReLU()]
+    if wide:
+        layers = [nn.Conv2d(config.z_dim, widths[0], 1, bias=False)]
     for (dim, next_dim), doubles in zip(pairwise(widths), config.temporal_upsample, strict=True):
-        layers += [MemBlock(dim) for _ in range(BLOCKS)]
-        layers += [nn.Upsample(scale_factor=2), GrowFrames(dim, 1 + doubles), conv(dim, next_dim, bias=False)]
-    return nn.Sequential(*layers, nn.ReLU(), conv(widths[-1], out_dim))
-
-
-def super_decoder(config: TAEHVConfig) -> nn.Sequential:
-    widths, out_dim = config.decoder_widths, 3 * config.patch_size**2
-    layers: list[nn.Module] = [nn.Conv2d(config.z_dim, widths[0], 1, bias=False)]
-    for (dim, next_dim), doubles in zip(pairwise(widths), config.temporal_upsample, strict=True):
-        layers += [SuperMemBlock(dim) for _ in range(BLOCKS)]
-        layers += [conv(dim, 4 * next_dim), nn.ReLU(), nn.PixelShuffle(2), GrowFrames(next_dim, 1 + doubles)]
-    return nn.Sequential(*layers, conv(widths[-1], out_dim))
+        layers += [MemBlock(dim, wide) for _ in range(BLOCKS)]
+        if wide:
+            layers += [conv(dim, 4 * next_dim), nn.ReLU(), nn.PixelShuffle(2), GrowFrames(next_dim, 1 + doubles)]
+        else:
+            layers += [nn.Upsample(scale_factor=2), GrowFrames(dim, 1 + doubles), conv(dim, next_dim, bias=False)]
+    return nn.Sequential(*layers, *([] if wide else [nn.ReLU()]), conv(widths[-1], 3 * config.patch_size**2))
 
 
 def run(layers: nn.Sequential, x: Tensor, cache: FeatureCache) -> Tensor:
     """``x`` [B, T, C, H, W] through all layers; those that do not look along time take frames as samples."""
     for layer in layers:
-        if isinstance(layer, IN_TIME):
+        if isinstance(layer, MemBlock | JoinFrames | GrowFrames):
             x = layer(x, cache)
         else:
             x = layer(x.flatten(0, 1)).unflatten(0, x.shape[:2])
@@ -177,18 +157,13 @@ class LastRows(View):
     of each group, which is the one to keep (``patch_tgrow_layers`` in ``taehv.py``)."""
 
     def __init__(self, source: TensorSource, rows: Mapping[str, int]):
-        longer = {name: n for name, n in rows.items() if self._is_longer(source.tensors.get(name), n)}
-        notes = (f"{name}: the last {n} of {source.tensors[name].shape[0]} rows" for name, n in longer.items())
-        super().__init__(source, tuple(notes))
-        self.rows = longer
+        stored = {name: source.tensors[name].shape[0] for name in rows if name in source.tensors}
+        self.rows = {name: rows[name] for name, n in stored.items() if n > rows[name] and n % rows[name] == 0}
+        super().__init__(source, tuple(f"{name}: the last {n} of {stored[name]} rows" for name, n in self.rows.items()))
         self.tensors = {
-            name: Facts(facts.dtype, (longer.get(name, facts.shape[0]), *facts.shape[1:]))
+            name: Facts(facts.dtype, (self.rows.get(name, facts.shape[0]), *facts.shape[1:]))
             for name, facts in source.tensors.items()
         }
-
-    @staticmethod
-    def _is_longer(facts: Facts | None, rows: int) -> bool:
-        return facts is not None and facts.shape[0] > rows and facts.shape[0] % rows == 0
 
     def same(self, name: str) -> str | None:
         return None if name in self.rows else name
@@ -199,14 +174,12 @@ class LastRows(View):
         return tensor
 
 
-class TAEHV(Loaded):
-    """Satisfies ``contracts.VAE``; ``fingerprint`` stands for the weights, as in the other VAEs."""
-
+class TAEHV(VideoVAE):
     def __init__(self, config: TAEHVConfig | None = None):
         super().__init__()
         self.config = config = config or TAEHVConfig()
         self.encoder = encoder(config)
-        self.decoder = super_decoder(config) if config.variant == "super" else decoder(config)
+        self.decoder = decoder(config)
 
     @classmethod
     def load(
@@ -217,17 +190,13 @@ class TAEHV(Loaded):
         device: Device = "cpu",
         device_of: Callable[[str], Device] | None = None,
         swaps: Sequence[Swap] = (),
-    ) -> TAEHV:
+    ) -> Self:
         """``source`` has the official names. Strict but for the rows that ``LastRows`` leaves out. Raises LoadError."""
         with torch.device("meta"):
             module = cls(config).eval().requires_grad_(False)
-        rows = {
-            f"{name}.conv.weight": part.conv.out_channels
-            for name, part in module.named_modules()
-            if isinstance(part, GrowFrames)
-        }
-        source = LastRows(source, rows)
-        where = device_of or device
+        growing = {name: part for name, part in module.named_modules() if isinstance(part, GrowFrames)}
+        rows = {f"{name}.conv.weight": part.conv.out_channels for name, part in growing.items()}
+        source, where = LastRows(source, rows), device_of or device
         load_into(module, source, dtype_of=lambda name: dtype, device_of=where, swaps=swaps, check_finite=True)
         module.loaded(device, dtype)
         module.identify = identify_weights(source, dtype, config, swaps)
@@ -238,34 +207,21 @@ class TAEHV(Loaded):
 
         The last frame is repeated until the count is a multiple of the stride, as officially. Works piece by piece.
         Raises ValueError for a size that the stride does not divide."""
-        (_, channels, t, height, width), stride = video.shape, self.config.spatial_stride
-        if channels != 3 or not t or any(not side or side % stride for side in (height, width)):
-            raise ValueError(
-                f"cannot encode a video of {t} frames, {width}x{height}, {channels} channels: "
-                f"the sides must be multiples of {stride}, the channels 3"
-            )
-        step = self.config.temporal_stride
-        if frames_per_chunk < 1 or frames_per_chunk % step:
-            raise ValueError(f"frames_per_chunk is {frames_per_chunk}; it must be a multiple of {step}")
+        self.check_video(video, frames_per_chunk, first_alone=False)
         frames, cache = video.transpose(1, 2), FeatureCache()
-        frames = torch.cat((frames, frames[:, -1:].expand(-1, -t % step, -1, -1, -1)), 1)
-        pieces = [
-            run(self.encoder, F.pixel_unshuffle(piece * 0.5 + 0.5, self.config.patch_size), cache)
-            for piece in frames.split(frames_per_chunk, dim=1)
-        ]
-        return torch.cat(pieces, 1).transpose(1, 2)
+        missing = -frames.shape[1] % self.config.temporal_stride
+        frames = torch.cat((frames, frames[:, -1:].expand(-1, missing, -1, -1, -1)), 1)
+        pixels = (F.pixel_unshuffle(x * 0.5 + 0.5, self.config.patch_size) for x in frames.split(frames_per_chunk, 1))
+        return torch.cat([run(self.encoder, x, cache) for x in pixels], 1).transpose(1, 2)
 
     def decode(self, latents: Tensor, frames_per_chunk: int = 1, cache: FeatureCache | None = None) -> Iterator[Tensor]:
         """Normalised ``latents`` [B, z, F, h, w] -> chunks [B, 3, t, H, W] in [-1, 1] as they are ready.
 
         The first latent frame gives 1 pixel frame, every other one 4. ``frames_per_chunk`` counts latent frames.
         Pass a ``cache`` to go on with a stream. Raises ValueError, when first asked for a chunk."""
-        if latents.shape[1] != self.config.z_dim or 0 in latents.shape:
-            raise ValueError(f"cannot decode latents of {list(latents.shape)}; they have {self.config.z_dim} channels")
-        if frames_per_chunk < 1:
-            raise ValueError(f"frames_per_chunk is {frames_per_chunk}; it must be at least 1")
+        pieces = self.pieces(latents, frames_per_chunk)
         cache = {} if cache is None else cache
-        for piece in latents.split(frames_per_chunk, dim=2):
+        for piece in pieces:
             unneeded = 0 if cache else self.config.frames_of_a_latent - 1  # frames before the first of a stream
             frames = run(self.decoder, piece.transpose(1, 2), cache)[:, unneeded:]
             pixels = F.pixel_shuffle(frames, self.config.patch_size).clamp(0, 1)

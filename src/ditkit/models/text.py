@@ -6,8 +6,6 @@ Leaves out: padding, which nothing here needs, and reading a bare ``spiece.model
 Sources: Wan2.1 ``wan/modules/tokenizers.py`` (cleaning, 512 tokens); the umt5-xxl tokenizer (``</s>`` ends).
 """
 
-from __future__ import annotations
-
 import functools
 import html
 import re
@@ -59,9 +57,8 @@ class WanTokenizer:
         self._tokenizer.no_padding()
         end = self._tokenizer.token_to_id(END)
         if end is None or self._tokenizer.encode("").ids != [end]:
-            raise LoadError(
-                asked, f"its tokenizer.json does not end texts with {END}", "Use the tokenizer of a Wan model"
-            )
+            found = f"its tokenizer.json does not end texts with {END}"
+            raise LoadError(asked, found, "Use the tokenizer of a Wan model")
         self.end: int = end
         self.vocab_size: int = self._tokenizer.get_vocab_size()
         self.identify = functools.partial(tokenizer_fingerprint, file)

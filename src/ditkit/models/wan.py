@@ -4,16 +4,15 @@ All of the family is this one class; sizes and branches are data (``WanConfig``)
 those of the official checkpoint. There are two openings and no others: the one ``run_blocks`` line and the ``attend``
 calls of ``wan_block.py``. The module holds weights only; whatever belongs to one run (text keys and values, rotary
 tables) is in objects that the caller holds, so threads can share it.
-Leaves out: the blocks themselves (``wan_block.py``), the control branch (``vace.py``), guidance, schedules, files, and
-making the condition and control inputs (``conditioning/``).
+Leaves out: the blocks themselves (``wan_block.py``), guidance, schedules, files, and making the condition and control
+inputs (``conditioning/``).
 Source: Wan2.1 and Wan2.2 ``wan/modules/model.py``; numerics of both conventions in ``nn/dtype_policy.py``.
 """
 
-from __future__ import annotations
-
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -21,32 +20,64 @@ from torch import Tensor, nn
 
 from ditkit.contracts import Attend, RunBlocks, Step
 from ditkit.errors import StateError
-from ditkit.models.conditioning import FIELDS, Conditioning, Text, fitting, text_rows
-from ditkit.models.vace import ControlBlock, begin_control, controlled
-from ditkit.models.wan_block import (
-    Block,
-    BlockContext,
-    Control,
-    CrossAttention,
-    Modulation,
-    Rope,
-    WanConfig,
-    patchify,
-)
+from ditkit.models.wan_block import Block, BlockContext, Control, ControlBlock, CrossAttention, Text, WanConfig
 from ditkit.nn.attention import sdpa
 from ditkit.nn.dtype_policy import DtypePolicy, dtype_policy
-from ditkit.nn.layers import LayerNorm, Linear, modulation, timestep_embedding
+from ditkit.nn.layers import LayerNorm, Linear, Modulation, modulation, patchify, timestep_embedding
 from ditkit.nn.loaded import Loaded
+from ditkit.nn.rope import Rope
 
 TIMESTEP_SCALE = 1000.0  # timestep = 1000 sigma; the only place of this factor
+
+
+FIELDS = ("image_embeds", "condition", "clean_latents", "control")
+"""Fields of a State that a Wan transformer may be conditioned on besides the text; each is there when it is needed."""
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """``condition`` [B, c, F, h, w] goes behind the channels of the latents; ``control`` [B, v, F, h, w] is VACE's
+    control input, ``control_scale`` how much each hint counts; the first ``clean_frames`` frames of the latents are
+    known and have timestep 0 (Wan2.2 ``textimage2video.py``)."""
+
+    text: Text
+    condition: Tensor | None = None
+    control: Tensor | None = None
+    control_scale: float | Sequence[float] = 1.0
+    clean_frames: int = 0
+
+    def frames(self, start: int, stop: int) -> Self:
+        """What belongs to the latent frames from ``start`` to ``stop``; the text belongs to all of them."""
+
+        def cut(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[:, :, start:stop]
+
+        clean = min(max(self.clean_frames - start, 0), stop - start)
+        return replace(self, condition=cut(self.condition), control=cut(self.control), clean_frames=clean)
+
+    def latents(self, x: Tensor) -> Tensor:
+        """``x`` [B, C, F, h, w] with the condition behind its channels. Raises ValueError where the frames differ."""
+        if self.condition is None:
+            return x
+        if self.condition.shape[2:] != x.shape[2:]:
+            sizes = f"{tuple(x.shape[2:])} were given with a condition of size {tuple(self.condition.shape[2:])}"
+            raise ValueError(f"latents of size {sizes}; narrow it with Step.window where they are a part of the frames")
+        return torch.cat((x, self.condition.to(x)), 1)
+
+    def timesteps(self, timestep: Tensor, x: Tensor) -> Tensor:
+        """``timestep`` [B] as it is, or with known frames as [B, F] with 0 at those."""
+        if not self.clean_frames or timestep.dim() != 1:
+            return timestep
+        each = timestep[:, None].repeat(1, x.shape[2])
+        each[:, : self.clean_frames] = 0
+        return each
 
 
 class Head(nn.Module):
     def __init__(self, config: WanConfig):
         super().__init__()
-        patch = config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
         self.norm = LayerNorm(config.dim, config.eps)
-        self.head = Linear(config.dim, patch * config.out_dim)
+        self.head = Linear(config.dim, math.prod(config.patch_size) * config.out_dim)
         self.modulation = modulation(2, config.dim)
 
     def forward(self, x: Tensor, time: Modulation, policy: DtypePolicy) -> Tensor:
@@ -61,13 +92,8 @@ class ImageEmbedding(nn.Module):
         super().__init__()
         width = config.image_dim
         assert width is not None
-        self.proj = nn.Sequential(
-            LayerNorm(width, 1e-5, affine=True),
-            Linear(width, width),
-            nn.GELU(),
-            Linear(width, config.dim),
-            LayerNorm(config.dim, 1e-5, affine=True),
-        )
+        before, after = LayerNorm(width, 1e-5, affine=True), LayerNorm(config.dim, 1e-5, affine=True)
+        self.proj = nn.Sequential(before, Linear(width, width), nn.GELU(), Linear(width, config.dim), after)
         self.emb_pos = None if config.image_tokens is None else nn.Parameter(torch.zeros(1, config.image_tokens, width))
 
     def forward(self, features: Tensor, policy: DtypePolicy) -> Tensor:
@@ -86,6 +112,30 @@ def run_in_order(blocks: Iterable[nn.Module], x: Tensor, ctx: BlockContext) -> T
     return x
 
 
+def text_rows(fields: Mapping[str, object], branch: str) -> Sequence[Tensor]:
+    """The text rows of each sample for a branch: ``cond`` the prompt, ``uncond`` the negative prompt. What stands
+    behind a colon (``cond:skip``) is for plugs. Raises StateError."""
+    field = {"cond": "prompt", "uncond": "negative_prompt"}.get(branch.partition(":")[0])
+    if field is None:
+        raise StateError(f"a forward pass of the branch {branch!r}", "the branches are cond and uncond",
+                         "Put a name of your own behind a colon: cond:NAME")  # fmt: skip
+    if f"{field}_embeds" not in fields:
+        asked = "guiding away from the negative prompt" if branch != "cond" else "denoising"
+        do = "Run encode_text with this guidance scale, or set it to 1"
+        raise StateError(asked, f"the State has no {field}_embeds", do)
+    return fields[f"{field}_embeds"].split(fields[f"{field}_lengths"])  # type: ignore[attr-defined]
+
+
+def fitting(fields: Mapping[str, Tensor], field: str, channels: int) -> Tensor | None:
+    """The input ``field``, there exactly when the transformer has ``channels`` for it. Raises StateError."""
+    given = fields.get(field)
+    has = 0 if given is None else given.shape[1]
+    if has != channels:
+        do = "Use the model that it was made for" if has else f"Run the stage that writes {field!r} first"
+        raise StateError(f"denoising with {field!r} of {has} channels", f"this transformer takes {channels}", do)
+    return given
+
+
 class WanTransformer(Loaded):
     """``transformer(latents, timestep, conditioning)``. Latents are [B, C, F, h, w] with h and w even; the velocity
     (noise minus data) that comes back has their shape and is float32 (bfloat16 under the diffusers policy)."""
@@ -98,14 +148,14 @@ class WanTransformer(Loaded):
         super().__init__()
         self.config = config = config or WanConfig()
         self.policy = policy or dtype_policy("wan", torch.float32)
+        self.patch, self.latent_channels = config.patch_size, config.out_dim
+        self.condition_channels = config.in_dim - config.out_dim
+        self.control_channels = config.vace_in_dim if config.vace_layers else 0
         self.patch_embedding = nn.Conv3d(config.in_dim, config.dim, config.patch_size, config.patch_size)
-        self.text_embedding = nn.Sequential(
-            Linear(config.text_dim, config.dim), nn.GELU(approximate="tanh"), Linear(config.dim, config.dim)
-        )
-        self.time_embedding = nn.Sequential(
-            Linear(config.freq_dim, config.dim), nn.SiLU(), Linear(config.dim, config.dim)
-        )
-        self.time_projection = nn.Sequential(nn.SiLU(), Linear(config.dim, config.dim * 6))
+        dim, gelu = config.dim, nn.GELU(approximate="tanh")
+        self.text_embedding = nn.Sequential(Linear(config.text_dim, dim), gelu, Linear(dim, dim))
+        self.time_embedding = nn.Sequential(Linear(config.freq_dim, dim), nn.SiLU(), Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), Linear(dim, dim * 6))
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
         self.head = Head(config)
         if config.image_dim is not None:
@@ -113,22 +163,6 @@ class WanTransformer(Loaded):
         if config.vace_layers:
             self.vace_patch_embedding = nn.Conv3d(config.vace_in_dim, config.dim, config.patch_size, config.patch_size)
             self.vace_blocks = nn.ModuleList(ControlBlock(config, n) for n in range(len(config.vace_layers)))
-
-    @property
-    def patch(self) -> tuple[int, int, int]:
-        return self.config.patch_size
-
-    @property
-    def latent_channels(self) -> int:
-        return self.config.out_dim
-
-    @property
-    def condition_channels(self) -> int:
-        return self.config.in_dim - self.config.out_dim
-
-    @property
-    def control_channels(self) -> int:
-        return self.config.vace_in_dim if self.config.vace_layers else 0
 
     def probe_fields(self, noise: Callable[..., Tensor], rows: int) -> dict[str, Any]:
         """Fields of a State to try it with: ``rows`` rows of text, two latent frames of two patches each way.
@@ -216,8 +250,7 @@ class WanTransformer(Loaded):
         control = self._control(conditioning, latents)
         tokens = {"video": slice(0, x.shape[1])}
         ctx = BlockContext(modulation, rope, conditioning.text, attend, grid, policy, step, control, tokens)
-        blocks = self.blocks if control is None else controlled(self.blocks, self.vace_blocks, self.config.vace_layers)
-        x = run_blocks(blocks, x, ctx)
+        x = run_blocks(self.blocks if control is None else self._controlled(), x, ctx)
         return self._unpatchify(self.head(x, time, policy), grid)
 
     def _control(self, conditioning: Conditioning, latents: Tensor) -> Control | None:
@@ -231,7 +264,18 @@ class WanTransformer(Loaded):
             takes = f"one of shape {list(wanted)}" if layers else "none"
             raise ValueError(f"a control input: {found} given; this transformer takes {takes}")
         scale = conditioning.control_scale
-        return begin_control(self.vace_patch_embedding, layers, given, scale, self.policy.compute)
+        scales = [float(scale)] * len(layers) if isinstance(scale, int | float) else [float(s) for s in scale]
+        if len(scales) != len(layers):
+            raise ValueError(f"{len(scales)} control scales were given for {len(layers)} layers with hints")
+        embedding = self.vace_patch_embedding
+        return Control(patchify(given.to(embedding.weight.device, self.policy.compute), embedding), scales)
+
+    def _controlled(self) -> list[nn.Module]:
+        """The blocks, those that take a hint paired with their control block."""
+        blocks: list[nn.Module] = [*self.blocks]
+        for layer, control in zip(self.config.vace_layers, self.vace_blocks, strict=True):
+            blocks[layer] = control.beside(blocks[layer])  # type: ignore[operator]
+        return blocks
 
     def _grid(self, latents: Tensor) -> tuple[int, int, int]:
         size, patch = latents.shape[2:], self.config.patch_size

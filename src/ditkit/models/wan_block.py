@@ -1,26 +1,25 @@
 """One block of the Wan transformer: self-attention, attention to the text and the image, and a feed-forward net.
 
-Also what a block needs besides the tokens (``BlockContext``), and the sizes that all parts are made of (``WanConfig``).
-Leaves out: what stands before and behind the blocks (``wan.py``) and the control branch (``vace.py``).
-Source: Wan2.1 and Wan2.2 ``wan/modules/model.py``.
+Also the blocks of VACE's control branch, which turn a control input into hints for the main blocks, what a block needs
+besides the tokens (``BlockContext``), and the sizes that all parts are made of (``WanConfig``).
+Leaves out: what stands before and behind the blocks (``wan.py``).
+Source: Wan2.1 and Wan2.2 ``wan/modules/model.py``; Wan2.1 ``wan/modules/vace_model.py``, which makes all hints first;
+here each is made when it is needed.
 """
 
-from __future__ import annotations
-
+import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from typing import Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ditkit.contracts import Attend, Site, Step
-from ditkit.models.conditioning import Text
 from ditkit.nn.dtype_policy import DtypePolicy
-from ditkit.nn.layers import LayerNorm, Linear, RMSNorm, modulation
-from ditkit.nn.rope import rope_table, rotate
+from ditkit.nn.layers import LayerNorm, Linear, Modulation, RMSNorm, modulation
+from ditkit.nn.rope import Rope, rotate
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class WanConfig:
     vace_in_dim: int = 96
 
     def __post_init__(self) -> None:
-        if self.dim % self.num_heads or (self.dim // self.num_heads) % 2 or self.dim // self.num_heads < 6:
+        if self.dim % self.num_heads or self.head_dim % 2 or self.head_dim < 6:
             raise ValueError(f"dim {self.dim} over {self.num_heads} heads: the head width must be even and at least 6")
         layers = self.vace_layers
         if layers and (layers[0] != 0 or sorted(set(layers)) != [*layers] or layers[-1] >= self.num_layers):
@@ -60,35 +59,21 @@ class WanConfig:
 
 
 @dataclass(frozen=True)
-class Modulation:
-    """What the timestep does to blocks and head: ``values`` [B, n, dim], or one row for each different timestep and
-    ``token`` [B, L], which says whose row each token takes (a few rows stand for 30,000 tokens)."""
+class Text:
+    """Text rows, embedded: ``rows`` [B, 512, dim]; and the image, where there is one: ``image`` [B, n, dim].
 
-    values: Tensor
-    token: Tensor | None = None
+    ``keys_values``: (block, whether it is a control block, kind) -> keys and values [B, n, N, d] that its
+    cross-attention made of the rows, for they are the same at every step; None makes them anew each time. Equal results
+    either way."""
 
-    def parts(self, own: Tensor, wide: torch.dtype) -> Iterator[Tensor]:
-        """``own`` [1, n, dim] added, then the n parts one by one: [B, 1, dim], or [B, L, dim]."""
-        for part in (own.to(wide) + self.values.to(wide)).chunk(own.shape[1], dim=1):
-            yield part if self.token is None else part.squeeze(1)[self.token]
+    rows: Tensor
+    keys_values: Mapping[tuple[int, bool, str], tuple[Tensor, Tensor]] | None = None
+    image: Tensor | None = None
 
-
-@dataclass(frozen=True)
-class Rope:
-    """Rotary positions of the tokens of ``grid``: frames count from ``start``; ``index``: those of some rows only."""
-
-    grid: tuple[int, int, int]
-    head_dim: int
-    device: torch.device
-    dtype: torch.dtype
-    start: int = 0
-    index: slice = field(default_factory=lambda: slice(None))
-
-    @cached_property
-    def table(self) -> tuple[Tensor, Tensor]:
-        """Cosines and sines, each [L, 1, d/2]."""
-        cos, sin = rope_table(self.grid, self.head_dim, self.device, self.dtype, self.start)
-        return cos[self.index], sin[self.index]
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Of cross-attention that it takes."""
+        return ("cross",) if self.image is None else ("cross", "image")
 
 
 @dataclass
@@ -120,23 +105,18 @@ class BlockContext:
     def rope(self) -> tuple[Tensor, Tensor]:
         return self.positions.table
 
-    def rows(self, index: slice) -> BlockContext:
+    def rows(self, index: slice) -> Self:
         """The context of the rows ``x[:, index]``: positions, timesteps and control tokens of those."""
         kept = range(math.prod(self.grid))[self.positions.index][index]
-        modulation, control = self.modulation, self.control
+        positions = replace(self.positions, index=slice(kept.start, kept.stop, kept.step))
+        modulation, control, tokens = self.modulation, self.control, {"video": slice(0, len(kept))}
         if modulation.token is not None:
             modulation = replace(modulation, token=modulation.token[:, index])
         if control is not None:
             control = replace(control, tokens=control.tokens[:, index])
-        return replace(
-            self,
-            modulation=modulation,
-            control=control,
-            positions=replace(self.positions, index=slice(kept.start, kept.stop, kept.step)),
-            tokens={"video": slice(0, len(kept))},
-        )
+        return replace(self, modulation=modulation, positions=positions, control=control, tokens=tokens)
 
-    def shifted(self, frames: int) -> BlockContext:
+    def shifted(self, frames: int) -> Self:
         """The context of the same tokens as if they stood ``frames`` latent frames later."""
         return replace(self, positions=replace(self.positions, start=self.positions.start + frames))
 
@@ -177,12 +157,9 @@ class CrossAttention(Attention):
     def forward(self, x: Tensor, ctx: BlockContext) -> Tensor:
         x = x.to(ctx.policy.compute)
         q = self.split(self.norm_q(self.q(x))).to(x.dtype)
-        k, v = self.keys_values(ctx.text, "cross")
-        out = ctx.attend(q, k, v, Site(self.block, "cross", ctx.grid, ctx.step, self.control)).flatten(2)
-        if ctx.text.image is not None:
-            k, v = self.keys_values(ctx.text, "image")
-            out = out + ctx.attend(q, k, v, Site(self.block, "image", ctx.grid, ctx.step, self.control)).flatten(2)
-        return self.o(out)
+        sites = [Site(self.block, kind, ctx.grid, ctx.step, self.control) for kind in ctx.text.kinds]
+        rows = (ctx.attend(q, *self.keys_values(ctx.text, site.kind), site).flatten(2) for site in sites)
+        return self.o(functools.reduce(torch.add, rows))
 
     def keys_values(self, text: Text, kind: str) -> tuple[Tensor, Tensor]:
         """Keys and values [B, n, N, d] of the text (``cross``) or of the image rows (``image``)."""
@@ -191,14 +168,13 @@ class CrossAttention(Attention):
             return known
         if kind == "cross":
             return self.split(self.norm_k(self.k(text.rows))).to(text.rows.dtype), self.split(self.v(text.rows))
+        assert text.image is not None
         rows = text.image
-        assert rows is not None
         return self.split(self.norm_k_img(self.k_img(rows))).to(rows.dtype), self.split(self.v_img(rows))
 
     def all_keys_values(self, text: Text) -> dict[tuple[int, bool, str], tuple[Tensor, Tensor]]:
         """What ``Text.keys_values`` holds for this layer."""
-        kinds = ("cross",) if text.image is None else ("cross", "image")
-        return {(self.block, self.control, kind): self.keys_values(text, kind) for kind in kinds}
+        return {(self.block, self.control, kind): self.keys_values(text, kind) for kind in text.kinds}
 
 
 class Block(nn.Module):
@@ -209,9 +185,8 @@ class Block(nn.Module):
         self.norm3 = LayerNorm(config.dim, config.eps, affine=True)  # the official numbering
         self.cross_attn = CrossAttention(config, index)
         self.norm2 = LayerNorm(config.dim, config.eps)
-        self.ffn = nn.Sequential(
-            Linear(config.dim, config.ffn_dim), nn.GELU(approximate="tanh"), Linear(config.ffn_dim, config.dim)
-        )
+        gelu = nn.GELU(approximate="tanh")
+        self.ffn = nn.Sequential(Linear(config.dim, config.ffn_dim), gelu, Linear(config.ffn_dim, config.dim))
         self.modulation = modulation(6, config.dim)
 
     def forward(self, x: Tensor, ctx: BlockContext) -> Tensor:
@@ -228,11 +203,37 @@ class Block(nn.Module):
         return torch.addcmul(x.to(wide), y.to(wide), next(part)).to(stream)
 
 
-def patchify(latents: Tensor, embedding: nn.Conv3d) -> Tensor:
-    """[B, C, F, h, w] -> tokens [B, L, dim], column fastest. The same sum as a convolution with stride = kernel."""
-    b, c, f, h, w = latents.shape
-    p, q, r = embedding.kernel_size
-    x = latents.reshape(b, c, f // p, p, h // q, q, w // r, r).permute(0, 2, 4, 6, 1, 3, 5, 7)
-    weight, bias = embedding.weight, embedding.bias
-    assert bias is not None  # the convolution was made with one
-    return F.linear(x.flatten(4).flatten(1, 3), weight.flatten(1).to(x.dtype), bias.to(x.dtype))
+class ControlBlock(Block):
+    """A block of VACE's control branch: an ordinary one with a projection behind it, and before the first of them.
+    Its attention sites have the number of the main block that takes its hint, and ``control``."""
+
+    def __init__(self, config: WanConfig, number: int):
+        super().__init__(config, config.vace_layers[number])
+        self.number = number
+        self.self_attn.control = self.cross_attn.control = True
+        self.before_proj = Linear(config.dim, config.dim) if number == 0 else None
+        self.after_proj = Linear(config.dim, config.dim)
+
+    def beside(self, block: nn.Module) -> "Controlled":
+        return Controlled(block, self)
+
+
+class Controlled(nn.Module):
+    """What seam B sees of a block that takes a hint: the control block, then the block, then the hint added.
+
+    A hint needs the earlier control blocks only, so it is made when it is needed, and one is alive at a time. The
+    pair is put together for each pass; the modules in it are those of the transformer."""
+
+    def __init__(self, block: nn.Module, control: ControlBlock):
+        super().__init__()
+        self.block, self.control, self.number = block, control, control.number
+
+    def forward(self, x: Tensor, ctx: BlockContext) -> Tensor:
+        branch, compute = ctx.control, ctx.policy.compute
+        assert branch is not None
+        tokens = branch.tokens
+        if self.control.before_proj is not None:
+            tokens = self.control.before_proj(tokens.to(compute)) + x
+        branch.tokens = self.control(tokens, ctx)
+        hint = self.control.after_proj(branch.tokens.to(compute))
+        return self.block(x, ctx) + hint.to(ctx.policy.residual_dtype) * branch.scales[self.number]

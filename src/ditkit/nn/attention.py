@@ -1,7 +1,5 @@
 """Seam D: the default ``attend``. Other kernels have the same signature and live beside it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -25,7 +23,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
     return (logits.softmax(-1) @ v.transpose(1, 2)).transpose(1, 2)
 
 
-ATTENTION: Registry[AttentionRow] = Registry("attention kernel", "ditkit.attention")
+ATTENTION: Registry["AttentionRow"] = Registry("attention kernel", "ditkit.attention")
 
 
 @dataclass(frozen=True)
@@ -41,8 +39,7 @@ class AttentionRow(Row):
     registry: ClassVar[Registry[Any]] = ATTENTION
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
-        attended: Tensor = self.made(q, k, v, site)
-        return attended
+        return self.made(q, k, v, site)
 
 
 ATTENTION.add(AttentionRow("sdpa", sdpa, "PyTorch's scaled dot product"), "ditkit")

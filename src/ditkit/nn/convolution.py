@@ -18,8 +18,6 @@ Below four million products the unfolding wins, by some microseconds. Gradients,
 other dtypes keep PyTorch's own choice. Both kernels give the same sum in another order (1e-6 apart).
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

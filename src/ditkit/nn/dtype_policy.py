@@ -6,8 +6,6 @@ float32; diffusers keeps the stream, the projection and the head in bfloat16 and
 up to the timestep sinusoid.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -18,11 +16,8 @@ from ditkit.nn.layers import at_least_float32
 # Parts of module paths, as the checkpoint spells them, whose weights stay in float32 under bf16. The official code
 # holds all weights so; named here are those that it uses so, and not through a bf16 linear. img_emb.proj.0 and .4 are
 # the layer norms around the linears of the image rows, emb_pos what is added before them.
-_IMAGE_NORMS = {"img_emb.proj.0", "img_emb.proj.4"}
-_WAN_WIDE = {
-    "time_embedding", "time_projection", "modulation", "norm3", "norm_q", "norm_k", "norm_k_img", "head", "emb_pos",
-} | _IMAGE_NORMS  # fmt: skip
-_DIFFUSERS_WIDE = {"time_embedding", "modulation", "norm3"} | _IMAGE_NORMS
+_DIFFUSERS_WIDE = frozenset(("time_embedding", "modulation", "norm3", "img_emb.proj.0", "img_emb.proj.4"))
+_WAN_WIDE = _DIFFUSERS_WIDE | {"time_projection", "norm_q", "norm_k", "norm_k_img", "head", "emb_pos"}
 
 
 @dataclass(frozen=True)
@@ -49,16 +44,12 @@ class DtypePolicy:
 def dtype_policy(name: str, dtype: torch.dtype) -> DtypePolicy:
     """The policy ``name`` (wan, diffusers or float32) for weights of ``dtype``."""
     wide = at_least_float32(dtype)
-    if name == "wan":
-        return DtypePolicy(name, dtype, dtype, wide, wide, wide, wide, torch.float64, frozenset(_WAN_WIDE))
-    if name == "diffusers":
-        sinusoid = torch.float32
-        return DtypePolicy(name, dtype, dtype, wide, dtype, dtype, dtype, sinusoid, frozenset(_DIFFUSERS_WIDE))
-    if name == "float32":  # weights may be stored narrow; all arithmetic is float32
-        return DtypePolicy(name, dtype, wide, wide, wide, wide, wide, torch.float64, frozenset(_WAN_WIDE))
-    known = ("wan", "diffusers", "float32")
-    raise SetupError(
-        f"dtype_policy={name!r} was asked for",
-        f"the known ones are {', '.join(known)}{nearest(name, known)}",
-        "Choose one",
-    )
+    known = {
+        "wan": (dtype, wide, wide, wide, wide, torch.float64, _WAN_WIDE),
+        "diffusers": (dtype, wide, dtype, dtype, dtype, torch.float32, _DIFFUSERS_WIDE),
+        "float32": (wide, wide, wide, wide, wide, torch.float64, _WAN_WIDE),  # only stored narrow
+    }
+    if name not in known:
+        found = f"the known ones are {', '.join(known)}{nearest(name, known)}"
+        raise SetupError(f"dtype_policy={name!r} was asked for", found, "Choose one")
+    return DtypePolicy(name, dtype, *known[name])

@@ -3,9 +3,9 @@
 Leaves out: attention (``attention.py``) and positions (``rope.py``).
 """
 
-from __future__ import annotations
-
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,20 @@ def modulation(rows: int, dim: int) -> nn.Parameter:
     device torch would import its compiler for that, 1 to 2 seconds."""
     table = torch.empty(1, rows, dim)
     return nn.Parameter(table if table.is_meta else table.normal_().div_(dim**0.5))
+
+
+@dataclass(frozen=True)
+class Modulation:
+    """What the timestep does to blocks and head: ``values`` [B, n, dim], or one row for each different timestep and
+    ``token`` [B, L], which says whose row each token takes (a few rows stand for 30,000 tokens)."""
+
+    values: Tensor
+    token: Tensor | None = None
+
+    def parts(self, own: Tensor, wide: torch.dtype) -> Iterator[Tensor]:
+        """``own`` [1, n, dim] added, then the n parts one by one: [B, 1, dim], or [B, L, dim]."""
+        for part in (own.to(wide) + self.values.to(wide)).chunk(own.shape[1], dim=1):
+            yield part if self.token is None else part.squeeze(1)[self.token]
 
 
 class LayerNorm(nn.Module):
@@ -74,3 +88,13 @@ def timestep_embedding(timestep: Tensor, dim: int, dtype: torch.dtype) -> Tensor
     frequency = torch.exp(-math.log(10000) / half * torch.arange(half, dtype=dtype, device=timestep.device))
     angle = timestep.to(dtype).unsqueeze(-1) * frequency
     return torch.cat((angle.cos(), angle.sin()), -1)
+
+
+def patchify(latents: Tensor, embedding: nn.Conv3d) -> Tensor:
+    """[B, C, F, h, w] -> tokens [B, L, dim], column fastest. The same sum as a convolution with stride = kernel."""
+    b, c, f, h, w = latents.shape
+    p, q, r = embedding.kernel_size
+    x = latents.reshape(b, c, f // p, p, h // q, q, w // r, r).permute(0, 2, 4, 6, 1, 3, 5, 7)
+    weight, bias = embedding.weight, embedding.bias
+    assert bias is not None  # the convolution was made with one
+    return F.linear(x.flatten(4).flatten(1, 3), weight.flatten(1).to(x.dtype), bias.to(x.dtype))

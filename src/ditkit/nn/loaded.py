@@ -3,8 +3,6 @@
 Leaves out: loading (``checkpoints/load.py``).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

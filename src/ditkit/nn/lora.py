@@ -7,9 +7,8 @@ start. Base tensors are never written, so a transformer that others hold too sta
 Leaves out: reading LoRA files (``checkpoints/lora/read.py``) and merging while loading (``checkpoints/lora/merge.py``).
 """
 
-from __future__ import annotations
-
 import copy
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -60,11 +59,8 @@ class AdaptedLinear(nn.Module):
 
 
 def _joined(tensors: list[Tensor], axis: int) -> Tensor:
-    dtype = tensors[0].dtype
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype) if tensor.dtype != dtype else dtype
-    if dtype.itemsize < 2:
-        dtype = torch.bfloat16
+    dtype = functools.reduce(torch.promote_types, {tensor.dtype for tensor in tensors})
+    dtype = torch.bfloat16 if dtype.itemsize < 2 else dtype
     return torch.cat([tensor.to(dtype) for tensor in tensors], axis)
 
 
@@ -102,14 +98,15 @@ class Adapt:
 
     def __call__(self, module: nn.Module) -> nn.Module:
         new = twin(module)
-        names = {name for adapter, _ in self.adapters for name in adapter.deltas if name.split(".")[0] == self.where}
+        names = {name for adapter, _ in self.adapters for name in adapter.deltas if _top(name) == self.where}
         pairs: dict[str, list[tuple[Tensor, Tensor, float]]] = {}
         with torch.inference_mode(False):  # parameters made in inference mode could never be trained
             for name in sorted(names):
                 found = _pairs(name, self.adapters)
                 path, _, leaf = name.partition(".")[2].rpartition(".")
                 layer = _layer(new, path, name)
-                if found is None or not _is_linear(layer):
+                # A convolution is not called, with an input of rows: its weight is read by others.
+                if found is None or isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
                     _merge(layer, leaf, name, self.adapters)
                 else:
                     pairs[path] = found
@@ -122,16 +119,17 @@ def lora_swaps(adapters: Sequence[tuple[Adapter, float]]) -> tuple[Swap, ...]:
     """Swaps that put LoRAs with their strengths beside the weights of a transformer; one for each of its top modules
     that changes, however many LoRAs there are. A strength of 0 is no LoRA. Raises SetupError for a strength that is no
     finite number."""
-    for _, strength in adapters:
+    touching: dict[str, Adapters] = {}
+    for adapter, strength in adapters:
         if not math.isfinite(strength):
             raise SetupError(f"a LoRA strength of {strength}", "it is not a finite number", "Give one, such as 1.0")
-    used = tuple((adapter, float(strength)) for adapter, strength in adapters if strength)
-    tops = dict.fromkeys(name.split(".")[0] for adapter, _ in used for name in adapter.deltas)
-    return tuple(Swap(f"lora {top}", At(top), Adapt(top, _touching(used, top))) for top in tops)
+        for top in dict.fromkeys(map(_top, adapter.deltas)) if strength else ():
+            touching[top] = (*touching.get(top, ()), (adapter, float(strength)))
+    return tuple(Swap(f"lora {top}", At(top), Adapt(top, adapters)) for top, adapters in touching.items())
 
 
-def _touching(adapters: Adapters, top: str) -> Adapters:
-    return tuple((a, s) for a, s in adapters if any(name.split(".")[0] == top for name in a.deltas))
+def _top(name: str) -> str:
+    return name.partition(".")[0]
 
 
 def _pairs(name: str, adapters: Adapters) -> list[tuple[Tensor, Tensor, float]] | None:
@@ -151,14 +149,8 @@ def _pairs(name: str, adapters: Adapters) -> list[tuple[Tensor, Tensor, float]] 
 def _check_finite(name: str, *tensors: Tensor) -> None:
     """As the weights themselves are checked when they are loaded."""
     if not all(bool(tensor.float().isfinite().all()) for tensor in tensors):
-        raise LoadError(
-            f"putting a LoRA beside {name}", "it holds infinite or undefined numbers for that", "Use another LoRA"
-        )
-
-
-def _is_linear(module: nn.Module) -> bool:
-    """Whether it is called, with an input of rows; a convolution's weight is read by others."""
-    return not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        found = "it holds infinite or undefined numbers for that"
+        raise LoadError(f"putting a LoRA beside {name}", found, "Use another LoRA")
 
 
 def _layer(root: nn.Module, path: str, name: str) -> nn.Module:

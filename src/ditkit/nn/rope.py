@@ -4,7 +4,8 @@ Of the d/2 pairs of a head, rows and columns get d//6 each and frames the rest (
 frames, rows, columns; each axis has its own frequencies ``10000^(-2i / d_axis)`` (Wan2.1 ``rope_params``).
 """
 
-from __future__ import annotations
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -20,19 +21,37 @@ def rope_table(
     if max(grid[0] + start, *grid[1:]) > MAX_POSITIONS:
         found = f"{grid}" + (f" from frame {start} on" if start else "")
         raise ValueError(f"a token grid of {found} was asked for; rotary positions end at {MAX_POSITIONS} an axis")
-    side = 2 * (head_dim // 6)
-    cosines: list[Tensor] = []
-    sines: list[Tensor] = []
+    side, angles = 2 * (head_dim // 6), list[Tensor]()
     for axis, (length, width) in enumerate(zip(grid, (head_dim - 2 * side, side, side), strict=True)):
         frequency = 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
         first = 0 if axis else start
-        angle = torch.outer(torch.arange(first, first + length, dtype=torch.float64), frequency)
         shape = [1, 1, 1, width // 2]
         shape[axis] = length
-        for parts, values in ((cosines, angle.cos()), (sines, angle.sin())):
-            parts.append(values.to(device, dtype).view(shape).expand(*grid, -1))
-    cos, sin = (torch.cat(parts, -1).flatten(0, 2).unsqueeze(1) for parts in (cosines, sines))
+        steps = torch.arange(first, first + length, dtype=torch.float64)
+        angles.append(torch.outer(steps, frequency).view(shape))
+    cos, sin = (
+        torch.cat([turn(x).to(device, dtype).expand(*grid, -1) for x in angles], -1).flatten(0, 2).unsqueeze(1)
+        for turn in (torch.cos, torch.sin)
+    )
     return cos, sin
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary positions of the tokens of ``grid``: frames count from ``start``; ``index``: those of some rows only."""
+
+    grid: tuple[int, int, int]
+    head_dim: int
+    device: torch.device
+    dtype: torch.dtype
+    start: int = 0
+    index: slice = field(default_factory=lambda: slice(None))
+
+    @cached_property
+    def table(self) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, each [L, 1, d/2]."""
+        cos, sin = rope_table(self.grid, self.head_dim, self.device, self.dtype, self.start)
+        return cos[self.index], sin[self.index]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

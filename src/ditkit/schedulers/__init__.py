@@ -4,8 +4,6 @@
 import torch: a scheduler's file is opened when it is asked for.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,7 +14,7 @@ from ditkit.registry import Registry, Row
 if TYPE_CHECKING:
     from ditkit.contracts import Scheduler
 
-SCHEDULERS: Registry[SchedulerRow] = Registry("scheduler", "ditkit.schedulers")
+SCHEDULERS: Registry["SchedulerRow"] = Registry("scheduler", "ditkit.schedulers")
 
 
 @dataclass(frozen=True)
@@ -39,11 +37,10 @@ for row in (
     SCHEDULERS.add(row, "ditkit")
 
 
-def make(name: str, **given: Any) -> Scheduler:
+def make(name: str, **given: Any) -> "Scheduler":
     """The scheduler of that name. An unknown name, option or value of an option is a RequestError."""
     asked = f"scheduler {name!r}"
     if str(name).partition("@")[0] not in SCHEDULERS:
         do = f"Use one of: {', '.join(SCHEDULERS)}, or bring it with --plug FILE.py"
         raise RequestError(asked, f"unknown{nearest(str(name), SCHEDULERS)}", do)
-    made: Scheduler = options.made(SCHEDULERS[name].made, given, asked, RequestError)
-    return made
+    return options.made(SCHEDULERS[name].made, given, asked, RequestError)

@@ -4,40 +4,63 @@ A scheduler has no state. What it remembers is a dict of tensors, x0 predictions
 ``x0_1`` (shape of x) and ``sigma_1`` (0-dim float64 on the CPU), ``x0_2`` and ``sigma_2``, ...
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ditkit.contracts import History, Step
-from ditkit.errors import PipelineError
+from ditkit.errors import PipelineError, RequestError, nearest
+from ditkit.schedulers.sigmas import grid
 
 Past = list[tuple[float, Tensor]]
 """(sigma, x0 prediction), the newest first."""
 
 
-def working(x: Tensor, velocity: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in the precision of the step: float64 when x is float64, else float32."""
-    if x.shape != velocity.shape:
-        raise PipelineError(
-            "one scheduler step",
-            f"x has shape {tuple(x.shape)}, the velocity {tuple(velocity.shape)}",
-            "Return a velocity of the shape of x",
-        )
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return x.to(dtype), velocity.to(dtype)
+class Solver:
+    """Base of the schedulers: their noise levels, and what a step begins with. A subclass is a frozen dataclass; any
+    number of threads can share one."""
+
+    name: ClassVar[str]
+    needs_noise: ClassVar[bool] = False
+
+    def sigmas(self, steps: int, shift: float, convention: str) -> list[float]:
+        return grid(self.name, steps, shift, convention)
+
+    def working(self, x: Tensor, velocity: Tensor, step: Step, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+        """``x`` and ``velocity`` in the precision of the step: float64 when x is float64, else float32."""
+        if self.needs_noise != (noise is not None):
+            found = "no noise was handed in" if self.needs_noise else "noise was handed in that would not be used"
+            do = "Hand noise exactly to solvers whose needs_noise is true"
+            raise PipelineError(f"step {step.index} of {self.name}", found, do)
+        if x.shape != velocity.shape:
+            found = f"x has shape {tuple(x.shape)}, the velocity {tuple(velocity.shape)}"
+            raise PipelineError("one scheduler step", found, "Return a velocity of the shape of x")
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        return x.to(dtype), velocity.to(dtype)
 
 
-def check_noise(name: str, needs_noise: bool, noise: Tensor | None, step: Step) -> None:
-    if needs_noise != (noise is not None):
-        raise PipelineError(
-            f"step {step.index} of {name}",
-            "no noise was handed in" if needs_noise else "noise was handed in that would not be used",
-            "Hand noise exactly to solvers whose needs_noise is true",
-        )
+@dataclass(frozen=True)
+class Multistep(Solver):
+    """``order``: one of ``orders``; ``solver_type``: one of ``solver_types``."""
+
+    order: int = 2
+    solver_type: str = ""
+
+    orders: ClassVar[tuple[int, ...]] = (1, 2, 3)
+    solver_types: ClassVar[tuple[str, str]]
+
+    def __post_init__(self) -> None:
+        if isinstance(self.order, bool) or self.order not in self.orders:
+            do = f"Use one of: {', '.join(map(str, self.orders))}"
+            raise RequestError(f"order {self.order!r} of {self.name}", "not supported", do)
+        if self.solver_type not in self.solver_types:
+            found = f"unknown{nearest(str(self.solver_type), self.solver_types)}"
+            do = f"Use {' or '.join(self.solver_types)}"
+            raise RequestError(f"solver_type {self.solver_type!r} of {self.name}", found, do)
 
 
 def log_snr(sigma: float) -> float:

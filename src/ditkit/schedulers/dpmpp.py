@@ -14,8 +14,6 @@ the second. sigma 1 (lambda -inf) is allowed in front: its prediction is then in
 Source: arXiv 2211.01095 with the constants of Wan2.1 ``fm_solvers.py``. Leaves out: thresholding, noise prediction.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,40 +23,22 @@ from typing import ClassVar
 from torch import Tensor
 
 from ditkit.contracts import History, Step
-from ditkit.errors import RequestError, nearest
-from ditkit.schedulers.common import check_noise, log_snr, recall, remember, weighted, working
-from ditkit.schedulers.sigmas import grid
+from ditkit.schedulers.common import Multistep, log_snr, recall, remember, weighted
 
 _FEW_STEPS = 15  # below this many steps the last but one is at most of second order (Wan2.1 ``fm_solvers.py``)
 
 
 @dataclass(frozen=True)
-class DPMpp:
-    """``order`` 1 to 3, ``solver_type`` ``midpoint`` or ``heun`` (they differ at second order only). Immutable;
-    threads can share one.
+class DPMpp(Multistep):
+    """``order`` 1 to 3, ``solver_type`` ``midpoint`` or ``heun`` (they differ at second order only).
 
     Order 3 is the multistep formula as published and as every implementation has it; its last term carries half of the
     weight that the Taylor series asks for, so it converges like a second-order method with another constant."""
 
-    order: int = 2
     solver_type: str = "midpoint"
 
     name: ClassVar[str] = "dpm++"
-    needs_noise: ClassVar[bool] = False
-    orders: ClassVar[tuple[int, ...]] = (1, 2, 3)
-
-    def __post_init__(self) -> None:
-        if isinstance(self.order, bool) or self.order not in self.orders:
-            known = ", ".join(map(str, self.orders))
-            raise RequestError(f"order {self.order!r} of {self.name}", "not supported", f"Use one of: {known}")
-        if self.solver_type not in ("midpoint", "heun"):
-            hint = nearest(str(self.solver_type), ("midpoint", "heun"))
-            raise RequestError(
-                f"solver_type {self.solver_type!r} of {self.name}", f"unknown{hint}", "Use midpoint or heun"
-            )
-
-    def sigmas(self, steps: int, shift: float, convention: str) -> list[float]:
-        return grid(self.name, steps, shift, convention)
+    solver_types: ClassVar[tuple[str, str]] = ("midpoint", "heun")
 
     def solve(
         self, x: Tensor, velocity: Tensor, step: Step, history: History, noise: Tensor | None = None
@@ -67,31 +47,24 @@ class DPMpp:
 
         ``noise``: normal, of x's shape, for the SDE scheduler only. ``history``: {} or what the step before returned,
         up to ``order - 1`` past x0 predictions with their sigmas."""
-        check_noise(self.name, self.needs_noise, noise, step)
-        x, velocity = working(x, velocity)
+        x, velocity = self.working(x, velocity, step, noise)
         now = [(step.sigma, x - step.sigma * velocity), *recall(history, x)]
         left = step.count - step.index
         limit = 1 if left == 1 else 2 if left == 2 and step.count < _FEW_STEPS else 3
         points = now[: min(self.order, limit)]
 
         h = log_snr(step.sigma_next) - log_snr(step.sigma)
-        terms = [(self._keep(step, h), x)]
+        ratio = step.sigma_next / step.sigma
+        terms = [(ratio * math.exp(-h) if self.needs_noise else ratio, x)]
         terms += zip(self._weights(step, h, [sigma for sigma, _ in points]), (x0 for _, x0 in points), strict=True)
         if noise is not None:
             terms.append((step.sigma_next * math.sqrt(-math.expm1(-2 * h)), noise.to(x)))
         return weighted(terms), remember(now[: self.order - 1])
 
-    def _keep(self, step: Step, h: float) -> float:
-        """The factor of x."""
-        return step.sigma_next / step.sigma
-
-    def _decay(self, h: float) -> float:
-        """The exponent over which the x0 predictions are integrated."""
-        return h
-
     def _weights(self, step: Step, h: float, sigmas: Sequence[float]) -> list[float]:
         """The factors of the x0 predictions at ``sigmas``, the newest first."""
-        alpha, z = 1 - step.sigma_next, self._decay(h)
+        alpha = 1 - step.sigma_next
+        z = 2 * h if self.needs_noise else h  # the exponent over which the x0 predictions are integrated
         phi = -math.expm1(-z)  # the integral of e^-(z - u) over the step, for a constant
         if len(sigmas) == 1:
             return [alpha * phi]
@@ -117,9 +90,3 @@ class DPMppSDE(DPMpp):
     name: ClassVar[str] = "dpm++_sde"
     needs_noise: ClassVar[bool] = True
     orders: ClassVar[tuple[int, ...]] = (1, 2)
-
-    def _keep(self, step: Step, h: float) -> float:
-        return step.sigma_next / step.sigma * math.exp(-h)
-
-    def _decay(self, h: float) -> float:
-        return 2 * h

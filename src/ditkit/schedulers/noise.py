@@ -4,8 +4,6 @@ Drawn on the CPU in float32 from (seed, step) alone, one sample at a time: the s
 wherever in a batch the sample lies. Nothing is read off or left in torch's global generator.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 

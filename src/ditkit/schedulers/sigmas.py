@@ -11,11 +11,9 @@ Values are Python floats in double precision. Timesteps are made from them as th
 rounded to float32 (``table``), because both conventions do it in that order. Plain Python: no torch, no numpy.
 """
 
-from __future__ import annotations
-
 import math
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import pairwise
 
 from ditkit.errors import RequestError, nearest
@@ -33,25 +31,16 @@ def grid(scheduler: str, steps: int, shift: float, convention: str) -> list[floa
 
     Raises RequestError for an unknown name, fewer than one step, a shift that is not a positive number, or one so
     extreme that two sigmas coincide."""
-    check_convention(convention)
-    if (convention, scheduler) not in _GRIDS:
-        names = sorted({name for _, name in _GRIDS})
-        raise RequestError(
-            f"sigmas of scheduler {scheduler!r}",
-            f"unknown{nearest(scheduler, names)}",
-            f"Use one of: {', '.join(names)}",
-        )
+    _check_known("convention", convention, CONVENTIONS)
+    _check_known("sigmas of scheduler", scheduler, _GRIDS)
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise RequestError(f"{steps!r} steps", "not a whole number of at least 1", "Ask for one step or more")
     if isinstance(shift, bool) or not isinstance(shift, (int, float)) or not 0 < shift < math.inf:
         raise RequestError(f"shift {shift!r}", "not a positive number", "Use a shift such as 3, 5 or 12")
-    sigmas = [*_GRIDS[convention, scheduler](steps, float(shift)), 0.0]
+    sigmas = [*_GRIDS[scheduler][convention](steps, float(shift)), 0.0]
     if sigmas[0] > 1 or not _falling(sigmas):
-        raise RequestError(
-            f"{steps} steps with shift {shift:g}",
-            "neighbouring noise levels coincide",
-            "Use a milder shift or fewer steps",
-        )
+        asked, found = f"{steps} steps with shift {shift:g}", "neighbouring noise levels coincide"
+        raise RequestError(asked, found, "Use a milder shift or fewer steps")
     return sigmas
 
 
@@ -67,9 +56,8 @@ def explicit(sigmas: Iterable[float]) -> list[float]:
     if not all(0 <= s <= 1 for s in values):  # false for nan as well
         raise RequestError(asked, "not all of them lie between 0 and 1", "Divide timesteps by the model's scale first")
     if not _falling(values):
-        raise RequestError(
-            asked, "they do not fall strictly", "List each level once, the highest first, at least 1e-7 apart"
-        )
+        do = "List each level once, the highest first, at least 1e-7 apart"
+        raise RequestError(asked, "they do not fall strictly", do)
     if len(values) < 2:
         raise RequestError(asked, "there is no step to take", "Give at least one sigma above 0")
     return values
@@ -81,25 +69,21 @@ def timesteps(sigmas: Sequence[float], convention: str, scheduler: str, scale: f
     UniPC and DPM++ tell ``scale * sigma`` cut off to a whole number, in both conventions and for explicit sigmas too;
     two steps may then be told the same value. Euler and every other scheduler tell it as a float32 number.
     ``scale`` is the transformer's ``timestep_scale``."""
-    check_convention(convention)
+    _check_known("convention", convention, CONVENTIONS)
     if scheduler in ("unipc", "dpm++", "dpm++_sde"):
         return [float(math.trunc(scale * sigma)) for sigma in sigmas[:-1]]
     return [float32(scale * float32(sigma)) for sigma in sigmas[:-1]]
 
 
-def check_convention(convention: str) -> None:
-    if convention not in CONVENTIONS:
-        raise RequestError(
-            f"convention {convention!r}",
-            f"unknown{nearest(str(convention), CONVENTIONS)}",
-            f"Use one of: {', '.join(CONVENTIONS)}",
-        )
+def _check_known(what: str, name: str, known: Collection[str]) -> None:
+    if name not in known:
+        found = f"unknown{nearest(str(name), known)}"
+        raise RequestError(f"{what} {name!r}", found, f"Use one of: {', '.join(known)}")
 
 
 def _falling(sigmas: Sequence[float]) -> bool:
     """Strictly, and still so in float32."""
-    rounded = [float32(s) for s in sigmas]
-    return all(a > b for a, b in pairwise(rounded))
+    return all(a > b for a, b in pairwise(map(float32, sigmas)))
 
 
 def _shifted(sigma: float, shift: float) -> float:
@@ -160,13 +144,9 @@ def _diffusers_euler(steps: int, shift: float) -> list[float]:
     return [min(_shifted(s, shift), 1.0) for s in even]
 
 
-_GRIDS: dict[tuple[str, str], Callable[[int, float], list[float]]] = {
-    ("wan", "unipc"): _from_nearly_one,
-    ("wan", "dpm++"): _from_one,
-    ("wan", "dpm++_sde"): _from_one,
-    ("wan", "euler"): _from_one_float32,
-    ("diffusers", "unipc"): _diffusers_unipc,
-    ("diffusers", "dpm++"): _diffusers_dpmpp,
-    ("diffusers", "dpm++_sde"): _diffusers_dpmpp,
-    ("diffusers", "euler"): _diffusers_euler,
+_GRIDS: dict[str, dict[str, Callable[[int, float], list[float]]]] = {
+    "dpm++": {"wan": _from_one, "diffusers": _diffusers_dpmpp},
+    "dpm++_sde": {"wan": _from_one, "diffusers": _diffusers_dpmpp},
+    "euler": {"wan": _from_one_float32, "diffusers": _diffusers_euler},
+    "unipc": {"wan": _from_nearly_one, "diffusers": _diffusers_unipc},
 }

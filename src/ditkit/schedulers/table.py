@@ -4,15 +4,13 @@ Steps are told apart by their index. Two of them may have the same timestep (shi
 nothing is ever looked up by timestep. Plain Python: no torch.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ditkit.contracts import Scheduler, Step
+from ditkit.contracts import EXPERTS, Scheduler, Step
 from ditkit.errors import RequestError
-from ditkit.schedulers.sigmas import check_convention, explicit, float32, timesteps
+from ditkit.schedulers.sigmas import explicit, float32, timesteps
 
 
 def step_table(
@@ -37,7 +35,6 @@ def step_table(
     if explicit_sigmas is None:
         if steps is None or shift is None:
             raise RequestError("a run without its own sigmas", "steps or shift is missing", "Give both")
-        check_convention(convention)
         sigmas = list(scheduler.sigmas(steps, shift, convention))
     else:
         sigmas = explicit(explicit_sigmas)
@@ -61,39 +58,23 @@ def step_table(
     elif guidance_scale_2 is not None:
         raise RequestError("guidance_scale_2", "there is no boundary between two experts", "Leave it out")
     return [
-        Step(
-            index=i,
-            count=count,
-            sigma=sigmas[i],
-            sigma_next=sigmas[i + 1],
-            timestep=told[i],
-            guidance_scale=guidance[i],
-            expert="transformer_2" if low[i] else "transformer",
-        )
-        for i in range(count)
+        Step(i, count, sigmas[i], sigmas[i + 1], told[i], guidance[i], expert=EXPERTS[low[i]]) for i in range(count)
     ]
 
 
 def request_steps(scheduler: Scheduler, request: Any, scale: float, experts: int = 1) -> list[Step]:
     """The step table that ``request`` asks for (anything with a Request's attributes). With two ``experts`` it needs a
     boundary; with one, a boundary or a second guidance scale is refused rather than ignored."""
-    own = request.sigmas is not None
+    steps, shift = (request.steps, request.shift) if request.sigmas is None else (None, None)
     if experts == 2 and request.boundary is None:
-        do = "Give one, such as boundary=0.875"
-        raise RequestError("a run of two experts", "no boundary between them is known", do)
+        found = "no boundary between them is known"
+        raise RequestError("a run of two experts", found, "Give one, such as boundary=0.875")
     if experts == 1 and request.boundary is not None:
         raise RequestError(f"boundary={request.boundary}", "this model has one transformer", "Leave it out")
     return step_table(
-        scheduler,
-        None if own else request.steps,
-        None if own else request.shift,
-        request.convention,
-        request.guidance_scale,
-        scale,
-        request.sigmas,
-        boundary=request.boundary,
-        guidance_scale_2=request.guidance_scale_2,
-    )
+        scheduler, steps, shift, request.convention, request.guidance_scale, scale, request.sigmas,
+        boundary=request.boundary, guidance_scale_2=request.guidance_scale_2,
+    )  # fmt: skip
 
 
 def format_table(steps: Iterable[Step]) -> str:
@@ -101,17 +82,15 @@ def format_table(steps: Iterable[Step]) -> str:
     rows = [("i", "timestep", "sigma", "guidance", "expert")]
     rows += [(str(s.index), f"{s.timestep:g}", f"{s.sigma:.6f}", f"{s.guidance_scale:g}", s.expert) for s in steps]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join([*(cell.rjust(w) for cell, w in zip(row[:-1], widths, strict=False)), row[-1]]) for row in rows
-    )
+    widths[-1] = 0  # the last column begins where it begins
+    return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in rows)
 
 
 def _per_step(guidance: float | Sequence[float], count: int) -> list[float]:
     values = [float(g) for g in guidance] if isinstance(guidance, Sequence) else [float(guidance)] * count
     if len(values) != count:
-        raise RequestError(
-            f"{len(values)} guidance scales", f"there are {count} steps", "Give one, or one for each step"
-        )
+        do = "Give one, or one for each step"
+        raise RequestError(f"{len(values)} guidance scales", f"there are {count} steps", do)
     if not all(map(math.isfinite, values)):
         raise RequestError(f"guidance {guidance!r}", "not a finite number", "Use a number such as 5")
     return values

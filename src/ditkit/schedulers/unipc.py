@@ -14,8 +14,6 @@ Leaves out: thresholding, noise prediction, and any way to end at full order (th
 higher order is not defined).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,38 +23,29 @@ import torch
 from torch import Tensor
 
 from ditkit.contracts import History, Step
-from ditkit.errors import RequestError, StateError, nearest
-from ditkit.schedulers.common import Past, check_noise, log_snr, recall, remember, weighted, working
-from ditkit.schedulers.sigmas import grid
+from ditkit.errors import RequestError, StateError
+from ditkit.schedulers.common import Multistep, Past, log_snr, recall, remember, weighted
 
 
 @dataclass(frozen=True)
-class UniPC:
-    """``order`` 1 to 3, ``solver_type`` ``bh2`` or ``bh1``, ``corrector`` on or off. Immutable; threads can share one.
+class UniPC(Multistep):
+    """``order`` 1 to 3, ``solver_type`` ``bh2`` or ``bh1``, ``corrector`` on or off.
 
     The order climbs from 1 in the first steps and falls back to 1 in the last. Where official code is not finite:
     ``bh1`` ends normally here (the last step has no sum, so its B does not matter); with a first sigma of 1 (lambda
     -inf) the x0 prediction at infinite distance drops out of the later sums, which is their limit, and ``bh1``, whose
     B / 2 has no limit there, uses the solved weight for that one correction."""
 
-    order: int = 2
     solver_type: str = "bh2"
     corrector: bool = True
 
     name: ClassVar[str] = "unipc"
-    needs_noise: ClassVar[bool] = False
+    solver_types: ClassVar[tuple[str, str]] = ("bh1", "bh2")
 
     def __post_init__(self) -> None:
-        if isinstance(self.order, bool) or self.order not in (1, 2, 3):
-            raise RequestError(f"order {self.order!r} of unipc", "not supported", "Use 1, 2 or 3")
-        if self.solver_type not in ("bh1", "bh2"):
-            hint = nearest(str(self.solver_type), ("bh1", "bh2"))
-            raise RequestError(f"solver_type {self.solver_type!r} of unipc", f"unknown{hint}", "Use bh1 or bh2")
+        super().__post_init__()
         if not isinstance(self.corrector, bool):
             raise RequestError(f"corrector {self.corrector!r} of unipc", "neither true nor false", "Use true or false")
-
-    def sigmas(self, steps: int, shift: float, convention: str) -> list[float]:
-        return grid(self.name, steps, shift, convention)
 
     def solve(
         self, x: Tensor, velocity: Tensor, step: Step, history: History, noise: Tensor | None = None
@@ -65,8 +54,7 @@ class UniPC:
 
         ``history`` is {} or what the step before returned: up to ``order`` past x0 predictions with their sigmas, and
         for the corrector ``sample``, the corrected x of the step before."""
-        check_noise(self.name, self.needs_noise, noise, step)
-        sample, velocity = working(x, velocity)
+        sample, velocity = self.working(x, velocity, step, noise)
         x0 = sample - step.sigma * velocity  # from the uncorrected x, as in the official code
         past = recall(history, x)
         if self.corrector:
@@ -85,11 +73,9 @@ class UniPC:
         of that step, which the number of earlier predictions gives; only the step before the last had a lower one than
         that, and nothing comes of the correction after it: the last step goes to x0, whatever x is."""
         if "sample" not in history:
-            raise StateError(
-                "unipc with its corrector",
-                "what was remembered of the earlier steps comes from a scheduler without one",
-                "Go on with the scheduler and options that began the run",
-            )
+            found = "what was remembered of the earlier steps comes from a scheduler without one"
+            do = "Go on with the scheduler and options that began the run"
+            raise StateError("unipc with its corrector", found, do)
         earlier = past[1 : self.order]
         return self._advance(history["sample"].to(x0.device), past[0], [*earlier, (sigma, x0)], sigma)
 
@@ -125,5 +111,4 @@ def _solved(ratios: Sequence[float], h: float) -> list[float]:
         psi /= -h
     rows = [[r**j for r in ratios] for j in range(len(ratios))]
     a, b = (torch.tensor(v, dtype=torch.float64, device="cpu") for v in (rows, right))
-    weights: list[float] = torch.linalg.solve(a, b).tolist()
-    return weights
+    return torch.linalg.solve(a, b).tolist()

@@ -261,7 +261,7 @@ WAN_VAE22 = Kind(
                             (VAE_CLASS,), mine=_is_residual),
     },
     partial(vae_sizes, kind="wan_vae22"), lambda fields: vae22_keys(len(fields["dim_mult"]), fields["num_res_blocks"]),
-    config_class="ditkit.models.wan_vae22:WanVAE22Config", module="ditkit.models.wan_vae22:WanVAE22",
+    config_class="ditkit.models.wan_vae:WanVAE22Config", module="ditkit.models.wan_vae:WanVAE22",
     load="ditkit.assembly.loaders:load_module", optional_keys=True,
     get="Take Wan2.2_VAE.pth of Wan-AI/Wan2.2-TI2V-5B or vae/ of Wan-AI/Wan2.2-TI2V-5B-Diffusers",
     unsaid={"latents_mean": WAN22_MEAN, "latents_std": WAN22_STD},

@@ -151,7 +151,7 @@ def flow_shift(folder: Path, rules: Rules, notes: list[str]) -> float | None:
 
 
 def processor_config(folder: Path, rules: Rules, notes: list[str]) -> Mapping[str, Any]:
-    """How the folder of an image processor prepares pictures; ``models/clip.py`` holds it against its own way."""
+    """How the folder of an image processor prepares pictures; ``models/encoders.py`` holds it against its own way."""
     keys = _keys(folder / "preprocessor_config.json", PROCESSOR, rules, notes)
     keys.done("preprocessor_config.json")
     return keys.config

@@ -1,22 +1,22 @@
-"""The CLIP image encoder of Wan 2.1 image-to-video: pictures -> one row of features a patch, and one for the whole.
+"""The encoders of Wan: UMT5 for token ids, CLIP for the pictures of Wan 2.1 image-to-video.
 
-The network is transformers' ``CLIPVisionModel``, built empty and filled by our own strict loader; transformers is
-imported only when an encoder is built. Wan takes what comes out of the last block but one, so the last block and the
-final norm are checked like all others, but never run. Leaves out: the text half, the projection, all about files.
-Source: Wan2.1 ``wan/modules/clip.py`` (ViT-H/14 of XLM-RoBERTa CLIP), transformers ``modeling_clip.py``.
+Both networks are transformers', built empty and filled by our own strict loader; transformers is imported only when an
+encoder is built. Leaves out: tokenizing (text.py), padding (the transformer's own business), CLIP's text half and its
+projection, and all about files.
+Sources: Wan2.1 ``wan/modules/t5.py`` (umt5-xxl) and ``wan/modules/clip.py`` (ViT-H/14 of XLM-RoBERTa CLIP),
+transformers ``modeling_clip.py``.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from ditkit.checkpoints.kinds.umt5 import UMT5_ALIASES
 from ditkit.checkpoints.load import Device, identify_weights, load_into
 from ditkit.checkpoints.views.source import TensorSource
 from ditkit.contracts import Swap
@@ -28,6 +28,21 @@ PROCESSINGS = ("wan", "diffusers")
 # Of the pictures that CLIP was trained on, R G B in [0, 1] (openai/CLIP ``clip/clip.py``).
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class UMT5Config:
+    """Sizes under transformers' names; the defaults are umt5-xxl (5,680,910,336 parameters)."""
+
+    vocab_size: int = 256384
+    d_model: int = 4096
+    d_kv: int = 64
+    d_ff: int = 10240
+    num_layers: int = 24
+    num_heads: int = 64
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    layer_norm_epsilon: float = 1e-6
 
 
 @dataclass(frozen=True)
@@ -51,7 +66,18 @@ class CLIPConfig:
         return (self.image_size // self.patch_size) ** 2 + 1
 
 
-def build(config: CLIPConfig) -> Any:
+def build_umt5(config: UMT5Config) -> nn.Module:
+    """transformers' encoder on the meta device, in eval mode, with plain (eager) attention."""
+    from transformers import UMT5Config as TheirConfig
+    from transformers import UMT5EncoderModel
+
+    settings: dict[str, Any] = asdict(config) | {"feed_forward_proj": "gated-gelu", "attn_implementation": "eager"}
+    theirs = TheirConfig(**settings)
+    with torch.device("meta"):
+        return UMT5EncoderModel(theirs).eval().requires_grad_(False)
+
+
+def build_clip(config: CLIPConfig) -> Any:
     """transformers' vision model on the meta device, in eval mode. Raises LoadError for an activation unknown here."""
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
@@ -62,44 +88,89 @@ def build(config: CLIPConfig) -> Any:
     theirs = CLIPVisionConfig(**settings)
     with torch.device("meta"):
         model: Any = CLIPVisionModel(theirs).eval().requires_grad_(False)
-    model = getattr(model, "vision_model", model)  # where transformers 4 has what is the model itself in 5
+    model = getattr(model, "vision_model", model)  # where transformers 5.1 has what is the model itself in later ones
     model.embeddings.position_ids = torch.arange(config.tokens).unsqueeze(0)  # in no file, so it must not be meta
     return model
 
 
-class CLIPImageEncoder:
-    """Satisfies ``contracts.ImageEncoder``; ``model`` is a filled ``CLIPVisionModel`` without its last block.
+class Encoder:
+    """``model`` is a filled network of transformers, ``identify`` tells what stands for its weights, its sizes and its
+    dtype. Threads may share an encoder."""
 
-    Threads may share an encoder."""
+    build: ClassVar[Any]
+    aliases: ClassVar[Mapping[str, str]] = {}
+    wide: ClassVar[tuple[str, ...]] = ()  # endings of names whose tensors are float32 where all others are float16
 
     def __init__(self, model: Any, identify: Callable[[], str], dtype: torch.dtype, device: Device):
         self.model, self.identify, self.dtype, self.device = model.eval(), identify, dtype, torch.device(device)
-        self.dim: int = model.config.hidden_size
-        self.image_size: int = model.config.image_size
 
     @classmethod
     def load(
         cls,
-        config: CLIPConfig,
+        config: Any,
         source: TensorSource,
         names: Mapping[str, str] | None = None,
         dtype: torch.dtype = torch.float32,
         device: Device = "cpu",
         device_of: Callable[[str], Device] | None = None,
         swaps: Sequence[Swap] = (),
-    ) -> CLIPImageEncoder:
-        """``names``: the source's names -> transformers' (``embeddings...``, ``encoder.layers.0...``, no prefix);
-        None: equal. Raises LoadError, also when not one name fits: no weight is ever left random."""
-        model = build(config)
-        where = device_of or device
-        load_into(model, source, names, dtype_of=lambda name: dtype, device_of=where, swaps=swaps, check_finite=True)
-        model.encoder.layers = model.encoder.layers[:-1]
+    ) -> Self:
+        """``names``: the source's names -> transformers' (``umt5_keys(n).to_other`` for a native file); None: equal.
+        ``config``: an ``UMT5Config`` or a ``CLIPConfig``. Raises LoadError, also when not one name fits: no weight is
+        ever left random."""
+        model, wide = cls.build(config), cls.wide if dtype == torch.float16 else ()
+        load_into(
+            model, source, names, dtype_of=lambda name: torch.float32 if name.endswith(wide) else dtype,
+            device_of=device_of or device, swaps=swaps, aliases=cls.aliases, check_finite=True,
+        )  # fmt: skip
         return cls(model, identify_weights(source, dtype, config, swaps), dtype, device)
 
     @property
     def fingerprint(self) -> str:
-        """Stands for the weights, the sizes and the dtype. Made when first asked for: it reads all files."""
+        """Made when first asked for: it reads all files."""
         return self.identify()
+
+
+def check_ids(ids: Sequence[int], vocab_size: int) -> None:
+    """Raises RequestError for no ids at all, LoadError for ids that the embedding does not have."""
+    if not len(ids):
+        raise RequestError("encoding a prompt", "it has no tokens", "Give at least the end token")
+    if not 0 <= min(ids) <= max(ids) < vocab_size:
+        found = f"the ids reach from {min(ids)} to {max(ids)} and it knows 0 to {vocab_size - 1}"
+        raise LoadError("encoding a prompt with this text encoder", found, "Use the tokenizer of the same model")
+
+
+class UMT5TextEncoder(Encoder):
+    """Satisfies ``contracts.TextEncoder``. A prompt runs at its real length: padded keys are masked in the official
+    code, so they change no row that is kept.
+
+    With float16 the last linear layer of each feed-forward, ``DenseReluDense.wo``, stays float32, as in transformers
+    itself, because its sums leave the range of float16."""
+
+    build, aliases, wide = staticmethod(build_umt5), UMT5_ALIASES, (".DenseReluDense.wo.weight",)
+
+    def __call__(self, ids: Sequence[int]) -> Tensor:
+        """Ids of one prompt, unpadded -> [len(ids), D] in the encoder's dtype and on its device.
+
+        Raises RequestError for no ids at all, LoadError for ids that the embedding does not have."""
+        check_ids(ids, self.model.config.vocab_size)
+        with torch.no_grad():
+            batch = torch.tensor([list(ids)], dtype=torch.long, device=self.device)
+            return self.model(input_ids=batch).last_hidden_state[0]
+
+
+class CLIPImageEncoder(Encoder):
+    """Satisfies ``contracts.ImageEncoder``: pictures -> one row of features a patch, and one for the whole.
+
+    Wan takes what comes out of the last block but one, so the last block and the final norm are checked like all others
+    when they are loaded, but never run."""
+
+    build = staticmethod(build_clip)
+
+    def __init__(self, model: Any, identify: Callable[[], str], dtype: torch.dtype, device: Device):
+        super().__init__(model, identify, dtype, device)
+        model.encoder.layers = model.encoder.layers[:-1]
+        self.dim, self.image_size = model.config.hidden_size, model.config.image_size
 
     def encode(self, images: Tensor, processing: str) -> Tensor:
         """Pictures uint8 [B, H, W, 3] of any size -> features [B, tokens, width] in the encoder's dtype.
@@ -115,9 +186,8 @@ class CLIPImageEncoder:
         Raises RequestError for another shape."""
         side = self.image_size
         if pixel_values.shape[1:] != (3, side, side):
-            raise RequestError(
-                "encoding a picture", f"it is {list(pixel_values.shape)}", f"Give [B, 3, {side}, {side}], normalised"
-            )
+            do = f"Give [B, 3, {side}, {side}], normalised"
+            raise RequestError("encoding a picture", f"it is {list(pixel_values.shape)}", do)
         return self.model(pixel_values=pixel_values.to(self.device, self.dtype)).last_hidden_state
 
 
