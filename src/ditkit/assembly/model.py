@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -29,7 +29,7 @@ from ditkit.request import Request, renamed
 from ditkit.setup import Setup
 from ditkit.state import State
 
-LatentsRgb = tuple[list[list[float]], list[float]]
+LatentsRgb = tuple[Sequence[Sequence[float]], Sequence[float]]
 """Factors, a row of three for each channel of the latents, and bias: a preview by one matrix."""
 
 
@@ -278,7 +278,7 @@ def preview_of(vae: Part, table: Mapping[str, Any] | None, file: Path) -> Latent
     if {*table} != {"factors", "bias"} or len(rows) != channels + 1 or not all(map(_is_row, rows)):
         found = f"its [preview] does not consist of factors, {channels} rows of 3 numbers, and bias, 3 numbers"
         raise LoadError(f"reading {file}", found, "Correct it, or remove [preview]")
-    return factors, bias  # type: ignore[return-value]
+    return tuple(map(tuple, rows[:-1])), tuple(rows[-1])
 
 
 def _is_row(value: Any) -> bool:

@@ -40,7 +40,8 @@ def probe(target: Path) -> None:
     part = _temporary(target)
     try:
         with _told(target):
-            _write(part, _PROBE)
+            part.parent.mkdir(parents=True, exist_ok=True)
+            part.write_bytes(_PROBE)
             with contextlib.suppress(FileNotFoundError):
                 target.lstat()  # a name too long for the file system shows here
     finally:

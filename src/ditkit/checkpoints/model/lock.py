@@ -41,8 +41,10 @@ def read_toml(file: Path, do: str) -> dict[str, Any]:
     with readable(f"reading {file}"):
         try:
             return tomllib.loads(file.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise LoadError(f"reading {file}", f"it is not valid TOML ({error})", do) from None
+        except RecursionError:
+            raise LoadError(f"reading {file}", "it is nested too deeply", do) from None
 
 
 def lock_file(manifest: Places) -> Path:
