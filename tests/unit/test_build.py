@@ -96,7 +96,7 @@ def test_notes_that_are_right_are_used(copied):
     (copied / "ditkit.toml").write_text(f"[defaults]\nguidance_scale = 3\n[preview]\n{ROWS}bias = [1, 2.5, 3]\n")
     model = ditkit.load(copied).model
     assert model.request({"prompt": "a", "width": 32, "height": 32, "frames": 5}).guidance_scale == 3.0
-    assert model.latents_rgb == ([[1, 2, 3]] * 16, [1, 2.5, 3])
+    assert model.latents_rgb == (((1, 2, 3),) * 16, (1, 2.5, 3))
 
 
 @pytest.mark.parametrize("file", ["model_index.json", "vae/config.json", "scheduler/scheduler_config.json"])
