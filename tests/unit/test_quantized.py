@@ -172,12 +172,12 @@ def test_the_vocabulary_in_comfys_umt5_is_left_out_and_told(tmp_path):
 
 def test_a_module_loads_dequantised(tmp_path):
     codes, scale = coded(dense(6, 8), E4)
-    module = nn.Linear(8, 6)
+    module = nn.ModuleDict({"a": nn.Linear(8, 6)})
     tensors = {"weight": codes, "weight_scale": scale, "bias": torch.zeros(6)}
     tensors = {f"model.a.{name}": tensor for name, tensor in tensors.items()}
     source = view(tmp_path, tensors, dtype="BF16")
-    load_into(module, source, {"a.weight": "weight", "a.bias": "bias"}, dtype_of=lambda name: torch.bfloat16)
-    assert torch.equal(module.weight, exact(codes, scale, torch.bfloat16))
+    load_into(module, source, dtype_of=lambda name: torch.bfloat16)
+    assert torch.equal(module["a"].weight, exact(codes, scale, torch.bfloat16))
 
 
 def test_scales_cannot_be_lost(tmp_path):

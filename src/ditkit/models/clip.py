@@ -82,17 +82,16 @@ class CLIPImageEncoder:
         cls,
         config: CLIPConfig,
         source: TensorSource,
-        names: Mapping[str, str] | None = None,
         dtype: torch.dtype = torch.float32,
         device: Device = "cpu",
         device_of: Callable[[str], Device] | None = None,
         swaps: Sequence[Swap] = (),
     ) -> CLIPImageEncoder:
-        """``names``: the source's names -> transformers' (``embeddings...``, ``encoder.layers.0...``, no prefix);
-        None: equal. Raises LoadError, also when not one name fits: no weight is ever left random."""
+        """``source`` has transformers' names (``embeddings...``, ``encoder.layers.0...``, no prefix). Raises LoadError,
+        also when not one name fits: no weight is ever left random."""
         model = build(config)
         where = device_of or device
-        load_into(model, source, names, dtype_of=lambda name: dtype, device_of=where, swaps=swaps, check_finite=True)
+        load_into(model, source, dtype_of=lambda name: dtype, device_of=where, swaps=swaps, check_finite=True)
         model.encoder.layers = model.encoder.layers[:-1]
         return cls(model, identify_weights(source, dtype, config, swaps), dtype, device)
 

@@ -8,7 +8,7 @@ Source of the sizes: Wan2.1 ``wan/modules/t5.py`` (umt5-xxl).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -69,23 +69,20 @@ class UMT5TextEncoder:
         cls,
         config: UMT5Config,
         source: TensorSource,
-        names: Mapping[str, str] | None = None,
         dtype: torch.dtype = torch.bfloat16,
         device: Device = "cpu",
         device_of: Callable[[str], Device] | None = None,
         swaps: Sequence[Swap] = (),
     ) -> UMT5TextEncoder:
-        """``names``: the file's names -> transformers' (``umt5_keys(n).to_other`` for a native file); None: equal.
-
-        All weights get ``dtype``; only with float16 the last linear layer of each feed-forward, ``DenseReluDense.wo``,
-        stays float32, as transformers itself does, because its sums leave the range of float16. Raises LoadError."""
+        """``source`` has transformers' names. All weights get ``dtype``; only with float16 the last linear layer of
+        each feed-forward, ``DenseReluDense.wo``, stays float32, as transformers itself does, because its sums leave the
+        range of float16. Raises LoadError."""
         model = build(config)
         wide = {f"encoder.block.{n}.layer.1.DenseReluDense.wo.weight" for n in range(config.num_layers)}
         wide = wide if dtype == torch.float16 else set()
         load_into(
             model,
             source,
-            names,
             dtype_of=lambda name: torch.float32 if name in wide else dtype,
             device_of=device_of or device,
             swaps=swaps,

@@ -78,17 +78,9 @@ class KeyTable:
     @cached_property
     def to_other(self) -> Mapping[str, str]:
         """Native name -> other name, read-only. Only for tables that rename and do no more."""
-        return self._renames("native", "other")
-
-    @cached_property
-    def to_native(self) -> Mapping[str, str]:
-        """The inverse of ``to_other``."""
-        return self._renames("other", "native")
-
-    def _renames(self, source: Side, target: Side) -> Mapping[str, str]:
         if changed := [rule.native[0] for rule in self.rules if not rule.renames]:
             raise TypeError(f"the table does more than rename ({some(changed)}); use Mapped")
-        return MappingProxyType({rule.names(source)[0]: rule.names(target)[0] for rule in self.rules})
+        return MappingProxyType({rule.native[0]: rule.other[0] for rule in self.rules})
 
 
 def rename(tensors: Mapping[str, T], names: Mapping[str, str]) -> dict[str, T]:
