@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from ditkit.checkpoints.files.safetensors import TensorFiles
-from ditkit.checkpoints.kinds.detect import detect
+from ditkit.checkpoints.kinds.detect import recognise
 from ditkit.checkpoints.lora.merge import Merged
 from ditkit.checkpoints.lora.read import ALLOWANCES, experts_of, inspect_lora, read_lora
 from ditkit.errors import LoadError, SetupError
@@ -587,7 +587,7 @@ def test_unknown_allowance(model, lora):
 def test_no_lora_at_all(base, model):
     with pytest.raises(LoadError, match="no part of a LoRA"):
         read_lora(base, shapes(model))
-    assert detect(base).kind != "lora"
+    assert recognise(base)[0].kind != "lora"
 
 
 def test_two_experts_in_one_file(model, lora):
@@ -630,7 +630,7 @@ def test_control_blocks(lora):
 
 def test_inspect_without_a_model(model, lora):
     source = lora(written(factors(model, LINEARS), lambda n: f"lora_unet_{flat(n)}", **KOHYA, alpha=ALPHA))
-    assert detect(source).kind == "lora"
+    assert recognise(source)[0].kind == "lora"
     told = json.loads(json.dumps(inspect_lora(source)))
     assert told["family"] == "kohya"
     assert (told["width"], told["blocks"], told["pairs"]) == (CONFIG.dim, 2, len(LINEARS))

@@ -4,6 +4,7 @@ weights with a variant's name, or with none.
 Leaves out: what a file of each format holds.
 """
 
+import os
 import re
 import stat
 from collections.abc import Mapping
@@ -37,6 +38,14 @@ def kind_of(file: Path) -> str:
     if start[5:] == b"\0\0\0{":  # first, because the length before it may begin with the mark of another format
         return "safetensors"
     return next((kind for kind, (mark, _) in FORMATS.items() if mark.match(start)), "unknown")
+
+
+def split_entry(path: Path) -> tuple[Path, str | None]:
+    """``FILE#ENTRY`` names one of the state dicts of a training checkpoint; a file of that whole name comes first."""
+    file, mark, entry = path.name.rpartition("#")
+    if mark and file and entry and not os.path.exists(path) and path.with_name(file).is_file():
+        return path.with_name(file), entry
+    return path, None
 
 
 def chosen(path: str | Path, variant: str | None) -> Path:

@@ -125,10 +125,8 @@ def _begin(stream: IO[bytes], member: zipfile.ZipInfo) -> int:
 def _skeleton(path: Path, asked: str) -> Any:
     """What was saved, with tensors that have no data; their storages know their place in the file."""
     try:
-        if torch.__version__ < "2.7":
-            return _mapped(path)
         if torch.__version__ < "2.11":  # there the meta device reads all data, and does not tell where it lay
-            return _fake(path)
+            return _mapped(path)
         with path.open("rb") as stream:
             return torch.load(stream, map_location="meta", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -140,16 +138,8 @@ def _skeleton(path: Path, asked: str) -> Any:
         raise LoadError(asked, found, AGAIN) from None
 
 
-def _fake(path: Path) -> Any:
-    """The same for an older torch, which tells places in this mode only (2.7 or later)."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    with path.open("rb") as stream, FakeTensorMode():
-        return torch.load(stream, weights_only=True)
-
-
 def _mapped(path: Path) -> Any:
-    """The same for torch 2.6, which tells no places: its tensors lie in a mapping of the file, so their addresses
+    """The same for an older torch, which tells no places: its tensors lie in a mapping of the file, so their addresses
     do."""
     from torch import _weights_only_unpickler, serialization
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ditkit.checkpoints.files.formats import INDEX as SHARD_INDEX
-from ditkit.checkpoints.files.formats import OTHERS, read_shards
+from ditkit.checkpoints.files.formats import OTHERS, read_shards, split_entry
 from ditkit.checkpoints.files.text import readable, some
 from ditkit.checkpoints.kinds.configs import STRICT, Rules
 from ditkit.checkpoints.kinds.kind import KINDS
@@ -91,8 +91,6 @@ def _options(setup: Setup, scope: Scope) -> tuple[Options, Hub]:
 
 
 def _path(name: str) -> Path:
-    from ditkit.checkpoints.files.opening import split_entry
-
     place = os.path.expanduser(name)
     file = split_entry(Path(place))[0] if "\0" not in place else place
     if name not in MODELS and not (name and os.path.exists(file)):  # exists takes any text; Path.exists does not
@@ -104,8 +102,6 @@ def _path(name: str) -> Path:
 
 def _place(where: str, hub: Hub, component: str) -> Path:
     """A part that the user names: a path, or a place in a repository."""
-    from ditkit.checkpoints.files.opening import split_entry
-
     if HubName.parse(where) is not None:
         return place_of(component, where).pin(hub).resolve(hub)
     path = Path(os.path.expanduser(where)).absolute()
@@ -150,8 +146,6 @@ def _of_manifest(manifest: Manifest, how: Options, hub: Hub) -> ModelParts:
 
 def _located(path: Path, how: Options, values: Mapping[str, Any] = {}) -> ModelParts:
     """``values``: ``boundary_ratio``, ``expand_timesteps``, where no index gives them."""
-    from ditkit.checkpoints.files.opening import split_entry
-
     asked, scope = f"opening the model in {path}", how.scope
     path, entry = split_entry(path)
     if not path.is_dir() and not path.is_file():
