@@ -219,14 +219,9 @@ class MLXTextEncoder:
         return self.identify()
 
     @property
-    def nbytes(self) -> int:
-        """Of the weights as they are held."""
-        return sum(weight.nbytes for weight in self.network.weights.values())
-
-    @property
     def facts(self) -> dict[str, Any]:
         """What is known only once it is loaded."""
-        return {"weight_bytes": self.nbytes}
+        return {"weight_bytes": sum(weight.nbytes for weight in self.network.weights.values())}
 
     def __call__(self, ids: Sequence[int]) -> Tensor:
         """Ids of one prompt, unpadded -> [len(ids), D] in the encoder's dtype, on the CPU.

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ditkit.checkpoints.files.stored import StoredTensors, TensorInfo
 from ditkit.checkpoints.files.text import AGAIN, readable
-from ditkit.errors import LoadError, MissingDependency, nearest
+from ditkit.errors import LoadError, nearest, needed
 
 PLAIN = ("F32", "F16", "BF16")
 BLOCKS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
@@ -57,12 +57,7 @@ ARCHITECTURES: Mapping[str, Mapping[str, str]] = MappingProxyType({"wan": {}, "t
 
 
 def _library() -> Any:
-    try:
-        import gguf
-    except ImportError:
-        found = "the package gguf is not installed"
-        raise MissingDependency("reading a GGUF file", found, 'Run: pip install "ditkit[gguf]"') from None
-    return gguf
+    return needed("gguf", "reading a GGUF file", "gguf")
 
 
 class GGUFFile(StoredTensors):

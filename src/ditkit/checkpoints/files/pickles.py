@@ -7,14 +7,12 @@ these are its entries, and one of them is meant. Leaves out: bare pickles of tor
 Sources: ``torch/serialization.py`` (``_checkpoint_offset``); PKWARE APPNOTE 4.3.7 (local headers of a zip).
 """
 
-import hashlib
 import math
 import pickle
 import re
 import struct
 import zipfile
 from collections.abc import Iterator, Mapping
-from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import IO, Any
@@ -48,14 +46,9 @@ class PickleFile(StoredTensors):
         found = dict(_state_dicts(_skeleton(path, asked)))
         self.entries = tuple(found)
         self.entry, self.notes = _select(self.entries, entry, asked)
+        self.part = self.entry if len(self.entries) > 1 else ""
         tensors = {name: _info(path, name, tensor, records, asked) for name, tensor in found[self.entry].items()}
         super().__init__(path, tensors, {})
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Of the file and the entry: two state dicts of one file are different weights."""
-        about = [*sorted(self.sha256.values()), *([self.entry] if len(self.entries) > 1 else [])]
-        return hashlib.sha256("".join(about).encode()).hexdigest()
 
 
 def _select(known: tuple[str, ...], entry: str | None, asked: str) -> tuple[str, tuple[str, ...]]:

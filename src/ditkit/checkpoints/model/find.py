@@ -13,8 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ditkit.checkpoints.files.formats import INDEX as SHARD_INDEX
-from ditkit.checkpoints.files.formats import OTHERS, read_shards, split_entry
+from ditkit.checkpoints.files.formats import split_entry, weight_files
 from ditkit.checkpoints.files.text import readable, some
 from ditkit.checkpoints.kinds.configs import STRICT, Rules
 from ditkit.checkpoints.kinds.kind import KINDS
@@ -185,7 +184,9 @@ def _native(folder: Path, others: Mapping[str, Part], how: Options) -> tuple[dic
     for name in experts:
         if scope.opens(EXPERTS[name]):
             parts[EXPERTS[name]] = opened(folder / name, EXPERTS[name], rules=how.rules)
-    for file in weight_files(folder):
+    indices, loose = weight_files(folder)
+    safe = {file.stem for file in loose if file.suffix == ".safetensors"}  # of two that differ in their ending only
+    for file in [*indices, *(one for one in loose if one.suffix == ".safetensors" or one.stem not in safe)]:
         try:
             part = opened(file, None, rules=how.rules)
         except LoadError as error:
@@ -211,14 +212,3 @@ def _native(folder: Path, others: Mapping[str, Part], how: Options) -> tuple[dic
         why = f" ({some(f'{name}: {reason}' for name, reason in unused.items())})" if unused else ""
         raise LoadError(asked, f"it holds no part of a model{why}", "Check the path")
     return parts, unused
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The sets of weights in ``folder``: indices, and files that none of them names. Of two files that differ in their
-    ending only, the safetensors one."""
-    files = sorted(file for file in folder.iterdir() if file.is_file())
-    indices = [file for file in files if SHARD_INDEX.fullmatch(file.name)]
-    claimed = {shard for index in indices for shard in read_shards(index).values()}
-    loose = [file for file in files if file.suffix in (".safetensors", *OTHERS) and file.name not in claimed]
-    safe = {file.stem for file in loose if file.suffix == ".safetensors"}
-    return indices + [file for file in loose if file.suffix == ".safetensors" or file.stem not in safe]

@@ -7,13 +7,14 @@ is downloaded, and nothing here imports what was. Leaves out: which files a comp
 import contextlib
 import re
 import secrets
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ditkit.errors import LoadError, MissingDependency
+from ditkit.errors import LoadError, needed
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -176,10 +177,5 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _library() -> Any:
-    try:
-        import huggingface_hub
-        import huggingface_hub.constants
-    except ImportError:
-        do = 'Install it: pip install "ditkit[hub]"'
-        raise MissingDependency("using a hub repository", "huggingface_hub is not installed", do) from None
-    return huggingface_hub
+    needed("huggingface_hub.constants", "using a hub repository", "hub")
+    return sys.modules["huggingface_hub"]
