@@ -2,7 +2,7 @@
 
 import difflib
 import importlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, Self
 
 
@@ -70,6 +70,12 @@ def needed(module: str, asked: str, extra: str) -> Any:
     except ImportError:
         found = f"{module.partition('.')[0]} is not installed"
         raise MissingDependency(asked, found, f'Run: pip install "ditkit[{extra}]"') from None
+
+
+def check_known(name: str, known: Collection[str], asked: str, found: str, error: type[DitkitError]) -> None:
+    """Raises ``error`` for a name that is not among ``known``, which ``found`` says in words."""
+    if name not in known:
+        raise error(asked, f"{found}{nearest(name, known)}", f"Use one of: {', '.join(known)}")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ditkit.checkpoints.files.stored import StoredTensors, TensorInfo
 from ditkit.checkpoints.files.text import AGAIN, readable
-from ditkit.errors import LoadError, nearest, needed
+from ditkit.errors import LoadError, check_known, needed
 
 PLAIN = ("F32", "F16", "BF16")
 BLOCKS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
@@ -76,9 +76,7 @@ class GGUFFile(StoredTensors):
             except ValueError as error:
                 raise LoadError(asked, f"it cannot be read as GGUF ({error})", AGAIN) from None
         architecture = str(header.fields.get("general.architecture"))
-        if architecture not in ARCHITECTURES:
-            found = f"its architecture is {architecture!r}{nearest(architecture, ARCHITECTURES)}"
-            raise LoadError(asked, found, f"Use a GGUF file of one of: {', '.join(ARCHITECTURES)}")
+        check_known(architecture, ARCHITECTURES, asked, f"its architecture is {architecture!r}", LoadError)
         tensors: dict[str, TensorInfo] = {}
         for tensor in header.tensors:
             name = _translate(tensor[0], ARCHITECTURES[architecture])

@@ -27,7 +27,7 @@ from ditkit.checkpoints.lora.names import OTHER_NETWORKS, Key, Names, blocks_in,
 from ditkit.checkpoints.lora.scale import read_scale
 from ditkit.checkpoints.views.source import TensorSource
 from ditkit.contracts import EXPERTS
-from ditkit.errors import LoadError, nearest
+from ditkit.errors import LoadError, check_known
 
 PLAIN_PARAMETERS = ("modulation", "emb_pos")  # they belong to no layer of their own
 
@@ -99,9 +99,7 @@ def read_lora(
     ``expert``: transformer or transformer_2, needed for files with parts for both. ``allow``: names of ``ALLOWANCES``.
     Raises LoadError for any key that has no use here."""
     for name in allow:
-        if name not in ALLOWANCES:
-            found = f"there is no such rule{nearest(name, ALLOWANCES)}"
-            raise LoadError(f"allowing {name!r} for {source.path}", found, f"Choose among {', '.join(ALLOWANCES)}")
+        check_known(name, ALLOWANCES, f"allowing {name!r} for {source.path}", "there is no such rule", LoadError)
     survey = _Survey(source, targets, kind, expert, allow)
     if survey.faults:
         raise survey.error()

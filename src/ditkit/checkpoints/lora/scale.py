@@ -48,9 +48,7 @@ class Scale:
         if alpha is None or rank is None:
             if self.root and rank is not None:
                 asked = f"reading the LoRA {self.path} as rs-LoRA"
-                raise LoadError(
-                    asked, f"it has no alpha for {name}", "Write alpha into its settings"
-                )
+                raise LoadError(asked, f"it has no alpha for {name}", "Write alpha into its settings")
             return 1.0
         return float(alpha) / (math.sqrt(rank) if self.root else rank)
 

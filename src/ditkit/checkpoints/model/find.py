@@ -24,7 +24,7 @@ from ditkit.checkpoints.model.manifest import INDEX, MODULAR, Manifest
 from ditkit.checkpoints.model.open_part import flow_shift, open_part, open_tokenizer, opened, processor_config
 from ditkit.checkpoints.model.part import EXPERTS, SIDE, WITHOUT_WEIGHTS, ModelParts, Options, Part, Scope, main_of
 from ditkit.checkpoints.model.place import place_of
-from ditkit.errors import LoadError, SetupError, nearest
+from ditkit.errors import LoadError, SetupError, check_known, nearest
 from ditkit.setup import Setup
 
 ASSETS = Path(__file__).parents[2] / "assets"
@@ -82,9 +82,7 @@ def locate(
 def _options(setup: Setup, scope: Scope) -> tuple[Options, Hub]:
     hub, known = Hub(offline=setup.offline), [rule for kind in KINDS.values() for rule in kind.claims]
     for rule in setup.allow:
-        if rule not in known:
-            found = f"there is no such rule{nearest(rule, known)}"
-            raise SetupError(f"allow={rule!r}", found, f"There is {', '.join(known)}")
+        check_known(rule, known, f"allow={rule!r}", "there is no such rule", SetupError)
     instead = {part: _place(where, hub, part) for part, where in setup.components.items() if scope.opens(part)}
     return Options(setup.variant, instead, (*setup.allow, *([STRICT] if setup.strict_config else [])), scope), hub
 

@@ -20,7 +20,7 @@ from ditkit.checkpoints.kinds.kind import KINDS, Kind, kind_of_config, kinds_of,
 from ditkit.checkpoints.model.part import Part, component_names
 from ditkit.checkpoints.views.mapped import Mapped
 from ditkit.checkpoints.views.source import TensorSource
-from ditkit.errors import LoadError, nearest
+from ditkit.errors import LoadError, check_known
 
 
 def open_part(
@@ -43,9 +43,9 @@ def opened(
     """``open_part`` within a look at a whole model."""
     if component == "tokenizer":
         return open_tokenizer(path, rules)
-    if component is not None and component not in (known := component_names()):
-        found = f"there is no such component{nearest(component, known)}"
-        raise LoadError(f"opening {path} as {component!r}", found, f"Choose one of {', '.join(known)}")
+    if component is not None:
+        asked = f"opening {path} as {component!r}"
+        check_known(component, component_names(), asked, "there is no such component", LoadError)
     from ditkit.checkpoints.files.opening import open_source  # not before a file is opened
 
     source = open_source(path, variant, entry)
