@@ -32,8 +32,6 @@ BLOCKS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K"
 ORIGINAL = "comfy.gguf.orig_shape."
 CHUNK = 2**18  # numbers that are dequantised at once
 SHORT = 64  # longer lists, such as vocabularies, are left out of the metadata
-MOST_AXES = 8
-VERSIONS = (2, 3)
 TEXT, LIST = 8, 9
 NUMBERS = MappingProxyType({0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"})
 """Types of fields, as the specification numbers them -> as struct spells them."""
@@ -98,7 +96,7 @@ class _Header:
         stream.seek(0)
         if self._take(4) != b"GGUF":
             raise ValueError("it does not begin with GGUF")
-        if (version := self._number("I")) not in VERSIONS:
+        if (version := self._number("I")) not in (2, 3):
             raise ValueError(f"its version is {version}, or it is big-endian")
         tensors, fields = self._number("Q"), self._number("Q")
         pairs = [self._field() for _ in range(self._left(fields))]  # each takes a byte at least
@@ -156,7 +154,7 @@ class _Header:
 
     def _tensor(self) -> tuple[str, tuple[int, ...], int, int]:
         name, axes = self._text(), self._number("I")
-        if axes > MOST_AXES:
+        if axes > 8:
             raise ValueError(f"{name} has {axes} axes")
         shape = tuple(self._number("Q") for _ in range(axes))
         return name, shape[::-1], self._number("I"), self._number("Q")

@@ -86,7 +86,12 @@ class Hub:
         info = self._ask(asked, repo, lambda: api.model_info(repo, revision=revision, timeout=30))
         names = sorted(file.rfilename for file in info.siblings or () if inside(file.rfilename))
         if not COMMIT.fullmatch(revision or ""):
-            _remember(self._folder(repo) / "refs" / (revision or "main"), info.sha)
+            with contextlib.suppress(OSError):  # a cache that cannot be written to is reported when a file is fetched
+                reference = self._folder(repo) / "refs" / (revision or "main")
+                reference.parent.mkdir(parents=True, exist_ok=True)
+                part = reference.with_name(f"{reference.name}.{secrets.token_hex(4)}.part")
+                part.write_text(info.sha)
+                part.replace(reference)
         return Listing(repo, info.sha, tuple(names))
 
     def fetch(self, repo: str, commit: str, names: Iterable[str]) -> Path:
@@ -158,14 +163,6 @@ class Hub:
         first = str(causes[-1]).strip().splitlines()
         found = f"{type(causes[-1]).__name__}{': ' + first[0] if first else ''}".rstrip(".")
         return LoadError(asked, f"it failed ({found})", "Try again; what is already here is not fetched twice")
-
-
-def _remember(reference: Path, commit: str) -> None:
-    with contextlib.suppress(OSError):  # a cache that cannot be written to is reported when a file is fetched
-        reference.parent.mkdir(parents=True, exist_ok=True)
-        part = reference.with_name(f"{reference.name}.{secrets.token_hex(4)}.part")
-        part.write_text(commit)
-        part.replace(reference)
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

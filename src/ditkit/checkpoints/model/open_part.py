@@ -72,10 +72,12 @@ def opened(
             raise LoadError(f"{error.asked} ({file})", error.found, error.do) from None
     if (unsaid := sorted(row.unsaid.keys() - config.keys())) and belongs is None:
         notes.insert(0, f"no config says {' and '.join(unsaid)}; the official ones are taken")
+    named, side = view, side_of(detected.layout)
+    if row.keys is not None and (side, row.own) != ("native", "native"):  # what the table does not know keeps its name
+        named = Mapped(view, row.keys(config), row.own, of=side)
     return Part(
-        component or row.components[0], row.name, source.path, MappingProxyType(config),
-        row.under_module_names(view, detected.layout, config), detected.layout, detected.quantization, detected,
-        (*view.notes, *notes),
+        component or row.components[0], row.name, source.path, MappingProxyType(config), named, detected.layout,
+        detected.quantization, detected, (*view.notes, *notes),
     )  # fmt: skip
 
 
