@@ -58,8 +58,10 @@ def load_into(
     with torch.inference_mode(False):  # a parameter made in inference mode could never be trained
         apply_swaps(module, swaps)
         slots, brought = _slots(asked, module, wanted, own)
-        for place, slot in brought.items():
-            _move(slot, device(place))
+        for place, (owner, leaf) in brought.items():
+            old, where = getattr(owner, leaf), device(place)
+            if "meta" not in (old.device.type, where.type) and old.device != where:
+                setattr(owner, leaf, _like(old, old.detach().to(where)))
         done: dict[str, tuple[SourceTensor, Tensor | None]] = {}
         for key in source.tensors:
             name = target[key]
@@ -251,13 +253,6 @@ def _fill(tensor: SourceTensor, slots: Iterable[Slot]) -> Tensor | None:
             value = _like(old, tensor.read()) if value is None else value
             setattr(owner, leaf, value)
     return value
-
-
-def _move(slot: Slot, device: torch.device) -> None:
-    owner, leaf = slot
-    old = getattr(owner, leaf)
-    if "meta" not in (old.device.type, device.type) and old.device != device:
-        setattr(owner, leaf, _like(old, old.detach().to(device)))
 
 
 def _like(old: Tensor, new: Tensor) -> Tensor:

@@ -51,10 +51,6 @@ def _residual(native: str, other: str) -> Pairs:
     ]
 
 
-def _resample(native: str, other: str) -> Pairs:
-    return [pair for x in ("resample.1", "time_conv") for pair in leaves(f"{native}.{x}", f"{other}.{x}")]
-
-
 def _trunk() -> Pairs:
     """What both VAEs have: the two convolutions around the latents, and the ends and the middle of both halves."""
     pairs = [*leaves("conv1", "quant_conv"), *leaves("conv2", "post_quant_conv")]
@@ -78,7 +74,8 @@ def _levels(levels: int, num_res_blocks: int, names: Callable[[str, int, int, in
         for i in range(blocks):
             pairs += _residual(*names(half, level, i, blocks))
         if level < levels - 1:
-            pairs += _resample(*names(half, level, blocks, blocks))
+            native, other = names(half, level, blocks, blocks)
+            pairs += [pair for x in ("resample.1", "time_conv") for pair in leaves(f"{native}.{x}", f"{other}.{x}")]
     return KeyTable.of(pairs)
 
 
