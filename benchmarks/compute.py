@@ -73,12 +73,13 @@ def vae(folder: Path, dim: int, clip: tuple[int, int, int], repeats: int, clock:
     from ditkit.checkpoints.files.safetensors import TensorFiles
     from ditkit.checkpoints.kinds.wan_vae import vae_keys
     from ditkit.checkpoints.load import load_into
+    from ditkit.checkpoints.views.mapped import Mapped
     from ditkit.models.wan_vae import WanVAE
 
     config = WanVAEConfig(dim=dim)
     write_vae(folder, config)
     ours = WanVAE(config).eval().requires_grad_(False)
-    load_into(ours, TensorFiles(folder), vae_keys(len(config.dim_mult), config.num_res_blocks).to_native)
+    load_into(ours, Mapped(TensorFiles(folder), vae_keys(len(config.dim_mult), config.num_res_blocks), "native"))
     theirs = AutoencoderKLWan.from_pretrained(folder).eval()
 
     video = torch.rand(1, 3, *clip, generator=torch.Generator().manual_seed(0)) * 2 - 1

@@ -28,14 +28,13 @@ from ditkit.shapes.draw import (
     FRAMES,
     SHAPES,
     draw,
-    motion_caption,
-    other_caption,
     plain_caption,
     sample_scene,
 )
 from optimizer import Optimizer
 from transformer import CONFIG, DROP_TEXT, ROWS, TRAIN_SHIFT, folded_attend
 from vae import to_pixels
+from wordings import other_caption, other_motion
 
 CLIP = {
     "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "image_size": 64,
@@ -147,7 +146,7 @@ def caption_rows(encoder: UMT5EncoderModel, tokenizer, scenes: list, wordings: i
     rng = np.random.default_rng(seed)
     groups = []
     for scene in scenes:
-        few = [motion_caption(scene, rng) for _ in range(wordings - 2)]
+        few = [other_motion(scene, rng) for _ in range(wordings - 2)]
         groups.append([*few, plain_caption(scene), other_caption(scene, rng)])
     texts = sorted({text for group in groups for text in group} | {""})
     known = {}

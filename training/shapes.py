@@ -23,7 +23,8 @@ import export
 import transformer
 import vae as vae_training
 from ditkit.models.wan_vae import WanVAE
-from ditkit.shapes.draw import other_caption, plain_caption
+from ditkit.shapes.draw import plain_caption
+from wordings import other_caption
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("vae", "latents", "transformer", "export", "card")

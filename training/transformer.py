@@ -22,9 +22,10 @@ from transformers import UMT5Config, UMT5EncoderModel
 from checkpoint import Phase, schedule
 from ditkit.models.wan import Text, WanConfig, WanTransformer
 from ditkit.models.wan_vae import WanVAE
-from ditkit.shapes.draw import draw, other_caption, plain_caption, sample_scene
+from ditkit.shapes.draw import draw, plain_caption, sample_scene
 from optimizer import Optimizer
 from vae import to_pixels
+from wordings import other_caption
 
 TEXT_DIM = 128
 ROWS = 24  # the longest caption has fewer tokens; the last row stands for all further zero rows

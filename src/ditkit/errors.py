@@ -1,8 +1,9 @@
 """Every error a person can meet: what was asked, what was found, what to do about it."""
 
 import difflib
-from collections.abc import Iterable
-from typing import Self
+import importlib
+from collections.abc import Collection, Iterable
+from typing import Any, Self
 
 
 class DitkitError(Exception):
@@ -60,6 +61,21 @@ class Lost(PlaceError):
     """A place was not reached, or stopped answering. What it was doing can be done again, ``after`` so many seconds."""
 
     after = 0.0
+
+
+def needed(module: str, asked: str, extra: str) -> Any:
+    """An optional package, imported. Raises MissingDependency, with the line that installs it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        found = f"{module.partition('.')[0]} is not installed"
+        raise MissingDependency(asked, found, f'Run: pip install "ditkit[{extra}]"') from None
+
+
+def check_known(name: str, known: Collection[str], asked: str, found: str, error: type[DitkitError]) -> None:
+    """Raises ``error`` for a name that is not among ``known``, which ``found`` says in words."""
+    if name not in known:
+        raise error(asked, f"{found}{nearest(name, known)}", f"Use one of: {', '.join(known)}")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 
 from pydantic import field_validator
 
-from ditkit.errors import MissingDependency, SetupError
+from ditkit.errors import SetupError, needed
 from ditkit.registry import PlugSpec
 from ditkit.request import Float, Settings, default, one_of
 
@@ -133,11 +133,7 @@ def _torch_devices() -> list[str]:
 
 def _mlx_devices() -> list[str]:
     """What the installed MLX computes on: ``mps`` is its GPU on Apple silicon. Raises MissingDependency."""
-    try:
-        import mlx.core as mx
-    except ImportError:
-        asked = "computing the text_encoder with MLX"
-        raise MissingDependency(asked, "mlx is not installed", 'Run: pip install "ditkit[mlx]"') from None
+    mx = needed("mlx.core", "computing the text_encoder with MLX", "mlx")
     if mx.metal.is_available():
         return ["cpu", "mps"]
     return ["cpu", "cuda", "cuda:0"] if mx.default_device().type == mx.gpu else ["cpu"]

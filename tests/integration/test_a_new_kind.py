@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from ditkit.assembly import Model
 from ditkit.checkpoints.convert.convert import convert
 from ditkit.checkpoints.files.opening import open_source
-from ditkit.checkpoints.kinds.detect import detect
+from ditkit.checkpoints.kinds.detect import recognise
 from ditkit.checkpoints.kinds.kind import KINDS, kind_of_config
 from ditkit.checkpoints.load import load_into
 from ditkit.checkpoints.lora.read import inspect_lora, read_lora
@@ -90,9 +90,9 @@ def equal(a, b):
 
 
 def test_it_is_recognised_by_its_tensors_and_by_its_config(toy, native, model):
-    found = detect(open_source(native / "anything.safetensors"))
+    found = recognise(open_source(native / "anything.safetensors"))[0]
     assert (found.kind, found.layout, found.family, found.problems) == ("toy_joint", "native", "Toy", ())
-    found = detect(open_source(model / "transformer"))
+    found = recognise(open_source(model / "transformer"))[0]
     assert (found.kind, found.layout) == ("toy_joint", "diffusers")
     config = json.loads((model / "transformer" / "config.json").read_text())
     assert kind_of_config(config) == ("toy_joint", "diffusers")

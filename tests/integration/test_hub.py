@@ -54,6 +54,10 @@ def manifest(folder: Path, text: str) -> Manifest:
     return Manifest.open(folder)
 
 
+def places(opened: Manifest, hub: Hub) -> dict[str, Path]:
+    return {name: place.resolve(hub) for name, place in opened.components.items()}
+
+
 def locked(folder: Path, hub: Hub) -> Manifest:
     (folder / "ditkit.lock").write_text(lock_text(make_lock(Manifest.open(folder, lock=False), hub)))
     return Manifest.open(folder)
@@ -79,9 +83,9 @@ def test_a_whole_model_comes_from_one_commit_without_its_code(server, hub, tiny_
     commit = repo.commit(model(tiny_model))
     opened = Manifest.fetch("hf:o/n", hub)
     repo.commit(dict.fromkeys(model(tiny_model), b""))
-    places = opened.resolve(hub)
+    found = places(opened, hub)
     assert {place.revision for place in opened.components.values()} == {commit}
-    for name, at in places.items():
+    for name, at in found.items():
         for file in at.iterdir():
             assert file.read_bytes() == (tiny_model / name / file.name).read_bytes()
     assert not {one for one in fetched(opened.folder) if one.endswith((".py", ".md"))}
@@ -306,7 +310,7 @@ def test_offline_never_opens_a_socket(server, hub, tiny_model, tmp_path, monkeyp
         tmp_path / "m",
         '[components]\nvae = "hf:o/n/vae@main"\n[components.tokenizer]\nrepo = "o/n"\nsubfolder = "tokenizer"',
     )
-    online = locked(tmp_path / "m", hub).resolve(hub)
+    online = places(locked(tmp_path / "m", hub), hub)
     Manifest.fetch("hf:o/n", hub).components["scheduler"].resolve(hub)
     server.seen.clear()
 
@@ -316,7 +320,7 @@ def test_offline_never_opens_a_socket(server, hub, tiny_model, tmp_path, monkeyp
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     offline = Hub(server.endpoint, TOKEN, tmp_path / "cache", offline=True)
-    assert Manifest.open(tmp_path / "m").resolve(offline) == online
+    assert places(Manifest.open(tmp_path / "m"), offline) == online
     assert Manifest.fetch("hf:o/n", offline).components["scheduler"].resolve(offline).is_dir()
     for question in (
         lambda: offline.look("o/other"),

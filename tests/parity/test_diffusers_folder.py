@@ -17,6 +17,7 @@ from ditkit.checkpoints.kinds.wan_vae import vae_keys
 from ditkit.checkpoints.load import load_into
 from ditkit.checkpoints.model.manifest import Manifest
 from ditkit.checkpoints.views.key_table import rename
+from ditkit.checkpoints.views.mapped import Mapped
 from ditkit.errors import LoadError
 from ditkit.models.encoders import UMT5Config, UMT5TextEncoder
 from ditkit.models.text import WanTokenizer
@@ -69,8 +70,8 @@ def load_ours(folder: Path) -> dict[str, nn.Module]:
     )
     with torch.device("meta"):
         modules = {"transformer": WanTransformer(wan), "vae": WanVAE(vae)}
-    load_into(modules["transformer"], files["transformer"], transformer_keys(wan.num_layers).to_native)
-    load_into(modules["vae"], files["vae"], vae_keys(len(vae.dim_mult), vae.num_res_blocks).to_native)
+    load_into(modules["transformer"], Mapped(files["transformer"], transformer_keys(wan.num_layers), "native"))
+    load_into(modules["vae"], Mapped(files["vae"], vae_keys(len(vae.dim_mult), vae.num_res_blocks), "native"))
     modules["text_encoder"] = UMT5TextEncoder.load(umt5, files["text_encoder"], dtype=torch.float32).model
     return modules
 
@@ -223,6 +224,6 @@ def test_native_names_load_too():
     assert same(vae.state_dict(), dict(files))
     table = umt5_keys(3)
     files = TensorFiles(golden / "umt5/models_t5_umt5-xxl-enc.safetensors")
-    encoder = UMT5TextEncoder.load(UMT5Config(320, 64, 16, 160, 3, 4), files, table.to_other, torch.float32)
+    encoder = UMT5TextEncoder.load(UMT5Config(320, 64, 16, 160, 3, 4), Mapped(files, table, "other"), torch.float32)
     state = {name: t for name, t in encoder.model.state_dict().items() if name not in UMT5_ALIASES}
-    assert same(rename(state, table.to_native), dict(files))
+    assert same(state, rename(dict(files), table.to_other))

@@ -11,6 +11,7 @@ from ditkit.checkpoints.files.safetensors import TensorFiles
 from ditkit.checkpoints.files.text import read_json
 from ditkit.checkpoints.kinds.kind import KINDS
 from ditkit.checkpoints.kinds.umt5 import UMT5_ALIASES, umt5_keys
+from ditkit.checkpoints.views.mapped import Mapped
 from ditkit.contracts import TextEncoder
 from ditkit.errors import LoadError, RequestError
 from ditkit.models.encoders import UMT5Config, UMT5TextEncoder, build_umt5
@@ -32,7 +33,7 @@ def golden_encoder(dtype: torch.dtype = torch.float32) -> UMT5TextEncoder:
         layer_norm_epsilon=raw["eps"],
     )
     files = TensorFiles(GOLDEN / "models_t5_umt5-xxl-enc.safetensors")
-    return UMT5TextEncoder.load(config, files, umt5_keys(config.num_layers).to_other, dtype)
+    return UMT5TextEncoder.load(config, Mapped(files, umt5_keys(config.num_layers), "other"), dtype)
 
 
 def golden_cases() -> list[tuple[list[int], torch.Tensor, torch.Tensor]]:
@@ -96,7 +97,6 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> UMT5TextEncoder:
     return UMT5TextEncoder.load(
         UMT5Config(**KINDS["umt5"].read_config("transformers", read_json(folder / "config.json"), files.tensors)),
         files,
-        None,
         dtype,
     )
 

@@ -22,6 +22,7 @@ from ditkit.checkpoints.files.text import read_json
 from ditkit.checkpoints.kinds.kind import KINDS
 from ditkit.checkpoints.kinds.umt5 import umt5_keys
 from ditkit.checkpoints.model.open_part import open_part
+from ditkit.checkpoints.views.mapped import Mapped
 from ditkit.contracts import TextEncoder
 from ditkit.errors import LoadError, MissingDependency, RequestError, SetupError
 from ditkit.mlx.umt5 import MLXTextEncoder, Packed, _inside, buckets_of, is_linear, shapes, to_mlx, to_torch
@@ -36,7 +37,7 @@ SHAPES = Path(ditkit.__file__).parent / "assets/shapes/text_encoder"
 def load(folder: Path, dtype: torch.dtype = torch.float32, backend: str = "mlx") -> MLXTextEncoder:
     files = TensorFiles(folder)
     config = UMT5Config(**KINDS["umt5"].read_config("transformers", read_json(folder / "config.json"), files.tensors))
-    return MLXTextEncoder.load(config, files, None, dtype, "cpu", backend)
+    return MLXTextEncoder.load(config, files, dtype, "cpu", backend)
 
 
 def golden(dtype: torch.dtype) -> MLXTextEncoder:
@@ -44,7 +45,7 @@ def golden(dtype: torch.dtype) -> MLXTextEncoder:
         vocab_size=320, d_model=64, d_kv=16, d_ff=160, num_layers=3, num_heads=4,
     )  # fmt: skip
     files = TensorFiles(torchs.GOLDEN / "models_t5_umt5-xxl-enc.safetensors")
-    return MLXTextEncoder.load(config, files, umt5_keys(config.num_layers).to_other, dtype)
+    return MLXTextEncoder.load(config, Mapped(files, umt5_keys(config.num_layers), "other"), dtype)
 
 
 def prompt(length: int, words: int) -> list[int]:
@@ -84,7 +85,7 @@ def test_random_sizes_and_all_lengths_against_transformers(sizes, tmp_path):
     theirs = tiny.randomise(build_umt5(config).to_empty(device="cpu"), 5)
     tensors = {name: tensor.clone() for name, tensor in theirs.state_dict().items() if name != "shared.weight"}
     save_file(tensors, tmp_path / "model.safetensors")
-    ours = MLXTextEncoder.load(config, TensorFiles(tmp_path), None, torch.float32)
+    ours = MLXTextEncoder.load(config, TensorFiles(tmp_path), torch.float32)
     for length in (1, 2, 129, 512):
         ids = prompt(length, 99)
         with torch.no_grad():
@@ -116,8 +117,8 @@ def test_float16_leaves_its_range_where_transformers_does_and_comes_back(tmp_pat
         model.encoder.block[0].layer[0].SelfAttention.o.weight.mul_(6e4)
         model.encoder.block[1].layer[1].DenseReluDense.wo.weight.mul_(2e4)
     save_file({k: v.clone() for k, v in model.state_dict().items() if k != "shared.weight"}, tmp_path / "a.safetensors")
-    theirs = UMT5TextEncoder.load(config, TensorFiles(tmp_path), None, torch.float16)
-    ours = MLXTextEncoder.load(config, TensorFiles(tmp_path), None, torch.float16)
+    theirs = UMT5TextEncoder.load(config, TensorFiles(tmp_path), torch.float16)
+    ours = MLXTextEncoder.load(config, TensorFiles(tmp_path), torch.float16)
     ids = prompt(9, 20)
     seen = []
     layer = theirs.model.encoder.block[0].layer[0]
@@ -182,8 +183,8 @@ def layouts(tmp_path_factory) -> dict[str, Path]:
 def test_every_layout_gives_the_bits_that_torch_gets(layouts, layout, dtype):
     part = open_part(layouts[layout], "text_encoder")
     config = UMT5Config(**part.config)
-    theirs = UMT5TextEncoder.load(config, part.source, None, dtype).model.state_dict()
-    ours = MLXTextEncoder.load(config, part.source, None, dtype).network.weights
+    theirs = UMT5TextEncoder.load(config, part.source, dtype).model.state_dict()
+    ours = MLXTextEncoder.load(config, part.source, dtype).network.weights
     assert ours.keys() == shapes(config).keys() == theirs.keys() - {"encoder.embed_tokens.weight"}
     for name, array in ours.items():
         assert to_torch(array).dtype == theirs[name].dtype, name
@@ -192,7 +193,7 @@ def test_every_layout_gives_the_bits_that_torch_gets(layouts, layout, dtype):
 
 def test_two_layouts_of_the_same_numbers_give_the_same_rows(layouts):
     both = [open_part(layouts[name], "text_encoder") for name in ("diffusers", "native")]
-    rows = [MLXTextEncoder.load(UMT5Config(**p.config), p.source, None, torch.bfloat16)([4, 9, 17, 1]) for p in both]
+    rows = [MLXTextEncoder.load(UMT5Config(**p.config), p.source, torch.bfloat16)([4, 9, 17, 1]) for p in both]
     assert torch.equal(*rows)
 
 
@@ -216,7 +217,7 @@ def test_one_tensor_of_torch_is_held_at_a_time(saved):  # noqa: F811
 
     files = Watched(saved)
     config = UMT5Config(**KINDS["umt5"].read_config("transformers", read_json(saved / "config.json"), files.tensors))
-    MLXTextEncoder.load(config, files, None, torch.bfloat16)
+    MLXTextEncoder.load(config, files, torch.bfloat16)
     assert len(most) == len(files.tensors)
     assert max(most) <= 1  # the one before, until its array takes the next one's place
 
@@ -272,7 +273,7 @@ def test_packed_weights_are_near_and_as_small_as_promised(backend, dtype, worst)
         size = 4 if name.endswith(".wo.weight") and dtype == torch.float16 else dtype.itemsize
         expected += numbers * bits // 8 + numbers // 64 * 2 * size if is_linear(name) else numbers * size
         assert isinstance(packed.network.weights[name], Packed) == is_linear(name)
-    assert packed.nbytes == packed.facts["weight_bytes"] == expected < load(SHAPES, dtype).nbytes
+    assert packed.facts["weight_bytes"] == expected < load(SHAPES, dtype).facts["weight_bytes"]
 
 
 def test_rows_that_cannot_be_packed_are_refused(saved):  # noqa: F811

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ditkit.checkpoints.files.opening import open_source
-from ditkit.checkpoints.kinds.detect import detect
+from ditkit.checkpoints.kinds.detect import recognise
 from ditkit.errors import LoadError
 
 GOLDEN = Path(__file__).parents[1] / "data/golden"
@@ -192,7 +192,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_every_flavour(case, folders, tmp_path):
     make, kind, layout, more = CASES[case]
-    found = detect(open_source(make(folders, tmp_path)))
+    found = recognise(open_source(make(folders, tmp_path)))[0]
     assert (found.kind, found.layout, found.problems) == (kind, layout, ())
     for key, value in more.items():
         assert getattr(found, key) == value, key
@@ -207,7 +207,7 @@ def test_every_golden_component():
         "umt5/models_t5_umt5-xxl-enc.safetensors": "umt5", "vae/wan21/Wan2.1_VAE.safetensors": "wan_vae",
         "vae/wan22/Wan2.2_VAE.safetensors": "wan_vae22", "taehv/taew2_1_tiny.safetensors": "taehv",
     }.items():  # fmt: skip
-        found = detect(open_source(GOLDEN / file))
+        found = recognise(open_source(GOLDEN / file))[0]
         assert (found.kind, found.layout, found.problems) == (kind, "native", ()), file
 
 
@@ -215,7 +215,7 @@ def test_the_task_of_every_golden_transformer():
     for folder in GOLDEN.glob("transformer/*"):
         place = folder / "high_noise_model" if (folder / "high_noise_model").is_dir() else folder
         said = json.loads((place / "config.json").read_text())["model_type"]
-        assert detect(open_source(place / "diffusion_pytorch_model.safetensors")).variant == said, folder.name
+        assert recognise(open_source(place / "diffusion_pytorch_model.safetensors"))[0].variant == said, folder.name
 
 
 def test_a_new_name_changes_nothing(folders, tmp_path):
@@ -223,7 +223,7 @@ def test_a_new_name_changes_nothing(folders, tmp_path):
     seen = []
     for name in ("wan2.1_t2v_1.3B.safetensors", "wan2.2_i2v_high_noise_flf2v_720p_fun.safetensors", "x.bin", "y"):
         save_file(native(folders, "i2v_a14b"), tmp_path / name)
-        seen.append(detect(open_source(tmp_path / name)))
+        seen.append(recognise(open_source(tmp_path / name))[0])
     assert all(one == seen[0] for one in seen)
 
 
@@ -242,18 +242,18 @@ def test_what_cannot_be_told_is_listed(tmp_path):
                 module = WanTransformer(OFFICIAL[name].config)
             self.tensors = {k: Facts("BF16", tuple(v.shape)) for k, v in module.state_dict().items()}
 
-    found = detect(Shapes("wan2.1-t2v-14b"))
-    assert found == detect(Shapes("wan2.2-t2v-a14b"))
+    found = recognise(Shapes("wan2.1-t2v-14b"))[0]
+    assert found == recognise(Shapes("wan2.2-t2v-a14b"))[0]
     assert found.size_name == "14B"
     assert found.possible == (
         "Wan 2.1 T2V-14B", "Wan 2.2 T2V-A14B, high-noise expert", "Wan 2.2 T2V-A14B, low-noise expert",
     )  # fmt: skip
     assert found.family == "Wan 2.1 or Wan 2.2"
     assert "the role that its folder or a manifest gives it" in found.decides
-    assert detect(Shapes("wan2.2-i2v-a14b")).possible[0] == "Wan 2.2 I2V-A14B, high-noise expert"
-    assert detect(Shapes("wan2.1-i2v-14b")).possible == ("Wan 2.1 I2V-14B-480P", "Wan 2.1 I2V-14B-720P")
+    assert recognise(Shapes("wan2.2-i2v-a14b"))[0].possible[0] == "Wan 2.2 I2V-A14B, high-noise expert"
+    assert recognise(Shapes("wan2.1-i2v-14b"))[0].possible == ("Wan 2.1 I2V-14B-480P", "Wan 2.1 I2V-14B-720P")
     for name, size in (("wan2.1-t2v-1.3b", "1.3B"), ("wan2.2-ti2v-5b", "5B"), ("wan2.1-vace-14b", "14B")):
-        one = detect(Shapes(name))
+        one = recognise(Shapes(name))[0]
         assert (one.size_name, len(one.possible), one.decides) == (size, 1, None)
 
 
@@ -266,7 +266,7 @@ def test_what_cannot_be_told_is_listed(tmp_path):
     ("dwpose_embedding.0.weight", "UniAnimate"),
 ])  # fmt: skip
 def test_relatives_are_named_and_not_run(folders, tmp_path, extra, relative):
-    found = detect(open_source(saved(tmp_path, native(folders, "i2v") | {extra: torch.zeros(2)})))
+    found = recognise(open_source(saved(tmp_path, native(folders, "i2v") | {extra: torch.zeros(2)})))[0]
     assert (found.kind, found.variant) == ("wan", relative)
     assert found.problems == (f"it is {relative}, a relative of Wan that ditkit does not run",)
 
@@ -276,26 +276,28 @@ def test_relatives_are_named_and_not_run(folders, tmp_path, extra, relative):
 )
 def test_conditions_that_are_not_official(folders, tmp_path, channels, said):
     tensors = native(folders) | {"patch_embedding.weight": torch.zeros(64, channels, 1, 2, 2)}
-    assert detect(open_source(saved(tmp_path, tensors))).problems[0].startswith(said)
+    assert recognise(open_source(saved(tmp_path, tensors)))[0].problems[0].startswith(said)
 
 
 def test_a_branch_on_its_own_and_a_saved_state_are_told_apart(folders, tmp_path):
     module = {k: v for k, v in native(folders, "vace").items() if k.startswith("vace_")}
-    found = detect(open_source(saved(tmp_path, module)))
+    found = recognise(open_source(saved(tmp_path, module)))[0]
     assert (found.kind, found.problems[0][:37]) == ("vace_module", "it holds only VACE's control branch, ")
     state = saved(tmp_path, {"latents": torch.zeros(1, 16, 2, 4, 4)}, {"ditkit.state": "{}"})
-    assert detect(open_source(state)).problems == ("it is a saved State of ditkit, not a model",)
+    assert recognise(open_source(state))[0].problems == ("it is a saved State of ditkit, not a model",)
 
 
 def test_a_plain_t5_is_no_umt5(tmp_path):
     tensors = tiny._text_tensors()
     del tensors["encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"]
-    assert "T5 with positions in its first block only" in detect(open_source(saved(tmp_path, tensors))).problems[0]
+    assert (
+        "T5 with positions in its first block only" in recognise(open_source(saved(tmp_path, tensors)))[0].problems[0]
+    )
 
 
 def refused(file, *parts):
     with pytest.raises(LoadError) as error:
-        detect(open_source(file))
+        recognise(open_source(file))[0]
     for part in parts:
         assert part in str(error.value), f"{part!r} is not in {str(error.value)!r}"
 

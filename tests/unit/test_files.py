@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from ditkit.checkpoints.files.formats import kind_of
 from ditkit.checkpoints.files.opening import open_source
 from ditkit.checkpoints.files.pickles import PickleFile
-from ditkit.checkpoints.files.safetensors import TensorFiles, read_header
+from ditkit.checkpoints.files.safetensors import TensorFiles
 from ditkit.checkpoints.files.stored import DTYPES
 from ditkit.errors import LoadError
 
@@ -90,7 +90,7 @@ def test_every_type_of_the_table_is_torchs(tmp_path):
     for name, dtype in DTYPES.items():
         tensor = torch.zeros(2, dtype=dtype)
         save_file({"x": tensor}, tmp_path / "x.safetensors")
-        assert read_header(tmp_path / "x.safetensors")["x"].dtype == name
+        assert TensorFiles(tmp_path / "x.safetensors").tensors["x"].dtype == name
         assert TensorFiles(tmp_path / "x.safetensors")["x"].dtype == tensor.dtype
 
 

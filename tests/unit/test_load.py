@@ -57,10 +57,10 @@ def test_a_load_is_exact(tmp_path):
     assert all(isinstance(p, nn.Parameter) for p in (module.first.weight, module.layers[1].bias))
 
 
-def test_names_are_translated_and_requires_grad_stays(tmp_path):
+def test_requires_grad_stays(tmp_path):
     tensors, module = weights(), meta()
     module.first.requires_grad_(False)
-    load_into(module, source(tmp_path, {f"x.{k}": t for k, t in tensors.items()}), {f"x.{k}": k for k in tensors})
+    load_into(module, source(tmp_path, tensors))
     assert torch.equal(module.first.weight, tensors["first.weight"])
     assert not module.first.weight.requires_grad
     assert module.layers[0].weight.requires_grad
@@ -105,18 +105,6 @@ def test_unknown_tensors_fail_the_load(tmp_path):
     )
 
 
-def test_a_name_that_the_table_does_not_have_is_unknown(tmp_path):
-    tensors = weights()
-    names = {name: name for name in tensors if name != "first.bias"}
-    refused(
-        meta(),
-        source(tmp_path, tensors),
-        "1 tensors are missing (first.bias)",
-        "1 tensors are unknown to the model (first.bias)",
-        names=names,
-    )
-
-
 def test_other_shapes_fail_the_load_before_anything_is_read(tmp_path):
     tensors, module = weights() | {"first.weight": torch.zeros(4, 5), "first.bias": torch.zeros(4, 1)}, meta()
     refused(
@@ -138,14 +126,6 @@ def test_all_kinds_of_faults_are_told_at_once(tmp_path):
 def test_whole_numbers_are_no_weights(tmp_path):
     tensors = weights() | {"first.bias": torch.zeros(4, dtype=torch.int8)}
     refused(meta(), source(tmp_path, tensors), "first.bias is I8")
-
-
-def test_two_names_for_one_tensor(tmp_path):
-    tensors = weights()
-    files = source(tmp_path, tensors | {"again": tensors["first.bias"]})
-    refused(
-        meta(), files, "1 tensors come twice under two names", names={k: k for k in tensors} | {"again": "first.bias"}
-    )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6])

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from ditkit.checkpoints.files.safetensors import TensorFiles
-from ditkit.checkpoints.kinds.detect import detect
+from ditkit.checkpoints.kinds.detect import recognise
 from ditkit.checkpoints.lora.merge import Merged
 from ditkit.checkpoints.lora.read import ALLOWANCES, experts_of, inspect_lora, read_lora
 from ditkit.errors import LoadError, SetupError
@@ -357,7 +357,7 @@ def test_fingerprints(model, base, lora):
     """Content, strength, mode and the way of reading count; the file's name does not."""
     tensors = written(factors(model, LINEARS), lambda n: n)
     a, same = (read_lora(lora(tensors, name=n), shapes(model)) for n in ("a", "b"))
-    scaled = read_lora(a.source, shapes(model), alpha=2.0)
+    allowed = read_lora(a.source, shapes(model), allow=["lone_alpha"])
     other_ = read_lora(lora(written(factors(model, LINEARS, 9), lambda n: n), name="c"), shapes(model))
 
     def side(adapter, strength):
@@ -365,7 +365,7 @@ def test_fingerprints(model, base, lora):
 
     assert side(a, 1.0) == side(same, 1.0)
     assert Merged(base, [(a, 1.0)]).fingerprint == Merged(base, [(same, 1.0)]).fingerprint
-    for changed in ((a, 0.5), (scaled, 1.0), (other_, 1.0)):
+    for changed in ((a, 0.5), (allowed, 1.0), (other_, 1.0)):
         assert not set(side(*changed)) & set(side(a, 1.0))
         assert Merged(base, [changed]).fingerprint != Merged(base, [(a, 1.0)]).fingerprint
         assert Merged(base, [changed]).sketch != Merged(base, [(a, 1.0)]).sketch
@@ -426,14 +426,10 @@ def test_low_rank_stays_low_rank(model, lora):
 # Scales
 
 
-def test_alpha_that_the_file_does_not_have(model, base, lora):
-    pairs = factors(model, [NAME])
-    source = lora(written(pairs, lambda n: n))
-    for alpha, rs, scale in ((0.5, None, 0.125), (8.0, True, 4.0)):
-        adapter = read_lora(source, shapes(model), alpha=alpha, rs_lora=rs)
-        check(model, base, [(adapter, 1.0)], dense(model, pairs, scale))
+def test_the_root_of_the_rank_needs_an_alpha(model, lora, tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "use_rslora": True}))
     with pytest.raises(LoadError, match="no alpha"):
-        read_lora(source, shapes(model), rs_lora=True)
+        read_lora(lora(written(factors(model, [NAME]), lambda n: n)), shapes(model))
 
 
 @pytest.mark.parametrize("inside", [True, False], ids=["in the file", "beside it"])
@@ -587,7 +583,7 @@ def test_unknown_allowance(model, lora):
 def test_no_lora_at_all(base, model):
     with pytest.raises(LoadError, match="no part of a LoRA"):
         read_lora(base, shapes(model))
-    assert detect(base).kind != "lora"
+    assert recognise(base)[0].kind != "lora"
 
 
 def test_two_experts_in_one_file(model, lora):
@@ -630,7 +626,7 @@ def test_control_blocks(lora):
 
 def test_inspect_without_a_model(model, lora):
     source = lora(written(factors(model, LINEARS), lambda n: f"lora_unet_{flat(n)}", **KOHYA, alpha=ALPHA))
-    assert detect(source).kind == "lora"
+    assert recognise(source)[0].kind == "lora"
     told = json.loads(json.dumps(inspect_lora(source)))
     assert told["family"] == "kohya"
     assert (told["width"], told["blocks"], told["pairs"]) == (CONFIG.dim, 2, len(LINEARS))

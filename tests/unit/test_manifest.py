@@ -50,6 +50,10 @@ def write_lock(folder: Path) -> Path:
     return lock_file(opened)
 
 
+def places(opened: Manifest) -> dict[str, Path]:
+    return {name: place.resolve() for name, place in opened.components.items()}
+
+
 def verify_all(folder: Path) -> int:
     return sum(verify(place, place.resolve()) for place in Manifest.open(folder).components.values())
 
@@ -60,14 +64,14 @@ def verify_all(folder: Path) -> int:
 def test_local_places_are_relative_to_the_manifest(parts, monkeypatch):
     monkeypatch.chdir("/")
     opened = Manifest.open(parts)
-    assert opened.resolve() == {
+    assert places(opened) == {
         "vae": parts.parent / "a" / "vae",
         "transformer": parts.parent / "b" / "transformer",
         "text_encoder": parts / "text_encoder",
         "tokenizer": parts / "tokenizer",
     }
     assert opened.values == {"boundary_ratio": 0.875}
-    assert Manifest.open(parts / "ditkit.toml").resolve() == opened.resolve()
+    assert places(Manifest.open(parts / "ditkit.toml")) == places(opened)
 
 
 def test_a_dot_means_beside_the_manifest_with_and_without_a_folder_of_its_own(tmp_path):
@@ -75,7 +79,7 @@ def test_a_dot_means_beside_the_manifest_with_and_without_a_folder_of_its_own(tm
     opened = manifest(
         tmp_path, '[components]\nvae = "."\ntransformer = "."\n[components.tokenizer]\npath = "."\nsubfolder = "vae"'
     )
-    assert opened.resolve() == {"vae": tmp_path / "vae", "transformer": tmp_path, "tokenizer": tmp_path / "vae"}
+    assert places(opened) == {"vae": tmp_path / "vae", "transformer": tmp_path, "tokenizer": tmp_path / "vae"}
 
 
 def test_a_repository_in_full_and_in_short(tmp_path):
@@ -159,14 +163,14 @@ def test_the_toml_goes_before_the_index_component_by_component(tiny_model, tmp_p
     (tmp_path / "other").mkdir()
     opened = manifest(tmp_path / "m", '[components]\nvae = "../other"\n[defaults]\nsteps = 4')
     assert opened.components["vae"].path == tmp_path / "other"
-    assert opened.resolve()["transformer"] == tmp_path / "m" / "transformer"
+    assert places(opened)["transformer"] == tmp_path / "m" / "transformer"
     assert opened.tables == {"defaults": {"steps": 4}}
 
 
 def test_what_the_toml_replaces_need_not_be_there(tiny_model, tmp_path):
     shutil.copytree(tiny_model, tmp_path / "m")
     shutil.move(tmp_path / "m" / "vae", tmp_path / "other")
-    assert manifest(tmp_path / "m", '[components]\nvae = "../other"').resolve()["vae"] == tmp_path / "other"
+    assert places(manifest(tmp_path / "m", '[components]\nvae = "../other"'))["vae"] == tmp_path / "other"
 
 
 # --- indexes of diffusers
@@ -181,7 +185,7 @@ def test_an_index_of_diffusers_for_two_experts(tmp_path):
         "image_encoder": [None, None],
     }
     opened = Manifest.open(index(tmp_path, values | {"boundary_ratio": 0.9, "expand_timesteps": False}))
-    assert opened.resolve() == {name: tmp_path / name for name in names}
+    assert places(opened) == {name: tmp_path / name for name in names}
     assert opened.values == {"boundary_ratio": 0.9, "expand_timesteps": False}
 
 
@@ -219,7 +223,7 @@ def test_f16_a_component_that_cannot_be_had_is_an_error(tiny_model, tmp_path):
     shutil.copytree(tiny_model, tmp_path / "m")
     (tmp_path / "m" / "ditkit.toml").write_text('[components]\nvae = "../nowhere"')
     with pytest.raises(LoadError, match=r"finding the vae: there is nothing at .*nowhere"):
-        Manifest.open(tmp_path / "m").resolve()
+        places(Manifest.open(tmp_path / "m"))
 
 
 def test_f19_f20_what_a_model_says_of_itself_survives_a_lock(parts):
@@ -250,7 +254,7 @@ def test_f21_an_absolute_path_that_is_stale_is_an_error(tmp_path):
     with pytest.raises(
         LoadError, match=r"there is nothing at /saved/elsewhere/vae\. Correct .* \('\.' is its own folder"
     ):
-        opened.resolve()
+        places(opened)
 
 
 @pytest.mark.parametrize("revision", ["", "@main", "@v1.0", "@0123456"])
@@ -258,7 +262,7 @@ def test_f22_what_can_move_is_refused(tmp_path, revision):
     """diffusers takes the weights from each repository's main branch, whatever revision was asked for."""
     opened = manifest(tmp_path, f'[components]\nvae = "hf:o/n/vae{revision}"')
     with pytest.raises(LoadError, match=r"can mean another commit tomorrow\. Give a commit of 40 digits"):
-        opened.resolve()
+        places(opened)
 
 
 # --- the lock
@@ -270,7 +274,7 @@ def test_a_lock_holds_every_file_of_every_component(parts):
     assert "tokenizer.json" in lock["tokenizer"].files
     opened = Manifest.open(parts)
     assert opened.locked
-    size = sum(file.stat().st_size for place in opened.resolve().values() for file in place.iterdir())
+    size = sum(file.stat().st_size for place in places(opened).values() for file in place.iterdir())
     assert verify_all(parts) == size
 
 
@@ -278,7 +282,7 @@ def test_every_changed_byte_is_found(parts):
     """One byte of any file, its size and its time of change as they were, after it had been hashed in this process."""
     write_lock(parts)
     verify_all(parts)
-    files = [file for place in Manifest.open(parts).resolve().values() for file in place.iterdir()]
+    files = [file for place in places(Manifest.open(parts)).values() for file in place.iterdir()]
     assert len(files) >= 8
     for file in files:
         before, stat = file.read_bytes(), file.stat()
@@ -298,15 +302,15 @@ def test_sizes_lost_files_and_new_files_are_found_without_reading_weights(parts)
     with weights.open("ab") as file:
         file.write(b"x")
     with pytest.raises(LoadError, match=r"safetensors has \d+ bytes and had \d+ when it was locked"):
-        Manifest.open(parts).resolve()
+        places(Manifest.open(parts))
     weights.write_bytes(weights.read_bytes()[:-1])
     (vae / "extra.json").write_text("{}")
     with pytest.raises(LoadError, match=r"extra\.json is there and is not locked"):
-        Manifest.open(parts).resolve()
+        places(Manifest.open(parts))
     (vae / "extra.json").unlink()
     (vae / "config.json").rename(vae / "config.old")
     with pytest.raises(LoadError, match=r"config\.json is pinned and is not there"):
-        Manifest.open(parts).resolve()
+        places(Manifest.open(parts))
 
 
 def test_an_index_of_diffusers_is_locked_too(tiny_model, tmp_path):

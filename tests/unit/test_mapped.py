@@ -1,4 +1,4 @@
-"""A source seen through a key table: what is cut, joined, reshaped and transposed, and what is refused."""
+"""A source seen through a key table: what is cut, joined and reshaped, and what is refused."""
 
 import pytest
 import torch
@@ -16,7 +16,6 @@ TABLE = KeyTable.of(
     Rule(("fused",), ("q", "k", "v")),
     Rule(("gate", "up"), ("both",)),
     Rule(("row",), ("flat",), ones=2),
-    Rule(("wide",), ("tall",), transpose=True),
     aliases={"x2": "x"},
     ignored_native=("beside.", "note"),
     ignored_other=("buffer",),
@@ -25,7 +24,7 @@ TABLE = KeyTable.of(
 
 def native() -> dict[str, torch.Tensor]:
     g = torch.Generator().manual_seed(0)
-    sizes = {"up": (2, 5), "a": (3,), "fused": (6, 4), "wide": (2, 3), "gate": (2, 5), "row": (1, 1, 7)}
+    sizes = {"up": (2, 5), "a": (3,), "fused": (6, 4), "gate": (2, 5), "row": (1, 1, 7)}
     return {name: torch.randn(size, generator=g) for name, size in sizes.items()}
 
 
@@ -34,7 +33,7 @@ def test_each_operation_against_plain_torch():
     there = dict(Mapped(Held(n), TABLE, "other"))
     q, k, v = n["fused"].chunk(3)
     expected = {"x": n["a"], "q": q, "k": k, "v": v, "both": torch.cat([n["gate"], n["up"]])}
-    expected |= {"flat": n["row"][0, 0], "tall": n["wide"].T}
+    expected |= {"flat": n["row"][0, 0]}
     assert there.keys() == expected.keys()
     assert all(torch.equal(there[name], expected[name]) for name in expected)
     assert all(tensor.is_contiguous() for tensor in there.values())
@@ -111,7 +110,6 @@ def test_two_names_must_hold_the_same():
     ("other", {"gate": (2, 2), "up": (2, 3)}, "gate, up differ in type or shape"),
     ("other", {"fused": (4, 3)}, r"fused has the shape \[4, 3\] and cannot be cut into 3"),
     ("other", {"row": (1, 2, 7)}, r"row has the shape \[1, 2, 7\], not 2 leading axes of 1"),
-    ("other", {"wide": (2, 2, 2)}, "not two axes to swap"),
     ("native", {"q": (2, 2), "k": (2, 2)}, "fused is made of k, q, v, and there is no v"),
 ])  # fmt: skip
 def test_shapes_that_do_not_fit_a_rule(to, tensors, message):
@@ -135,7 +133,7 @@ def test_one_layout_alone_without_what_is_ignored():
 
 def test_rules_do_one_thing():
     with pytest.raises(ValueError, match="does one thing"):
-        Rule(("a", "b"), ("c",), transpose=True)
+        Rule(("a", "b"), ("c",), ones=1)
     with pytest.raises(ValueError, match="does one thing"):
         Rule(("a", "b"), ("c", "d"))
     with pytest.raises(TypeError, match="more than rename"):

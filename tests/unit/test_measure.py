@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -70,7 +71,8 @@ def test_99_of_100_clips_are_right_in_everything(damage):
     right = {"color": 0, "shape": 0, "motion": 0, "background": 0, "all": 0}
     for _ in range(count):
         scene = draw.sample_scene(rng)
-        for key, value in score(measure(DAMAGE[damage](draw.draw(scene), rng)), scene).items():
+        marks = score(measure(DAMAGE[damage](draw.draw(scene), rng)), scene)
+        for key, value in {**marks, "all": all(marks.values())}.items():
             right[key] += value
     wrong = 0 if damage == "none" else count // 100 or 1
     assert min(right.values()) >= count - wrong, right
@@ -82,9 +84,7 @@ def test_every_colour_on_every_ground(color, background):
     for shape in SHAPES:
         scene = draw.sample_scene(np.random.default_rng(1), color=color, background=background, shape=shape)
         reading = measure(draw.draw(scene))
-        assert score(reading, scene)["all"]
-        assert np.abs(np.subtract(reading.rgb, COLORS[color])).max() <= 1
-        assert np.abs(np.subtract(reading.background_rgb, BACKGROUNDS[background])).max() <= 1
+        assert all(score(reading, scene).values())
 
 
 @pytest.mark.parametrize("motion", MOTIONS)
@@ -99,8 +99,6 @@ def test_numbers_are_those_that_were_drawn(motion):
         assert (reading.seen, reading.objects) == (1, 1)
         assert max(reading.fit, key=reading.fit.get) == shape
         assert reading.fit[shape] > 0.97
-        assert set(reading.confidence) == {"color", "shape", "motion", "background"}
-        assert all(0 < value <= 1.001 for value in reading.confidence.values())
 
 
 @pytest.mark.parametrize("motion", MOTIONS)
@@ -139,38 +137,11 @@ def test_a_cross_is_an_object_without_a_known_shape():
 def test_what_is_wrong_counts_as_wrong():
     scene = Scene("circle", "red", "left", "black", 48, 30, 10, 25)
     reading = measure(draw.draw(scene))
-    assert score(reading, scene) == dict.fromkeys(("color", "shape", "motion", "background", "all"), True)
+    assert score(reading, scene) == dict.fromkeys(("color", "shape", "motion", "background"), True)
     for key, word in {"color": "purple", "shape": "square", "motion": "right", "background": "navy"}.items():
-        result = score(
-            reading, {**{k: getattr(scene, k) for k in ("color", "shape", "motion", "background")}, key: word}
-        )
-        assert [k for k, right in result.items() if not right] == [key, "all"]
+        result = score(reading, replace(scene, **{key: word}))
+        assert [k for k, right in result.items() if not right] == [key]
     assert not any(score(Reading(), scene).values())
-
-
-def test_score_takes_words_captions_and_no_nonsense():
-    scene = Scene("circle", "red", "still", "navy", 32, 30, 10, 25)
-    reading = measure(draw.draw(scene))
-    assert score(reading, draw.plain_caption(scene))["all"]
-    assert score(reading, {"color": "red"}) == {"color": True, "all": True}
-    for wanted in (
-        {"colour": "red"},
-        {"color": "pink"},
-        {},
-        "a red circle",
-        "a red circle moving sideways on a navy background",
-    ):
-        with pytest.raises(RequestError):
-            score(reading, wanted)
-
-
-def test_every_plain_caption_can_be_scored():
-    rng = np.random.default_rng(0)
-    for motion in MOTIONS:
-        scene = draw.sample_scene(rng, motion=motion)
-        assert score(Reading(scene.color, scene.shape, scene.motion, scene.background), draw.plain_caption(scene))[
-            "all"
-        ]
 
 
 def plain(color, frames=13):
@@ -232,7 +203,8 @@ def test_an_object_must_be_there_most_of_the_time():
     assert measure(gone).color is None
     assert measure(gone).seen == pytest.approx(6 / 13)
     blink = np.where(np.arange(13)[:, None, None, None] % 4 == 1, empty, video)
-    assert score(measure(blink), {"color": "red", "shape": "circle", "motion": "left"})["all"]
+    reading = measure(blink)
+    assert (reading.color, reading.shape, reading.motion) == ("red", "circle", "left")
 
 
 def test_colours_far_from_all_names_have_none():
@@ -247,8 +219,8 @@ def test_other_sizes():
     scene = Scene("square", "green", "up", "gray", 30, 50, 9, 25)
     video = draw.draw(scene)
     wide = np.concatenate([video, plain(BACKGROUNDS["gray"])], axis=2)
-    assert score(measure(wide), scene)["all"]
-    assert score(measure(wide.repeat(5, 1).repeat(5, 2)), scene)["all"]
+    assert all(score(measure(wide), scene).values())
+    assert all(score(measure(wide.repeat(5, 1).repeat(5, 2)), scene).values())
     for bad in (video.astype(np.float32), video[0], video[..., :1], video[:0]):
         with pytest.raises(RequestError):
             measure(bad)

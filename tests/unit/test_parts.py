@@ -1,5 +1,6 @@
 """The parts of a model: found by content, equal in every layout; what is missing or does not fit is one sentence."""
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -9,8 +10,9 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
+from ditkit.checkpoints.files.formats import weight_files
 from ditkit.checkpoints.load import load_into
-from ditkit.checkpoints.model.find import locate, weight_files
+from ditkit.checkpoints.model.find import locate
 from ditkit.checkpoints.model.open_part import open_part
 from ditkit.errors import LoadError
 from ditkit.models.wan import WanConfig, WanTransformer
@@ -94,7 +96,7 @@ def test_every_golden_transformer_loads_strictly(folder):
 def test_native_files_are_found_whatever_they_are_called(copy):
     folder = copy("i2v", "native")
     before = locate(folder)
-    for n, file in enumerate(weight_files(folder)):
+    for n, file in enumerate(itertools.chain(*weight_files(folder))):
         file.rename(folder / f"{n}_flf2v_high_noise{file.suffix}")
     after = locate(folder).check()
     assert after.task == before.task == "i2v"

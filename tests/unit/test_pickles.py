@@ -251,11 +251,8 @@ def test_a_critic_is_never_taken_for_the_model(tmp_path):
 
 
 def test_older_versions_of_torch_find_the_same_places(tmp_path):
-    """There the meta device does not tell where storages lie; another mode of torch does from 2.7 on, and a mapping of
-    the file always."""
+    """There the meta device does not tell where storages lie; a mapping of the file does."""
     path = saved(tmp_path, {"x": torch.arange(10.0), "y": torch.arange(6.0).reshape(2, 3).T})
     records = pickles._records(path, "")
-    before_27 = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7)
-    for older in (pickles._mapped,) if before_27 else (pickles._mapped, pickles._fake):
-        for name, tensor in older(path).items():
-            assert pickles._info(path, name, tensor, records, "") == open_source(path).tensors[name]
+    for name, tensor in pickles._mapped(path).items():
+        assert pickles._info(path, name, tensor, records, "") == open_source(path).tensors[name]

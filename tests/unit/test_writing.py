@@ -5,7 +5,7 @@ import torch
 from held import Held
 from safetensors.torch import load_file
 
-from ditkit.checkpoints.files.safetensors import read_header
+from ditkit.checkpoints.files.safetensors import TensorFiles
 from ditkit.checkpoints.files.writing import write_file, write_pickle, write_set
 from ditkit.errors import LoadError
 
@@ -24,7 +24,7 @@ def same(a, b) -> bool:
 def test_the_library_reads_it_and_each_tensor_begins_at_its_own_width(tmp_path):
     write_file(tmp_path / "x.safetensors", Held(MIXED))
     assert same(load_file(tmp_path / "x.safetensors"), MIXED)
-    for name, info in read_header(tmp_path / "x.safetensors").items():
+    for name, info in TensorFiles(tmp_path / "x.safetensors").tensors.items():
         assert info.start % MIXED[name].element_size() == 0, name
 
 

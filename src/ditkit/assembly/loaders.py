@@ -63,7 +63,7 @@ def load_umt5(part: Part, how: LoadOptions) -> Any:
     if how.swaps or how.device_of:
         found = f"{', '.join(swap.name for swap in how.swaps) or 'device_of'} is for modules of torch"
         raise SetupError(f"loading the {part.component} with {how.backend}", found, "Leave it out, or use torch")
-    return MLXTextEncoder.load(config, part.source, None, how.dtype, how.device, how.backend)
+    return MLXTextEncoder.load(config, part.source, how.dtype, how.device, how.backend)
 
 
 def load_clip(part: Part, how: LoadOptions) -> Any:

@@ -29,14 +29,13 @@ Slot = tuple[nn.Module, str]
 
 
 def load_into(
-    module: nn.Module, source: TensorSource, names: Mapping[str, str] | None = None, *,
+    module: nn.Module, source: TensorSource, *,
     dtype_of: Callable[[str], torch.dtype | None] = lambda name: None,
     device_of: Device | Callable[[str], Device] = "cpu", swaps: Sequence[Swap] = (),
     aliases: Mapping[str, str] = {}, check_finite: bool = False,
 ) -> None:  # fmt: skip
     """Replace every parameter and persistent buffer of ``module`` by the tensor of that name in ``source``.
 
-    ``names``: the source's name -> the module's name; None when they are equal, and then nothing is unknown.
     ``dtype_of``: the module's full name of a tensor -> its dtype; None keeps the stored one.
     ``device_of``: one device, or the module's full name of a tensor -> its device. What is to be on ``meta`` is not
     read: it stays without data, for whoever brings it later.
@@ -44,7 +43,7 @@ def load_into(
     ``aliases``: second name -> first name of one parameter, in the module's names. The source may have either or both;
     both must be equal. The module has one parameter under both names afterwards.
     ``check_finite`` refuses infinities and NaN after the cast; each part is looked at just after it was read.
-    Raises LoadError for unknown, missing, doubled, mis-shaped and non-float tensors, counting all of them; for those
+    Raises LoadError for unknown, missing, mis-shaped and non-float tensors, counting all of them; for those
     that have no place after the swaps, and those that stay without data. SetupError for a swap that matches nothing."""
     asked = f"loading {type(module).__name__} from {source.path}"
 
@@ -52,15 +51,17 @@ def load_into(
         return torch.device(device_of if isinstance(device_of, str | torch.device) else device_of(name))
 
     wanted = _wanted(module, aliases)
-    target = fit(asked, wanted, source, names, aliases)
+    target = fit(asked, wanted, source, aliases)
     own = {id(tensor): name for name, tensor in wanted.items()}
     own |= {id(t): aliases[n] for n, t in module.state_dict(keep_vars=True).items() if n in aliases}
     later: set[tuple[int, str]] = set()
     with torch.inference_mode(False):  # a parameter made in inference mode could never be trained
         apply_swaps(module, swaps)
         slots, brought = _slots(asked, module, wanted, own)
-        for place, slot in brought.items():
-            _move(slot, device(place))
+        for place, (owner, leaf) in brought.items():
+            old, where = getattr(owner, leaf), device(place)
+            if "meta" not in (old.device.type, where.type) and old.device != where:
+                setattr(owner, leaf, _like(old, old.detach().to(where)))
         done: dict[str, tuple[SourceTensor, Tensor | None]] = {}
         for key in source.tensors:
             name = target[key]
@@ -134,16 +135,13 @@ def identify_weights(
 
 def mismatches(module: nn.Module, source: TensorSource, aliases: Mapping[str, str]) -> list[str]:
     """What ``load_into`` would refuse about names, shapes and types, as words; it reads no data."""
-    return _compare(_wanted(module, aliases), source, None, aliases)[1]
+    return _compare(_wanted(module, aliases), source, aliases)[1]
 
 
-def fit(
-    asked: str, wanted: Mapping[str, Tensor], source: TensorSource, names: Mapping[str, str] | None,
-    aliases: Mapping[str, str],
-) -> dict[str, str]:  # fmt: skip
+def fit(asked: str, wanted: Mapping[str, Tensor], source: TensorSource, aliases: Mapping[str, str]) -> dict[str, str]:
     """The source's names -> those of ``wanted`` (tensors on the meta device), all found; it reads no data. Raises
     LoadError as ``load_into`` does. With ``read`` this is for weights that no module of torch holds."""
-    target, problems = _compare(wanted, source, names, aliases)
+    target, problems = _compare(wanted, source, aliases)
     if problems:
         raise LoadError(asked, "; ".join(problems), "Use the weights and the config of one and the same model")
     return target
@@ -175,20 +173,10 @@ def _wanted(module: nn.Module, aliases: Mapping[str, str]) -> dict[str, Tensor]:
 
 
 def _compare(
-    wanted: Mapping[str, Tensor], source: TensorSource, names: Mapping[str, str] | None, aliases: Mapping[str, str]
+    wanted: Mapping[str, Tensor], source: TensorSource, aliases: Mapping[str, str]
 ) -> tuple[dict[str, str], list[str]]:
     """(source name -> wanted name, what does not fit)."""
-    target: dict[str, str] = {}
-    unknown, doubled, taken = set(), [], set()
-    for key in source.tensors:
-        name = key if names is None else names.get(key, "")
-        if aliases.get(name, name) not in wanted:
-            unknown.add(key)
-        elif name in taken:
-            doubled.append(key)
-        else:
-            taken.add(name)
-            target[key] = aliases.get(name, name)
+    target = {key: name for key in source.tensors if (name := aliases.get(key, key)) in wanted}
     shapes, kinds = [], []
     for key, name in target.items():
         info, tensor = source.tensors[key], wanted[name]
@@ -197,9 +185,9 @@ def _compare(
         if DTYPES[info.dtype].is_floating_point != tensor.dtype.is_floating_point:
             kinds.append(f"{key} is {info.dtype}")
     problems = {
-        "tensors are missing": wanted.keys() - target.values(), "tensors are unknown to the model": unknown,
-        "tensors come twice under two names": doubled, "tensors have another shape": shapes,
-        "tensors have a type that is no weight": kinds,
+        "tensors are missing": wanted.keys() - target.values(),
+        "tensors are unknown to the model": source.tensors.keys() - target.keys(),
+        "tensors have another shape": shapes, "tensors have a type that is no weight": kinds,
     }  # fmt: skip
     return target, [f"{len(items)} {text} ({some(items)})" for text, items in problems.items() if items]
 
@@ -265,13 +253,6 @@ def _fill(tensor: SourceTensor, slots: Iterable[Slot]) -> Tensor | None:
             value = _like(old, tensor.read()) if value is None else value
             setattr(owner, leaf, value)
     return value
-
-
-def _move(slot: Slot, device: torch.device) -> None:
-    owner, leaf = slot
-    old = getattr(owner, leaf)
-    if "meta" not in (old.device.type, device.type) and old.device != device:
-        setattr(owner, leaf, _like(old, old.detach().to(device)))
 
 
 def _like(old: Tensor, new: Tensor) -> Tensor:

@@ -130,7 +130,7 @@ def image_quality(
 def _marks(video: np.ndarray, wanted: Scene, failures: list[dict[str, Any]], **about: Any) -> dict[str, bool]:
     """Which attributes of a clip are right. ``failures`` grows by one where some are not."""
     reading = measure(video)
-    right = {name: ok for name, ok in score(reading, wanted).items() if name != "all"}
+    right = score(reading, wanted)
     if not all(right.values()):
         failures.append({**about, "seen": {name: getattr(reading, name) for name, ok in right.items() if not ok}})
     return right

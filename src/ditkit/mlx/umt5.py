@@ -197,10 +197,10 @@ class MLXTextEncoder:
 
     @classmethod
     def load(
-        cls, config: UMT5Config, source: TensorSource, names: Mapping[str, str] | None = None,
-        dtype: torch.dtype = torch.bfloat16, device: str = "cpu", backend: str = "mlx",
+        cls, config: UMT5Config, source: TensorSource, dtype: torch.dtype = torch.bfloat16, device: str = "cpu",
+        backend: str = "mlx",
     ) -> MLXTextEncoder:  # fmt: skip
-        """``names``, ``dtype`` and the exception of float16 as for ``UMT5TextEncoder.load``. ``device``: cpu, or
+        """``dtype`` and the exception of float16 as for ``UMT5TextEncoder.load``. ``device``: cpu, or
         MLX's GPU (mps, cuda:0). ``backend``: a key of ``BITS``; with bits, linear layers are packed from ``dtype``.
 
         Tensors come one by one: memory holds the weights and one tensor more. Raises LoadError, SetupError."""
@@ -209,7 +209,7 @@ class MLXTextEncoder:
             found = f"MLX computes in float32, bfloat16 and float16, not in {str(dtype).removeprefix('torch.')}"
             raise SetupError(asked, found, "Set dtypes.text_encoder to one of them")
         with _turn, mx.stream(_device(device)):
-            weights = _load(asked, config, source, names, dtype, BITS[backend])
+            weights = _load(asked, config, source, dtype, BITS[backend])
         identify = identify_weights(source, dtype, config, (), exact_name(backend))
         return cls(Network(config, weights), dtype, device, identify)
 
@@ -219,14 +219,9 @@ class MLXTextEncoder:
         return self.identify()
 
     @property
-    def nbytes(self) -> int:
-        """Of the weights as they are held."""
-        return sum(weight.nbytes for weight in self.network.weights.values())
-
-    @property
     def facts(self) -> dict[str, Any]:
         """What is known only once it is loaded."""
-        return {"weight_bytes": self.nbytes}
+        return {"weight_bytes": sum(weight.nbytes for weight in self.network.weights.values())}
 
     def __call__(self, ids: Sequence[int]) -> Tensor:
         """Ids of one prompt, unpadded -> [len(ids), D] in the encoder's dtype, on the CPU.
@@ -244,14 +239,13 @@ def _device(name: str) -> mx.Device:
 
 
 def _load(
-    asked: str, config: UMT5Config, source: TensorSource, names: Mapping[str, str] | None, dtype: torch.dtype,
-    bits: int | None,
-) -> dict[str, mx.array | Packed]:  # fmt: skip
+    asked: str, config: UMT5Config, source: TensorSource, dtype: torch.dtype, bits: int | None
+) -> dict[str, mx.array | Packed]:
     wanted = {name: torch.empty(shape, device="meta") for name, shape in shapes(config).items()}
     if odd := [name for name, tensor in wanted.items() if bits and is_linear(name) and tensor.shape[1] % GROUP]:
         found = f"{odd[0]} has rows of {wanted[odd[0]].shape[1]} numbers, and they are packed by {GROUP}"
         raise SetupError(asked, found, "Use the backend mlx")
-    target = fit(asked, wanted, source, names, UMT5_ALIASES)
+    target = fit(asked, wanted, source, UMT5_ALIASES)
     weights: dict[str, mx.array | Packed] = {}
     for key in source.tensors:
         name = target[key]

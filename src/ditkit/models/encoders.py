@@ -109,18 +109,16 @@ class Encoder:
         cls,
         config: Any,
         source: TensorSource,
-        names: Mapping[str, str] | None = None,
         dtype: torch.dtype = torch.float32,
         device: Device = "cpu",
         device_of: Callable[[str], Device] | None = None,
         swaps: Sequence[Swap] = (),
     ) -> Self:
-        """``names``: the source's names -> transformers' (``umt5_keys(n).to_other`` for a native file); None: equal.
-        ``config``: an ``UMT5Config`` or a ``CLIPConfig``. Raises LoadError, also when not one name fits: no weight is
-        ever left random."""
+        """``source`` has transformers' names; ``config``: an ``UMT5Config`` or a ``CLIPConfig``. Raises LoadError, also
+        when not one name fits: no weight is ever left random."""
         model, wide = cls.build(config), cls.wide if dtype == torch.float16 else ()
         load_into(
-            model, source, names, dtype_of=lambda name: torch.float32 if name.endswith(wide) else dtype,
+            model, source, dtype_of=lambda name: torch.float32 if name.endswith(wide) else dtype,
             device_of=device_of or device, swaps=swaps, aliases=cls.aliases, check_finite=True,
         )  # fmt: skip
         return cls(model, identify_weights(source, dtype, config, swaps), dtype, device)

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from ditkit.contracts import Answer, Wish
-from ditkit.errors import MissingDependency, PlaceError
+from ditkit.errors import PlaceError, needed
 from ditkit.events import SILENT, Events
 from ditkit.prompting.cleaning import split_reasoning
 from ditkit.state import digest
@@ -64,13 +64,9 @@ class ServerExpander:
 
     @cached_property
     def _client(self) -> Any:
-        try:
-            from openai import OpenAI
-        except ImportError:
-            raise MissingDependency(f"expanding prompts at {self.name}", "the package openai is not installed",
-                                    'Run pip install "ditkit[prompts]"') from None  # fmt: skip
+        openai = needed("openai", f"expanding prompts at {self.name}", "prompts")
         key = os.environ.get("OPENAI_API_KEY") or "none"  # local servers want some key, and look at none
-        return OpenAI(base_url=self.name, api_key=key, timeout=self.timeout, max_retries=self.retries)
+        return openai.OpenAI(base_url=self.name, api_key=key, timeout=self.timeout, max_retries=self.retries)
 
 
 def messages_of(wish: Wish) -> list[dict[str, Any]]:

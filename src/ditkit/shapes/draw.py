@@ -87,50 +87,9 @@ def plain_caption(scene: Scene) -> str:
     return f"a {scene.color} {scene.shape} {motion_caption(scene)} on a {scene.background} background"
 
 
-_SHAPE_WORDS = {"circle": ("circle", "circle", "ball", "disc"), "square": ("square", "square", "box"),
-                "triangle": ("triangle",)}  # fmt: skip
-_BACKGROUND_WORDS = {"black": ("black", "black", "dark"), "gray": ("gray", "gray", "grey"),
-                     "navy": ("navy", "navy", "navy blue")}  # fmt: skip
-_MOTION_WORDS = {
-    "still": ("standing still", "resting", "not moving", "that stays still", "at rest"),
-    "growing": ("growing", "getting bigger", "that grows", "becoming larger"),
-    "left": ("leftwards", "left", "to the left"),
-    "right": ("rightwards", "right", "to the right"),
-    "up": ("upwards", "up", "to the top"),
-    "down": ("downwards", "down", "to the bottom"),
-}
-_SUBJECTS = ("it", "the shape", "the thing", "")
-_VERBS = ("moving", "sliding", "gliding", "drifting", "flying", "that moves", "that travels", "that floats")
-_TEMPLATES = (
-    "a {color} {shape} {motion} on a {background} background",
-    "{color} {shape} {motion}, {background} background",
-    "on a {background} background, a {color} {shape} {motion}",
-    "a video of a {color} {shape} {motion} over a {background} backdrop",
-    "the {shape} is {color} and the background is {background}: a {shape} {motion}",
-    "A {color} {shape} {motion} in front of a {background} background.",
-    "a {shape} in {color}, {motion}, on {background}",
-)
-
-
-def other_caption(scene: Scene, rng: np.random.Generator) -> str:
-    """One of some thousand other wordings of the same scene."""
-    motion, template = _moving(scene, rng), _pick(rng, _TEMPLATES)
-    shape, background = _pick(rng, _SHAPE_WORDS[scene.shape]), _pick(rng, _BACKGROUND_WORDS[scene.background])
-    return template.format(color=scene.color, shape=shape, background=background, motion=motion)
-
-
-def motion_caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
-    """Only what moves and how, for a model that has the first frame: "moving left", or another wording of it."""
-    plain = {"still": "standing still", "growing": "growing"}.get(scene.motion, f"moving {scene.motion}")
-    if rng is None:
-        return plain
-    motion, subject = _moving(scene, rng), _pick(rng, _SUBJECTS)
-    return f"{subject} {plain if rng.random() < 0.4 else motion}".strip()
-
-
-def _moving(scene: Scene, rng: np.random.Generator) -> str:
-    motion = _pick(rng, _MOTION_WORDS[scene.motion])
-    return f"{_pick(rng, _VERBS)} {motion}" if scene.motion in DIRECTIONS else motion
+def motion_caption(scene: Scene) -> str:
+    """Only what moves and how, for a model that has the first frame: "moving left"."""
+    return {"still": "standing still", "growing": "growing"}.get(scene.motion, f"moving {scene.motion}")
 
 
 def _pick(rng: np.random.Generator, options: Sequence[str]) -> str:

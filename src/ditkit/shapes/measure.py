@@ -6,15 +6,14 @@ centres, shape is the drawn outline of the same area that fits the cover best. W
 is wrong in ``score``. Leaves out: anything that a clip of one plain object on a plain ground does not have.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from ditkit.errors import RequestError, nearest
+from ditkit.errors import RequestError
 from ditkit.shapes import draw
-from ditkit.shapes.draw import BACKGROUNDS, COLORS, MOTIONS, SHAPES, Scene
+from ditkit.shapes.draw import BACKGROUNDS, COLORS, SHAPES, Scene
 
 # Limits, with the drawn world in mind. Lengths are in frame widths: drawn shapes travel 0.34 to 0.47.
 SPREAD = 36.0  # median distance of border pixels from the background, above which there is none (RGB levels)
@@ -37,21 +36,16 @@ NEIGHBOURS = ((DOWN, UP), (UP, DOWN), (RIGHT, LEFT), (LEFT, RIGHT))  # pixels of
 
 @dataclass(frozen=True)
 class Reading:
-    """What was seen; None is "not clear". ``confidence`` in [0, 1] per named attribute: the lead over the runner-up.
+    """What was seen; None is "not clear".
 
-    ``rgb`` and ``background_rgb`` are measured colours; ``area`` the mean share of the frame; ``travel`` (x, y) in
-    frame widths and heights, downwards positive; ``growth`` last radius over first; ``fit`` the overlap (soft
-    intersection over union) with each outline; ``seen`` the share of frames with an object; ``objects`` how many
-    regions a frame has (median)."""
+    ``travel`` (x, y) in frame widths and heights, downwards positive; ``growth`` last radius over first; ``fit`` the
+    overlap (soft intersection over union) with each outline; ``seen`` the share of frames with an object; ``objects``
+    how many regions a frame has (median)."""
 
     color: str | None = None
     shape: str | None = None
     motion: str | None = None
     background: str | None = None
-    confidence: Mapping[str, float] = field(default_factory=dict)
-    rgb: tuple[float, float, float] | None = None
-    background_rgb: tuple[float, float, float] | None = None
-    area: float = 0.0
     travel: tuple[float, float] = (0.0, 0.0)
     growth: float = 1.0
     fit: Mapping[str, float] = field(default_factory=dict)
@@ -70,9 +64,7 @@ def measure(video: np.ndarray) -> Reading:
     ground = np.median(border, axis=0)
     if np.median(_distance(border, ground)) > SPREAD:
         return Reading()
-    background, sure = _name(ground, BACKGROUNDS, COLORS)
-    confidence = {"background": sure} if background else {}
-    empty = Reading(background=background, confidence=confidence, background_rgb=_rgb(ground))
+    empty = Reading(background=_name(ground, BACKGROUNDS, COLORS))
 
     unlike = _distance(pixels, ground)
     strong = float(np.quantile(unlike, 0.995))
@@ -95,7 +87,7 @@ def measure(video: np.ndarray) -> Reading:
     areas = cover.sum((1, 2))
     seen = largest.sum((1, 2)) >= MIN_AREA * height * width
     count = int(np.median(objects[seen])) if seen.any() else 0
-    whole = replace(empty, rgb=_rgb(rgb), seen=float(seen.mean()), objects=count)
+    whole = replace(empty, seen=float(seen.mean()), objects=count)
     if seen.mean() < SEEN or count != 1:
         return whole
 
@@ -109,44 +101,20 @@ def measure(video: np.ndarray) -> Reading:
     begin, end, _ = _line(moments, radius, frames)
     growth = max(end, 0.1) / max(begin, 0.1)
 
-    color, confidence["color"] = _name(rgb, COLORS, BACKGROUNDS)
     clear = len(moments) > 1 and np.hypot(off_x, off_y) <= WANDER
-    motion, confidence["motion"] = _motion(travel, growth) if clear else (None, 0.0)
     some = np.unique(np.linspace(0, len(moments) - 1, 7).round().astype(int))
     fit = {shape: _fit(cover[some], region[some], x[some], y[some], radius[some], shape) for shape in SHAPES}
     best, second = sorted(SHAPES, key=lambda shape: -fit[shape])[:2]
-    lead = fit[best] - fit[second]
-    shape = best if fit[best] >= FIT and lead >= FIT_LEAD else None
-    confidence["shape"] = float(min(1.0, lead / (1 - fit[second] + 1e-6)))
-    named = {"color": color, "shape": shape, "motion": motion, "background": background}
-    confidence = {key: value for key, value in confidence.items() if named[key] is not None}
-    area = float(areas.mean() / (height * width))
     return replace(
-        whole, color=color, shape=shape, motion=motion, confidence=confidence, area=area, travel=travel, growth=growth,
-        fit=fit,
+        whole, color=_name(rgb, COLORS, BACKGROUNDS), motion=_motion(travel, growth) if clear else None,
+        shape=best if fit[best] >= FIT and fit[best] - fit[second] >= FIT_LEAD else None,
+        travel=travel, growth=growth, fit=fit,
     )  # fmt: skip
 
 
-def score(reading: Reading, wanted: Scene | Mapping[str, str] | str) -> dict[str, bool]:
-    """Which attributes of ``reading`` are as ``wanted``, and ``all``: whether every one is. What is None is wrong.
-
-    ``wanted`` is a Scene, some of color, shape, motion and background, or a plain caption (``draw.plain_caption``)."""
-    known = {"color": COLORS, "shape": SHAPES, "motion": MOTIONS, "background": BACKGROUNDS}
-    if isinstance(wanted, str):
-        wanted = _read_caption(wanted)
-    elif isinstance(wanted, Scene):
-        wanted = {key: getattr(wanted, key) for key in known}
-    if not wanted:
-        raise RequestError("scoring a clip", "nothing is wanted of it", f"name some of {', '.join(known)}")
-    for key, word in wanted.items():
-        if key not in known:
-            found = f"it is not measured{nearest(key, known)}"
-            raise RequestError(f"scoring {key!r}", found, f"use {', '.join(known)}")
-        if word not in known[key]:
-            found = f"it is no {key}{nearest(word, known[key])}"
-            raise RequestError(f"scoring {word!r}", found, f"use one of {', '.join(known[key])}")
-    right = {key: getattr(reading, key) == word for key, word in wanted.items()}
-    return {**right, "all": all(right.values())}
+def score(reading: Reading, wanted: Scene) -> dict[str, bool]:
+    """Which attributes of ``reading`` are as ``wanted``. What is None is wrong."""
+    return {key: getattr(reading, key) == getattr(wanted, key) for key in ("color", "shape", "motion", "background")}
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
@@ -156,16 +124,6 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
         raise RequestError("comparing two clips", f"they are {found}", "use uint8 clips of the same shape")
     error = np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2)
     return float(10 * np.log10(255.0**2 / error)) if error else float("inf")
-
-
-def _read_caption(text: str) -> dict[str, str]:
-    match = re.fullmatch(r"a (\w+) (\w+) (moving \w+|standing still|growing) on a (\w+) background", text.strip())
-    if not match:
-        do = "word it as ditkit.shapes.draw.plain_caption"
-        raise RequestError(f"scoring {text!r}", "it is not a plain caption", do)
-    color, shape, motion, background = match.groups()
-    motion = {"standing still": "still"}.get(motion, motion.removeprefix("moving "))
-    return {"color": color, "shape": shape, "motion": motion, "background": background}
 
 
 def _shrink(pixels: np.ndarray) -> np.ndarray:
@@ -181,17 +139,11 @@ def _distance(pixels: np.ndarray, color: np.ndarray) -> np.ndarray:
     return np.linalg.norm(pixels - color, axis=-1)
 
 
-def _rgb(color: np.ndarray) -> tuple[float, float, float]:
-    red, green, blue = (round(float(value), 1) for value in color)
-    return red, green, blue
-
-
-def _name(rgb: np.ndarray, names: Named, others: Named) -> tuple[str | None, float]:
-    """The nearest of ``names``, unless it is far or one of ``others`` is nearer; and its lead over the next name."""
-    near = sorted((float(np.linalg.norm(rgb - value)), name) for name, value in names.items())
+def _name(rgb: np.ndarray, names: Named, others: Named) -> str | None:
+    """The nearest of ``names``, unless it is far or one of ``others`` is nearer."""
+    near, name = min((float(np.linalg.norm(rgb - value)), name) for name, value in names.items())
     other = min(float(np.linalg.norm(rgb - value)) for value in others.values())
-    name = near[0][1] if near[0][0] <= min(COLOR_ERROR, other) else None
-    return name, 1 - near[0][0] / near[1][0]
+    return name if near <= min(COLOR_ERROR, other) else None
 
 
 def _largest(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -237,20 +189,20 @@ def _line(moments: np.ndarray, values: np.ndarray, frames: int) -> tuple[float, 
     return float(begin), float(begin + slope * (frames - 1)), float(off)
 
 
-def _motion(travel: tuple[float, float], growth: float) -> tuple[str | None, float]:
+def _motion(travel: tuple[float, float], growth: float) -> str | None:
     x, y = travel
     length = float(np.hypot(x, y))
     if growth >= GROWING:
-        return ("growing", 1 - GROWING / growth / 2) if length < MOVING else (None, 0.0)
+        return "growing" if length < MOVING else None
     if not 1 / STEADY <= growth <= STEADY:
-        return None, 0.0
+        return None
     if length <= STILL:
-        return "still", 1 - length / MOVING
+        return "still"
     main, across = (x, y) if abs(x) > abs(y) else (y, x)
     if length < MOVING or abs(main) < AXIS * abs(across):
-        return None, 0.0
+        return None
     names = ("left", "right") if main == x else ("up", "down")
-    return names[int(main > 0)], 1 - abs(across) / abs(main)
+    return names[int(main > 0)]
 
 
 def _fit(cover: np.ndarray, region: np.ndarray, x: np.ndarray, y: np.ndarray, radius: np.ndarray, shape: str) -> float:

@@ -26,7 +26,7 @@ from ditkit.checkpoints.model.part import EXPERTS, WITHOUT_WEIGHTS, ModelParts, 
 from ditkit.checkpoints.model.place import NOTES
 from ditkit.checkpoints.views.mapped import Mapped
 from ditkit.checkpoints.views.source import TensorSource
-from ditkit.errors import LoadError, OutputError, SetupError, nearest
+from ditkit.errors import LoadError, OutputError, SetupError, check_known
 
 LAYOUTS = ("native", "diffusers")
 BESIDE = {"README.md", "LICENSE", "LICENSE.txt", "LICENSE.md", ".gitattributes", "config.json", INDEX}
@@ -60,11 +60,9 @@ def convert(
     safetensors file. ``overwrite``: a model in ``dst`` is replaced, when the new one is complete.
     Raises LoadError for what cannot be read, SetupError for unknown settings, OutputError for the target."""
     src, dst, asked = Path(src).expanduser(), Path(dst).expanduser(), "converting a model"
-    if layout not in LAYOUTS:
-        found = f"there is no layout {layout!r}{nearest(layout, LAYOUTS)}"
-        raise SetupError(asked, found, f"Use {' or '.join(LAYOUTS)}")
-    if dtype is not None and dtype not in WANTED:
-        raise SetupError(asked, f"dtype is {dtype!r}{nearest(dtype, WANTED)}", f"Use one of {', '.join(WANTED)}")
+    check_known(layout, LAYOUTS, asked, f"there is no layout {layout!r}", SetupError)
+    if dtype is not None:
+        check_known(dtype, WANTED, asked, f"dtype is {dtype!r}", SetupError)
     if shard_bytes < 1:
         raise SetupError(asked, f"a shard of {shard_bytes} bytes was asked for", "Use a positive size")
     _check_target(src, dst, overwrite)

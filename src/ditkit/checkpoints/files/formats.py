@@ -4,6 +4,7 @@ weights with a variant's name, or with none.
 Leaves out: what a file of each format holds.
 """
 
+import os
 import re
 import stat
 from collections.abc import Mapping
@@ -39,6 +40,14 @@ def kind_of(file: Path) -> str:
     return next((kind for kind, (mark, _) in FORMATS.items() if mark.match(start)), "unknown")
 
 
+def split_entry(path: Path) -> tuple[Path, str | None]:
+    """``FILE#ENTRY`` names one of the state dicts of a training checkpoint; a file of that whole name comes first."""
+    file, mark, entry = path.name.rpartition("#")
+    if mark and file and entry and not os.path.exists(path) and path.with_name(file).is_file():
+        return path.with_name(file), entry
+    return path, None
+
+
 def chosen(path: str | Path, variant: str | None) -> Path:
     """The file that is meant: ``path`` itself, or the one that ``_in_folder`` finds in it."""
     path = Path(path)
@@ -58,15 +67,13 @@ def _in_folder(folder: Path, variant: str | None) -> Path:
     asked = f"loading weights from {folder}" + (f" (variant {variant!r})" if variant else "")
     if not folder.is_dir():
         raise LoadError(asked, "there is no such folder", "Check the path, or download the model")
-    indices = {file: match for file in sorted(folder.iterdir()) if (match := INDEX.fullmatch(file.name))}
-    claimed = {shard for index in indices for shard in read_shards(index).values()}
-    loose = [file for file in sorted(folder.glob("*.safetensors")) if file.name not in claimed]
-    if not indices and not loose:
-        loose = [file for file in sorted(folder.iterdir()) if file.suffix in OTHERS]
+    indices, loose = weight_files(folder)
+    safe = [file for file in loose if file.suffix == ".safetensors"]
+    loose = safe if indices or safe else loose
     if parts := [file.name for file in loose if SHARD.search(file.name)]:
         found = f"{len(parts)} shards are named by no index ({some(parts)})"
         raise LoadError(asked, found, "Add the .safetensors.index.json file")
-    sets: dict[Path, str | None] = {index: match[2] for index, match in indices.items()}
+    sets = {file: match[2] for file in indices if (match := INDEX.fullmatch(file.name))}
     sets |= {file: match[1] if (match := VARIANT.fullmatch(file.stem)) else None for file in loose}
     if not sets:
         found = "it holds no .safetensors file, and no " + ", ".join(OTHERS)
@@ -79,6 +86,14 @@ def _in_folder(folder: Path, variant: str | None) -> Path:
         raise LoadError(asked, found, "Give the path of one of them")
     known = some({name or "none" for name in sets.values()})
     raise LoadError(asked, f"the weights there have other variants ({known})", "Ask for one of these variants")
+
+
+def weight_files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The indices in ``folder``, and the files of weights that none of them names."""
+    files = sorted(file for file in folder.iterdir() if not file.is_dir())
+    indices = [file for file in files if INDEX.fullmatch(file.name) and file.is_file()]
+    claimed = {shard for index in indices for shard in read_shards(index).values()}
+    return indices, [file for file in files if file.suffix in (".safetensors", *OTHERS) and file.name not in claimed]
 
 
 def read_shards(index: Path) -> dict[str, str]:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ditkit.checkpoints.files.stored import StoredTensors, TensorInfo
 from ditkit.checkpoints.files.text import AGAIN, readable
-from ditkit.errors import LoadError, MissingDependency, nearest
+from ditkit.errors import LoadError, check_known, needed
 
 PLAIN = ("F32", "F16", "BF16")
 BLOCKS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
@@ -32,8 +32,6 @@ BLOCKS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K"
 ORIGINAL = "comfy.gguf.orig_shape."
 CHUNK = 2**18  # numbers that are dequantised at once
 SHORT = 64  # longer lists, such as vocabularies, are left out of the metadata
-MOST_AXES = 8
-VERSIONS = (2, 3)
 TEXT, LIST = 8, 9
 NUMBERS = MappingProxyType({0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"})
 """Types of fields, as the specification numbers them -> as struct spells them."""
@@ -57,12 +55,7 @@ ARCHITECTURES: Mapping[str, Mapping[str, str]] = MappingProxyType({"wan": {}, "t
 
 
 def _library() -> Any:
-    try:
-        import gguf
-    except ImportError:
-        found = "the package gguf is not installed"
-        raise MissingDependency("reading a GGUF file", found, 'Run: pip install "ditkit[gguf]"') from None
-    return gguf
+    return needed("gguf", "reading a GGUF file", "gguf")
 
 
 class GGUFFile(StoredTensors):
@@ -81,9 +74,7 @@ class GGUFFile(StoredTensors):
             except ValueError as error:
                 raise LoadError(asked, f"it cannot be read as GGUF ({error})", AGAIN) from None
         architecture = str(header.fields.get("general.architecture"))
-        if architecture not in ARCHITECTURES:
-            found = f"its architecture is {architecture!r}{nearest(architecture, ARCHITECTURES)}"
-            raise LoadError(asked, found, f"Use a GGUF file of one of: {', '.join(ARCHITECTURES)}")
+        check_known(architecture, ARCHITECTURES, asked, f"its architecture is {architecture!r}", LoadError)
         tensors: dict[str, TensorInfo] = {}
         for tensor in header.tensors:
             name = _translate(tensor[0], ARCHITECTURES[architecture])
@@ -105,7 +96,7 @@ class _Header:
         stream.seek(0)
         if self._take(4) != b"GGUF":
             raise ValueError("it does not begin with GGUF")
-        if (version := self._number("I")) not in VERSIONS:
+        if (version := self._number("I")) not in (2, 3):
             raise ValueError(f"its version is {version}, or it is big-endian")
         tensors, fields = self._number("Q"), self._number("Q")
         pairs = [self._field() for _ in range(self._left(fields))]  # each takes a byte at least
@@ -163,7 +154,7 @@ class _Header:
 
     def _tensor(self) -> tuple[str, tuple[int, ...], int, int]:
         name, axes = self._text(), self._number("I")
-        if axes > MOST_AXES:
+        if axes > 8:
             raise ValueError(f"{name} has {axes} axes")
         shape = tuple(self._number("Q") for _ in range(axes))
         return name, shape[::-1], self._number("I"), self._number("Q")

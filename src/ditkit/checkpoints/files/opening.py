@@ -3,23 +3,14 @@
 Leaves out: what the names mean (kinds), quantisation and prefixes (views).
 """
 
-import os
 from pathlib import Path
 
-from ditkit.checkpoints.files.formats import chosen, kind_of
+from ditkit.checkpoints.files.formats import chosen, kind_of, split_entry
 from ditkit.checkpoints.files.gguf import GGUFFile
 from ditkit.checkpoints.files.pickles import PickleFile
 from ditkit.checkpoints.files.safetensors import TensorFiles
 from ditkit.checkpoints.files.stored import StoredTensors
 from ditkit.errors import LoadError
-
-
-def split_entry(path: Path) -> tuple[Path, str | None]:
-    """``FILE#ENTRY`` names one of the state dicts of a training checkpoint; a file of that whole name comes first."""
-    file, mark, entry = path.name.rpartition("#")
-    if mark and file and entry and not os.path.exists(path) and path.with_name(file).is_file():
-        return path.with_name(file), entry
-    return path, None
 
 
 def open_source(path: str | Path, variant: str | None = None, entry: str | None = None) -> StoredTensors:

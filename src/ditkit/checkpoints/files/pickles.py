@@ -7,14 +7,12 @@ these are its entries, and one of them is meant. Leaves out: bare pickles of tor
 Sources: ``torch/serialization.py`` (``_checkpoint_offset``); PKWARE APPNOTE 4.3.7 (local headers of a zip).
 """
 
-import hashlib
 import math
 import pickle
 import re
 import struct
 import zipfile
 from collections.abc import Iterator, Mapping
-from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import IO, Any
@@ -48,14 +46,9 @@ class PickleFile(StoredTensors):
         found = dict(_state_dicts(_skeleton(path, asked)))
         self.entries = tuple(found)
         self.entry, self.notes = _select(self.entries, entry, asked)
+        self.part = self.entry if len(self.entries) > 1 else ""
         tensors = {name: _info(path, name, tensor, records, asked) for name, tensor in found[self.entry].items()}
         super().__init__(path, tensors, {})
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Of the file and the entry: two state dicts of one file are different weights."""
-        about = [*sorted(self.sha256.values()), *([self.entry] if len(self.entries) > 1 else [])]
-        return hashlib.sha256("".join(about).encode()).hexdigest()
 
 
 def _select(known: tuple[str, ...], entry: str | None, asked: str) -> tuple[str, tuple[str, ...]]:
@@ -125,10 +118,8 @@ def _begin(stream: IO[bytes], member: zipfile.ZipInfo) -> int:
 def _skeleton(path: Path, asked: str) -> Any:
     """What was saved, with tensors that have no data; their storages know their place in the file."""
     try:
-        if torch.__version__ < "2.7":
-            return _mapped(path)
         if torch.__version__ < "2.11":  # there the meta device reads all data, and does not tell where it lay
-            return _fake(path)
+            return _mapped(path)
         with path.open("rb") as stream:
             return torch.load(stream, map_location="meta", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -140,16 +131,8 @@ def _skeleton(path: Path, asked: str) -> Any:
         raise LoadError(asked, found, AGAIN) from None
 
 
-def _fake(path: Path) -> Any:
-    """The same for an older torch, which tells places in this mode only (2.7 or later)."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    with path.open("rb") as stream, FakeTensorMode():
-        return torch.load(stream, weights_only=True)
-
-
 def _mapped(path: Path) -> Any:
-    """The same for torch 2.6, which tells no places: its tensors lie in a mapping of the file, so their addresses
+    """The same for an older torch, which tells no places: its tensors lie in a mapping of the file, so their addresses
     do."""
     from torch import _weights_only_unpickler, serialization
 

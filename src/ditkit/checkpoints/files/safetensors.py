@@ -28,15 +28,9 @@ class TensorFiles(StoredTensors):
         super().__init__(path, *(_sharded(path) if path.suffix == ".json" else _header(path)))
 
 
-def read_header(file: Path) -> dict[str, TensorInfo]:
-    """Names and places of the tensors in one safetensors file, in the order of their bytes.
-
-    Raises LoadError when the file is missing, is no safetensors file, or does not have the length its header says."""
-    return _header(file)[0]
-
-
 def _header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """The tensors of ``read_header``, and the file's ``__metadata__``."""
+    """The tensors of one file, in the order of their bytes, and its ``__metadata__``. Raises LoadError when it is
+    missing, is no safetensors file, or does not have the length its header says."""
     asked = f"opening {file}"
     if (kind := kind_of(file)) in FORMATS:
         raise LoadError(asked, f"it is {FORMATS[kind][1]}, not safetensors", "Convert it to safetensors")

@@ -50,6 +50,7 @@ class StoredTensors(TensorSource):
     """Tensors in files, of any format: ``tensors`` says where each lies, and data is read when it is asked for."""
 
     tensors: Mapping[str, TensorInfo]
+    part = ""  # of the files, where they hold other weights too
 
     def __init__(self, path: Path, tensors: Mapping[str, TensorInfo], metadata: Mapping[str, Any]):
         if not tensors:
@@ -93,7 +94,7 @@ class StoredTensors(TensorSource):
     @cached_property
     def fingerprint(self) -> str:
         """One hash over the contents of all files; their names do not matter."""
-        return hashlib.sha256("".join(sorted(self.sha256.values())).encode()).hexdigest()
+        return hashlib.sha256("".join([*sorted(self.sha256.values()), self.part]).encode()).hexdigest()
 
     @cached_property
     def sketch(self) -> str:

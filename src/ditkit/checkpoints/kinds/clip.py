@@ -12,20 +12,19 @@ from ditkit.checkpoints.kinds.sizes import Fields, SizeReader, Sizes, Tensors
 from ditkit.checkpoints.views.key_table import WB, KeyTable, Rule, leaves
 
 FILE_PREFIX = "vision_model."  # of nearly all files; the class itself has lost it with transformers 5
-PROJECTION = ("visual.head", "visual_projection.weight")
-BESIDE_NATIVE = ("textual.", "log_scale")
-BESIDE_OTHER = ("text_model.", "text_projection.weight", "logit_scale", "embeddings.position_ids",
-                f"{FILE_PREFIX}embeddings.position_ids")  # fmt: skip
+BESIDE_NATIVE = ("textual.", "log_scale", "visual.head")
+BESIDE_OTHER = ("text_model.", "text_projection.weight", "visual_projection.weight", "logit_scale",
+                "embeddings.position_ids", f"{FILE_PREFIX}embeddings.position_ids")  # fmt: skip
 LAYER = {"norm1": "layer_norm1", "norm2": "layer_norm2", "attn.proj": "self_attn.out_proj", "mlp.0": "mlp.fc1",
          "mlp.2": "mlp.fc2"}  # fmt: skip
 
 
-def clip_keys(num_layers: int, *, projection: bool = False, prefixed: bool = False) -> KeyTable:
+def clip_keys(num_layers: int, *, prefixed: bool = False) -> KeyTable:
     """The image half of CLIP: native <-> transformers ``CLIPVisionModel``.
 
-    The text half, which Wan does not use, and the buffer of position numbers are ignored by name; so is the projection
-    behind the last layer, unless ``projection`` asks for it (``CLIPVisionModelWithProjection``). Names of transformers
-    may begin with ``vision_model.``; ``prefixed`` makes that the first name, and the one without it the second."""
+    The text half and the projection behind the last layer, which Wan does not use, and the buffer of position numbers
+    are ignored by name. Names of transformers may begin with ``vision_model.``; ``prefixed`` makes that the first name,
+    and the one without it the second."""
     pairs = [*leaves("visual.pre_norm", "pre_layrnorm"), *leaves("visual.post_norm", "post_layernorm")]
     pairs.append(("visual.patch_embedding.weight", "embeddings.patch_embedding.weight"))
     rules = [
@@ -42,11 +41,7 @@ def clip_keys(num_layers: int, *, projection: bool = False, prefixed: bool = Fal
     first, second = (FILE_PREFIX, "") if prefixed else ("", FILE_PREFIX)
     rules = [Rule(r.native, tuple(first + name for name in r.other), r.ones) for r in rules]
     aliases = {second + name.removeprefix(first): name for rule in rules for name in rule.other}
-    native, other = PROJECTION
-    if projection:
-        rules.append(Rule((native,), (other,), transpose=True))
-        return KeyTable(tuple(rules), aliases, BESIDE_NATIVE, BESIDE_OTHER)
-    return KeyTable(tuple(rules), aliases, (*BESIDE_NATIVE, native), (*BESIDE_OTHER, other))
+    return KeyTable(tuple(rules), aliases, BESIDE_NATIVE, BESIDE_OTHER)
 
 
 VIT_H = 1280  # its width; ViT-L and ViT-B are narrower

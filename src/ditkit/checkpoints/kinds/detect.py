@@ -43,14 +43,9 @@ class Detected:
     problems: tuple[str, ...] = ()
 
 
-def detect(source: TensorSource) -> Detected:
-    """What ``source`` is. Raises LoadError when nothing fits, or several kinds do."""
-    return recognise(source)[0]
-
-
 def recognise(source: TensorSource) -> tuple[Detected, TensorSource]:
     """What ``source`` is, and ``source`` as it was looked at: parts of a model without the prefix that all names share,
-    and dequantised if they are quantised."""
+    and dequantised if they are quantised. Raises LoadError when nothing fits, or several kinds do."""
     if "ditkit.state" in source.metadata:
         problem = "it is a saved State of ditkit, not a model"
         return Detected("state", "", family="ditkit", problems=(problem,)), source

@@ -12,8 +12,6 @@ from typing import Any, ClassVar, NamedTuple
 from ditkit.checkpoints.kinds.configs import ConfigFormat, ConfigKeys, Rules
 from ditkit.checkpoints.kinds.sizes import Fields, Sizes, Tensors
 from ditkit.checkpoints.views.key_table import KeyTable, Side
-from ditkit.checkpoints.views.mapped import Mapped
-from ditkit.checkpoints.views.source import TensorSource
 from ditkit.errors import LoadError
 from ditkit.registry import Registry, Row, resolve
 
@@ -196,13 +194,6 @@ class Kind(Row):
         """The config.json of these fields; None where the layout has none."""
         form = self.layouts[layout].config
         return None if form is None else form.config({**self.unsaid, **fields})
-
-    def under_module_names(self, view: TensorSource, layout: str, fields: Fields) -> TensorSource:
-        """``view`` under the names of the module; what the table does not know keeps its name."""
-        side = side_of(layout)
-        if self.keys is None or side == self.own == "native":
-            return view
-        return Mapped(view, self.keys(fields), self.own, of=side)
 
 
 def side_of(layout: str) -> Side:

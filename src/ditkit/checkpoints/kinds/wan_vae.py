@@ -51,10 +51,6 @@ def _residual(native: str, other: str) -> Pairs:
     ]
 
 
-def _resample(native: str, other: str) -> Pairs:
-    return [pair for x in ("resample.1", "time_conv") for pair in leaves(f"{native}.{x}", f"{other}.{x}")]
-
-
 def _trunk() -> Pairs:
     """What both VAEs have: the two convolutions around the latents, and the ends and the middle of both halves."""
     pairs = [*leaves("conv1", "quant_conv"), *leaves("conv2", "post_quant_conv")]
@@ -78,7 +74,8 @@ def _levels(levels: int, num_res_blocks: int, names: Callable[[str, int, int, in
         for i in range(blocks):
             pairs += _residual(*names(half, level, i, blocks))
         if level < levels - 1:
-            pairs += _resample(*names(half, level, blocks, blocks))
+            native, other = names(half, level, blocks, blocks)
+            pairs += [pair for x in ("resample.1", "time_conv") for pair in leaves(f"{native}.{x}", f"{other}.{x}")]
     return KeyTable.of(pairs)
 
 
@@ -99,14 +96,8 @@ def _names22(half: str, level: int, i: int, blocks: int) -> tuple[str, str]:
     return f"{half}.{way}samples.{level}.{way}samples.{i}", f"{half}.{way}_blocks.{level}.{inner}"
 
 
-def vae_keys(levels: int, num_res_blocks: int) -> KeyTable:
-    """The Wan 2.1 VAE: native <-> diffusers ``AutoencoderKLWan``."""
-    return _levels(levels, num_res_blocks, _names)
-
-
-def vae22_keys(levels: int, num_res_blocks: int) -> KeyTable:
-    """The Wan 2.2 VAE: native <-> diffusers ``AutoencoderKLWan`` with ``is_residual``."""
-    return _levels(levels, num_res_blocks, _names22)
+vae_keys, vae22_keys = partial(_levels, names=_names), partial(_levels, names=_names22)
+"""Of the VAEs of Wan 2.1 and 2.2: native <-> diffusers ``AutoencoderKLWan``, which ``is_residual`` for 2.2."""
 
 
 # --- sizes
@@ -230,10 +221,6 @@ def strides(config: Any) -> tuple[int, int, int]:
     return config.temporal_stride, config.spatial_stride, config.spatial_stride
 
 
-def _is_residual(config: Fields) -> bool:
-    return config.get("is_residual", False) is True
-
-
 DECODER = "decoder.middle.0.residual.0.gamma"
 DECODER_DIFFUSERS = "decoder.mid_block.resnets.0.norm1.gamma"
 PREVIEW = "ditkit.models.latent_rgb:factors_for"
@@ -243,7 +230,7 @@ WAN_VAE = Kind(
         "native": Layout(((DECODER, "encoder.downsamples.0.residual.0.gamma"),), _native(), ("WanVAE",),
                          file="Wan2.1_VAE", pickle=True),
         "diffusers": Layout(((DECODER_DIFFUSERS, "encoder.down_blocks.0.norm1.gamma"),), _diffusers(False),
-                            (VAE_CLASS,), mine=lambda config: not _is_residual(config)),
+                            (VAE_CLASS,), mine=lambda config: config.get("is_residual") is not True),
     },
     vae_sizes, lambda fields: vae_keys(len(fields["dim_mult"]), fields["num_res_blocks"]),
     optional_keys=True, config_class="ditkit.models.wan_vae:WanVAEConfig", module="ditkit.models.wan_vae:WanVAE",
@@ -258,7 +245,7 @@ WAN_VAE22 = Kind(
         "native": Layout(((DECODER, "encoder.downsamples.0.downsamples.0.residual.0.gamma"),),
                          _native(dec_dim=Key("dec_dim")), ("Wan2_2_VAE",), file="Wan2.2_VAE", pickle=True),
         "diffusers": Layout(((DECODER_DIFFUSERS, "encoder.down_blocks.0.resnets.0.norm1.gamma"),), _diffusers(True),
-                            (VAE_CLASS,), mine=_is_residual),
+                            (VAE_CLASS,), mine=lambda config: config.get("is_residual") is True),
     },
     partial(vae_sizes, kind="wan_vae22"), lambda fields: vae22_keys(len(fields["dim_mult"]), fields["num_res_blocks"]),
     config_class="ditkit.models.wan_vae:WanVAE22Config", module="ditkit.models.wan_vae:WanVAE22",

@@ -27,7 +27,7 @@ from ditkit.checkpoints.lora.names import OTHER_NETWORKS, Key, Names, blocks_in,
 from ditkit.checkpoints.lora.scale import read_scale
 from ditkit.checkpoints.views.source import TensorSource
 from ditkit.contracts import EXPERTS
-from ditkit.errors import LoadError, nearest
+from ditkit.errors import LoadError, check_known
 
 PLAIN_PARAMETERS = ("modulation", "emb_pos")  # they belong to no layer of their own
 
@@ -92,28 +92,25 @@ class Adapter:
 
 def read_lora(
     source: TensorSource, targets: Mapping[str, Shape], *, kind: str = "wan", expert: str | None = None,
-    alpha: float | None = None, rs_lora: bool | None = None, allow: Collection[str] = (),
+    allow: Collection[str] = (),
 ) -> Adapter:  # fmt: skip
     """The adapter in ``source`` for a transformer of that kind with these native parameter names and shapes.
 
-    ``expert``: transformer or transformer_2, needed for files with parts for both. ``alpha``: for all pairs, in place
-    of what the file says. ``rs_lora``: divide alpha by the root of the rank; None does what the file's settings say.
-    ``allow``: names of ``ALLOWANCES``. Raises LoadError for any key that has no use here."""
+    ``expert``: transformer or transformer_2, needed for files with parts for both. ``allow``: names of ``ALLOWANCES``.
+    Raises LoadError for any key that has no use here."""
     for name in allow:
-        if name not in ALLOWANCES:
-            found = f"there is no such rule{nearest(name, ALLOWANCES)}"
-            raise LoadError(f"allowing {name!r} for {source.path}", found, f"Choose among {', '.join(ALLOWANCES)}")
-    survey = _Survey(source, targets, kind, expert, alpha, rs_lora, allow)
+        check_known(name, ALLOWANCES, f"allowing {name!r} for {source.path}", "there is no such rule", LoadError)
+    survey = _Survey(source, targets, kind, expert, allow)
     if survey.faults:
         raise survey.error()
-    options = json.dumps([expert, alpha, rs_lora, sorted(allow)])
+    options = json.dumps([expert, None, None, sorted(allow)])  # the places of two old options, for old fingerprints
     deltas = MappingProxyType({name: tuple(deltas) for name, deltas in survey.deltas.items()})
     return Adapter(source, deltas, MappingProxyType(survey.report()), options)
 
 
 def inspect_lora(
     source: TensorSource, targets: Mapping[str, Shape] | None = None, *, kind: str | None = None,
-    expert: str | None = None, alpha: float | None = None, rs_lora: bool | None = None, allow: Collection[str] = (),
+    allow: Collection[str] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """What ``source`` is, as plain values for printing and JSON; ``usable`` tells whether ``read_lora`` would take it.
 
@@ -121,7 +118,7 @@ def inspect_lora(
     it is the kind that the keys are about. ``groups`` counts changed tensors by part of the network; ``ranks`` factor
     pairs by rank, 0 for whole factors; ``kinds`` changes by kind; ``left_out`` keys by the allowance that left them
     out."""
-    return _Survey(source, targets, kind or lora_kind(source), expert, alpha, rs_lora, allow).report()
+    return _Survey(source, targets, kind or lora_kind(source), None, allow).report()
 
 
 def experts_of(source: TensorSource, kind: str = "wan") -> tuple[str, ...]:
@@ -159,10 +156,10 @@ class _Survey:
 
     def __init__(
         self, source: TensorSource, targets: Mapping[str, Shape] | None, kind: str, expert: str | None,
-        alpha: float | None, rs_lora: bool | None, allow: Collection[str],
+        allow: Collection[str],
     ):  # fmt: skip
         self.source, self.targets, self.allow, self.about = source, targets, allow, _targets(kind)
-        self.scale = read_scale(source, alpha, rs_lora, expert)
+        self.scale = read_scale(source, expert or EXPERTS[0])
         self.faults: list[Fault] = []
         self.deltas: dict[str, list[Delta]] = {}
         self.kinds, self.left_out = Counter[str](), Counter[str]()

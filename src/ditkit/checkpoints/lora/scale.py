@@ -25,12 +25,14 @@ PEFT_KINDS = ("LORA", "LOHA", "LOKR")
 
 @dataclass(frozen=True)
 class Scale:
-    """``alpha`` and ``root`` as they were asked for; ``config``: peft's settings, {} where there are none."""
+    """``config``: peft's settings, {} where there are none. ``root``: alpha is divided by the root of the rank."""
 
     path: str
-    alpha: float | None
-    root: bool
     config: Mapping[str, Any]
+
+    @property
+    def root(self) -> bool:
+        return bool(self.config.get("use_rslora"))
 
     def of(self, name: str, rank: int | None, alpha: float | None) -> float:
         """Of the module ``name`` (as the file spells it). ``alpha``: what stands beside the factors. ``rank``: None
@@ -41,14 +43,12 @@ class Scale:
             do = "Use the settings that belong to the file, or move those away"
             raise LoadError(f"reading the LoRA {self.path}", found, do)
         rank = rank if rank is not None else told
-        if self.alpha is not None:
-            alpha = self.alpha
-        elif alpha is None:
+        if alpha is None:
             alpha = self._pattern("alpha_pattern", name, self.config.get("lora_alpha", self.config.get("alpha")))
         if alpha is None or rank is None:
             if self.root and rank is not None:
                 asked = f"reading the LoRA {self.path} as rs-LoRA"
-                raise LoadError(asked, f"it has no alpha for {name}", "Give the alpha that it was trained with")
+                raise LoadError(asked, f"it has no alpha for {name}", "Write alpha into its settings")
             return 1.0
         return float(alpha) / (math.sqrt(rank) if self.root else rank)
 
@@ -60,24 +60,14 @@ class Scale:
     @property
     def text(self) -> str:
         below = "root of the rank" if self.root else "rank"
-        if self.alpha is not None:
-            return f"alpha {self.alpha:g} as asked, over the {below}"
         if self.config:
             return f"alpha of the settings, over the {below}"
         return f"alpha of each pair over the {below}, 1 where there is none"
 
 
-def read_scale(source: TensorSource, alpha: float | None, rs_lora: bool | None, expert: str | None) -> Scale:
-    """Raises LoadError for settings that cannot be understood, or that ask for more than adding."""
-    if alpha is not None and not math.isfinite(alpha):
-        raise LoadError(f"reading the LoRA {source.path}", f"alpha is {alpha}", "Give a finite number")
-    config = _config(source, expert or "transformer")
-    root = bool(config.get("use_rslora")) if rs_lora is None else rs_lora
-    return Scale(str(source.path), alpha, root, config)
-
-
-def _config(source: TensorSource, expert: str) -> dict[str, Any]:
-    """peft's settings: those in the file itself, or those beside a file in peft's spelling."""
+def read_scale(source: TensorSource, expert: str) -> Scale:
+    """By peft's settings: those in the file itself, or those beside a file in peft's spelling. Raises LoadError for
+    settings that cannot be understood, or that ask for more than adding."""
     asked = f"reading the settings of the LoRA {source.path}"
     config: dict[str, Any] = {}
     segments = {segment for name in source.tensors for segment in name.split(".")}
@@ -98,7 +88,7 @@ def _config(source: TensorSource, expert: str) -> dict[str, Any]:
         raise LoadError(asked, "it sets fan_in_fan_out or layer_replication", "Use a LoRA of plain linear layers")
     if config.get("use_dora") and not segments & {"lora_magnitude_vector", "dora_scale"}:
         raise LoadError(asked, "they say DoRA and the file has no magnitudes", "Save the file again, with them")
-    return config
+    return Scale(str(source.path), config)
 
 
 def _of_component(raw: Mapping[str, Any], expert: str) -> dict[str, Any]:

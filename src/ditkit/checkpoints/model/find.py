@@ -13,8 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ditkit.checkpoints.files.formats import INDEX as SHARD_INDEX
-from ditkit.checkpoints.files.formats import OTHERS, read_shards
+from ditkit.checkpoints.files.formats import split_entry, weight_files
 from ditkit.checkpoints.files.text import readable, some
 from ditkit.checkpoints.kinds.configs import STRICT, Rules
 from ditkit.checkpoints.kinds.kind import KINDS
@@ -25,7 +24,7 @@ from ditkit.checkpoints.model.manifest import INDEX, MODULAR, Manifest
 from ditkit.checkpoints.model.open_part import flow_shift, open_part, open_tokenizer, opened, processor_config
 from ditkit.checkpoints.model.part import EXPERTS, SIDE, WITHOUT_WEIGHTS, ModelParts, Options, Part, Scope, main_of
 from ditkit.checkpoints.model.place import place_of
-from ditkit.errors import LoadError, SetupError, nearest
+from ditkit.errors import LoadError, SetupError, check_known, nearest
 from ditkit.setup import Setup
 
 ASSETS = Path(__file__).parents[2] / "assets"
@@ -83,16 +82,12 @@ def locate(
 def _options(setup: Setup, scope: Scope) -> tuple[Options, Hub]:
     hub, known = Hub(offline=setup.offline), [rule for kind in KINDS.values() for rule in kind.claims]
     for rule in setup.allow:
-        if rule not in known:
-            found = f"there is no such rule{nearest(rule, known)}"
-            raise SetupError(f"allow={rule!r}", found, f"There is {', '.join(known)}")
+        check_known(rule, known, f"allow={rule!r}", "there is no such rule", SetupError)
     instead = {part: _place(where, hub, part) for part, where in setup.components.items() if scope.opens(part)}
     return Options(setup.variant, instead, (*setup.allow, *([STRICT] if setup.strict_config else [])), scope), hub
 
 
 def _path(name: str) -> Path:
-    from ditkit.checkpoints.files.opening import split_entry
-
     place = os.path.expanduser(name)
     file = split_entry(Path(place))[0] if "\0" not in place else place
     if name not in MODELS and not (name and os.path.exists(file)):  # exists takes any text; Path.exists does not
@@ -104,8 +99,6 @@ def _path(name: str) -> Path:
 
 def _place(where: str, hub: Hub, component: str) -> Path:
     """A part that the user names: a path, or a place in a repository."""
-    from ditkit.checkpoints.files.opening import split_entry
-
     if HubName.parse(where) is not None:
         return place_of(component, where).pin(hub).resolve(hub)
     path = Path(os.path.expanduser(where)).absolute()
@@ -150,8 +143,6 @@ def _of_manifest(manifest: Manifest, how: Options, hub: Hub) -> ModelParts:
 
 def _located(path: Path, how: Options, values: Mapping[str, Any] = {}) -> ModelParts:
     """``values``: ``boundary_ratio``, ``expand_timesteps``, where no index gives them."""
-    from ditkit.checkpoints.files.opening import split_entry
-
     asked, scope = f"opening the model in {path}", how.scope
     path, entry = split_entry(path)
     if not path.is_dir() and not path.is_file():
@@ -191,7 +182,9 @@ def _native(folder: Path, others: Mapping[str, Part], how: Options) -> tuple[dic
     for name in experts:
         if scope.opens(EXPERTS[name]):
             parts[EXPERTS[name]] = opened(folder / name, EXPERTS[name], rules=how.rules)
-    for file in weight_files(folder):
+    indices, loose = weight_files(folder)
+    safe = {file.stem for file in loose if file.suffix == ".safetensors"}  # of two that differ in their ending only
+    for file in [*indices, *(one for one in loose if one.suffix == ".safetensors" or one.stem not in safe)]:
         try:
             part = opened(file, None, rules=how.rules)
         except LoadError as error:
@@ -217,14 +210,3 @@ def _native(folder: Path, others: Mapping[str, Part], how: Options) -> tuple[dic
         why = f" ({some(f'{name}: {reason}' for name, reason in unused.items())})" if unused else ""
         raise LoadError(asked, f"it holds no part of a model{why}", "Check the path")
     return parts, unused
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The sets of weights in ``folder``: indices, and files that none of them names. Of two files that differ in their
-    ending only, the safetensors one."""
-    files = sorted(file for file in folder.iterdir() if file.is_file())
-    indices = [file for file in files if SHARD_INDEX.fullmatch(file.name)]
-    claimed = {shard for index in indices for shard in read_shards(index).values()}
-    loose = [file for file in files if file.suffix in (".safetensors", *OTHERS) and file.name not in claimed]
-    safe = {file.stem for file in loose if file.suffix == ".safetensors"}
-    return indices + [file for file in loose if file.suffix == ".safetensors" or file.stem not in safe]

@@ -7,13 +7,14 @@ is downloaded, and nothing here imports what was. Leaves out: which files a comp
 import contextlib
 import re
 import secrets
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ditkit.errors import LoadError, MissingDependency
+from ditkit.errors import LoadError, needed
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -85,7 +86,12 @@ class Hub:
         info = self._ask(asked, repo, lambda: api.model_info(repo, revision=revision, timeout=30))
         names = sorted(file.rfilename for file in info.siblings or () if inside(file.rfilename))
         if not COMMIT.fullmatch(revision or ""):
-            _remember(self._folder(repo) / "refs" / (revision or "main"), info.sha)
+            with contextlib.suppress(OSError):  # a cache that cannot be written to is reported when a file is fetched
+                reference = self._folder(repo) / "refs" / (revision or "main")
+                reference.parent.mkdir(parents=True, exist_ok=True)
+                part = reference.with_name(f"{reference.name}.{secrets.token_hex(4)}.part")
+                part.write_text(info.sha)
+                part.replace(reference)
         return Listing(repo, info.sha, tuple(names))
 
     def fetch(self, repo: str, commit: str, names: Iterable[str]) -> Path:
@@ -159,14 +165,6 @@ class Hub:
         return LoadError(asked, f"it failed ({found})", "Try again; what is already here is not fetched twice")
 
 
-def _remember(reference: Path, commit: str) -> None:
-    with contextlib.suppress(OSError):  # a cache that cannot be written to is reported when a file is fetched
-        reference.parent.mkdir(parents=True, exist_ok=True)
-        part = reference.with_name(f"{reference.name}.{secrets.token_hex(4)}.part")
-        part.write_text(commit)
-        part.replace(reference)
-
-
 def _causes(error: BaseException) -> Iterator[BaseException]:
     seen: list[BaseException] = []
     while error is not None and error not in seen:
@@ -176,10 +174,5 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _library() -> Any:
-    try:
-        import huggingface_hub
-        import huggingface_hub.constants
-    except ImportError:
-        do = 'Install it: pip install "ditkit[hub]"'
-        raise MissingDependency("using a hub repository", "huggingface_hub is not installed", do) from None
-    return huggingface_hub
+    needed("huggingface_hub.constants", "using a hub repository", "hub")
+    return sys.modules["huggingface_hub"]

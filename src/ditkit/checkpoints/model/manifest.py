@@ -15,10 +15,11 @@ from ditkit.checkpoints.kinds.configs import Rules, note_unknown
 from ditkit.checkpoints.model.hub import DATA, REPO, Hub, HubName
 from ditkit.checkpoints.model.lock import read_toml, with_lock
 from ditkit.checkpoints.model.part import SIDE, WITHOUT_WEIGHTS, component_names
-from ditkit.checkpoints.model.place import Base, LocalBase, Location, Places, RemoteBase, check_known, location, short
-from ditkit.errors import LoadError
+from ditkit.checkpoints.model.place import Base, LocalBase, Location, Places, RemoteBase, location, short
+from ditkit.errors import LoadError, check_known
 
 MODULAR, INDEX = "modular_model_index.json", "model_index.json"
+TABLES = ("components", "model", "defaults", "preview")
 NAMES = ("ditkit.toml", MODULAR, INDEX)
 WHOLE = ("config.json", "configuration.json")
 """What a repository in Wan's own layout has at its top. One that has none of these is a collection, not a model."""
@@ -87,10 +88,6 @@ class Manifest(Places):
         folder = hub.fetch(listing.repo, listing.commit, names) / found.folder
         return with_lock(_read(folder, None, RemoteBase(listing, found.folder)))
 
-    def resolve(self, hub: Hub | None = None) -> dict[str, Path]:
-        """Every component's place on this machine; one that cannot be had is an error, never left out."""
-        return {name: place.resolve(hub) for name, place in self.components.items()}
-
 
 def _read(folder: Path, name: str | None, base: Base) -> Manifest:
     own = folder / (name or NAMES[0])
@@ -100,7 +97,7 @@ def _read(folder: Path, name: str | None, base: Base) -> Manifest:
     components, values, unknown = _read_index(index, base) if index else ({}, {}, {})
     tables = read_toml(toml, "Correct it") if toml else {}
     for key, table in tables.items():
-        check_known(key, ("components", "model", "defaults", "preview"), f"reading {toml}", "table")
+        check_known(key, TABLES, f"reading {toml}", f"it has an unknown table {key!r}", LoadError)
         if not isinstance(table, dict):
             raise LoadError(f"reading {toml}", f"{key} is {table!r}, not a table", f"Write [{key}] above its keys")
     for key, value in tables.pop("components", {}).items():
@@ -111,7 +108,7 @@ def _read(folder: Path, name: str | None, base: Base) -> Manifest:
 
 
 def _checked(name: str, value: Any, asked: str) -> Any:
-    check_known(name, VALUES, asked, "key")
+    check_known(name, VALUES, asked, f"it has an unknown key {name!r}", LoadError)
     truth = name == "expand_timesteps"
     if not (type(value) is bool if truth else type(value) in (int, float) and 0 <= value <= 1):
         wanted = "true or false" if truth else "a number from 0 to 1"
@@ -120,7 +117,7 @@ def _checked(name: str, value: Any, asked: str) -> Any:
 
 
 def _place(name: str, value: Any, asked: str, base: Base) -> Location:
-    check_known(name, [*component_names(), *SIDE], asked, "component")
+    check_known(name, [*component_names(), *SIDE], asked, f"it has an unknown component {name!r}", LoadError)
     keys = short(value) if isinstance(value, str) else value
     if not isinstance(keys, dict):
         raise LoadError(asked, f"{name} is {value!r}", "Give a path, hf:OWNER/NAME@REVISION, or a table")

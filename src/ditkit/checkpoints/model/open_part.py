@@ -20,7 +20,7 @@ from ditkit.checkpoints.kinds.kind import KINDS, Kind, kind_of_config, kinds_of,
 from ditkit.checkpoints.model.part import Part, component_names
 from ditkit.checkpoints.views.mapped import Mapped
 from ditkit.checkpoints.views.source import TensorSource
-from ditkit.errors import LoadError, nearest
+from ditkit.errors import LoadError, check_known
 
 
 def open_part(
@@ -43,9 +43,9 @@ def opened(
     """``open_part`` within a look at a whole model."""
     if component == "tokenizer":
         return open_tokenizer(path, rules)
-    if component is not None and component not in (known := component_names()):
-        found = f"there is no such component{nearest(component, known)}"
-        raise LoadError(f"opening {path} as {component!r}", found, f"Choose one of {', '.join(known)}")
+    if component is not None:
+        asked = f"opening {path} as {component!r}"
+        check_known(component, component_names(), asked, "there is no such component", LoadError)
     from ditkit.checkpoints.files.opening import open_source  # not before a file is opened
 
     source = open_source(path, variant, entry)
@@ -72,10 +72,12 @@ def opened(
             raise LoadError(f"{error.asked} ({file})", error.found, error.do) from None
     if (unsaid := sorted(row.unsaid.keys() - config.keys())) and belongs is None:
         notes.insert(0, f"no config says {' and '.join(unsaid)}; the official ones are taken")
+    named, side = view, side_of(detected.layout)
+    if row.keys is not None and (side, row.own) != ("native", "native"):  # what the table does not know keeps its name
+        named = Mapped(view, row.keys(config), row.own, of=side)
     return Part(
-        component or row.components[0], row.name, source.path, MappingProxyType(config),
-        row.under_module_names(view, detected.layout, config), detected.layout, detected.quantization, detected,
-        (*view.notes, *notes),
+        component or row.components[0], row.name, source.path, MappingProxyType(config), named, detected.layout,
+        detected.quantization, detected, (*view.notes, *notes),
     )  # fmt: skip
 
 

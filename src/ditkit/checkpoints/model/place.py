@@ -6,7 +6,7 @@ Leaves out: what names several places together (manifest.py), and hashing their 
 
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from ditkit.checkpoints.files.formats import SHARD
 from ditkit.checkpoints.files.text import read_json, some
 from ditkit.checkpoints.model.hub import COMMIT, REPO, Hub, HubName, Listing, inside
-from ditkit.errors import LoadError, nearest
+from ditkit.errors import LoadError, check_known
 
 AGAIN = "Lock the manifest again with `ditkit lock` if that is meant"
 KEYS = ("path", "repo", "subfolder", "revision", "variant", "file", "sha256")
@@ -188,12 +188,6 @@ class RemoteBase:
 Base = LocalBase | RemoteBase
 
 
-def check_known(name: str, known: Collection[str], asked: str, what: str) -> None:
-    """Raises LoadError for a name that is not among ``known``."""
-    if name not in known:
-        raise LoadError(asked, f"it has an unknown {what} {name!r}{nearest(name, known)}", f"Use {', '.join(known)}")
-
-
 def place_of(component: str, text: str) -> Location:
     """A place outside of any manifest: a path, or ``hf:OWNER/NAME[/FOLDER or /FOLDER/FILE]@REVISION``. Raises
     LoadError."""
@@ -216,7 +210,7 @@ def location(name: str, keys: Mapping[str, Any], asked: str, base: Base) -> Loca
     keys = dict(keys)
     pins = keys.pop("sha256", {})
     for key, value in keys.items():
-        check_known(key, KEYS, asked, "key")
+        check_known(key, KEYS, asked, f"it has an unknown key {key!r}", LoadError)
         if not isinstance(value, str) or not value:
             raise LoadError(asked, f"{key} is {value!r}, not a text", "Correct it")
     if not isinstance(pins, dict) or not all(isinstance(v, str) and len(v) == 64 for v in pins.values()):

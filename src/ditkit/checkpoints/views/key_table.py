@@ -26,21 +26,20 @@ class Rule:
     """A tensor in both layouts: one name on each side, or one name and several.
 
     Several tensors lie in the one as equal shares of its first axis, in this order. ``ones``: so many leading axes of
-    length 1 has the native tensor more. ``transpose``: its two axes are swapped."""
+    length 1 has the native tensor more."""
 
     native: tuple[str, ...]
     other: tuple[str, ...]
     ones: int = 0
-    transpose: bool = False
 
     def __post_init__(self) -> None:
-        changes = (len(self.native) + len(self.other) > 2) + (self.ones > 0) + self.transpose
-        if min(len(self.native), len(self.other)) != 1 or changes > 1:
+        few, many = sorted((len(self.native), len(self.other)))
+        if few != 1 or (many > 1 and self.ones):
             raise ValueError(f"a rule for {self.native} and {self.other} does one thing, to one tensor of one side")
 
     @property
     def renames(self) -> bool:
-        return len(self.native) == len(self.other) == 1 and not self.ones and not self.transpose
+        return len(self.native) == len(self.other) == 1 and not self.ones
 
     def names(self, side: Side) -> tuple[str, ...]:
         return self.native if side == "native" else self.other
@@ -78,17 +77,9 @@ class KeyTable:
     @cached_property
     def to_other(self) -> Mapping[str, str]:
         """Native name -> other name, read-only. Only for tables that rename and do no more."""
-        return self._renames("native", "other")
-
-    @cached_property
-    def to_native(self) -> Mapping[str, str]:
-        """The inverse of ``to_other``."""
-        return self._renames("other", "native")
-
-    def _renames(self, source: Side, target: Side) -> Mapping[str, str]:
         if changed := [rule.native[0] for rule in self.rules if not rule.renames]:
             raise TypeError(f"the table does more than rename ({some(changed)}); use Mapped")
-        return MappingProxyType({rule.names(source)[0]: rule.names(target)[0] for rule in self.rules})
+        return MappingProxyType({rule.native[0]: rule.other[0] for rule in self.rules})
 
 
 def rename(tensors: Mapping[str, T], names: Mapping[str, str]) -> dict[str, T]:

@@ -1,4 +1,4 @@
-"""A source seen through a key table: other names, and tensors cut, joined, reshaped or transposed as its rules say.
+"""A source seen through a key table: other names, and tensors cut, joined or reshaped as its rules say.
 
 Names, shapes and types are known without reading data. Data is made when it is asked for, one tensor, or the members of
 one joined tensor, at a time. Leaves out: the tables (``kinds``), dequantisation and prefixes of whole files.
@@ -92,7 +92,7 @@ class Mapped(View):
         assert piece.rule is not None
         if (count := len(piece.rule.names(self.to))) > 1:
             return first.chunk(count)[piece.share].clone()  # the rest of the rows can go
-        return first.T.contiguous() if piece.rule.transpose else first.reshape(shape)
+        return first.reshape(shape)
 
     def stored(self, name: str) -> Stored:
         members = self._pieces[name].members
@@ -126,10 +126,6 @@ class Mapped(View):
             if not shape or shape[0] % count:
                 raise self._error(f"{piece.members[0]} has the shape {list(shape)} and cannot be cut into {count}")
             shape = (shape[0] // count, *shape[1:])
-        elif rule.transpose:
-            if len(shape) != 2:
-                raise self._error(f"{piece.members[0]} has the shape {list(shape)}, not two axes to swap")
-            shape = shape[::-1]
         elif self.to == "native":
             shape = (1,) * rule.ones + shape
         elif shape[: rule.ones] != (1,) * rule.ones:

@@ -52,25 +52,21 @@ def _beside(name: str) -> bool:
 
 
 class Dequantized(View):
-    """``source``, whose names are bare (``Unprefixed``), with all quantised weights as numbers of the type ``dtype``
-    (spelt ``F32``, ``BF16``, ``F16``).
+    """``source``, whose names are bare (``Unprefixed``), with all quantised weights as numbers in float32.
 
-    Other tensors stay as they are stored; scales, markers and the like are gone. Each number is computed in float32
-    and rounded once. ``quantization`` names the flavour (``fp8``, ``fp8_scaled``, ``int8``, ``gguf Q4_K``), None when
-    nothing is quantised. ``notes`` lists what was left out. Opening reads the small settings tensors of ComfyUI only.
-    Raises LoadError for scales without their weights, weights without their scales, contradictions, and flavours that
-    are not supported."""
+    Other tensors stay as they are stored; scales, markers and the like are gone. ``quantization`` names the flavour
+    (``fp8``, ``fp8_scaled``, ``int8``, ``gguf Q4_K``), None when nothing is quantised. ``notes`` lists what was left
+    out. Opening reads the small settings tensors of ComfyUI only. Raises LoadError for scales without their weights,
+    weights without their scales, contradictions, and flavours that are not supported."""
 
-    def __init__(self, source: TensorSource, dtype: str = "F32"):
-        if dtype not in ("F32", "BF16", "F16"):
-            raise ValueError(f"weights are dequantised to F32, BF16 or F16, not {dtype}")
+    def __init__(self, source: TensorSource):
         super().__init__(source)
-        self._asked, self.dtype = f"opening the quantised weights in {source.path}", dtype
+        self._asked = f"opening the quantised weights in {source.path}"
         self._refuse()
         self._weights = self._find(self._settings())
         self.notes += tuple(_notes(source.tensors))
         self.tensors = MappingProxyType({
-            name: Facts(dtype, facts.shape) if name in self._weights else facts
+            name: Facts("F32", facts.shape) if name in self._weights else facts
             for name, facts in source.tensors.items() if not _beside(name)
         })  # fmt: skip
 
@@ -92,10 +88,7 @@ class Dequantized(View):
 
     def made(self, name: str, dtype: torch.dtype | None, look: Inspect) -> Tensor:
         """As ``dtype``, rounded once on the way from float32; neither codes nor float32 are ever whole in memory."""
-        own = DTYPES[self.dtype]
-        if dtype not in (None, own) and own != torch.float32:  # rounded to one type and then to the other
-            return TensorSource.cast(self, name, dtype, look)
-        facts, dtype = self.source.tensors[name], dtype or own
+        facts, dtype = self.source.tensors[name], dtype or torch.float32
         if facts.dtype in BLOCKS:
             count, width = gguf.block_bytes(facts.dtype)
             parts = self.source.pieces(name, width, gguf.CHUNK // count * width)
