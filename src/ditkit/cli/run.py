@@ -159,8 +159,7 @@ def fork(
         request |= {"steps": before["steps"], "shift": before["shift"]}
     goal = RunOptions(path, None, quiet=quiet, json=as_json)
     try:
-        state, origin = prepared(parent, request, at_step=at_step, clip=clip, pipe=pipe, tell=job.say,
-                                 listeners=[show.warn_of_truncation])  # fmt: skip
+        state, origin = prepared(parent, request, pipe, at_step, clip, {}, [show.warn_of_truncation], job.say)
         if not quiet:
             where = "" if origin.step is None else f" at step {origin.step}"
             changes = [f"       {k} {show.value(old)} -> {show.value(new)}" for k, (old, new) in origin.changed.items()]
