@@ -157,12 +157,9 @@ def _annotation(key: str) -> Any:
     return Annotated[list[str] | None, typer.Option(f"--{name}", help=text, metavar=metavar, show_default=False)]
 
 
-SINGULAR = {"plugs": "plug"}
-"""Settings whose flag, which may be repeated, names one of them."""
-
-
 def kebab(key: str) -> str:
-    return SINGULAR.get(key, key).replace("_", "-")
+    """The flag of ``plugs``, which may be repeated, names one of them."""
+    return "plug" if key == "plugs" else key.replace("_", "-")
 
 
 def flag_of(key: str, value: Any) -> list[str]:

@@ -270,13 +270,11 @@ def megabytes(count: int) -> str:
 @contextmanager
 def _progress(quiet: bool) -> Iterator[Progress]:
     """A bar on a terminal's stderr; nothing elsewhere."""
-    if quiet or not sys.stderr.isatty():
-        yield lambda what, done, total: None
-        return
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=show.console(stderr=True), transient=True) as bar:
+    silent = quiet or not sys.stderr.isatty()
+    with Progress(*columns, console=show.console(stderr=True), transient=True, disable=silent) as bar:
         task = bar.add_task("reading", total=None)
         yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
 

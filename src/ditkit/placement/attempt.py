@@ -20,10 +20,7 @@ from ditkit.events import Relay
 from ditkit.execution.place import StageCall, StageResult, checked
 from ditkit.execution.stage import known_settings
 from ditkit.identify import forgets
-from ditkit.placement.job import LOG, Channel, Job, Message, error_of, event_of, state_to_outcome
-
-TICK = 0.1
-"""Seconds after which whoever waits for a message looks whether it is still wanted."""
+from ditkit.placement.job import LOG, TICK, Channel, Job, Message, error_of, event_of, state_to_outcome
 
 
 class Reader:
@@ -74,20 +71,17 @@ class Attempt:
         self.place, self.channel, self.call = place, channel, call
         self.asked = f"running stage {call.stage.name!r} at {place}"
         self.reached: StageResult | None = None
-
-    def _begin(self) -> None:
-        call = self.call
-        if forgets(call.seams.describe()):
-            self.reached = None  # what such a plug makes is another result where it is cut: all of it once more
-        self.inputs = call.inputs if self.reached is None else call.inputs.with_fields(self.reached.written)
-        self.job = Job.of(call)
-        self.relay, self.received, self.cancelled = Relay(call.events, self.place), 0, False
         self.outcome: StageResult | None = None
 
     def run(self) -> StageResult:
         """The outcome. Raises Lost, the error that came instead, and KeyboardInterrupt for the second Ctrl-C, or where
         there is no outcome after the first."""
-        self._begin()
+        call = self.call
+        if forgets(call.seams.describe()):
+            self.reached = None  # what such a plug makes is another result where it is cut: all of it once more
+        self.inputs = call.inputs if self.reached is None else call.inputs.with_fields(self.reached.written)
+        self.job, self.relay = Job.of(call), Relay(call.events, self.place)
+        self.received, self.cancelled, self.outcome = 0, False, None
         act = {"event": self.on_event, "kept": self.on_kept, "outcome": self.on_outcome, "error": self.on_error}
         self.begun = time.perf_counter()
         with self.relay, Reader(lambda: self.channel.submit(self.job, self.inputs), self.asked) as messages:

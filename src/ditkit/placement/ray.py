@@ -21,17 +21,10 @@ from ditkit.placement.job import Job, Message, Question, error_message, error_of
 from ditkit.setup import Setup
 from ditkit.state import State
 
-TURN = 1.0
-"""Seconds after which the actor answers that there is nothing new; a sign of life."""
-
-CALLS = 16
-"""Calls that an actor answers at once; stages take turns all the same."""
-
-START = 600.0
-"""Seconds that Ray has to find a machine, which it may have to start first."""
-
-Answer = tuple[str, bytes]
-"""The kind of a message, or ``value`` for JSON, and its payload."""
+TURN = 1.0  # seconds after which the actor answers that there is nothing new; a sign of life
+CALLS = 16  # calls that an actor answers at once; stages take turns all the same
+START = 600.0  # seconds that Ray has to find a machine, which it may have to start first
+Answer = tuple[str, bytes]  # the kind of a message, or ``value`` for JSON, and its payload
 
 
 def answering(tell: Callable[..., dict[str, Any] | None]) -> Callable[..., Answer]:
@@ -92,13 +85,11 @@ class Actor:
         """What has come since the last turn; nothing after ``TURN`` seconds without news."""
         messages, found = self.running[job][0], list[Answer]()
         with contextlib.suppress(queue.Empty):
-            message = messages.get(timeout=TURN)
-            while True:
+            while job in self.running:
+                message = messages.get(timeout=0 if found else TURN)
                 found.append((message.kind, bytes(message.payload)))
                 if message.last:
                     del self.running[job]
-                    break
-                message = messages.get_nowait()
         return found
 
 
@@ -112,10 +103,11 @@ class RayChannel:
 
     def __init__(self, setup: Setup, address: str | None, device: str | None, stages: Sequence[str]):
         self.device = device or setup.device
+        asked = f"a Ray actor on {self.device}"
         if self.device.startswith("cuda:"):
-            raise SetupError(f"a Ray actor on {self.device}", "Ray chooses the GPU itself", "Write ray:cuda")
+            raise SetupError(asked, "Ray chooses the GPU itself", "Write ray:cuda")
         if self.device == "mps":
-            raise SetupError(f"a Ray actor on {self.device}", "Ray knows no such device", "Write process:mps")
+            raise SetupError(asked, "Ray knows no such device", "Write process:mps")
         self.name = address or ("ray" if device is None else f"ray:{device}")
         moved: dict[str, Any] = {} if device is None else {"devices": {}}
         self.setup = setup.model_copy(update={"placement": {}, "expected_probes": {}, **moved})
@@ -129,11 +121,11 @@ class RayChannel:
         if question == "cancel" and self._actor is None:
             return {}
         actor, asked = self._started(), f"asking {self.name} for {question} {name}".rstrip()
-        return _value(self._wait(asked, actor, actor.ask.remote(question, name)), self.name)
+        return self._wait(asked, actor, actor.ask.remote(question, name))
 
     def submit(self, job: Job, inputs: State) -> Iterator[Message]:
         asked, actor = f"running stage {job.stage!r} at {self.name}", self._started()
-        _value(self._get(asked, actor.submit.remote(job.to_json(), inputs.to_bytes())), self.name)
+        self._value(asked, actor.submit.remote(job.to_json(), inputs.to_bytes()))
         ended = False
         try:
             while not ended:
@@ -192,17 +184,21 @@ class RayChannel:
         self._get(asked, actor.ask.remote("health", ""), START)
         setup = self.setup.model_copy(update={"device": device}).model_dump_json()
         threads = torch.get_num_threads() if self.address is None else self.setup.threads
-        _value(self._wait(asked, actor, actor.start.remote(setup, self.stages, threads)), self.name)
+        self._wait(asked, actor, actor.start.remote(setup, self.stages, threads))
 
     # --- asking it
 
-    def _wait(self, asked: str, actor: Any, answer: Any) -> Answer:
-        """The answer, however long it takes, as long as the actor shows that it is alive."""
-        while True:
-            ready, _ = CLUSTER.ray.wait([answer], timeout=self.setup.timeout)
-            if ready:
-                return self._get(asked, answer)
+    def _wait(self, asked: str, actor: Any, answer: Any) -> dict[str, Any]:
+        """What it tells, however long it takes, as long as the actor shows that it is alive."""
+        while not CLUSTER.ray.wait([answer], timeout=self.setup.timeout)[0]:
             self._get(asked, actor.ask.remote("health", ""))
+        return self._value(asked, answer)
+
+    def _value(self, asked: str, answer: Any) -> dict[str, Any]:
+        kind, payload = self._get(asked, answer)
+        if kind == "error":
+            raise error_of(payload, self.name)
+        return json.loads(payload)
 
     def _get(self, asked: str, answer: Any, timeout: float | None = None) -> Any:
         """Raises Lost for an actor that has died or is silent; the next one who asks starts another."""
@@ -218,13 +214,6 @@ class RayChannel:
             found, do = f"its actor died ({_first_line(e)})", "Look at Ray's log"
         self._forget()
         raise Lost(asked, found, do) from None
-
-
-def _value(answer: Answer, place: str) -> dict[str, Any]:
-    kind, payload = answer
-    if kind == "error":
-        raise error_of(payload, place)
-    return json.loads(payload)
 
 
 def _first_line(error: BaseException) -> str:
@@ -254,7 +243,7 @@ class Cluster:
             except ImportError:
                 raise MissingDependency(*MISSING) from None
             self.ray = ray
-            if not self.ray.is_initialized():
+            if not ray.is_initialized():
                 self._begin(address)
             elif address != (self.address if self.ours else None):
                 found = f"this process is connected to {self.address or 'a cluster'} already"

@@ -21,9 +21,7 @@ from ditkit.placement.job import SAME, WIRE, Channel, made_by
 from ditkit.receipt import versions
 from ditkit.state import SCHEMA
 
-COMPUTES = ("ditkit", "torch", "transformers")
-"""Packages whose version may change the last bits of a result."""
-
+COMPUTES = ("ditkit", "torch", "transformers")  # packages whose version may change the last bits of a result
 T = TypeVar("T")
 
 

@@ -33,9 +33,7 @@ VERSION = 1
 NAME = "run.json"
 FOLDER = "runs"
 _NAME = re.compile(r"(run|clip-\d+)-(\d{6,})(?:-step-(\d+))?\.safetensors")
-WHOLE = "run"
-"""Whose States they are: of all clips together; ``clip(i)`` of one."""
-
+WHOLE = "run"  # whose States they are: of all clips together; ``clip(i)`` of one
 Tell = Callable[[str], None]
 
 

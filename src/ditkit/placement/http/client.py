@@ -24,15 +24,11 @@ from ditkit.state import State
 
 JOB, CRC = "X-Ditkit-Job", "X-Ditkit-Crc32"
 
-CONNECT = 5.0
-"""Seconds after which a host that does not take a connection counts as not there."""
-
+CONNECT = 5.0  # seconds after which a host that does not take a connection counts as not there
 MOST_WORDS = 1 << 26
 """Bytes of an answer that is no stream of messages: a model of a thousand files is described in a hundredth of it."""
 
-SHORTEST = 16
-"""Characters of a token at least; a short one can be guessed."""
-
+SHORTEST = 16  # characters of a token at least; a short one can be guessed
 ADDRESS = "Check the address"
 
 ANSWERS = {

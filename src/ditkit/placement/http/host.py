@@ -21,8 +21,8 @@ from typing import Annotated, Any
 from ditkit.errors import DitkitError, MissingDependency, PlaceError, SetupError, StateError, UserError
 from ditkit.placement.http.client import CRC, JOB
 from ditkit.placement.http.framing import FRAMING, MEDIA_TYPE, PIECE, crc32, fresh, pack
-from ditkit.placement.job import Job, Message, error_message, error_of, options_to_send
-from ditkit.placement.worker import TICK, Send, Worker
+from ditkit.placement.job import TICK, Job, Message, error_message, error_of, options_to_send
+from ditkit.placement.worker import Send, Worker
 from ditkit.state import State
 
 try:
@@ -38,11 +38,8 @@ from ditkit.placement.http.zero_copy import Straight, connection_of
 
 BEARER = HTTPBearer(auto_error=False, description="the host's token")
 
-GONE = 60_000
-"""Milliseconds after which a client that confirms nothing that was sent to it counts as gone (Linux)."""
-
-FAREWELL = 5
-"""Seconds that jobs have to end when the host ends."""
+GONE = 60_000  # milliseconds after which a client that confirms nothing that was sent to it counts as gone (Linux)
+FAREWELL = 5  # seconds that jobs have to end when the host ends
 
 
 class Refused(PlaceError):
