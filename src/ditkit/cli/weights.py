@@ -125,16 +125,14 @@ def _part(part: Part) -> dict[str, Any]:
     for facts in stored.tensors.values():
         types[facts.dtype] += math.prod(facts.shape)
     return {
-        **_detected(part.detected),
-        "path": str(part.path),
+        **_detected(part.detected), "path": str(part.path),
         "files": [file.name for file in part.source.files],
         "bytes": sum(file.stat().st_size for file in part.source.files),
         "parameters": sum(math.prod(facts.shape) for facts in part.source.tensors.values()),
-        "tensors": len(part.source.tensors),
-        "types": dict(types.most_common()),
+        "tensors": len(part.source.tensors), "types": dict(types.most_common()),
         "config": {key: list(value) if isinstance(value, tuple) else value for key, value in part.config.items()},
         "notes": list(part.notes),
-    }
+    }  # fmt: skip
 
 
 def _part_problems(part: Part) -> list[str]:

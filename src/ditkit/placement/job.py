@@ -29,9 +29,7 @@ from ditkit.state import State, kind_of
 
 WIRE = 2  # the version of all that is in this file; two ends of another version refuse each other
 SAME = "Use the same version of ditkit on both machines"
-
 LOG = "Look at its log"
-
 TICK = 0.1  # seconds after which whoever waits looks whether that is still wanted
 KINDS = ("event", "kept", "outcome", "error", "alive")
 

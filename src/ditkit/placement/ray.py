@@ -114,7 +114,6 @@ class RayChannel:
         self.address, self.stages = address, list(stages)
         self._actor: Any = None
         self._kill: Callable[[], Any] = lambda: None
-        self._left: weakref.finalize[..., RayChannel] | None = None
         self._lock = threading.RLock()
 
     def ask(self, question: Question, name: str = "") -> dict[str, Any]:
@@ -140,17 +139,14 @@ class RayChannel:
     def close(self) -> None:
         with self._lock:
             self._forget()
-            if self._left is not None and self._left.detach() is not None:
-                CLUSTER.left(end=True)
-            self._left = None
+            CLUSTER.left(self)
 
     # --- the actor
 
     def _started(self) -> Any:
         with self._lock:
             if self._actor is None:
-                ray = CLUSTER.joined(self.address, self._left is None)
-                self._left = self._left or weakref.finalize(self, CLUSTER.left, end=False)
+                ray = CLUSTER.joined(self, self.address)
                 gpu = self._gpu(ray)
                 cpus = int(self.address is not None)  # nobody else computes on our own cluster
                 actor = ray.remote(num_cpus=cpus, num_gpus=int(gpu), max_concurrency=CALLS)(Actor).remote()
@@ -227,16 +223,17 @@ def _kill(actor: Any) -> None:
 
 class Cluster:
     """The one that this process is connected to: Ray allows one. Started here, it ends when its last channel is closed,
-    or with this process; one that was there already is left as it was found."""
+    or with this process; one that was there already is left as it was found. A channel that nobody closed is no user
+    any more; nothing is ended while memory is collected."""
 
     def __init__(self) -> None:
         self.ray: Any = None
         self.address: str | None = None
-        self.ours, self.users = False, 0
+        self.ours, self.users = False, weakref.WeakSet[RayChannel]()
         self._lock = threading.RLock()
 
-    def joined(self, address: str | None, new: bool) -> Any:
-        """Ray, connected; ``new``: one more user. Raises MissingDependency, PlaceError, Lost."""
+    def joined(self, user: RayChannel, address: str | None) -> Any:
+        """Ray, connected. Raises MissingDependency, PlaceError, Lost."""
         with self._lock:
             try:
                 import ray
@@ -248,8 +245,8 @@ class Cluster:
             elif address != (self.address if self.ours else None):
                 found = f"this process is connected to {self.address or 'a cluster'} already"
                 raise PlaceError(f"running stages at {address or 'ray'}", found, "Use one cluster in each process")
-            self.users += new
-            return self.ray
+            self.users.add(user)
+            return ray
 
     def _begin(self, address: str | None) -> None:
         ours: dict[str, Any] = {}
@@ -265,13 +262,14 @@ class Cluster:
         except (ConnectionError, RuntimeError) as e:
             asked = f"connecting to {address or 'a cluster on this machine'}"
             raise Lost(asked, _first_line(e), "Check the address, and RAY_AUTH_TOKEN") from None
-        self.ours, self.address, self.users = True, address, 0
+        self.ours, self.address = True, address
+        self.users.clear()
 
-    def left(self, end: bool) -> None:
-        """``end``: the cluster may be ended now, which is not so while memory is collected."""
+    def left(self, user: RayChannel) -> None:
         with self._lock:
-            self.users -= 1
-            if end and self.ours and self.users <= 0:
+            last = {*self.users} == {user}
+            self.users.discard(user)
+            if last and self.ours:
                 self.ray.shutdown()
                 self.ours = False
 

@@ -36,9 +36,9 @@ def model_at(places: Places, spec: Spec) -> Mapping[str, Any]:
     return about
 
 
-def scope_of(places: Places, parts: Mapping[str, str]) -> Scope:
-    """Which parts may lie at the hosts of ``places``. ``parts`` as in the Setup: one whose value is a host's address is
-    the one at that host, whatever lies here. Raises SetupError."""
+def scope_of(places: Places, parts: Mapping[str, str], whole: Spec | None = None) -> Scope:
+    """Which parts may lie at the hosts of ``places``, or all but these at ``whole``. ``parts`` as in the Setup: one
+    whose value is a host's address is the one at that host, whatever lies here. Raises SetupError."""
     hosts: dict[str, list[Spec]] = {}
     for target, spec in places.specs.items():
         if spec.kind == "http":
@@ -52,15 +52,10 @@ def scope_of(places: Places, parts: Mapping[str, str]) -> Scope:
             do = f"Place one: placement = {{{stage} = {host.text!r}}}"
             raise SetupError(f"parts with {name} = {host.text!r}", "no stage that calls it is placed there", do)
         hosts[name] = [host]
+    if whole is not None:
+        hosts = {**{name: [whole] for name in component_names()}, **hosts}
     ask: dict[str, Callable[[], Part | None]] = {n: partial(_first, places, n, specs) for n, specs in hosts.items()}
     return Scope(None, ask, tuple(meant), [t.expert for t in places.specs if t.expert])
-
-
-def scope_at(places: Places, spec: Spec, parts: Mapping[str, str]) -> Scope:
-    """That of a model all of whose parts lie at ``spec``, but for those that other settings name."""
-    scope = scope_of(places, parts)
-    whole: dict[str, Callable[[], Part | None]] = {n: partial(_first, places, n, [spec]) for n in component_names()}
-    return Scope(None, {**whole, **scope.elsewhere}, scope.meant, scope.experts)
 
 
 def _first(places: Places, name: str, specs: Iterable[Spec]) -> Part | None:

@@ -46,13 +46,10 @@ class Worker:
     def describe(self) -> dict[str, Any]:
         """Who this is: versions, machine, stages with their fields, parts with their fingerprints. Plain values."""
         return {
-            "wire": WIRE,
-            "schema": SCHEMA,
-            "versions": versions(),
-            "machine": machine(),
+            "wire": WIRE, "schema": SCHEMA, "versions": versions(), "machine": machine(),
             **{name: told() if callable(told) else told for name, told in self.about.items()},
             "stages": {name: self._describe(stage) for name, stage in self.stages.items()},
-        }
+        }  # fmt: skip
 
     def _describe(self, stage: Stage) -> dict[str, Any]:
         facts = {n: {"kind": f.kind, "dtype": f.dtype, "shape": f.shape} for n, f in self._table.items()}
@@ -62,14 +59,11 @@ class Worker:
 
         parts = [name for name in stage.components if name in self.components]
         return {
-            "version": stage.version,
-            "made_by": made_by(stage),
-            "reads": fields(stage.reads),
-            "optional": fields((*stage.optional, *stage.triggers)),
-            "writes": fields(stage.writes),
-            "may_write": fields(stage.may_write),
+            "version": stage.version, "made_by": made_by(stage),
+            "reads": fields(stage.reads), "optional": fields((*stage.optional, *stage.triggers)),
+            "writes": fields(stage.writes), "may_write": fields(stage.may_write),
             "components": {name: fingerprint_in(self.components, name) for name in parts},
-        }
+        }  # fmt: skip
 
     def run(self, job: Job, inputs: State, send: Send, cancelled: threading.Event) -> None:
         """Sends events, what is kept on the way, and at last one outcome or one error. Raises what ``send`` raises."""

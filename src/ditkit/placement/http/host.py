@@ -37,7 +37,6 @@ except ModuleNotFoundError as e:
 from ditkit.placement.http.zero_copy import Straight, connection_of
 
 BEARER = HTTPBearer(auto_error=False, description="the host's token")
-
 GONE = 60_000  # milliseconds after which a client that confirms nothing that was sent to it counts as gone (Linux)
 FAREWELL = 5  # seconds that jobs have to end when the host ends
 
