@@ -61,39 +61,35 @@ def inspect(
 
 def examine(path: Path, variant: str | None = None, model: str | None = None) -> dict[str, Any]:
     """The report, as plain values. Raises LoadError for what cannot be opened or recognised."""
-    from ditkit.checkpoints.files.text import readable
-
-    with readable(f"inspecting {path}"):
-        return _examine(packaged(path), variant, model)
-
-
-def _examine(path: Path, variant: str | None, model: str | None) -> dict[str, Any]:
     from ditkit.checkpoints.files.opening import open_source
+    from ditkit.checkpoints.files.text import readable
     from ditkit.checkpoints.kinds.detect import recognise
     from ditkit.checkpoints.model.find import parts_of
 
-    if path.is_file() and path.suffix != ".toml":
-        source = open_source(path)
-        found, _ = recognise(source)
-        if found.kind == "lora":
-            return _lora(path, source, model)
-        if found.problems:
-            return {"path": str(path), **_detected(found), "usable": False, "problems": list(found.problems)}
-    if model is not None:
-        raise LoadError(f"inspecting {path}", "--model was given and it is no LoRA", "Leave --model out")
-    located = parts_of(path, variant)
-    parts = {name: _part(part) for name, part in located.parts.items()}
-    problems = [f"{name}: {fault}" for name, part in located.parts.items() for fault in _part_problems(part)]
-    whole = located.unused or any((path / name).exists() for name in ("model_index.json", "ditkit.toml"))
-    one = len(parts) == 1 and not whole  # a damaged file beside one good part is no folder of that part
-    needs = [f"{problem.found}. {problem.do}." for problem in located.problems]
-    if not one:
-        problems, needs = [*problems, *needs] or _whole_problems(path, variant), []
-    return {
-        "path": str(path), "layout": located.layout, "task": located.task, "boundary": located.boundary,
-        "expand_timesteps": located.expand_timesteps, "parts": parts, "unused": dict(located.unused),
-        "needs": needs, "problems": problems, "usable": not problems,
-    }  # fmt: skip
+    with readable(f"inspecting {path}"):
+        path = packaged(path)
+        if path.is_file() and path.suffix != ".toml":
+            source = open_source(path)
+            found, _ = recognise(source)
+            if found.kind == "lora":
+                return _lora(path, source, model)
+            if found.problems:
+                return {"path": str(path), **_detected(found), "usable": False, "problems": list(found.problems)}
+        if model is not None:
+            raise LoadError(f"inspecting {path}", "--model was given and it is no LoRA", "Leave --model out")
+        located = parts_of(path, variant)
+        parts = {name: _part(part) for name, part in located.parts.items()}
+        problems = [f"{name}: {fault}" for name, part in located.parts.items() for fault in _part_problems(part)]
+        whole = located.unused or any((path / name).exists() for name in ("model_index.json", "ditkit.toml"))
+        one = len(parts) == 1 and not whole  # a damaged file beside one good part is no folder of that part
+        needs = [f"{problem.found}. {problem.do}." for problem in located.problems]
+        if not one:
+            problems, needs = [*problems, *needs] or _whole_problems(path, variant), []
+        return {
+            "path": str(path), "layout": located.layout, "task": located.task, "boundary": located.boundary,
+            "expand_timesteps": located.expand_timesteps, "parts": parts, "unused": dict(located.unused),
+            "needs": needs, "problems": problems, "usable": not problems,
+        }  # fmt: skip
 
 
 def _whole_problems(path: Path, variant: str | None) -> list[str]:

@@ -147,8 +147,11 @@ def facts_of(places: Places, ran: Mapping[str, Iterable[str]], weights: Mapping[
 def _check_code(stage: Stage, places: Iterable[Place], needed: Iterable[tuple[str, str, str]]) -> None:
     for place in (place for place in places if isinstance(place, Remote)):
         for group, name, code in needed:
-            if fault := _fault(place.said.get("code", {}).get(group, {}), group, name, code):
-                raise PlaceError(f"running stage {stage.name!r} at {place.name}", fault, START_WITH)
+            known, of_file = place.said.get("code", {}).get(group, {}), group == FILES
+            if code not in known if of_file else known.get(name) != code:
+                other = name in (known.values() if of_file else known)
+                found = f"its {name} is other code" if other else f"it does not know {name}"
+                raise PlaceError(f"running stage {stage.name!r} at {place.name}", found, START_WITH)
 
 
 def _needed(stage: Stage, seams: Seams, request: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -163,10 +166,3 @@ def _needed(stage: Stage, seams: Seams, request: Mapping[str, Any]) -> list[tupl
     scheduler = str(request.get("scheduler"))
     rows += [(ATTENTION.group, kernel, code), (SCHEDULERS.group, scheduler, SCHEDULERS.code(scheduler))]
     return [row for row in rows if row[2]]
-
-
-def _fault(known: Mapping[str, str], group: str, name: str, code: str) -> str:
-    """Why what is ``known`` there is not the same, or nothing."""
-    there = code in known if group == FILES else known.get(name) == code
-    other = name in known.values() if group == FILES else name in known
-    return "" if there else f"its {name} is other code" if other else f"it does not know {name}"

@@ -51,9 +51,6 @@ class HTTPChannel:
         self.address, self.timeout, self.uds = address.rstrip("/"), timeout, uds
         self._token, self._parts, self.asked = token, urlsplit(address), f"asking {self.address}"
 
-    def __repr__(self) -> str:
-        return f"HTTPChannel({self.address!r})"
-
     def ask(self, question: Question, name: str = "") -> dict[str, Any]:
         """``health`` needs no token, and answers with the number of ``jobs``."""
         method, path = ROUTES[question]

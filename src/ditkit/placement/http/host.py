@@ -10,11 +10,12 @@ import asyncio
 import contextlib
 import hmac
 import ipaddress
+import itertools
 import json
 import socket
 import threading
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -305,19 +306,13 @@ class MessageStream(Response):
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             connection = connection_of(scope)
             async for message in messages:
-                if connection is not None and message.nbytes >= PIECE:
-                    await connection.write(_chunk(message))
+                if connection is not None and message.nbytes >= PIECE:  # one chunk of an answer of unknown length
+                    length = b"%x\r\n" % (FRAMING + message.nbytes)
+                    await connection.write(itertools.chain([length], pack(message), [b"\r\n"]))
                     continue
                 for piece in pack(message):
                     await send({"type": "http.response.body", "body": piece, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-def _chunk(message: Message) -> Iterator[bytes | memoryview]:
-    """A message as one chunk of an answer whose length is not known before."""
-    yield b"%x\r\n" % (FRAMING + message.nbytes)
-    yield from pack(message)
-    yield b"\r\n"
 
 
 async def plain_response(begun: RunningJob, request: Request) -> Response:
