@@ -9,9 +9,8 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
 
 from ditkit.cancel import Cancel
 from ditkit.checking import check_counts, fault_of
@@ -163,7 +162,10 @@ def check_outcome(task: StageCall, outcome: StageResult, place: str, final: bool
             raise StateError(asked, f"its field {name!r} is damaged: {fault}", LOG)
     if outcome.plugs and outcome.plugs != task.seams.describe():
         raise StateError(asked, "something else is plugged into its seams there", LOG)
-    _check_settings(asked, outcome, task.inputs.get("request", {}))
+    known = known_settings(task.inputs.get("request", {}))
+    for name, value in outcome.settings.items():  # by these a later run judges whether the result is its own
+        if name not in known or known[name] != value:
+            raise StateError(asked, f"it says that it read the setting {name[:40]!r} as {value!r:.60}", LOG)
     after = task.inputs.with_fields(outcome.written)
     check_counts(after, asked)
     if final and stage.loop and not stage.done(after):
@@ -171,14 +173,6 @@ def check_outcome(task: StageCall, outcome: StageResult, place: str, final: bool
         if task.stop_at_step is None or after.get("step", 0) != wanted:
             found = f"it ended after step {after.get('step', 0)} of {len(after.get('sigmas', [0])) - 1}"
             raise StateError(asked, found, LOG)
-
-
-def _check_settings(asked: str, outcome: StageResult, request: Mapping[str, Any]) -> None:
-    """They become part of the record, by which a later run judges whether the result is its own."""
-    known = known_settings(request)
-    for name, value in outcome.settings.items():
-        if name not in known or known[name] != value:
-            raise StateError(asked, f"it says that it read the setting {name[:40]!r} as {value!r:.60}", LOG)
 
 
 def plugged(asked: str, call: StageCall) -> PlaceError:

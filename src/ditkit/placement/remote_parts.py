@@ -148,7 +148,8 @@ def _check_code(stage: Stage, places: Iterable[Place], needed: Iterable[tuple[st
     for place in (place for place in places if isinstance(place, Remote)):
         for group, name, code in needed:
             known, of_file = place.said.get("code", {}).get(group, {}), group == FILES
-            if code not in known if of_file else known.get(name) != code:
+            same = code in known if of_file else known.get(name) == code
+            if not same:
                 other = name in (known.values() if of_file else known)
                 found = f"its {name} is other code" if other else f"it does not know {name}"
                 raise PlaceError(f"running stage {stage.name!r} at {place.name}", found, START_WITH)
