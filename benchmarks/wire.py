@@ -55,7 +55,7 @@ while True:
 HOST = """
 import sys
 import torch
-from ditkit.placement.http.listen import Host, bind
+from ditkit.placement.http.host import Host, bind
 from ditkit.placement.worker import Worker
 from benchmarks.wire import stages
 

@@ -3,7 +3,7 @@
 import contextlib
 import threading
 
-from ditkit.placement.http.listen import Host, bind
+from ditkit.placement.http.host import Host, bind
 
 
 @contextlib.contextmanager

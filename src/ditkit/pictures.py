@@ -19,8 +19,7 @@ if TYPE_CHECKING:
     from ditkit.request import Request
 
 FIELDS = ("image", "last_image", "control_video", "control_mask", "reference_images")
-IN_MEMORY = "sha256:"
-"""How a request names pixels that came from no file."""
+IN_MEMORY = "sha256:"  # how a request names pixels that came from no file
 
 
 def take(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -28,7 +28,7 @@ from ditkit.execution.place import Checkpointer
 from ditkit.execution.stage import with_own_defaults, with_stage_settings
 from ditkit.execution.stage_list import StageList
 from ditkit.placement import Places
-from ditkit.placement.remote_parts import address, check_agree, check_here, facts_of, model_at, scope_at, scope_of
+from ditkit.placement.remote_parts import address, check_agree, check_here, facts_of, model_at, scope_of
 from ditkit.prompting import templates
 from ditkit.receipt import Recorder, manifests
 from ditkit.request import Request
@@ -243,7 +243,7 @@ def open_model(setup: Setup) -> Opened:
     places, host = Places(setup), address(setup.model)
     if host is None:
         return Opened(setup, Model.open(setup.model, setup, scope=scope_of(places, setup.components)), places)
-    model = Model.at(setup.model, model_at(places, host), setup, scope_at(places, host, setup.components))
+    model = Model.at(setup.model, model_at(places, host), setup, scope_of(places, setup.components, host))
     own = [name for name in setup.components if name in model.parts]
     stages = pipeline_of(model, setup).stages
     here = {ExpandPrompt.name, *(name for name in plugged_in if not calls_of(name))}

@@ -104,13 +104,10 @@ def machine() -> dict[str, Any]:
     import torch
 
     return {
-        "platform": platform.platform(),
-        "processor": platform.processor() or platform.machine(),
+        "platform": platform.platform(), "processor": platform.processor() or platform.machine(),
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
-        "threads": torch.get_num_threads(),
-        "peak_memory": peak_memory(),
-        "versions": versions(),
-    }
+        "threads": torch.get_num_threads(), "peak_memory": peak_memory(), "versions": versions(),
+    }  # fmt: skip
 
 
 def peak_memory() -> int | None:
@@ -133,14 +130,11 @@ def manifests(setup: Setup, state: State, receipt: Mapping[str, Any]) -> Iterato
         sample = {} if together else {"prompt": prompt, "negative_prompt": negative, "seed": seed, "batched": False}
         own = slice(None) if together else slice(i, i + 1)
         yield {
-            "manifest": 1,
-            "model": setup.model,
-            "setup": setup.model_dump(),
-            "request": {**state["request"], **sample},
-            "sigmas": list(state.get("sigmas", [])),
+            "manifest": 1, "model": setup.model, "setup": setup.model_dump(),
+            "request": {**state["request"], **sample}, "sigmas": list(state.get("sigmas", [])),
             **receipt,
             "clip": i if together else 0,
             "inputs": {n: digest(state[n][own]) for n in pictures.FIELDS if n in state},
             "expanded": {n: state[n][own] for n in ExpandPrompt.writes if n in state},
             "output_sha256": frames_sha256(video),
-        }
+        }  # fmt: skip

@@ -7,7 +7,6 @@ threads; then the frames are compared by hash. Leaves out: files (``media``) and
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -62,14 +61,20 @@ def replay(
 ) -> Replayed:
     """Repeat the run and compare. ``images``: pictures that are elsewhere now, or came from no file, by their name in
     the request. Raises LoadError when the weights are not those that were used, StateError for another picture."""
+    import torch
+
     from ditkit.media import frames_sha256, read_video
 
     pipe, then = pipe or prepare(script), script.manifest
     if pipe.stages.names != then["pipeline"]:
         found = f"it went through the stages {', '.join(map(str, then['pipeline']))}"
         raise StateError(f"replaying {script.file}", found, "Repeat it from Python, with the same stages")
-    with threads(then["machine"]["threads"]):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(then["machine"]["threads"])  # sums are cut into as many parts, and rounding follows
+    try:
         result = pipe.run(begin(script, pipe, images or {}), listeners=listeners)
+    finally:
+        torch.set_num_threads(threads)
     differences = []
     if result.state["sigmas"] != then["sigmas"]:
         differences.append("the noise levels are others than those recorded")
@@ -87,8 +92,7 @@ def replay(
 
 def begin(script: Script, pipe: Pipeline, images: Mapping[str, Any]) -> State:
     """The State of the run's beginning, with the same pixels in it."""
-    given = {name: [*value] if name == "reference_images" else value for name, value in images.items()}
-    pixels = {name: pictures.pixels_of(name, value) for name, value in given.items()}
+    pixels = {n: pictures.pixels_of(n, [*v] if n == "reference_images" else v) for n, v in images.items()}
     state = pipe.begin(script.request, pixels)
     for name, recorded in script.manifest.get("inputs", {}).items():
         if name not in state or digest(state[name]) != recorded:
@@ -263,16 +267,3 @@ def picture_differences(file: Path, video: Any) -> list[str]:
 
 def lossless(file: Path) -> bool:
     return file.is_dir() or file.suffix.lower() in (".png", ".npz")
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """The recorded number of CPU threads: sums are cut into as many parts, and rounding follows."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

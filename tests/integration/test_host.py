@@ -22,8 +22,7 @@ from ditkit.errors import PlaceError, SetupError
 from ditkit.execution.place import Segment
 from ditkit.placement.http.client import CRC, JOB, HTTPChannel
 from ditkit.placement.http.framing import checksum
-from ditkit.placement.http.host import Limits
-from ditkit.placement.http.listen import bind
+from ditkit.placement.http.host import Limits, bind
 from ditkit.placement.job import Job, options_to_send
 from ditkit.placement.remote import Remote
 from ditkit.placement.worker import worker_of

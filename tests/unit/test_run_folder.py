@@ -13,8 +13,8 @@ import torch
 from ditkit.execution.stage import BaseStage
 from ditkit.execution.stage_list import StageList
 from ditkit.runs import located
+from ditkit.runs.folder import KeptStates
 from ditkit.runs.fork import taken_back
-from ditkit.runs.kept import KeptStates
 from ditkit.state import Field, State
 
 

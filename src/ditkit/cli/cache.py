@@ -13,7 +13,7 @@ import typer
 
 from ditkit import config
 from ditkit.cli import show
-from ditkit.cli.flags import PathOption, RawSettings
+from ditkit.cli.flags import ConfigFile, RawSettings
 from ditkit.errors import SetupError
 
 if TYPE_CHECKING:
@@ -21,10 +21,9 @@ if TYPE_CHECKING:
 
 Folder = Annotated[str | None, typer.Option("--cache", metavar="FOLDER", help="The cache. Default: that of the user.")]
 Limit = Annotated[str | None, typer.Option("--cache-gigabytes", metavar="N", help="Its limit, in 10^9 bytes.")]
-File = Annotated[Path | None, PathOption("--config", metavar="FILE", help="A TOML file of settings.")]
 
 
-def show_(cache: Folder = None, cache_gigabytes: Limit = None, file: File = None) -> None:
+def show_(cache: Folder = None, cache_gigabytes: Limit = None, file: ConfigFile = None) -> None:
     """Show the folder, the limit, and what is kept of each stage."""
     folder, limit, kept = opened(cache, cache_gigabytes, file)
     stages, out = {} if kept is None else kept.contents(), show.console()
@@ -36,7 +35,7 @@ def show_(cache: Folder = None, cache_gigabytes: Limit = None, file: File = None
         out.print(show.table(("stage", "results", "size"), rows))
 
 
-def trim(cache: Folder = None, cache_gigabytes: Limit = None, file: File = None) -> None:
+def trim(cache: Folder = None, cache_gigabytes: Limit = None, file: ConfigFile = None) -> None:
     """Throw away what was not used for the longest time, down to the limit."""
     _, _, kept = opened(cache, cache_gigabytes, file)
     freed, left = (0, 0) if kept is None else (kept.trim(), total(kept.contents()))
@@ -45,7 +44,7 @@ def trim(cache: Folder = None, cache_gigabytes: Limit = None, file: File = None)
 
 def clear(
     cache: Folder = None,
-    file: File = None,
+    file: ConfigFile = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
     """Throw everything away."""

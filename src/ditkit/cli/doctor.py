@@ -30,13 +30,9 @@ OPTIONAL = {
     "mlx": 'the text encoder on Apple silicon: pip install "ditkit[mlx]"',
     "diffusers": "tests only",
     "accelerate": "tests only",
-}
-"""Packages that ditkit runs without, and what they are for."""
-QUESTIONS = 5
-"""How often a place is asked for its latency."""
-
-Row = tuple[bool, tuple[str, ...]]
-"""Whether something is in order, and what was found."""
+}  # packages that ditkit runs without, and what they are for
+QUESTIONS = 5  # how often a place is asked for its latency
+Row = tuple[bool, tuple[str, ...]]  # whether something is in order, and what was found
 
 
 @with_settings
@@ -54,7 +50,7 @@ def doctor(given: RawSettings) -> int:
         asked, found = f"doctor with --{kebab(named[0])}", "without a placement there is nothing that it is for"
         raise SetupError(asked, found, "Leave it out, or give --placement STAGE=PLACE")
     else:
-        columns, rows = ("", "what", "found"), [*software(), *hardware(), encoder(), *embedded_models()]
+        columns, rows = ("", "what", "found"), [*software(), *hardware(), *embedded_models()]
     show.console().print(show.table(columns, [("ok" if good else "!!", *row) for good, row in rows]))
     return 0 if all(good for good, _ in rows) else 1
 
@@ -81,16 +77,14 @@ def hardware() -> Iterator[Row]:
     yield True, ("platform", platform.platform())
     yield True, ("devices", ", ".join(devices))
     yield True, ("threads", f"{torch.get_num_threads()} of {os.cpu_count()} processors")
-
-
-def encoder() -> Row:
     try:
         import av
     except ImportError:
-        return False, ("mp4 encoder", "av is not installed; pip install av")
+        yield False, ("mp4 encoder", "av is not installed; pip install av")
+        return
     found = "libx264" in av.codecs_available
     ffmpeg = ".".join(map(str, av.library_versions["libavcodec"]))
-    return found, ("mp4 encoder", f"{'libx264' if found else 'no libx264'} in PyAV, libavcodec {ffmpeg}")
+    yield found, ("mp4 encoder", f"{'libx264' if found else 'no libx264'} in PyAV, libavcodec {ffmpeg}")
 
 
 def embedded_models() -> Iterator[Row]:

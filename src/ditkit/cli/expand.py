@@ -32,12 +32,10 @@ if TYPE_CHECKING:
     from ditkit.receipt import Recorder
     from ditkit.state import State
 
-KEYS = (
+KEYS = (  # the settings that an expansion reads
     "prompt", "image", "last_image", "seed", "expander", "expander_model", "expand_template", "expand_temperature",
     "expand_max_tokens", "expand_attempt", "expand_fallback", "retries", "timeout", "device", "dtype", "debug",
 )  # fmt: skip
-"""The settings that an expansion reads."""
-
 STAGE = "expand_prompt"
 CHOICES = {"u": "use", "e": "edit", "r": "raw", "a": "again", "q": "quit"}
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+|\s+|[^\w\s]|_+")

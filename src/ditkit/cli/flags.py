@@ -35,6 +35,7 @@ PathOption = partial(typer.Option, parser=to_path)
 PathArgument = partial(typer.Argument, parser=to_path)
 
 Prompt = Annotated[str | None, typer.Argument(help="What the clip should show.", show_default=False)]
+ConfigFile = Annotated[Path | None, PathOption("--config", metavar="FILE", help="A TOML file of settings.")]
 Plugs = Annotated[list[str] | None, typer.Option(
     "--plug", metavar="VALUE", help=f"Code to know of: {FIELDS['plugs'].description}.", show_default=False,
 )]  # fmt: skip
@@ -121,12 +122,10 @@ def with_settings(command: Callable[..., Any], keys: Sequence[str] = tuple(FIELD
     ``keys``: the settings that it has a use for.
 
     A parameter ``prompt`` stays what it is and goes into ``given`` too."""
-    option = partial(typer.Option, show_default=False)
     options: dict[str, Any] = {key: _annotation(key) for key in keys if key != "prompt"}
     every = "Any setting, or an entry of one: devices.vae=cpu."
-    options["sets"] = Annotated[list[str] | None, option("--set", metavar="KEY=VALUE", help=every)]
-    file = option("--config", metavar="FILE", help="A TOML file of settings.", parser=to_path)
-    options["file"] = Annotated[Path | None, file]
+    options["sets"] = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help=every)]
+    options["file"] = ConfigFile
     keyword = inspect.Parameter.KEYWORD_ONLY
     own = inspect.signature(command, eval_str=True).parameters
     kept = [p.replace(kind=keyword) for name, p in own.items() if name != "given"]
@@ -157,12 +156,9 @@ def _annotation(key: str) -> Any:
     return Annotated[list[str] | None, typer.Option(f"--{name}", help=text, metavar=metavar, show_default=False)]
 
 
-SINGULAR = {"plugs": "plug"}
-"""Settings whose flag, which may be repeated, names one of them."""
-
-
 def kebab(key: str) -> str:
-    return SINGULAR.get(key, key).replace("_", "-")
+    """The flag of ``plugs``, which may be repeated, names one of them."""
+    return "plug" if key == "plugs" else key.replace("_", "-")
 
 
 def flag_of(key: str, value: Any) -> list[str]:

@@ -44,8 +44,7 @@ def host(
     """Offer stages of a model over HTTP, until Ctrl-C. Prints its address when it listens."""
     from ditkit.events import Events
     from ditkit.placement.http.client import token_in, token_of
-    from ditkit.placement.http.host import Limits
-    from ditkit.placement.http.listen import Host, bind
+    from ditkit.placement.http.host import Host, Limits, bind
     from ditkit.placement.worker import load_all, worker_of
 
     if (ssl_keyfile is None) != (ssl_certfile is None):

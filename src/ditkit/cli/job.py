@@ -205,12 +205,13 @@ def kept(states: list[State], stage: str | None, goal: RunOptions, pipe: Pipelin
         count = len(states)
         paths = numbered(goal.state or goal.out.with_name(f"{goal.out.stem}.state.safetensors"), count)
         outs, sheets = numbered(goal.out, count), [None] * count if goal.sheet is None else goal.sheets(count)
-        start = goal.start and (stage or goal.start)
+        start = ["--start", stage or goal.start] if goal.start else []
+        setup = {**(goal.setup or {}), "model": pipe.setup.model}  # a config file may be gone or changed by then
         with undisturbed():
             for state, path, out, sheet in zip(states, paths, outs, sheets, strict=True):
                 state.save(path)
-                own = replace(goal, out=out, sheet=sheet, state=goal.state and path, start=start)
-                commands.append(go_on_from(path, own, pipe.setup.model))
+                begin, own = ["--from", str(path), *start], replace(goal, sheet=sheet, state=goal.state and path)
+                commands.append(_command(begin, own, ["--out", str(out), *_sheet(own)], setup))
         reached = [f" after step {s['step']} of {len(s['sigmas']) - 1}" for s in states if "step" in s]
         places, where = ", ".join(map(str, paths)), "".join([where, *reached[-1:]])
     found = f"everything until then is kept in {places}"
@@ -225,14 +226,6 @@ def go_on(run: Run, goal: RunOptions) -> str:
     known = run.description.setup
     setup = {k: v for k, v in (goal.setup or {}).items() if k != "model" and known.get(k) != v}
     return _command(["--resume", shown(run.path)], goal, places, setup)
-
-
-def go_on_from(path: Path, goal: RunOptions, model: str) -> str:
-    """The command that goes on from the State in ``path`` to the same end. Settings from a config file or the
-    environment are spelled out, because they may be gone by then."""
-    start = [] if goal.start is None else ["--start", goal.start]
-    places = ["--out", str(goal.out), *_sheet(goal)]
-    return _command(["--from", str(path), *start], goal, places, {**(goal.setup or {}), "model": model})
 
 
 def _command(begin: list[str], goal: RunOptions, places: list[str], setup: Mapping[str, Any]) -> str:

@@ -17,14 +17,10 @@ from ditkit.request import OLD_NAMES
 INTERRUPTED = 130
 
 app = typer.Typer(
-    name="ditkit",
-    help="Runs diffusion transformers in pieces that you can move, swap and watch.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+    name="ditkit", help="Runs diffusion transformers in pieces that you can move, swap and watch.",
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
-)
+)  # fmt: skip
 
 
 def _version(wanted: bool) -> None:

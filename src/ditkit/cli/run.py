@@ -19,7 +19,7 @@ from ditkit.cli import expand, flags, job, show
 from ditkit.cli.flags import PathArgument, PathOption, RawSettings, RunOptions, default_out, sheet_for, with_settings
 from ditkit.cli.opening import load, model_name, open_pipe, open_run, open_state, settle
 from ditkit.config import Layer, Settled
-from ditkit.errors import DitkitError, RequestError, SetupError, StateError
+from ditkit.errors import RequestError, SetupError, StateError
 from ditkit.setup import Setup
 
 if TYPE_CHECKING:
@@ -115,12 +115,6 @@ def run(
         made.result = made.run()
 
 
-class Nothing(DitkitError):
-    """Ctrl-C before the fork was there."""
-
-    exit_code = 130
-
-
 @with_settings
 def fork(
     given: RawSettings,
@@ -159,8 +153,7 @@ def fork(
         request |= {"steps": before["steps"], "shift": before["shift"]}
     goal = RunOptions(path, None, quiet=quiet, json=as_json)
     try:
-        state, origin = prepared(parent, request, at_step=at_step, clip=clip, pipe=pipe, tell=job.say,
-                                 listeners=[show.warn_of_truncation])  # fmt: skip
+        state, origin = prepared(parent, request, pipe, at_step, clip, {}, [show.warn_of_truncation], job.say)
         if not quiet:
             where = "" if origin.step is None else f" at step {origin.step}"
             changes = [f"       {k} {show.value(old)} -> {show.value(new)}" for k, (old, new) in origin.changed.items()]
@@ -168,7 +161,8 @@ def fork(
                 show.console(stderr=as_json).print(line)
         state, goal = begun(path, pipe, state, goal, settled, out, sheet, no_sheet, origin, **keeping)
     except (Interrupted, KeyboardInterrupt):
-        raise Nothing(f"forking {source}", "it was interrupted before the fork was there", "Fork it again") from None
+        found = "it was interrupted before the fork was there"
+        raise job.InterruptedRun(f"forking {source}", found, "Fork it again.") from None
     with job.carried_out(pipe, state, goal) as made:
         made.result = made.run()
 

@@ -61,39 +61,35 @@ def inspect(
 
 def examine(path: Path, variant: str | None = None, model: str | None = None) -> dict[str, Any]:
     """The report, as plain values. Raises LoadError for what cannot be opened or recognised."""
-    from ditkit.checkpoints.files.text import readable
-
-    with readable(f"inspecting {path}"):
-        return _examine(packaged(path), variant, model)
-
-
-def _examine(path: Path, variant: str | None, model: str | None) -> dict[str, Any]:
     from ditkit.checkpoints.files.opening import open_source
+    from ditkit.checkpoints.files.text import readable
     from ditkit.checkpoints.kinds.detect import recognise
     from ditkit.checkpoints.model.find import parts_of
 
-    if path.is_file() and path.suffix != ".toml":
-        source = open_source(path)
-        found, _ = recognise(source)
-        if found.kind == "lora":
-            return _lora(path, source, model)
-        if found.problems:
-            return {"path": str(path), **_detected(found), "usable": False, "problems": list(found.problems)}
-    if model is not None:
-        raise LoadError(f"inspecting {path}", "--model was given and it is no LoRA", "Leave --model out")
-    located = parts_of(path, variant)
-    parts = {name: _part(part) for name, part in located.parts.items()}
-    problems = [f"{name}: {fault}" for name, part in located.parts.items() for fault in _part_problems(part)]
-    whole = located.unused or any((path / name).exists() for name in ("model_index.json", "ditkit.toml"))
-    one = len(parts) == 1 and not whole  # a damaged file beside one good part is no folder of that part
-    needs = [f"{problem.found}. {problem.do}." for problem in located.problems]
-    if not one:
-        problems, needs = [*problems, *needs] or _whole_problems(path, variant), []
-    return {
-        "path": str(path), "layout": located.layout, "task": located.task, "boundary": located.boundary,
-        "expand_timesteps": located.expand_timesteps, "parts": parts, "unused": dict(located.unused),
-        "needs": needs, "problems": problems, "usable": not problems,
-    }  # fmt: skip
+    with readable(f"inspecting {path}"):
+        path = packaged(path)
+        if path.is_file() and path.suffix != ".toml":
+            source = open_source(path)
+            found, _ = recognise(source)
+            if found.kind == "lora":
+                return _lora(path, source, model)
+            if found.problems:
+                return {"path": str(path), **_detected(found), "usable": False, "problems": list(found.problems)}
+        if model is not None:
+            raise LoadError(f"inspecting {path}", "--model was given and it is no LoRA", "Leave --model out")
+        located = parts_of(path, variant)
+        parts = {name: _part(part) for name, part in located.parts.items()}
+        problems = [f"{name}: {fault}" for name, part in located.parts.items() for fault in _part_problems(part)]
+        whole = located.unused or any((path / name).exists() for name in ("model_index.json", "ditkit.toml"))
+        one = len(parts) == 1 and not whole  # a damaged file beside one good part is no folder of that part
+        needs = [f"{problem.found}. {problem.do}." for problem in located.problems]
+        if not one:
+            problems, needs = [*problems, *needs] or _whole_problems(path, variant), []
+        return {
+            "path": str(path), "layout": located.layout, "task": located.task, "boundary": located.boundary,
+            "expand_timesteps": located.expand_timesteps, "parts": parts, "unused": dict(located.unused),
+            "needs": needs, "problems": problems, "usable": not problems,
+        }  # fmt: skip
 
 
 def _whole_problems(path: Path, variant: str | None) -> list[str]:
@@ -125,16 +121,14 @@ def _part(part: Part) -> dict[str, Any]:
     for facts in stored.tensors.values():
         types[facts.dtype] += math.prod(facts.shape)
     return {
-        **_detected(part.detected),
-        "path": str(part.path),
+        **_detected(part.detected), "path": str(part.path),
         "files": [file.name for file in part.source.files],
         "bytes": sum(file.stat().st_size for file in part.source.files),
         "parameters": sum(math.prod(facts.shape) for facts in part.source.tensors.values()),
-        "tensors": len(part.source.tensors),
-        "types": dict(types.most_common()),
+        "tensors": len(part.source.tensors), "types": dict(types.most_common()),
         "config": {key: list(value) if isinstance(value, tuple) else value for key, value in part.config.items()},
         "notes": list(part.notes),
-    }
+    }  # fmt: skip
 
 
 def _part_problems(part: Part) -> list[str]:
@@ -270,13 +264,11 @@ def megabytes(count: int) -> str:
 @contextmanager
 def _progress(quiet: bool) -> Iterator[Progress]:
     """A bar on a terminal's stderr; nothing elsewhere."""
-    if quiet or not sys.stderr.isatty():
-        yield lambda what, done, total: None
-        return
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=show.console(stderr=True), transient=True) as bar:
+    silent = quiet or not sys.stderr.isatty()
+    with Progress(*columns, console=show.console(stderr=True), transient=True, disable=silent) as bar:
         task = bar.add_task("reading", total=None)
         yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
 

@@ -9,9 +9,8 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any, Self
 
 from ditkit.cancel import Cancel
 from ditkit.checking import check_counts, fault_of
@@ -20,50 +19,43 @@ from ditkit.events import Relay
 from ditkit.execution.place import StageCall, StageResult, checked
 from ditkit.execution.stage import known_settings
 from ditkit.identify import forgets
-from ditkit.placement.job import LOG, Channel, Job, Message, error_of, event_of, state_to_outcome
-
-TICK = 0.1
-"""Seconds after which whoever waits for a message looks whether it is still wanted."""
+from ditkit.placement.job import LOG, TICK, Channel, Job, Message, error_of, event_of, state_to_outcome
 
 
-class Reader:
-    """Messages of a channel, read by a thread of their own: a Ctrl-C while waiting breaks nothing, and ``get`` can be
-    called again."""
+@contextlib.contextmanager
+def reading(submit: Callable[[], Iterator[Message]], asked: str) -> Iterator[Callable[[Cancel | None], Message]]:
+    """What gives the next message of a channel. They are read by a thread of their own: a Ctrl-C while waiting breaks
+    nothing, and it can be called again. It raises what reading raised, Lost after the last message, and
+    KeyboardInterrupt on ``cancel``."""
+    found: queue.Queue[Message | BaseException] = queue.Queue()
+    left = threading.Event()
 
-    def __init__(self, submit: Callable[[], Iterator[Message]], asked: str):
-        self._submit, self._asked = submit, asked
-        self._messages: queue.Queue[Message | BaseException] = queue.Queue()
-        self._left = threading.Event()
-
-    def __enter__(self) -> Self:
-        threading.Thread(target=self._read, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._left.set()
-
-    def _read(self) -> None:
+    def read() -> None:
         try:
-            messages = self._submit()
-            with contextlib.closing(messages):  # type: ignore[type-var]
+            with contextlib.closing(submit()) as messages:  # type: ignore[type-var]
                 for message in messages:
-                    if self._left.is_set():
+                    if left.is_set():
                         return
-                    self._messages.put(message)
-            raise Lost(self._asked, "it sent no outcome", LOG)
+                    found.put(message)
+            raise Lost(asked, "it sent no outcome", LOG)
         except BaseException as e:
-            self._messages.put(e)
+            found.put(e)
 
-    def get(self, cancel: Cancel | None) -> Message:
-        """The next message. Raises what reading raised, Lost after the last one, KeyboardInterrupt on ``cancel``."""
+    def following(cancel: Cancel | None) -> Message:
         while True:
             if cancel is not None:
                 cancel.check()
             with contextlib.suppress(queue.Empty):
-                found = self._messages.get(timeout=None if cancel is None else TICK)
-                if isinstance(found, BaseException):
-                    raise found
-                return found
+                message = found.get(timeout=None if cancel is None else TICK)
+                if isinstance(message, BaseException):
+                    raise message
+                return message
+
+    threading.Thread(target=read, daemon=True).start()
+    try:
+        yield following
+    finally:
+        left.set()
 
 
 class Attempt:
@@ -74,26 +66,23 @@ class Attempt:
         self.place, self.channel, self.call = place, channel, call
         self.asked = f"running stage {call.stage.name!r} at {place}"
         self.reached: StageResult | None = None
-
-    def _begin(self) -> None:
-        call = self.call
-        if forgets(call.seams.describe()):
-            self.reached = None  # what such a plug makes is another result where it is cut: all of it once more
-        self.inputs = call.inputs if self.reached is None else call.inputs.with_fields(self.reached.written)
-        self.job = Job.of(call)
-        self.relay, self.received, self.cancelled = Relay(call.events, self.place), 0, False
         self.outcome: StageResult | None = None
 
     def run(self) -> StageResult:
         """The outcome. Raises Lost, the error that came instead, and KeyboardInterrupt for the second Ctrl-C, or where
         there is no outcome after the first."""
-        self._begin()
+        call = self.call
+        if forgets(call.seams.describe()):
+            self.reached = None  # what such a plug makes is another result where it is cut: all of it once more
+        self.inputs = call.inputs if self.reached is None else call.inputs.with_fields(self.reached.written)
+        self.job, self.relay = Job.of(call), Relay(call.events, self.place)
+        self.received, self.cancelled = 0, False
         act = {"event": self.on_event, "kept": self.on_kept, "outcome": self.on_outcome, "error": self.on_error}
         self.begun = time.perf_counter()
-        with self.relay, Reader(lambda: self.channel.submit(self.job, self.inputs), self.asked) as messages:
+        with self.relay, reading(lambda: self.channel.submit(self.job, self.inputs), self.asked) as following:
             while self.outcome is None:
                 try:
-                    message = messages.get(None if self.cancelled else self.call.cancel)
+                    message = following(None if self.cancelled else call.cancel)
                     self.received += message.nbytes
                     if message.kind in act:
                         act[message.kind](message)
@@ -173,7 +162,10 @@ def check_outcome(task: StageCall, outcome: StageResult, place: str, final: bool
             raise StateError(asked, f"its field {name!r} is damaged: {fault}", LOG)
     if outcome.plugs and outcome.plugs != task.seams.describe():
         raise StateError(asked, "something else is plugged into its seams there", LOG)
-    _check_settings(asked, outcome, task.inputs.get("request", {}))
+    known = known_settings(task.inputs.get("request", {}))
+    for name, value in outcome.settings.items():  # by these a later run judges whether the result is its own
+        if name not in known or known[name] != value:
+            raise StateError(asked, f"it says that it read the setting {name[:40]!r} as {value!r:.60}", LOG)
     after = task.inputs.with_fields(outcome.written)
     check_counts(after, asked)
     if final and stage.loop and not stage.done(after):
@@ -181,14 +173,6 @@ def check_outcome(task: StageCall, outcome: StageResult, place: str, final: bool
         if task.stop_at_step is None or after.get("step", 0) != wanted:
             found = f"it ended after step {after.get('step', 0)} of {len(after.get('sigmas', [0])) - 1}"
             raise StateError(asked, found, LOG)
-
-
-def _check_settings(asked: str, outcome: StageResult, request: Mapping[str, Any]) -> None:
-    """They become part of the record, by which a later run judges whether the result is its own."""
-    known = known_settings(request)
-    for name, value in outcome.settings.items():
-        if name not in known or known[name] != value:
-            raise StateError(asked, f"it says that it read the setting {name[:40]!r} as {value!r:.60}", LOG)
 
 
 def plugged(asked: str, call: StageCall) -> PlaceError:

@@ -27,13 +27,10 @@ from ditkit.execution.records import code_of
 from ditkit.execution.stage import Stage
 from ditkit.state import State, kind_of
 
-WIRE = 2
-"""The version of all that is in this file; two ends of another version refuse each other."""
-
+WIRE = 2  # the version of all that is in this file; two ends of another version refuse each other
 SAME = "Use the same version of ditkit on both machines"
-
 LOG = "Look at its log"
-
+TICK = 0.1  # seconds after which whoever waits looks whether that is still wanted
 KINDS = ("event", "kept", "outcome", "error", "alive")
 
 

@@ -7,7 +7,6 @@ stage (attention, frames per chunk) travel with it and contradict nothing. Leave
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any, Self
 
 from ditkit.assembly.adapters import named_expert
@@ -152,11 +151,11 @@ class Places:
 def check_heeded(setup: Setup, specs: Mapping[Target, Spec], pipeline: StageList) -> None:
     """``setup``: as it was given. Raises SetupError for the first setting that nothing would heed."""
     used = uses(specs, pipeline)
-    for asked, names, deaf in concerns(setup):
+    for asked, names, device in concerns(setup):
         places = [spec for name in names for at in used.get(name, {}).values() for spec in at]
-        if places and all(map(deaf, places)):
+        if places and not any(heeds(spec, device) for spec in places):
             where = " and ".join(dict.fromkeys(spec.text for spec in places))
-            hosts = any(map(elsewhere, places))
+            hosts = any(spec.kind == "http" for spec in places)
             do = "Give it to the host, or name another place" if hosts else "Leave one of the two devices out"
             raise SetupError(asked, f"what it concerns is at {where}, where nobody heeds it", do)
 
@@ -178,16 +177,13 @@ def uses(specs: Mapping[Target, Spec], pipeline: StageList) -> dict[str, dict[st
     return found
 
 
-def elsewhere(spec: Spec) -> bool:
-    return spec.kind == "http"
+def heeds(spec: Spec, device: str | None) -> bool:
+    """Whether a setting about parts that lie there has an effect; ``device``: the one that it names."""
+    return spec.kind == "here" or (spec.kind != "http" and (device is None or spec.device in (None, device)))
 
 
-def on_other_than(device: str, spec: Spec) -> bool:
-    return elsewhere(spec) or (spec.kind in ("process", "ray") and spec.device not in (None, device))
-
-
-def concerns(setup: Setup) -> Iterator[tuple[str, Iterable[str], Callable[[Spec], bool]]]:
-    """Each setting about components: how it was written, the names that it concerns, and which places do not heed it.
+def concerns(setup: Setup) -> Iterator[tuple[str, Iterable[str], str | None]]:
+    """Each setting about components: how it was written, the names that it concerns, and the device that it names.
 
     One for all components is refused only where none of them is left to heed it."""
     plain, every = Setup(), ("tokenizer", "text_encoder", "image_encoder", *EXPERTS, "vae")
@@ -195,17 +191,17 @@ def concerns(setup: Setup) -> Iterator[tuple[str, Iterable[str], Callable[[Spec]
         for name, value in getattr(setup, setting).items():
             if setting == "components" and address(value) is not None:
                 continue  # it says that the host's is meant
-            yield f"{setting} with {name} = {value!r}", [name], elsewhere
+            yield f"{setting} with {name} = {value!r}", [name], None
     for name, device in setup.devices.items():
-        yield f"devices with {name} = {device!r}", [name], partial(on_other_than, device)
+        yield f"devices with {name} = {device!r}", [name], device
     for text in setup.loras:
         expert, _ = named_expert(text)
-        yield f"loras with {text!r}", EXPERTS if expert in (None, "both") else [str(expert)], elsewhere
+        yield f"loras with {text!r}", EXPERTS if expert in (None, "both") else [str(expert)], None
     for plug in plugs_of(setup.plugs):
         if plug.seam == "swap":
-            yield f"plugs with {plug.row.name!r}", getattr(plug.row.made, "components", EXPERTS), elsewhere
+            yield f"plugs with {plug.row.name!r}", getattr(plug.row.made, "components", EXPERTS), None
     for setting, names in (("dtype_policy", EXPERTS), ("dtype", every), ("variant", every)):
         if (value := getattr(setup, setting)) != getattr(plain, setting):
-            yield f"{setting} = {value!r}", names, elsewhere
+            yield f"{setting} = {value!r}", names, None
     if setup.device != plain.device:
-        yield f"device = {setup.device!r}", every, partial(on_other_than, setup.device)
+        yield f"device = {setup.device!r}", every, setup.device

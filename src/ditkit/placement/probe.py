@@ -18,12 +18,8 @@ from ditkit.placement.worker import Worker
 from ditkit.request import Request
 from ditkit.state import State, digest, kind_of
 
-PROMPT = "A  “red” kite &amp; two dogs,\n一只猫 "
-"""Cleaning changes it in each of its steps: double spaces, quotes, an entity, a line's end, a space at the end."""
-
-FIXED = ("tokenizer", "text_encoder", "image_encoder", "vae")
-"""Components that give the same for the same, besides the transformers; what a language model says is its own."""
-
+PROMPT = "A  “red” kite &amp; two dogs,\n一只猫 "  # each step of the cleaning changes it
+FIXED = ("tokenizer", "text_encoder", "image_encoder", "vae")  # they and transformers give the same for the same
 SEED, ROWS, SIGMAS = 7, 5, [0.75, 0.0]
 
 

@@ -21,17 +21,10 @@ from ditkit.placement.job import Job, Message, Question, error_message, error_of
 from ditkit.setup import Setup
 from ditkit.state import State
 
-TURN = 1.0
-"""Seconds after which the actor answers that there is nothing new; a sign of life."""
-
-CALLS = 16
-"""Calls that an actor answers at once; stages take turns all the same."""
-
-START = 600.0
-"""Seconds that Ray has to find a machine, which it may have to start first."""
-
-Answer = tuple[str, bytes]
-"""The kind of a message, or ``value`` for JSON, and its payload."""
+TURN = 1.0  # seconds after which the actor answers that there is nothing new; a sign of life
+CALLS = 16  # calls that an actor answers at once; stages take turns all the same
+START = 600.0  # seconds that Ray has to find a machine, which it may have to start first
+Answer = tuple[str, bytes]  # the kind of a message, or ``value`` for JSON, and its payload
 
 
 def answering(tell: Callable[..., dict[str, Any] | None]) -> Callable[..., Answer]:
@@ -92,13 +85,11 @@ class Actor:
         """What has come since the last turn; nothing after ``TURN`` seconds without news."""
         messages, found = self.running[job][0], list[Answer]()
         with contextlib.suppress(queue.Empty):
-            message = messages.get(timeout=TURN)
-            while True:
+            while job in self.running:
+                message = messages.get(timeout=0 if found else TURN)
                 found.append((message.kind, bytes(message.payload)))
                 if message.last:
                     del self.running[job]
-                    break
-                message = messages.get_nowait()
         return found
 
 
@@ -112,28 +103,28 @@ class RayChannel:
 
     def __init__(self, setup: Setup, address: str | None, device: str | None, stages: Sequence[str]):
         self.device = device or setup.device
+        asked = f"a Ray actor on {self.device}"
         if self.device.startswith("cuda:"):
-            raise SetupError(f"a Ray actor on {self.device}", "Ray chooses the GPU itself", "Write ray:cuda")
+            raise SetupError(asked, "Ray chooses the GPU itself", "Write ray:cuda")
         if self.device == "mps":
-            raise SetupError(f"a Ray actor on {self.device}", "Ray knows no such device", "Write process:mps")
+            raise SetupError(asked, "Ray knows no such device", "Write process:mps")
         self.name = address or ("ray" if device is None else f"ray:{device}")
         moved: dict[str, Any] = {} if device is None else {"devices": {}}
         self.setup = setup.model_copy(update={"placement": {}, "expected_probes": {}, **moved})
         self.address, self.stages = address, list(stages)
         self._actor: Any = None
         self._kill: Callable[[], Any] = lambda: None
-        self._left: weakref.finalize[..., RayChannel] | None = None
         self._lock = threading.RLock()
 
     def ask(self, question: Question, name: str = "") -> dict[str, Any]:
         if question == "cancel" and self._actor is None:
             return {}
         actor, asked = self._started(), f"asking {self.name} for {question} {name}".rstrip()
-        return _value(self._wait(asked, actor, actor.ask.remote(question, name)), self.name)
+        return self._wait(asked, actor, actor.ask.remote(question, name))
 
     def submit(self, job: Job, inputs: State) -> Iterator[Message]:
         asked, actor = f"running stage {job.stage!r} at {self.name}", self._started()
-        _value(self._get(asked, actor.submit.remote(job.to_json(), inputs.to_bytes())), self.name)
+        self._value(asked, actor.submit.remote(job.to_json(), inputs.to_bytes()))
         ended = False
         try:
             while not ended:
@@ -148,17 +139,14 @@ class RayChannel:
     def close(self) -> None:
         with self._lock:
             self._forget()
-            if self._left is not None and self._left.detach() is not None:
-                CLUSTER.left(end=True)
-            self._left = None
+            CLUSTER.left(self)
 
     # --- the actor
 
     def _started(self) -> Any:
         with self._lock:
             if self._actor is None:
-                ray = CLUSTER.joined(self.address, self._left is None)
-                self._left = self._left or weakref.finalize(self, CLUSTER.left, end=False)
+                ray = CLUSTER.joined(self, self.address)
                 gpu = self._gpu(ray)
                 cpus = int(self.address is not None)  # nobody else computes on our own cluster
                 actor = ray.remote(num_cpus=cpus, num_gpus=int(gpu), max_concurrency=CALLS)(Actor).remote()
@@ -192,17 +180,21 @@ class RayChannel:
         self._get(asked, actor.ask.remote("health", ""), START)
         setup = self.setup.model_copy(update={"device": device}).model_dump_json()
         threads = torch.get_num_threads() if self.address is None else self.setup.threads
-        _value(self._wait(asked, actor, actor.start.remote(setup, self.stages, threads)), self.name)
+        self._wait(asked, actor, actor.start.remote(setup, self.stages, threads))
 
     # --- asking it
 
-    def _wait(self, asked: str, actor: Any, answer: Any) -> Answer:
-        """The answer, however long it takes, as long as the actor shows that it is alive."""
-        while True:
-            ready, _ = CLUSTER.ray.wait([answer], timeout=self.setup.timeout)
-            if ready:
-                return self._get(asked, answer)
+    def _wait(self, asked: str, actor: Any, answer: Any) -> dict[str, Any]:
+        """What it tells, however long it takes, as long as the actor shows that it is alive."""
+        while not CLUSTER.ray.wait([answer], timeout=self.setup.timeout)[0]:
             self._get(asked, actor.ask.remote("health", ""))
+        return self._value(asked, answer)
+
+    def _value(self, asked: str, answer: Any) -> dict[str, Any]:
+        kind, payload = self._get(asked, answer)
+        if kind == "error":
+            raise error_of(payload, self.name)
+        return json.loads(payload)
 
     def _get(self, asked: str, answer: Any, timeout: float | None = None) -> Any:
         """Raises Lost for an actor that has died or is silent; the next one who asks starts another."""
@@ -220,13 +212,6 @@ class RayChannel:
         raise Lost(asked, found, do) from None
 
 
-def _value(answer: Answer, place: str) -> dict[str, Any]:
-    kind, payload = answer
-    if kind == "error":
-        raise error_of(payload, place)
-    return json.loads(payload)
-
-
 def _first_line(error: BaseException) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()
 
@@ -238,29 +223,30 @@ def _kill(actor: Any) -> None:
 
 class Cluster:
     """The one that this process is connected to: Ray allows one. Started here, it ends when its last channel is closed,
-    or with this process; one that was there already is left as it was found."""
+    or with this process; one that was there already is left as it was found. A channel that nobody closed is no user
+    any more; nothing is ended while memory is collected."""
 
     def __init__(self) -> None:
         self.ray: Any = None
         self.address: str | None = None
-        self.ours, self.users = False, 0
+        self.ours, self.users = False, weakref.WeakSet[RayChannel]()
         self._lock = threading.RLock()
 
-    def joined(self, address: str | None, new: bool) -> Any:
-        """Ray, connected; ``new``: one more user. Raises MissingDependency, PlaceError, Lost."""
+    def joined(self, user: RayChannel, address: str | None) -> Any:
+        """Ray, connected. Raises MissingDependency, PlaceError, Lost."""
         with self._lock:
             try:
                 import ray
             except ImportError:
                 raise MissingDependency(*MISSING) from None
             self.ray = ray
-            if not self.ray.is_initialized():
+            if not ray.is_initialized():
                 self._begin(address)
             elif address != (self.address if self.ours else None):
                 found = f"this process is connected to {self.address or 'a cluster'} already"
                 raise PlaceError(f"running stages at {address or 'ray'}", found, "Use one cluster in each process")
-            self.users += new
-            return self.ray
+            self.users.add(user)
+            return ray
 
     def _begin(self, address: str | None) -> None:
         ours: dict[str, Any] = {}
@@ -276,13 +262,14 @@ class Cluster:
         except (ConnectionError, RuntimeError) as e:
             asked = f"connecting to {address or 'a cluster on this machine'}"
             raise Lost(asked, _first_line(e), "Check the address, and RAY_AUTH_TOKEN") from None
-        self.ours, self.address, self.users = True, address, 0
+        self.ours, self.address = True, address
+        self.users.clear()
 
-    def left(self, end: bool) -> None:
-        """``end``: the cluster may be ended now, which is not so while memory is collected."""
+    def left(self, user: RayChannel) -> None:
         with self._lock:
-            self.users -= 1
-            if end and self.ours and self.users <= 0:
+            last = {*self.users} == {user}
+            self.users.discard(user)
+            if last and self.ours:
                 self.ray.shutdown()
                 self.ours = False
 

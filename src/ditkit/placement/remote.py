@@ -21,9 +21,7 @@ from ditkit.placement.job import SAME, WIRE, Channel, made_by
 from ditkit.receipt import versions
 from ditkit.state import SCHEMA
 
-COMPUTES = ("ditkit", "torch", "transformers")
-"""Packages whose version may change the last bits of a result."""
-
+COMPUTES = ("ditkit", "torch", "transformers")  # packages whose version may change the last bits of a result
 T = TypeVar("T")
 
 
@@ -33,7 +31,7 @@ class Remote:
 
     def __init__(self, name: str, channel: Channel, retries: int = 2, expected: Mapping[str, str] | None = None):
         self.name, self.channel, self.retries, self.expected = name, channel, retries, expected or {}
-        self._said: dict[str, Any] | None = None
+        self.heard: dict[str, Any] = {}  # what it has said, nothing if it was never asked
         self._checked: set[str] = set()
         self._lock = threading.RLock()
 
@@ -91,17 +89,12 @@ class Remote:
         """What the other end says of itself; asked once. Raises Lost, PlaceError."""
         return self._ask(SILENT)
 
-    @property
-    def heard(self) -> Mapping[str, Any]:
-        """What it has said, nothing if it was never asked."""
-        return self._said or {}
-
     def _ask(self, events: Events) -> dict[str, Any]:
         """``events`` hears of attempts that failed."""
         with self._lock:
-            if self._said is None:
-                self._said = self._patiently(lambda: self._sound(self.channel.ask("describe")), "", events)
-            return self._said
+            if not self.heard:
+                self.heard = self._patiently(lambda: self._sound(self.channel.ask("describe")), "", events)
+            return self.heard
 
     def _sound(self, said: dict[str, Any]) -> dict[str, Any]:
         asked = f"asking {self.name} who it is"

@@ -36,9 +36,9 @@ def model_at(places: Places, spec: Spec) -> Mapping[str, Any]:
     return about
 
 
-def scope_of(places: Places, parts: Mapping[str, str]) -> Scope:
-    """Which parts may lie at the hosts of ``places``. ``parts`` as in the Setup: one whose value is a host's address is
-    the one at that host, whatever lies here. Raises SetupError."""
+def scope_of(places: Places, parts: Mapping[str, str], whole: Spec | None = None) -> Scope:
+    """Which parts may lie at the hosts of ``places``, or all but these at ``whole``. ``parts`` as in the Setup: one
+    whose value is a host's address is the one at that host, whatever lies here. Raises SetupError."""
     hosts: dict[str, list[Spec]] = {}
     for target, spec in places.specs.items():
         if spec.kind == "http":
@@ -52,15 +52,10 @@ def scope_of(places: Places, parts: Mapping[str, str]) -> Scope:
             do = f"Place one: placement = {{{stage} = {host.text!r}}}"
             raise SetupError(f"parts with {name} = {host.text!r}", "no stage that calls it is placed there", do)
         hosts[name] = [host]
+    if whole is not None:
+        hosts = {**{name: [whole] for name in component_names()}, **hosts}
     ask: dict[str, Callable[[], Part | None]] = {n: partial(_first, places, n, specs) for n, specs in hosts.items()}
     return Scope(None, ask, tuple(meant), [t.expert for t in places.specs if t.expert])
-
-
-def scope_at(places: Places, spec: Spec, parts: Mapping[str, str]) -> Scope:
-    """That of a model all of whose parts lie at ``spec``, but for those that other settings name."""
-    scope = scope_of(places, parts)
-    whole: dict[str, Callable[[], Part | None]] = {n: partial(_first, places, n, [spec]) for n in component_names()}
-    return Scope(None, {**whole, **scope.elsewhere}, scope.meant, scope.experts)
 
 
 def _first(places: Places, name: str, specs: Iterable[Spec]) -> Part | None:
@@ -152,8 +147,12 @@ def facts_of(places: Places, ran: Mapping[str, Iterable[str]], weights: Mapping[
 def _check_code(stage: Stage, places: Iterable[Place], needed: Iterable[tuple[str, str, str]]) -> None:
     for place in (place for place in places if isinstance(place, Remote)):
         for group, name, code in needed:
-            if fault := _fault(place.said.get("code", {}).get(group, {}), group, name, code):
-                raise PlaceError(f"running stage {stage.name!r} at {place.name}", fault, START_WITH)
+            known, of_file = place.said.get("code", {}).get(group, {}), group == FILES
+            same = code in known if of_file else known.get(name) == code
+            if not same:
+                other = name in (known.values() if of_file else known)
+                found = f"its {name} is other code" if other else f"it does not know {name}"
+                raise PlaceError(f"running stage {stage.name!r} at {place.name}", found, START_WITH)
 
 
 def _needed(stage: Stage, seams: Seams, request: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -168,10 +167,3 @@ def _needed(stage: Stage, seams: Seams, request: Mapping[str, Any]) -> list[tupl
     scheduler = str(request.get("scheduler"))
     rows += [(ATTENTION.group, kernel, code), (SCHEDULERS.group, scheduler, SCHEDULERS.code(scheduler))]
     return [row for row in rows if row[2]]
-
-
-def _fault(known: Mapping[str, str], group: str, name: str, code: str) -> str:
-    """Why what is ``known`` there is not the same, or nothing."""
-    there = code in known if group == FILES else known.get(name) == code
-    other = name in known.values() if group == FILES else name in known
-    return "" if there else f"its {name} is other code" if other else f"it does not know {name}"

@@ -21,19 +21,16 @@ from ditkit.errors import DitkitError, Lost, PlaceError, SetupError, StateError,
 from ditkit.events import SILENT, Event, Events
 from ditkit.execution.place import Here, StageCall, StageResult, checked, fingerprint_in
 from ditkit.execution.stage import Stage, readable
-from ditkit.placement.job import WIRE, Job, Message, error_message, event_message, made_by, outcome_to_state
+from ditkit.placement.job import TICK, WIRE, Job, Message, error_message, event_message, made_by, outcome_to_state
 from ditkit.placement.spec import Target
 from ditkit.receipt import machine, versions
 from ditkit.registry import known_code
 from ditkit.request import Request
 from ditkit.setup import PARTS, Setup
 from ditkit.shared import Shared
-from ditkit.state import FIELDS, SCHEMA, Field, State
+from ditkit.state import FIELDS, SCHEMA, State
 
 Send = Callable[[Message], None]
-
-TICK = 0.1
-"""Seconds after which a job that waits for its turn looks whether it is still wanted."""
 
 
 class Worker:
@@ -42,23 +39,17 @@ class Worker:
 
     def __init__(self, stages: Mapping[str, Stage], components: Mapping[str, Any], about: Mapping[str, Any]):
         self.stages, self.components, self.about = dict(stages), components, dict(about)
+        # of a field that another end's stage describes only the name may be known here
+        self._table = FIELDS | {f.name: f for stage in stages.values() for f in stage.fields}
         self._turn = threading.Lock()
-
-    @property
-    def _table(self) -> dict[str, Field]:
-        """All fields that are known here. Of one that another end's stage describes only the name may be."""
-        return FIELDS | {f.name: f for stage in self.stages.values() for f in stage.fields}
 
     def describe(self) -> dict[str, Any]:
         """Who this is: versions, machine, stages with their fields, parts with their fingerprints. Plain values."""
         return {
-            "wire": WIRE,
-            "schema": SCHEMA,
-            "versions": versions(),
-            "machine": machine(),
+            "wire": WIRE, "schema": SCHEMA, "versions": versions(), "machine": machine(),
             **{name: told() if callable(told) else told for name, told in self.about.items()},
             "stages": {name: self._describe(stage) for name, stage in self.stages.items()},
-        }
+        }  # fmt: skip
 
     def _describe(self, stage: Stage) -> dict[str, Any]:
         facts = {n: {"kind": f.kind, "dtype": f.dtype, "shape": f.shape} for n, f in self._table.items()}
@@ -68,14 +59,11 @@ class Worker:
 
         parts = [name for name in stage.components if name in self.components]
         return {
-            "version": stage.version,
-            "made_by": made_by(stage),
-            "reads": fields(stage.reads),
-            "optional": fields((*stage.optional, *stage.triggers)),
-            "writes": fields(stage.writes),
-            "may_write": fields(stage.may_write),
+            "version": stage.version, "made_by": made_by(stage),
+            "reads": fields(stage.reads), "optional": fields((*stage.optional, *stage.triggers)),
+            "writes": fields(stage.writes), "may_write": fields(stage.may_write),
             "components": {name: fingerprint_in(self.components, name) for name in parts},
-        }
+        }  # fmt: skip
 
     def run(self, job: Job, inputs: State, send: Send, cancelled: threading.Event) -> None:
         """Sends events, what is kept on the way, and at last one outcome or one error. Raises what ``send`` raises."""

@@ -4,8 +4,7 @@
 itself (``pipeline.py``).
 """
 
-from ditkit.runs.folder import Description, Parent, located
-from ditkit.runs.kept import Kept
+from ditkit.runs.folder import Description, Kept, Parent, located
 from ditkit.runs.run import Listed, Run, listed
 
 __all__ = ["Description", "Kept", "Listed", "Parent", "Run", "listed", "located"]

@@ -18,9 +18,8 @@ from ditkit.execution.records import options_of
 from ditkit.execution.stage import Stage, readable, writes_of
 from ditkit.execution.stage_list import StageList
 from ditkit.request import Request
-from ditkit.runs.folder import Parent, RunFolder, given
-from ditkit.runs.kept import WHOLE, Tell
-from ditkit.runs.kept import clip as of_clip
+from ditkit.runs.folder import WHOLE, Parent, RunFolder, Tell, given
+from ditkit.runs.folder import clip as of_clip
 
 if TYPE_CHECKING:
     from ditkit.events import Listener
@@ -33,16 +32,9 @@ SOLVERS = ("scheduler", "scheduler_options")
 
 
 def prepared(
-    parent: RunFolder,
-    changes: Mapping[str, Any],
-    *,
-    pipe: Pipeline,
-    at_step: int | None = None,
-    clip: int | None = None,
-    pixels: Mapping[str, Any] | None = None,
-    listeners: Iterable[Listener] = (),
-    tell: Tell = lambda _: None,
-) -> tuple[State, Parent]:
+    parent: RunFolder, changes: Mapping[str, Any], pipe: Pipeline, at_step: int | None, clip: int | None,
+    pixels: Mapping[str, Any], listeners: Iterable[Listener], tell: Tell,
+) -> tuple[State, Parent]:  # fmt: skip
     """What a fork begins from, and its origin; no file is written. ``changes``: fields of the request. ``clip``: which
     one of several. ``pipe``: the model with changed settings of compute. Steps up to ``at_step`` that were not kept
     are taken again, as the parent took them; nothing of that is kept if it is interrupted.
@@ -51,7 +43,7 @@ def prepared(
     source = Source(parent, pipe, which_clip(parent, clip), tuple(listeners), tell)
     old, before = source.newest(), request_of(parent, source.clip)
     request = pipe.request({**before, **changes})
-    begun = pipe.begin(request, {**_pictures(old, request, before), **(pixels or {})})
+    begun = pipe.begin(request, {**_pictures(old, request, before), **pixels})
     if (count := samples.count(begun)) != samples.count(old):
         found = f"it would make {count} clips"
         raise RequestError(f"forking {parent.path}", found, "A fork makes one clip of one")

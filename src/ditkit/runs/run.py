@@ -21,15 +21,15 @@ from ditkit.errors import OutputError, SetupError, StateError
 from ditkit.events import Events, Listener
 from ditkit.execution.place import Interrupted
 from ditkit.request import Request
-from ditkit.runs.folder import NAME, Description, Parent, RunFolder, given, located
+from ditkit.runs.folder import NAME, WHOLE, Description, Journal, Kept, Parent, RunFolder, Tell, clip, given, located
 from ditkit.runs.fork import prepared
-from ditkit.runs.kept import WHOLE, Journal, Kept, Tell, clip
 
 if TYPE_CHECKING:
     from ditkit.pipeline import Pipeline, Result
     from ditkit.receipt import Recorder
     from ditkit.state import State
 
+FilePath = str | os.PathLike[str]
 KeepSteps = Literal["last", "all"]
 
 
@@ -40,16 +40,9 @@ class Run(RunFolder):
 
     @classmethod
     def create(
-        cls,
-        path: str | os.PathLike[str],
-        pipe: Pipeline,
-        prompt: str | list[str] = "",
-        *,
-        every: int = 1,
-        keep_steps: KeepSteps = "last",
-        out: str | os.PathLike[str] | None = None,
-        **request: Any,
-    ) -> Run:
+        cls, path: FilePath, pipe: Pipeline, prompt: str | list[str] = "", *, every: int = 1,
+        keep_steps: KeepSteps = "last", out: FilePath | None = None, **request: Any,
+    ) -> Run:  # fmt: skip
         """A run that has not begun yet; all fields of Request as keywords, as when a Pipeline is called. A State is
         kept after each stage and every ``every`` steps: the newest one, or with ``keep_steps="all"`` all of them, so
         that each can be forked from. Raises StateError where there is a run already."""
@@ -59,18 +52,10 @@ class Run(RunFolder):
 
     @classmethod
     def begin(
-        cls,
-        path: str | os.PathLike[str],
-        pipe: Pipeline,
-        state: State,
-        *,
-        every: int = 1,
-        keep_steps: KeepSteps = "last",
-        out: str | os.PathLike[str] | None = None,
-        sheet: str | bool = True,
-        setup: Mapping[str, Any] | None = None,
+        cls, path: FilePath, pipe: Pipeline, state: State, *, every: int = 1, keep_steps: KeepSteps = "last",
+        out: FilePath | None = None, sheet: str | bool = True, setup: Mapping[str, Any] | None = None,
         parent: Parent | None = None,
-    ) -> Run:
+    ) -> Run:  # fmt: skip
         """A run that goes on from ``state``. ``setup``: the settings to open its model with next time; by default all
         of the pipe's that are not ditkit's defaults."""
         folder = located(path)
@@ -84,7 +69,11 @@ class Run(RunFolder):
             out=None if out is None else str(Path(out).absolute()), sheet=sheet, parent=parent,
         )  # fmt: skip
         run = cls(folder, description, pipe)
-        run.states.make()
+        try:
+            run.states.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            asked = f"making the folder {run.states.folder}"
+            raise OutputError(asked, e.strerror or str(e), "Choose another place") from e
         with run.held():
             check_new(folder, every, keep_steps)
             run.sweep()
@@ -96,14 +85,9 @@ class Run(RunFolder):
     # --- running
 
     def go(
-        self,
-        *,
-        until: str | None = None,
-        stop_at_step: int | None = None,
-        listeners: Iterable[Listener] = (),
-        recorder: Recorder | None = None,
-        cancel: Cancel | None = None,
-    ) -> Result:
+        self, *, until: str | None = None, stop_at_step: int | None = None, listeners: Iterable[Listener] = (),
+        recorder: Recorder | None = None, cancel: Cancel | None = None,
+    ) -> Result:  # fmt: skip
         """From where it stands to the end, or to a point before it. Bit-equal to a run that was never interrupted.
         The keywords are those of ``Pipeline.run``.
 
@@ -131,7 +115,7 @@ class Run(RunFolder):
             try:
                 yield partial(self.pipe.run, state, begun=begun, keep=journal, listeners=listeners, **part)
             except Interrupted as e:
-                self.states.save(WHOLE if e.clip is None else clip(e.clip), e.state, journal.only_newest)
+                (journal if e.clip is None else journal.of_clip(e.clip))(e.state)
                 raise
 
     def told(self, result: Result) -> Result:
@@ -142,32 +126,18 @@ class Run(RunFolder):
         return replace(result, manifests=tuple({**manifest, **fork} for manifest in result.manifests))
 
     def fork(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        at_step: int | None = None,
-        clip: int | None = None,
-        pipe: Pipeline | None = None,
-        listeners: Iterable[Listener] = (),
-        tell: Tell = lambda _: None,
-        every: int | None = None,
-        keep_steps: KeepSteps | None = None,
-        out: str | os.PathLike[str] | None = None,
-        sheet: str | bool = True,
-        setup: Mapping[str, Any] | None = None,
-        **changes: Any,
-    ) -> Run:
+        self, path: FilePath, *, at_step: int | None = None, clip: int | None = None, pipe: Pipeline | None = None,
+        listeners: Iterable[Listener] = (), tell: Tell = lambda _: None, every: int | None = None,
+        keep_steps: KeepSteps | None = None, out: FilePath | None = None, **changes: Any,
+    ) -> Run:  # fmt: skip
         """A run of its own that keeps of this one all that still fits: ``run.fork("b", guidance_scale=3.0)``. With
         ``at_step`` the loop goes on from the State after so many steps. It has not gone on yet. More in ``fork.py``;
         ``every`` and what follows it are as for ``begin``, the first two by default as here."""
         pipe, (values, pixels) = pipe or self.pipe, pictures.take(changes)
-        state, parent = prepared(
-            self, values, at_step=at_step, clip=clip, pixels=pixels, pipe=pipe, listeners=listeners, tell=tell
-        )
+        state, parent = prepared(self, values, pipe, at_step, clip, pixels, listeners, tell)
         every = self.description.every if every is None else every
         keep_steps = self.description.keep_steps if keep_steps is None else keep_steps
-        return Run.begin(path, pipe, state, every=every, keep_steps=keep_steps, out=out, sheet=sheet, setup=setup,
-                         parent=parent)  # fmt: skip
+        return Run.begin(path, pipe, state, every=every, keep_steps=keep_steps, out=out, parent=parent)
 
 
 def check_new(folder: Path, every: int = 1, keep_steps: str = "last") -> None:

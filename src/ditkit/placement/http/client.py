@@ -24,15 +24,9 @@ from ditkit.state import State
 
 JOB, CRC = "X-Ditkit-Job", "X-Ditkit-Crc32"
 
-CONNECT = 5.0
-"""Seconds after which a host that does not take a connection counts as not there."""
-
-MOST_WORDS = 1 << 26
-"""Bytes of an answer that is no stream of messages: a model of a thousand files is described in a hundredth of it."""
-
-SHORTEST = 16
-"""Characters of a token at least; a short one can be guessed."""
-
+CONNECT = 5.0  # seconds after which a host that does not take a connection counts as not there
+MOST_WORDS = 1 << 26  # bytes of an answer that is no stream: a model of a thousand files needs a hundredth of it
+SHORTEST = 16  # characters of a token at least; a short one can be guessed
 ADDRESS = "Check the address"
 
 ANSWERS = {
@@ -55,10 +49,7 @@ class HTTPChannel:
 
     def __init__(self, address: str, timeout: float = 60.0, token: str | None = None, uds: str | None = None):
         self.address, self.timeout, self.uds = address.rstrip("/"), timeout, uds
-        self._token, self._parts = token, urlsplit(address)
-
-    def __repr__(self) -> str:
-        return f"HTTPChannel({self.address!r})"
+        self._token, self._parts, self.asked = token, urlsplit(address), f"asking {self.address}"
 
     def ask(self, question: Question, name: str = "") -> dict[str, Any]:
         """``health`` needs no token, and answers with the number of ``jobs``."""
@@ -151,10 +142,6 @@ class HTTPChannel:
             raise PlaceError(asked, f"its answer is garbage ({e})", ADDRESS) from None
         except OSError as e:
             raise Lost(asked, (e.strerror or str(e)).lower(), f"{ADDRESS}, and whether the host runs") from None
-
-    @property
-    def asked(self) -> str:
-        return f"asking {self.address}"
 
     def check(self, response: http.client.HTTPResponse, data: bytes = b"") -> None:
         """Raises what an answer other than 200 means."""

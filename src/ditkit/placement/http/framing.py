@@ -18,18 +18,10 @@ from ditkit.errors import PlaceError
 from ditkit.placement.job import KINDS, LOG, Message
 
 MEDIA_TYPE = "application/x-ditkit-frames"
-
 HEAD, TAIL = struct.Struct("<BQ"), struct.Struct("<I")
-
-FRAMING = HEAD.size + TAIL.size
-"""Bytes of a message besides its payload."""
-
-PIECE = 1 << 20
-"""Bytes that are handed to a socket at once."""
-
-LARGEST = 1 << 36
-"""Bytes of a payload beyond which a length is taken for garbage."""
-
+FRAMING = HEAD.size + TAIL.size  # bytes of a message besides its payload
+PIECE = 1 << 20  # bytes that are handed to a socket at once
+LARGEST = 1 << 36  # bytes of a payload beyond which a length is taken for garbage
 Buffer = bytes | bytearray | memoryview
 
 

@@ -3,28 +3,31 @@
 A job is a POST with a State as its body; the answer is a stream of messages, or, to whoever asks for none (curl), the
 outcome as a State. A client that goes away is noticed, and its job stops at its next event, within a step of a loop.
 The job runs in a thread of its own; what it sends goes through a short queue, so that it waits for a slow reader.
-Leaves out: what a job does (``worker.py``), and listening (``listen.py``).
+Leaves out: what a job does (``worker.py``).
 """
 
 import asyncio
 import contextlib
 import hmac
 import ipaddress
+import itertools
 import json
+import socket
 import threading
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from ditkit.errors import DitkitError, MissingDependency, PlaceError, StateError, UserError
+from ditkit.errors import DitkitError, MissingDependency, PlaceError, SetupError, StateError, UserError
 from ditkit.placement.http.client import CRC, JOB
 from ditkit.placement.http.framing import FRAMING, MEDIA_TYPE, PIECE, crc32, fresh, pack
-from ditkit.placement.job import Job, Message, error_message, error_of, options_to_send
-from ditkit.placement.worker import TICK, Send, Worker
+from ditkit.placement.job import TICK, Job, Message, error_message, error_of, options_to_send
+from ditkit.placement.worker import Send, Worker
 from ditkit.state import State
 
 try:
+    import uvicorn
     from fastapi import Depends, FastAPI, Header, Request
     from fastapi.responses import Response
     from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
@@ -32,9 +35,11 @@ except ModuleNotFoundError as e:
     do = 'Install it: pip install "ditkit[remote]"'
     raise MissingDependency("offering stages over HTTP", f"{e.name} is not installed", do) from None
 
-from ditkit.placement.http.zero_copy import connection_of
+from ditkit.placement.http.zero_copy import Straight, connection_of
 
 BEARER = HTTPBearer(auto_error=False, description="the host's token")
+GONE = 60_000  # milliseconds after which a client that confirms nothing that was sent to it counts as gone (Linux)
+FAREWELL = 5  # seconds that jobs have to end when the host ends
 
 
 class Refused(PlaceError):
@@ -46,13 +51,8 @@ class Refused(PlaceError):
         self.status = status
 
 
-def refuse(request: Request, error: Exception) -> Response:
+def answer_to(error: DitkitError, message: Message) -> Response:
     """An error as JSON in its three parts."""
-    assert isinstance(error, DitkitError)
-    return _error(error, error_message(error))
-
-
-def _error(error: DitkitError, message: Message) -> Response:
     status = getattr(error, "status", 400 if isinstance(error, UserError) else 500)
     more = {503: {"Retry-After": "5"}, 401: {"WWW-Authenticate": "Bearer"}}.get(status)
     return Response(bytes(message.payload), status, more, "application/json")
@@ -83,10 +83,6 @@ class Jobs:
             raise PlaceError(f"taking job {job_id}", "it is here already", "Give each job an id of its own")
         return self.flags.setdefault(job_id, threading.Event())
 
-    def cancel_all(self) -> None:
-        for flag in [*self.flags.values()]:
-            flag.set()
-
 
 def app_of(worker: Worker, *, token: str | None = None, limits: Limits | None = None) -> FastAPI:
     """``token``: without it only names of this machine are answered to, so that no page of a browser reaches it by a
@@ -96,7 +92,7 @@ def app_of(worker: Worker, *, token: str | None = None, limits: Limits | None = 
     jobs = Jobs(limits or Limits())
     app = FastAPI(title="ditkit host", version=__version__, description="Stages of a diffusion pipeline.")
     app.state.jobs = jobs
-    app.add_exception_handler(DitkitError, refuse)
+    app.exception_handler(DitkitError)(lambda request, error: answer_to(error, error_message(error)))
     known = Depends(_knows(token))
     _questions(app, worker, jobs, known)
     _work(app, worker, jobs, known)
@@ -181,12 +177,11 @@ _BODY = {"requestBody": {"required": True, "content": {"application/octet-stream
 def job_of(text: str, worker: Worker, name: str) -> Job:
     """What the header says, with everything filled in that it leaves out. Raises Refused."""
     whole = {"id": uuid.uuid4().hex, "stage": name, "options": options_to_send(_offered(worker, name))}
-    asked = f"running stage {name!r}"
+    asked, found = f"running stage {name!r}", f"the header {JOB} is no job of this version"
     try:
         job = Job.from_json(json.dumps({**whole, **json.loads(text)}))
     except (PlaceError, ValueError, TypeError, RecursionError):
-        do = "Send {} or a whole one"
-        raise Refused(400, asked, f"the header {JOB} is no job of this version", do) from None
+        raise Refused(400, asked, found, "Send {} or a whole one") from None
     if job.stage != name:
         raise Refused(400, asked, f"the job is for {job.stage!r}", "Name one stage")
     return job
@@ -311,19 +306,13 @@ class MessageStream(Response):
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             connection = connection_of(scope)
             async for message in messages:
-                if connection is not None and message.nbytes >= PIECE:
-                    await connection.write(_chunk(message))
+                if connection is not None and message.nbytes >= PIECE:  # one chunk of an answer of unknown length
+                    length = b"%x\r\n" % (FRAMING + message.nbytes)
+                    await connection.write(itertools.chain([length], pack(message), [b"\r\n"]))
                     continue
                 for piece in pack(message):
                     await send({"type": "http.response.body", "body": piece, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-def _chunk(message: Message) -> Iterator[bytes | memoryview]:
-    """A message as one chunk of an answer whose length is not known before."""
-    yield b"%x\r\n" % (FRAMING + message.nbytes)
-    yield from pack(message)
-    yield b"\r\n"
 
 
 async def plain_response(begun: RunningJob, request: Request) -> Response:
@@ -333,5 +322,62 @@ async def plain_response(begun: RunningJob, request: Request) -> Response:
         async for message in messages:
             last = message
     if last.kind == "error":
-        return _error(error_of(last.payload, "the host"), last)
+        return answer_to(error_of(last.payload, "the host"), last)
     return Response(bytes(last.payload), 200, None, "application/octet-stream")
+
+
+# --- listening
+
+
+def bind(address: str = "127.0.0.1", port: int = 0, token: str | None = None) -> socket.socket:
+    """A listening socket; port 0 is a free one. Raises SetupError for an address that others reach where there is no
+    token, and for one that cannot be had."""
+    number = number_of(address)
+    if token is None and not (number and number.is_loopback):
+        do = "Put one into DITKIT_HOST_TOKEN or give --token-file, or listen at 127.0.0.1"
+        raise SetupError(f"listening at {address}", "others reach that address, and there is no token", do)
+    try:
+        family = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.create_server((address, port), family=family)
+    except OSError as e:
+        asked = f"listening at {address}, port {port}"
+        raise SetupError(asked, (e.strerror or str(e)).lower(), "Choose another one") from None
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # one that died while it sent is noticed, too
+    if hasattr(socket, "TCP_KEEPIDLE"):
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, GONE // 2000)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # connections take it over from the listener
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, GONE)
+    return listener
+
+
+class Host(uvicorn.Server):
+    """``announce`` is told its URL once it listens. Options are uvicorn's own, such as ssl_keyfile."""
+
+    def __init__(
+        self, worker: Worker, listener: socket.socket, token: str | None = None, limits: Limits | None = None,
+        announce: Callable[[str], Any] = lambda url: None, **options: Any,
+    ):  # fmt: skip
+        app = app_of(worker, token=token, limits=limits)
+        self.jobs, self.listener, self.announce = app.state.jobs, listener, announce
+        more = {"http": Straight, "log_level": "warning", "timeout_graceful_shutdown": FAREWELL, **options}
+        super().__init__(uvicorn.Config(app, **more))
+
+    @property
+    def url(self) -> str:
+        address, port = self.listener.getsockname()[:2]
+        shown = f"[{address}]" if ":" in address else address
+        return f"{'https' if self.config.is_ssl else 'http'}://{shown}:{port}"
+
+    def serve_here(self) -> None:
+        """Until it is told to end."""
+        self.run(sockets=[self.listener])
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if not self.should_exit:
+            self.announce(self.url)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for flag in [*self.jobs.flags.values()]:
+            flag.set()
+        await super().shutdown(sockets)

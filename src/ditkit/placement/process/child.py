@@ -15,11 +15,8 @@ import threading
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-PARENT_DEATH = 1
-"""PR_SET_PDEATHSIG of Linux's prctl: the signal that comes when the parent has died."""
-
-MANY = 1 << 50
-"""The one caller is trusted: nothing is too large, and as many may wait as it has threads."""
+PARENT_DEATH = 1  # PR_SET_PDEATHSIG of Linux's prctl: the signal that comes when the parent has died
+MANY = 1 << 50  # the one caller is trusted: nothing is too large, and as many may wait as it has threads
 
 
 def end_with_parent() -> None:

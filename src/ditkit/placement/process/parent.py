@@ -32,14 +32,11 @@ from ditkit.placement.job import Job, Message, Question, error_of
 from ditkit.setup import Setup
 from ditkit.state import State
 
-LAST_WORDS = 8
-"""Lines of what a child said on stderr that an error tells."""
-
-PATH = 100
-"""Bytes that the name of a Unix socket may have: 104 with its end on a Mac, 108 on Linux."""
-
-START = 30.0
-"""Seconds without a sign of life at least until a child that starts counts as hanging: imports stop all else in it."""
+LAST_WORDS = 8  # lines of what a child said on stderr that an error tells
+PATH = 100  # bytes that the name of a Unix socket may have: 104 with its end on a Mac, 108 on Linux
+START = (
+    30.0  # seconds without a sign of life, at least, until a starting child counts as hanging: imports stop all else
+)
 
 
 @dataclass(frozen=True)
