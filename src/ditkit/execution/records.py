@@ -35,7 +35,9 @@ def code_of(stage: Stage) -> str:
     if not dataclasses.is_dataclass(stage) and getattr(stage, "__dict__", None):
         return ""
     names, files = list[str](), dict[str, str | None]()
-    for cls in type(stage).__mro__[:-1]:
+    for cls in type(stage).__mro__:
+        if cls.__module__ in ("builtins", "typing"):
+            continue
         names.append(f"{cls.__module__}.{cls.__qualname__}")
         module = sys.modules.get(cls.__module__)
         # What was imported, where that is known; the file may have been edited since.

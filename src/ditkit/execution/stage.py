@@ -24,57 +24,15 @@ from ditkit.state import FIELDS, Field, State
 
 @runtime_checkable
 class Stage(Protocol):
-    """A named, pure step. ``reads`` must be there, ``optional`` may be; ``writes`` are all written, ``may_write``
-    sometimes; ``components`` are those it calls. With ``triggers`` it runs only when these fields are in the State.
-    ``loop`` names the fields that it carries from step to step: it can stop in between and go on from there.
-    ``together``: of several clips it makes its fields at once, to the same bits as one by one.
-    ``fields`` describes fields that ditkit's table does not know. Dataclass fields of the object are its options and
-    become part of the fingerprint, but for those with ``compare=False``, which promise equal results."""
+    """A named, pure step; any object with these attributes is one. ``reads`` must be there, ``optional`` may be;
+    ``writes`` are all written, ``may_write`` sometimes; ``components`` are those it calls. With ``triggers`` it runs
+    only when these fields are in the State. ``loop`` names the fields that it carries from step to step: it can stop in
+    between and go on from there. ``together``: of several clips it makes its fields at once, to the same bits as one by
+    one. ``fields`` describes fields that ditkit's table does not know. Dataclass fields of the object are its options
+    and become part of the fingerprint, but for those with ``compare=False``, which promise equal results."""
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def version(self) -> int: ...
-    @property
-    def reads(self) -> tuple[str, ...]: ...
-    @property
-    def optional(self) -> tuple[str, ...]: ...
-    @property
-    def writes(self) -> tuple[str, ...]: ...
-    @property
-    def may_write(self) -> tuple[str, ...]: ...
-    @property
-    def components(self) -> tuple[str, ...]: ...
-    @property
-    def triggers(self) -> tuple[str, ...]: ...
-    @property
-    def loop(self) -> tuple[str, ...]: ...
-    @property
-    def fields(self) -> tuple[Field, ...]: ...
-    @property
-    def together(self) -> bool: ...
-
-    def run(self, inputs: Mapping[str, Any], ctx: Context) -> Mapping[str, Any]:
-        """The fields that it writes. A loop that is interrupted says so (``ctx.stopped``), and returns them as they
-        stood after its last step."""
-
-    def skip_reason(self, state: State) -> str:
-        """Why the State's request does without this stage, or nothing. What it wrote for another request is dropped."""
-
-    def needs(self, state: State, stop_at_step: int | None = None) -> tuple[str, ...]:
-        """Those of ``components`` that are still called in a run that goes on from ``state`` (to ``stop_at_step``)."""
-
-    def done(self, state: State) -> bool:
-        """Whether ``state`` already holds all that this stage would write."""
-
-
-class BaseStage:
-    """Neutral values for the attributes of a Stage; a convenience, not a requirement. Also for two that a stage need
-    not have: ``before`` or ``after``, the stage beside which it is put when it is plugged in by name; ``settings``, a
-    frozen dataclass of settings of its own (``ctx.settings.NAME.SETTING``)."""
-
-    name = ""
-    version = 1
+    name: str = ""
+    version: int = 1
     reads: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
@@ -83,22 +41,36 @@ class BaseStage:
     triggers: tuple[str, ...] = ()
     loop: tuple[str, ...] = ()
     fields: tuple[Field, ...] = ()
-    together = False
-    before, after = "", ""
-    settings: type | None = None
+    together: bool = False
+
+    def run(self, inputs: Mapping[str, Any], ctx: Context) -> Mapping[str, Any]:
+        """The fields that it writes. A loop that is interrupted says so (``ctx.stopped``), and returns them as they
+        stood after its last step."""
 
     def skip_reason(self, state: State) -> str:
+        """Why the State's request does without this stage, or nothing. What it wrote for another request is dropped."""
         return ""
 
     def needs(self, state: State, stop_at_step: int | None = None) -> tuple[str, ...]:
+        """Those of ``components`` that are still called in a run that goes on from ``state`` (to ``stop_at_step``)."""
         return self.components
 
     def done(self, state: State) -> bool:
-        """It was run; or all that it writes is there, unless it rewrites what it reads."""
+        """Whether ``state`` already holds all that this stage would write: it was run; or all that it writes is there,
+        unless it rewrites what it reads."""
         if self.name in state.get("stages", []):
             return True
         rewrites = {*self.reads, *self.optional} & {*self.writes}
         return bool(self.writes) and not rewrites and all(name in state for name in self.writes)
+
+
+class BaseStage(Stage):
+    """A Stage with neutral values; a convenience, not a requirement. Also for two that a stage need not have:
+    ``before`` or ``after``, the stage beside which it is put when it is plugged in by name; ``settings``, a frozen
+    dataclass of settings of its own (``ctx.settings.NAME.SETTING``)."""
+
+    before, after = "", ""
+    settings: type | None = None
 
 
 def writes_of(stage: Stage) -> tuple[str, ...]:
