@@ -81,10 +81,6 @@ class StageList:
         state, asked = records.wanted(self.stages, state), start is not None
         return [s for s in self.slice(start, until) if records.skip_reason(self.stages, s, state, asked) is None]
 
-    def components(self, start: str | None = None, until: str | None = None) -> list[str]:
-        """The components that the stages from ``start`` to ``until`` call, in order of first use."""
-        return list(dict.fromkeys(c for s in self.slice(start, until) for c in s.components))
-
     def outdated(self, stage: Stage, state: State) -> list[str]:
         """Why the result of ``stage`` does not belong to what the State asks for (``records.py``)."""
         return records.outdated(self.stages, stage, state)

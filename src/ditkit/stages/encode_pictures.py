@@ -15,6 +15,7 @@ from ditkit.conditioning import images
 from ditkit.conditioning.condition import Encode, control_context, image_condition, per_clip
 from ditkit.errors import RequestError
 from ditkit.execution.stage import BaseStage, Context
+from ditkit.pictures import CONTROL, check_control
 
 
 def _tools(ctx: Context) -> tuple[Encode, tuple[int, int], str]:
@@ -120,7 +121,7 @@ class EncodeControl(BaseStage):
     def run(self, inputs: Mapping[str, Any], ctx: Context) -> Mapping[str, Any]:
         (encode, size, processing), frames = _tools(ctx), ctx.settings.frames
         given = inputs.get("control_video"), inputs.get("control_mask"), inputs.get("reference_images")
-        _check_lengths(given[0], given[1], frames)
+        check_control({name: inputs[name].shape[1] for name in CONTROL if name in inputs}, frames)
 
         def control(_: Tensor, video: Tensor | None, mask: Tensor | None, references: Tensor | None) -> Tensor:
             grey = torch.zeros(3, frames, *size)
@@ -132,13 +133,3 @@ class EncodeControl(BaseStage):
             return control_context(encode, pixels, new, pictures, self.strides)[None]
 
         return {"control": per_clip(control, torch.zeros(len(inputs["prompt"]), 0), *given)}
-
-
-def _check_lengths(video: Tensor | None, mask: Tensor | None, frames: int) -> None:
-    if video is None and mask is not None:
-        found = "there is nothing to be kept"
-        raise RequestError("a control mask without a control video", found, "Give control_video as well")
-    for name, value in (("control_video", video), ("control_mask", mask)):
-        if value is not None and (count := value.shape[1]) != frames:
-            do = f"Cut it, or ask for {count} of them"
-            raise RequestError(f"{name} of {count} frames", f"the run makes {frames}", do)
