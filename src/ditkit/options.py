@@ -93,11 +93,8 @@ def _fitting(name: str, annotation: Any, values: tuple[Any, ...], what: str, err
             fault = fault or (e.errors()[0]["msg"] if isinstance(e, ValidationError) else str(e))
         except PydanticSchemaGenerationError:
             fault = "its type cannot be written as a text"
-    raise error(
-        f"{name}={values[-1]!r} of {what}",
-        fault[:1].lower() + fault[1:],
-        f"Give {getattr(annotation, '__name__', annotation)}",
-    )
+    do = f"Give {getattr(annotation, '__name__', annotation)}"
+    raise error(f"{name}={values[-1]!r} of {what}", fault[:1].lower() + fault[1:], do)
 
 
 @cache

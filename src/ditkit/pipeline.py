@@ -84,28 +84,17 @@ class Pipeline:
     change the first with insert, replace and remove; the second is any mapping of parts that fit the contracts."""
 
     def __init__(
-        self,
-        model: Model,
-        setup: Setup,
-        components: Mapping[str, Any],
-        stages: StageList,
-        seams: Seams | None = None,
-        listeners: Iterable[Listener] = (),
-        results: Cache | None = None,
-        places: Places | None = None,
-    ):
+        self, model: Model, setup: Setup, components: Mapping[str, Any], stages: StageList, seams: Seams | None = None,
+        listeners: Iterable[Listener] = (), results: Cache | None = None, places: Places | None = None,
+    ):  # fmt: skip
         self.model, self.setup, self.components, self.stages = model, setup, components, stages
         self.seams, self.listeners, self.results = seams or Seams(), tuple(listeners), results
         self.places = places or Places(setup)
 
     def __call__(
-        self,
-        prompt: str | list[str] = "",
-        *,
-        listeners: Iterable[Listener] = (),
-        cancel: Cancel | None = None,
+        self, prompt: str | list[str] = "", *, listeners: Iterable[Listener] = (), cancel: Cancel | None = None,
         **request: Any,
-    ) -> Result:
+    ) -> Result:  # fmt: skip
         """Pictures (``image``, ``last_image``, ...) may be paths, PIL images, arrays or tensors. Raises Interrupted."""
         values, pixels = pictures.take({"prompt": prompt, **request})
         return self.run(self.begin(self.request(values), pixels), listeners=listeners, cancel=cancel)
@@ -157,18 +146,10 @@ class Pipeline:
         return None if rgb is None else lambda latents: rgb_frames(latents, rgb)[0, 0]
 
     def run(
-        self,
-        state: State,
-        *,
-        start: str | None = None,
-        until: str | None = None,
-        stop_at_step: int | None = None,
-        listeners: Iterable[Listener] = (),
-        keep: Checkpointer | None = None,
-        begun: Mapping[int, State] | None = None,
-        recorder: Recorder | None = None,
-        cancel: Cancel | None = None,
-    ) -> Result:
+        self, state: State, *, start: str | None = None, until: str | None = None, stop_at_step: int | None = None,
+        listeners: Iterable[Listener] = (), keep: Checkpointer | None = None,
+        begun: Mapping[int, State] | None = None, recorder: Recorder | None = None, cancel: Cancel | None = None,
+    ) -> Result:  # fmt: skip
         """Run ``state`` through the pipeline or a slice of it. ``keep`` is given the State as it grows. ``begun``: of
         clips that are made one after the other, the States of those that an earlier run began or finished, by number.
         ``recorder``: that of the part of this run that came before; the receipt tells of both.
@@ -210,13 +191,9 @@ class Pipeline:
 
 
 def load(
-    model: str | os.PathLike[str] = "shapes",
-    *,
-    seams: Seams | None = None,
-    listeners: Iterable[Listener] = (),
-    share_with: Pipeline | None = None,
-    **setup: Any,
-) -> Pipeline:
+    model: str | os.PathLike[str] = "shapes", *, seams: Seams | None = None, listeners: Iterable[Listener] = (),
+    share_with: Pipeline | None = None, **setup: Any,
+) -> Pipeline:  # fmt: skip
     """A model by name, folder, file, manifest or repository, ready to run: ``ditkit.load("shapes", dtype="float32")``.
 
     Keywords are the fields of Setup. Weights are loaded when they are first needed. Parts that are the same as those of

@@ -6,8 +6,6 @@ fingerprints hold, what travels to other processes and hosts, and what a manifes
 (``registry.py``), and what ``Seams`` given from Python are (``contracts.py``).
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 import os
@@ -26,7 +24,7 @@ from ditkit.registry import BROUGHT, Brought, PlugSpec, Registry, Row, bring
 from ditkit.request import Request
 from ditkit.setup import Setup
 
-PLUGS: Registry[PlugRow] = Registry("plug", "ditkit.plugs")
+PLUGS: Registry["PlugRow"] = Registry("plug", "ditkit.plugs")
 
 PARTS: Mapping[str, tuple[str, ...]] = {
     "predict": ("__call__",), "run_blocks": ("__call__",), "attend": ("__call__",), "swap": ("match", "make"),

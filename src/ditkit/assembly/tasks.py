@@ -5,8 +5,6 @@ Sources of the defaults: Wan2.1 and Wan2.2 ``generate.py`` and ``wan/configs/*.p
 models cannot be told apart, and need not be: the official code goes by the size that is asked for.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -17,8 +15,8 @@ from ditkit.registry import Registry, Row
 
 AREA_480P = 832 * 480
 
-TASKS: Registry[TaskRow] = Registry("task", "ditkit.tasks")
-STAGES: Registry[StageRow] = Registry("stage", "ditkit.stages")
+TASKS: Registry["TaskRow"] = Registry("task", "ditkit.tasks")
+STAGES: Registry["StageRow"] = Registry("stage", "ditkit.stages")
 
 
 @dataclass(frozen=True)

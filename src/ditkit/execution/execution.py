@@ -18,9 +18,9 @@ from ditkit.execution.place import Call, Checkpointer, Here, Interrupted, Place,
 from ditkit.execution.records import code_of, fingerprints, record_of, replugged, skip_reason, wanted
 from ditkit.execution.stage import Stage, StageCall, known_settings, readable, writes_of
 from ditkit.identify import forgets
-from ditkit.stage_result import CacheKey, StageResult
 from ditkit.state import FIELDS, Field, State
-from ditkit.store.cache import Cache
+from ditkit.store.cache import Cache, StageResult
+from ditkit.store.reasons import CacheKey
 
 
 @dataclass

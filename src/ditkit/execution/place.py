@@ -12,8 +12,8 @@ from typing import Any, Protocol, Self
 from ditkit.errors import DitkitError, PipelineError
 from ditkit.events import Events
 from ditkit.execution.stage import Context, Only, Stage, StageCall, readable
-from ditkit.stage_result import StageResult
 from ditkit.state import State
+from ditkit.store.cache import StageResult
 
 
 class Interrupted(DitkitError):

@@ -3,8 +3,6 @@
 Leaves out: the stages themselves (``stages/``), their order (``stage_list.py``) and where they run (``place.py``).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
@@ -18,8 +16,8 @@ from ditkit.events import SILENT, Events
 from ditkit.request import Request
 from ditkit.schedulers import SCHEDULERS
 from ditkit.setup import Setup
-from ditkit.stage_result import StageResult
 from ditkit.state import FIELDS, Field, State
+from ditkit.store.cache import StageResult
 
 
 @runtime_checkable
@@ -43,7 +41,7 @@ class Stage(Protocol):
     fields: tuple[Field, ...] = ()
     together: bool = False
 
-    def run(self, inputs: Mapping[str, Any], ctx: Context) -> Mapping[str, Any]:
+    def run(self, inputs: Mapping[str, Any], ctx: "Context") -> Mapping[str, Any]:
         """The fields that it writes. A loop that is interrupted says so (``ctx.stopped``), and returns them as they
         stood after its last step."""
 

@@ -4,8 +4,6 @@ A Stage is any object with the attributes of ``Stage``. Leaves out: what the sta
 goes through them (``execution.py``), and where components come from (``assembly``).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,18 +45,18 @@ class StageList:
     def __getitem__(self, name: str) -> Stage:
         return self.stages[self.index(name)]
 
-    def insert(self, stage: Stage, *, before: str | None = None, after: str | None = None) -> StageList:
+    def insert(self, stage: Stage, *, before: str | None = None, after: str | None = None) -> "StageList":
         if (before is None) == (after is None):
             asked, found = f"inserting stage {stage.name!r}", "it needs exactly one of before= and after="
             raise PipelineError(asked, found, "Name one stage")
         at = self.index(before) if before is not None else self.index(str(after)) + 1
         return StageList([*self.stages[:at], stage, *self.stages[at:]], self.given)
 
-    def replace(self, name: str, stage: Stage) -> StageList:
+    def replace(self, name: str, stage: Stage) -> "StageList":
         at = self.index(name)
         return StageList([*self.stages[:at], stage, *self.stages[at + 1 :]], self.given)
 
-    def remove(self, name: str) -> StageList:
+    def remove(self, name: str) -> "StageList":
         at = self.index(name)
         return StageList([*self.stages[:at], *self.stages[at + 1 :]], self.given)
 
