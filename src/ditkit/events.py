@@ -152,14 +152,12 @@ class Relay:
 
     def send(self, theirs: Event) -> None:
         """``theirs``, which was checked, as an event of this run."""
-        begun, parent = self._open.pop(theirs.span, None), self._ids[theirs.parent]
-        begins = begun is None and theirs.span != 0
-        if begins:
-            self._ids[theirs.span] = next(_IDS)
+        begun = self._open.pop(theirs.span, None)
+        span = self._ids.setdefault(theirs.span, next(_IDS)) if theirs.span else 0
+        parent = begun.parent if begun else self._ids[theirs.parent]
         ours = replace(theirs, seconds=time.perf_counter(), place=self.place, sent=theirs.seconds)
-        span = self._ids[theirs.span] if theirs.span else 0
-        ours = replace(ours, span=span, parent=begun.parent if begun else parent)
-        if begins:
+        ours = replace(ours, span=span, parent=parent)
+        if span and begun is None:
             self._open[theirs.span] = ours
         self.events.send(ours)
 

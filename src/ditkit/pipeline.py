@@ -32,6 +32,8 @@ from ditkit.placement.remote_parts import address, check_agree, check_here, fact
 from ditkit.prompting import templates
 from ditkit.receipt import Recorder, manifests
 from ditkit.request import Request
+from ditkit.schedulers import make
+from ditkit.schedulers.table import request_steps
 from ditkit.setup import Setup
 from ditkit.shared import Switch
 from ditkit.shared import switch as exchange
@@ -129,9 +131,6 @@ class Pipeline:
 
     def steps(self, request: Request) -> list[Step]:
         """The step table of a run, before it runs; no weights are loaded."""
-        from ditkit.schedulers import make
-        from ditkit.schedulers.table import request_steps
-
         scheduler = self.seams.scheduler or make(request.scheduler, **request.scheduler_options)
         return request_steps(scheduler, request, self.model.network.timestep_scale, len(self.model.experts))
 

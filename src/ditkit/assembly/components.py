@@ -28,6 +28,7 @@ from ditkit.registry import resolve
 from ditkit.setup import PARTS, Setup
 from ditkit.shared import Holder, Shared
 from ditkit.store.cache import remember_hashes
+from ditkit.store.hashes import HASHES
 
 if TYPE_CHECKING:
     import torch
@@ -179,8 +180,6 @@ class Components(Mapping[str, Any]):
         """File name -> sha256 of what a part is made of, LoRAs included; they are read, the part is not loaded.
 
         Of files with one name in different folders the second is ``NAME (2)``."""
-        from ditkit.store.hashes import HASHES
-
         part = self.model.parts[name]
         if part.source is None:
             return {vocabulary(part).name: HASHES.of(vocabulary(part))}

@@ -20,6 +20,7 @@ from ditkit.assembly.tasks import TASKS
 from ditkit.checkpoints.kinds.kind import KINDS
 from ditkit.checkpoints.model.find import at_host, find
 from ditkit.checkpoints.model.part import ModelParts, Part, Scope, main_of
+from ditkit.conditioning.sizes import size_i2v, size_ti2v
 from ditkit.contracts import EXPERTS
 from ditkit.errors import LoadError, RequestError, StateError
 from ditkit.execution.stage_list import Stage, StageList
@@ -173,8 +174,6 @@ class Model:
         proportions, as the official code of the task makes them. ``pictures``: arrays by field."""
         if request.size_from == "request" or "image" not in pictures:
             return request.model_copy(update={"size_from": "request"})
-        from ditkit.conditioning.sizes import size_i2v, size_ti2v
-
         height, width = pictures["image"].shape[:2]
         rule = size_ti2v if self.task == "ti2v" else size_i2v
         wide, high = rule(width, height, request.width * request.height)

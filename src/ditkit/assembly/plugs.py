@@ -160,15 +160,15 @@ def _usable(code: Brought) -> list[str]:
     """What the module has of its own that can be plugged in."""
     module = code.module
     own = [(name, it) for name, it in vars(module).items() if getattr(it, "__module__", "") == module.__name__]
-    return [name for name, thing in own if hasattr(thing, "seam") or _is_stage(thing) or _is_scheduler(thing)]
+    return [name for name, thing in own if hasattr(thing, "seam") or _is_stage(thing) or _has(thing, "scheduler")]
 
 
 def _is_stage(thing: Any) -> bool:
     return inspect.isclass(thing) and all(hasattr(thing, part) for part in ("run", "reads", "writes"))
 
 
-def _is_scheduler(thing: Any) -> bool:
-    return all(hasattr(thing, part) for part in PARTS["scheduler"])
+def _has(thing: Any, seam: str) -> bool:
+    return all(hasattr(thing, part) for part in PARTS[seam])
 
 
 def _row_of(spec: PlugSpec, code: Brought, asked: str) -> Row:
@@ -183,7 +183,7 @@ def _row_of(spec: PlugSpec, code: Brought, asked: str) -> Row:
         row = StageRow(thing.name, thing, before=getattr(thing, "before", ""), after=getattr(thing, "after", ""))
         STAGES.add(row, spec.code, code.sha256)
         return STAGES[row.name]
-    if isinstance(thing, Swap) or hasattr(thing, "seam") or _is_scheduler(thing):
+    if isinstance(thing, Swap) or hasattr(thing, "seam") or _has(thing, "scheduler"):
         otherwise = "swap" if isinstance(thing, Swap) else "scheduler"
         return PlugRow(name, getattr(thing, "seam", otherwise), thing)
     seams = ", ".join(PARTS)

@@ -17,6 +17,7 @@ from ditkit.events import SILENT, Events
 from ditkit.prompting.cleaning import split_reasoning
 from ditkit.prompting.server import shrunk
 from ditkit.state import digest
+from ditkit.store.hashes import HASHES
 
 _TURN = threading.Lock()  # sampling draws from torch's own generator, which all threads share
 ASK_NOBODY = {"local_files_only": True, "trust_remote_code": False}  # neither the hub, nor code in the folder
@@ -34,8 +35,6 @@ class LocalExpander:
     @cached_property
     def fingerprint(self) -> str:
         """Of all files that decide what it says, and of its dtype; it is not loaded for that."""
-        from ditkit.store.hashes import HASHES
-
         self._check()
         kinds = {".json", ".jinja", ".txt", ".model", ".safetensors", ".bin"}
         files = sorted(f for f in self.folder.iterdir() if f.suffix in kinds)
@@ -109,13 +108,13 @@ class LocalExpander:
 
 def _messages(wish: Wish, parts: bool) -> list[dict[str, Any]]:
     """A processor wants lists of parts, a tokenizer texts."""
-    if not parts:
-        return [{"role": "system", "content": wish.instructions}, {"role": "user", "content": wish.prompt}]
+
+    def content(text: str, *seen: dict[str, Any]) -> Any:
+        return [*seen, {"type": "text", "text": text}] if parts else text
+
     seen = [{"type": "image", "image": shrunk(picture)} for picture in wish.pictures]
-    return [
-        {"role": "system", "content": [{"type": "text", "text": wish.instructions}]},
-        {"role": "user", "content": [*seen, {"type": "text", "text": wish.prompt}]},
-    ]
+    told = {"system": content(wish.instructions), "user": content(wish.prompt, *seen)}
+    return [{"role": role, "content": text} for role, text in told.items()]
 
 
 def _sampling(model: Any, wish: Wish) -> Any:
