@@ -25,7 +25,7 @@ from ditkit.models.clip import CLIPConfig, CLIPImageEncoder
 from ditkit.models.wan_vae import WanVAE, WanVAEConfig
 from ditkit.models.wan_vae22 import WanVAE22, WanVAE22Config
 from ditkit.request import Request
-from ditkit.stages.encode_pictures import EncodeCondition, EncodeControl, EncodeFirstFrame, EncodeImage
+from ditkit.stages.encode import EncodeCondition, EncodeControl, EncodeFirstFrame, EncodeImage
 from ditkit.state import State
 
 GOLDEN = Path(__file__).parents[1] / "data/golden"

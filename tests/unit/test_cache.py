@@ -19,7 +19,7 @@ from ditkit.errors import OutputError, SetupError
 from ditkit.execution.records import code_of
 from ditkit.execution.stage import BaseStage
 from ditkit.stages.decode_latents import DecodeLatents
-from ditkit.stages.encode_text import EncodeText
+from ditkit.stages.encode import EncodeText
 from ditkit.state import State
 from ditkit.store import cache as room
 from ditkit.store.cache import Cache, StageResult, folder_of

@@ -17,7 +17,7 @@ from ditkit.execution.stage_list import StageList
 from ditkit.schedulers import make
 from ditkit.stages.decode_latents import DecodeLatents
 from ditkit.stages.denoise import Denoise
-from ditkit.stages.encode_text import EncodeText
+from ditkit.stages.encode import EncodeText
 from ditkit.state import Field, State
 
 PROMPT = "a red circle"
