@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ditkit import media, pictures
+from ditkit import media, pictures, shared
 from ditkit.assembly import Components, Model, calls_of, pipeline_of, placed
 from ditkit.assembly.model import check_begun, model_field
 from ditkit.assembly.plugs import check_scheduler, plugged, stages_of, told
@@ -35,8 +35,6 @@ from ditkit.request import Request
 from ditkit.schedulers import make
 from ditkit.schedulers.table import request_steps
 from ditkit.setup import Setup
-from ditkit.shared import Switch
-from ditkit.shared import switch as exchange
 from ditkit.stages.expand_prompt import ExpandPrompt, check_asked
 from ditkit.state import State
 from ditkit.store.cache import Cache, open_cache
@@ -241,15 +239,15 @@ def assembled(
     setup = setup.model_copy(update={"devices": places.devices(stages)})
     check_here(model, places, stages)
     theirs = share_with.components if share_with else None
-    shared = theirs.holder.shared if isinstance(theirs, Components) else None
-    components = Components(model, setup, seams.swaps, shared)
+    alive = theirs.holder.shared if isinstance(theirs, Components) else None
+    components = Components(model, setup, seams.swaps, alive)
     return Pipeline(model, setup, components, stages, seams, (*heard, *listeners), open_cache(setup), places)
 
 
-def switch(old: Pipeline, new: Pipeline) -> Switch:
+def switch(old: Pipeline, new: Pipeline) -> shared.Switch:
     """Let go of the parts that only ``old`` needs and load what ``new`` lacks; what it did, in bytes. ``new`` was made
     with ``share_with=old``. ``old`` can be used again: it loads what it lost. Raises SetupError."""
     one, other = old.components, new.components
     if not (isinstance(one, Components) and isinstance(other, Components) and one.holder.shared is other.holder.shared):
         raise SetupError("switching models", "the two share nothing", "Load the second with share_with=the first")
-    return exchange(one.holder, other.holder)
+    return shared.switch(one.holder, other.holder)

@@ -5,7 +5,6 @@ Leaves out: the stages themselves (``stages/``), their order (``stage_list.py``)
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
 from ditkit import options
@@ -107,19 +106,14 @@ class Only(Mapping[str, Any]):
         return sum(1 for _ in self)
 
 
-DERIVED: Mapping[str, Callable[[Mapping[str, Any]], Any]] = MappingProxyType({
-    "guided": lambda request: any(request.get(k) not in (None, 1) for k in ("guidance_scale", "guidance_scale_2")),
-})  # fmt: skip
-"""Settings that follow from others. Who reads one depends on its value and not on the settings behind it: with another
-guidance scale the negative prompt is encoded as before."""
-
-
 def known_settings(request: Mapping[str, Any]) -> dict[str, Any]:
-    """All settings that a stage may read, as records hold them: those of the request, those that follow from them and
-    ``STAGE.SETTING``. The name of a scheduler that is not ditkit's own tells its code too."""
+    """All settings that a stage may read, as records hold them: those of the request, ``STAGE.SETTING`` and ``guided``:
+    who reads that depends on no guidance scale, so with another one the negative prompt is encoded as before. The name
+    of a scheduler that is not ditkit's own tells its code too."""
     own = {f"{stage}.{k}": v for stage, given in request.get("stage_settings", {}).items() for k, v in given.items()}
     named = {"scheduler": SCHEDULERS.pinned(request["scheduler"])} if "scheduler" in request else {}
-    return {**request, **own, **named, **{name: follows(request) for name, follows in DERIVED.items()}}
+    guided = any(request.get(k) not in (None, 1) for k in ("guidance_scale", "guidance_scale_2"))
+    return {**request, **own, **named, "guided": guided}
 
 
 def settings_of(stage: Stage) -> Any:
@@ -149,17 +143,17 @@ def with_own_defaults(stages: Iterable[Stage], request: Request) -> Request:
             found = f"no stage {name!r} with settings is in this pipeline{nearest(name, (*own, *Setup.model_fields))}"
             do = f"Those with settings are {', '.join(own)}" if own else "Leave it out, or bring the stage with --plug"
             raise RequestError(f"the setting {asked}", found, do)
+    given = request.stage_settings
     filled = {
-        name: asdict(options.made(cls, request.stage_settings.get(name, {}), f"the settings of stage {name!r}",
-                                  RequestError))
+        name: asdict(options.made(cls, given.get(name, {}), f"the settings of stage {name!r}", RequestError))
         for name, cls in own.items()
-    }  # fmt: skip
-    return request if filled == request.stage_settings else request.model_copy(update={"stage_settings": filled})
+    }
+    return request if filled == given else request.model_copy(update={"stage_settings": filled})
 
 
 class RecordedSettings:
-    """The resolved Request as attributes, ``DERIVED`` ones, and those of stages (``settings.sharpness.amount``).
-    Remembers which were read: a fingerprint holds those and no others."""
+    """``known_settings`` as attributes, those of stages too (``settings.sharpness.amount``). Remembers which were read:
+    a fingerprint holds those and no others."""
 
     def __init__(self, request: Mapping[str, Any], stage: str = "", read: dict[str, Any] | None = None):
         vars(self).update(_request=request, _stage=stage, _read={} if read is None else read)
