@@ -1,9 +1,7 @@
-"""Seam F: what happens, told to whoever listens.
+"""Seam F: what happens (``event_table.py``), told to whoever listens.
 
 Listeners only look. An event has a dotted name, a time, values and its place among the spans; tensors in it are the
-live ones and must not be written to. There is no global: a run hands its ``Events`` down.
-Leaves out: which events there are (``event_table.py``).
-"""
+live ones and must not be written to. There is no global: a run hands its ``Events`` down."""
 
 import itertools
 import time

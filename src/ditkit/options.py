@@ -1,8 +1,5 @@
-"""Options: the fields of a dataclass, given as one text (``every=2,mode=fast``) or as plain values, held against their
-types.
-
-Plugs, stages and schedulers have their options so, and stages their settings.
-"""
+"""Options of plugs, stages and schedulers, and settings of stages: the fields of a dataclass, given as one text
+(``every=2,mode=fast``) or as plain values, held against their types."""
 
 import json
 import re

@@ -1,7 +1,5 @@
 """Components: the parts of a model, each loaded when it is first asked for, and known by a fingerprint without that.
-
-Leaves out: finding the parts (``find.py``), how each is loaded (loaders.py), and what a run does with them.
-"""
+Leaves out: finding the parts (``model.py``) and how each is loaded (``loaders.py``)."""
 
 from __future__ import annotations
 
@@ -38,7 +36,7 @@ EXPANDER = "prompt_expander"
 
 
 class Components(Mapping[str, Any]):
-    """The parts of a model, each loaded when it is first asked for, once, whichever thread asks.
+    """The parts of a model, each loaded once, whichever thread asks.
 
     Parts of equal files, sizes, dtype, device and swaps are one object for all Components with the same ``shared``.
     ``describe()`` tells of each loaded part its class, dtype, device, policy and files. ``device_of``: (component, name

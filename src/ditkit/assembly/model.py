@@ -1,10 +1,8 @@
 """Model: the parts that a name, a folder, a file or a manifest stands for, understood and held against each other.
 
 Only headers and configs are read. A State remembers a short identity of each part. It belongs to its transformers; any
-other part may be exchanged until a stage has used it, and afterwards as long as that stage runs once more.
-
-Leaves out: finding parts (``checkpoints/model/find.py``) and the files that say
-where they come from (``checkpoints/model/manifest.py``), and filling parts with weights (``components.py``).
+other part may be exchanged until a stage has used it, and afterwards as long as that stage runs once more. Leaves out:
+finding parts (``checkpoints/model``), and filling them with weights (``components.py``).
 """
 
 import functools

@@ -1,8 +1,5 @@
-"""Execution: one run of a list of stages, from the first that is due to the last.
-
-Leaves out: where a stage is carried out (``place.py``), what its result came from, and which are due
-(``records.py``).
-"""
+"""Execution: one run of a list of stages, from the first that is due (``records.py``) to the last, each carried out at
+its place (``place.py``)."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,4 @@
-"""Stage: what a step of a pipeline declares, and what it is given when it runs.
-
-Leaves out: the stages themselves (``stages/``), their order (``stage_list.py``) and where they run (``place.py``).
-"""
+"""Stage: what a step of a pipeline declares, and what it is given when it runs. The stages are in ``stages/``."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field

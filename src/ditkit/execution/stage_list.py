@@ -1,8 +1,5 @@
-"""StageList: an immutable, ordered list of stages that is checked when it is built. Compose it, slice it, run it.
-
-A Stage is any object with the attributes of ``Stage``. Leaves out: what the stages compute (``stages/``), how a run
-goes through them (``execution.py``), and where components come from (``assembly``).
-"""
+"""StageList: an immutable, ordered list of stages that is checked when it is built. Compose it, slice it, run it
+(``execution.py``)."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,12 +12,11 @@ from ditkit.execution.stage import Stage
 from ditkit.state import FIELDS, Field, State
 
 SOURCES = ("prompt", "negative_prompt", "seed", "request")
-"""Fields that the caller brings."""
 
 
 @dataclass(frozen=True)
 class StageList:
-    """An ordered list of stages that fit together; every change gives a new, checked one."""
+    """Every change gives a new, checked one. ``given``: the fields that the caller brings."""
 
     stages: tuple[Stage, ...]
     given: tuple[str, ...] = SOURCES

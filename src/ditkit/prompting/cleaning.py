@@ -1,7 +1,5 @@
 """What a language model answered, without the wrapping: a reasoning block before it, a code fence or quotes around it.
-
-Nothing inside of the answer is changed.
-"""
+Nothing inside of the answer is changed."""
 
 import re
 

@@ -1,8 +1,5 @@
-"""A language model of a folder, by transformers, in this process. It stays in memory beside the video model's parts;
-``placement = {expand_prompt = "process"}`` puts it into a process of its own.
-
-Text models and models that see pictures. Leaves out: what is asked, and what becomes of a failure.
-"""
+"""A language model of a folder, by transformers, in this process; it may see pictures. It stays in memory beside the
+video model's parts; ``placement = {expand_prompt = "process"}`` puts it into a process of its own."""
 
 import copy
 import threading

@@ -1,8 +1,5 @@
 """Prompts, pictures and control videos to what the transformer is conditioned on. Each alone, so that a clip equals its
-single run.
-
-Leaves out: sizes, pixels and layouts (``conditioning``), and which model has which of these stages (``assembly``).
-"""
+single run. Leaves out: sizes, pixels and layouts (``conditioning``)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
