@@ -167,9 +167,8 @@ class Request(Settings):
         return value
 
     @classmethod
-    def of(cls, values: Mapping[str, Any], defaults: Mapping[str, Any] | None = None, origin: str = "request") -> Self:
-        """A Request from ``values``, with a model's own ``defaults`` below them."""
-        request = cls.parse({**(defaults or {}), **values}, origin, RequestError)
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        request = cls.parse(values, "request", RequestError)
         request.samples()
         return request
 

@@ -108,11 +108,6 @@ class Model:
         return EXPERTS if "transformer_2" in self.known else EXPERTS[:1]
 
     @property
-    def main(self) -> Part:
-        """The transformer; of two, the first that is known."""
-        return main_of(self.known) or self.known["transformer"]
-
-    @property
     def network(self) -> Any:
         """The class of the transformer, for what it says of itself without weights: ``timestep_scale``, ``reads``,
         ``cfg``. Wan's where no transformer is known."""
@@ -121,7 +116,8 @@ class Model:
 
     @property
     def has_image_branch(self) -> bool:
-        return "image_encoder" in self.main.row.needs(self.main.config)
+        part = main_of(self.known)
+        return part is not None and "image_encoder" in part.row.needs(part.config)
 
     def defaults_for(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """What a Request of these ``values`` is filled with: the official values of the task, and above them the
@@ -159,9 +155,9 @@ class Model:
         """That of all parts together, but for a preview decoder, on which no clip depends."""
         return _hash({name: identity for name, identity in self.identities.items() if name != "preview_decoder"})
 
-    def request(self, values: Mapping[str, Any], origin: str = "request") -> Request:
+    def request(self, values: Mapping[str, Any]) -> Request:
         """A Request with this model's defaults, checked against its sizes and its task."""
-        request = Request.of(values, self.defaults_for(values), origin)
+        request = Request.of({**self.defaults_for(values), **values})
         if request.size_from == "request" or request.image is None:
             self.check_size(request)
         self.check(request)
