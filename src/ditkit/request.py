@@ -102,12 +102,10 @@ class Request(Settings):
 
     # fmt: off
     prompt: str | list[str] = default("", "none", "a text, or a list of texts")
-    negative_prompt: str | list[str] = default(
-        "", "diffusers' default; the official one is Wan's own list of defects",
-        "a text to steer away from, or a list with one for each prompt")
-    seed: Seed | list[Seed] = default(
-        0, "ditkit; the official default is random, which cannot be repeated",
-        f"a whole number from 0 to {MAX_SEED}, or a list of them")
+    negative_prompt: str | list[str] = default("", "diffusers' default; the official one is Wan's own list of defects",
+                                               "a text to steer away from, or a list with one for each prompt")
+    seed: Seed | list[Seed] = default(0, "ditkit; the official default is random, which cannot be repeated",
+                                      f"a whole number from 0 to {MAX_SEED}, or a list of them")
     width: int = default(832, "Wan2.1 generate.py --size 832*480", "a width in pixels, a multiple of 16", ge=1)
     height: int = default(480, "Wan2.1 generate.py --size 832*480", "a height in pixels, a multiple of 16", ge=1)
     frames: int = default(81, "Wan2.1 generate.py --frame_num", "a number of frames of the form 4n + 1", ge=1)

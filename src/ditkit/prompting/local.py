@@ -42,14 +42,6 @@ class LocalExpander:
             found = f"{self.folder} holds no config.json"
             raise SetupError(f"expander={self.name!r}", found, "Give the folder of a transformers model")
 
-    @property
-    def sees(self) -> bool:
-        """Whether it is a model that takes pictures, by its config."""
-        from transformers import AutoConfig
-        from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as SEEING
-
-        return AutoConfig.from_pretrained(self.folder, **ASK_NOBODY).model_type in SEEING
-
     def load(self, events: Events = SILENT) -> None:
         """Raises LoadError."""
         with self._lock:
@@ -59,12 +51,19 @@ class LocalExpander:
 
     def _open(self) -> tuple[Any, Any]:
         import torch
-        from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+        from transformers import (
+            AutoConfig,
+            AutoModelForCausalLM,
+            AutoModelForImageTextToText,
+            AutoProcessor,
+            AutoTokenizer,
+        )
+        from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as SEEING
 
         self._check()
         asked, (dtype, device) = f"loading the language model {self.folder}", self._place()
         try:
-            sees = self.sees
+            sees = AutoConfig.from_pretrained(self.folder, **ASK_NOBODY).model_type in SEEING
             reader = (AutoProcessor if sees else AutoTokenizer).from_pretrained(self.folder, **ASK_NOBODY)
             cls = AutoModelForImageTextToText if sees else AutoModelForCausalLM
             model: Any = cls.from_pretrained(self.folder, **ASK_NOBODY, dtype=getattr(torch, dtype))
