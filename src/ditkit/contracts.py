@@ -75,12 +75,9 @@ class BlockContext(Protocol):
     ``step``: with its branch, None outside of a run. ``grid``: the video tokens as (F, h/2, w/2). ``tokens``: which
     rows of x are ``video``, ``text`` or ``control``; networks with joint attention have several kinds in one x."""
 
-    @property
-    def step(self) -> Step | None: ...
-    @property
-    def grid(self) -> tuple[int, int, int]: ...
-    @property
-    def tokens(self) -> Mapping[str, slice]: ...
+    step: Step | None
+    grid: tuple[int, int, int]
+    tokens: Mapping[str, slice]
 
     def rows(self, index: slice) -> BlockContext:
         """The context of the rows ``x[:, index]``."""
@@ -131,10 +128,8 @@ class Swap:
 class Scheduler(Protocol):
     """Seam E. Where the sigmas lie and how one step is taken."""
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def needs_noise(self) -> bool: ...
+    name: str
+    needs_noise: bool
 
     def sigmas(self, steps: int, shift: float, convention: str) -> list[float]:
         """``steps + 1`` falling values in [0, 1], the last one 0."""

@@ -1,9 +1,7 @@
-"""Seam F: what happens, told to whoever listens.
+"""Seam F: what happens (``event_table.py``), told to whoever listens.
 
 Listeners only look. An event has a dotted name, a time, values and its place among the spans; tensors in it are the
-live ones and must not be written to. There is no global: a run hands its ``Events`` down.
-Leaves out: which events there are (``event_table.py``).
-"""
+live ones and must not be written to. There is no global: a run hands its ``Events`` down."""
 
 import itertools
 import time
@@ -152,14 +150,12 @@ class Relay:
 
     def send(self, theirs: Event) -> None:
         """``theirs``, which was checked, as an event of this run."""
-        begun, parent = self._open.pop(theirs.span, None), self._ids[theirs.parent]
-        begins = begun is None and theirs.span != 0
-        if begins:
-            self._ids[theirs.span] = next(_IDS)
+        begun = self._open.pop(theirs.span, None)
+        span = self._ids.setdefault(theirs.span, next(_IDS)) if theirs.span else 0
+        parent = begun.parent if begun else self._ids[theirs.parent]
         ours = replace(theirs, seconds=time.perf_counter(), place=self.place, sent=theirs.seconds)
-        span = self._ids[theirs.span] if theirs.span else 0
-        ours = replace(ours, span=span, parent=begun.parent if begun else parent)
-        if begins:
+        ours = replace(ours, span=span, parent=parent)
+        if span and begun is None:
             self._open[theirs.span] = ours
         self.events.send(ours)
 

@@ -97,7 +97,7 @@ def _class(cls: type, seen: tuple[Any, ...]) -> str:
 _SKIPPED = {"__module__", "__qualname__", "__doc__", "__dict__", "__weakref__", "__firstlineno__", "__annotations__",
             "__static_attributes__", "__dataclass_fields__", "__dataclass_params__", "__match_args__", "__annotate__",
             "__annotate_func__", "__annotations_cache__", "__abstractmethods__", "_abc_impl", "__replace__",
-            "__parameters__", "__orig_bases__"}  # fmt: skip
+            "__parameters__", "__orig_bases__", "__subclasshook__"}  # fmt: skip
 _MADE = {f"__{name}__" for name in ("init", "repr", "eq", "hash", "setattr", "delattr", "lt", "le", "gt", "ge")}
 """Methods that the dataclass decorator makes out of the fields; they have no file."""
 

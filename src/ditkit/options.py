@@ -1,8 +1,5 @@
-"""Options: the fields of a dataclass, given as one text (``every=2,mode=fast``) or as plain values, held against their
-types.
-
-Plugs, stages and schedulers have their options so, and stages their settings.
-"""
+"""Options of plugs, stages and schedulers, and settings of stages: the fields of a dataclass, given as one text
+(``every=2,mode=fast``) or as plain values, held against their types."""
 
 import json
 import re
@@ -93,11 +90,8 @@ def _fitting(name: str, annotation: Any, values: tuple[Any, ...], what: str, err
             fault = fault or (e.errors()[0]["msg"] if isinstance(e, ValidationError) else str(e))
         except PydanticSchemaGenerationError:
             fault = "its type cannot be written as a text"
-    raise error(
-        f"{name}={values[-1]!r} of {what}",
-        fault[:1].lower() + fault[1:],
-        f"Give {getattr(annotation, '__name__', annotation)}",
-    )
+    do = f"Give {getattr(annotation, '__name__', annotation)}"
+    raise error(f"{name}={values[-1]!r} of {what}", fault[:1].lower() + fault[1:], do)
 
 
 @cache

@@ -1,6 +1,6 @@
 """Pictures of a run: files or pixels that a caller hands over become fields of a State and names in its request.
 
-Leaves out: reading single files (``media``) and what models make of them (``stages/encode_*``).
+Leaves out: reading single files (``media``) and what models make of them (``stages/encode.py``).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ditkit.request import Request
 
 FIELDS = ("image", "last_image", "control_video", "control_mask", "reference_images")
+CONTROL = ("control_video", "control_mask")
 IN_MEMORY = "sha256:"  # how a request names pixels that came from no file
 
 
@@ -61,15 +62,22 @@ def read(request: Request, pixels: Mapping[str, Any]) -> dict[str, Any]:
             found[name] = [*own] if own is not None else [_load(name, path) for path in value]
         elif value:
             found[name] = _load(name, value) if own is None else own
-    if "control_mask" in found and "control_video" not in found:
+    counts = {name: len(found[name]) for name in CONTROL if name in found}
+    if counts.get("control_mask") == 1:  # it serves for all frames
+        counts["control_mask"] = request.frames
+    check_control(counts, request.frames)
+    return found
+
+
+def check_control(counts: Mapping[str, int], frames: int) -> None:
+    """``counts``: how many frames the control video and its mask have, where they are given. Raises RequestError."""
+    if "control_mask" in counts and "control_video" not in counts:
         asked = "a control mask without a control video"
         raise RequestError(asked, "there is nothing to be kept", "Give control_video as well")
-    frames = request.frames
-    for name, wanted in (("control_video", (frames,)), ("control_mask", (1, frames))):  # one mask may serve for all
-        if name in found and len(found[name]) not in wanted:
-            asked, do = f"{name} of {len(found[name])} frames", f"Cut it, or ask for {frames} of them"
-            raise RequestError(asked, f"the run makes {frames}", do)
-    return found
+    for name, count in counts.items():
+        if count != frames:
+            do = f"Cut it, or ask for {count} of them"
+            raise RequestError(f"{name} of {count} frames", f"the run makes {frames}", do)
 
 
 def tensors(pictures: Mapping[str, Any], clips: int, request: Request) -> dict[str, Tensor]:
@@ -120,7 +128,7 @@ def _pixels(name: str, value: Any) -> Any:
 
     if _is_path(value):
         return _load(name, str(value))
-    if name not in ("control_video", "control_mask"):
+    if name not in CONTROL:
         return as_image(value)
     if hasattr(value, "detach"):  # a tensor of any device and kind; so nothing of torch is imported here
         value = (value.detach().float() if value.is_floating_point() else value.detach()).cpu()

@@ -1,7 +1,6 @@
 """Pipeline: a model that is ready to make clips. ``ditkit.load(...)`` gives one; calling it gives a Result.
-
-A Pipeline holds no state of any run; threads may share it. Leaves out: going through the stages (``execution``),
-finding and filling components (``assembly``).
+It holds no state of any run; threads may share it. Leaves out: going through the stages (``execution``), finding and
+filling components (``assembly``).
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ditkit import media, pictures
+from ditkit import media, pictures, shared
 from ditkit.assembly import Components, Model, calls_of, pipeline_of, placed
 from ditkit.assembly.model import check_begun, model_field
 from ditkit.assembly.plugs import check_scheduler, plugged, stages_of, told
@@ -32,9 +31,9 @@ from ditkit.placement.remote_parts import address, check_agree, check_here, fact
 from ditkit.prompting import templates
 from ditkit.receipt import Recorder, manifests
 from ditkit.request import Request
+from ditkit.schedulers import make
+from ditkit.schedulers.table import request_steps
 from ditkit.setup import Setup
-from ditkit.shared import Switch
-from ditkit.shared import switch as exchange
 from ditkit.stages.expand_prompt import ExpandPrompt, check_asked
 from ditkit.state import State
 from ditkit.store.cache import Cache, open_cache
@@ -84,28 +83,17 @@ class Pipeline:
     change the first with insert, replace and remove; the second is any mapping of parts that fit the contracts."""
 
     def __init__(
-        self,
-        model: Model,
-        setup: Setup,
-        components: Mapping[str, Any],
-        stages: StageList,
-        seams: Seams | None = None,
-        listeners: Iterable[Listener] = (),
-        results: Cache | None = None,
-        places: Places | None = None,
-    ):
+        self, model: Model, setup: Setup, components: Mapping[str, Any], stages: StageList, seams: Seams | None = None,
+        listeners: Iterable[Listener] = (), results: Cache | None = None, places: Places | None = None,
+    ):  # fmt: skip
         self.model, self.setup, self.components, self.stages = model, setup, components, stages
         self.seams, self.listeners, self.results = seams or Seams(), tuple(listeners), results
         self.places = places or Places(setup)
 
     def __call__(
-        self,
-        prompt: str | list[str] = "",
-        *,
-        listeners: Iterable[Listener] = (),
-        cancel: Cancel | None = None,
+        self, prompt: str | list[str] = "", *, listeners: Iterable[Listener] = (), cancel: Cancel | None = None,
         **request: Any,
-    ) -> Result:
+    ) -> Result:  # fmt: skip
         """Pictures (``image``, ``last_image``, ...) may be paths, PIL images, arrays or tensors. Raises Interrupted."""
         values, pixels = pictures.take({"prompt": prompt, **request})
         return self.run(self.begin(self.request(values), pixels), listeners=listeners, cancel=cancel)
@@ -140,9 +128,6 @@ class Pipeline:
 
     def steps(self, request: Request) -> list[Step]:
         """The step table of a run, before it runs; no weights are loaded."""
-        from ditkit.schedulers import make
-        from ditkit.schedulers.table import request_steps
-
         scheduler = self.seams.scheduler or make(request.scheduler, **request.scheduler_options)
         return request_steps(scheduler, request, self.model.network.timestep_scale, len(self.model.experts))
 
@@ -157,18 +142,10 @@ class Pipeline:
         return None if rgb is None else lambda latents: rgb_frames(latents, rgb)[0, 0]
 
     def run(
-        self,
-        state: State,
-        *,
-        start: str | None = None,
-        until: str | None = None,
-        stop_at_step: int | None = None,
-        listeners: Iterable[Listener] = (),
-        keep: Checkpointer | None = None,
-        begun: Mapping[int, State] | None = None,
-        recorder: Recorder | None = None,
-        cancel: Cancel | None = None,
-    ) -> Result:
+        self, state: State, *, start: str | None = None, until: str | None = None, stop_at_step: int | None = None,
+        listeners: Iterable[Listener] = (), keep: Checkpointer | None = None,
+        begun: Mapping[int, State] | None = None, recorder: Recorder | None = None, cancel: Cancel | None = None,
+    ) -> Result:  # fmt: skip
         """Run ``state`` through the pipeline or a slice of it. ``keep`` is given the State as it grows. ``begun``: of
         clips that are made one after the other, the States of those that an earlier run began or finished, by number.
         ``recorder``: that of the part of this run that came before; the receipt tells of both.
@@ -210,13 +187,9 @@ class Pipeline:
 
 
 def load(
-    model: str | os.PathLike[str] = "shapes",
-    *,
-    seams: Seams | None = None,
-    listeners: Iterable[Listener] = (),
-    share_with: Pipeline | None = None,
-    **setup: Any,
-) -> Pipeline:
+    model: str | os.PathLike[str] = "shapes", *, seams: Seams | None = None, listeners: Iterable[Listener] = (),
+    share_with: Pipeline | None = None, **setup: Any,
+) -> Pipeline:  # fmt: skip
     """A model by name, folder, file, manifest or repository, ready to run: ``ditkit.load("shapes", dtype="float32")``.
 
     Keywords are the fields of Setup. Weights are loaded when they are first needed. Parts that are the same as those of
@@ -265,15 +238,15 @@ def assembled(
     setup = setup.model_copy(update={"devices": places.devices(stages)})
     check_here(model, places, stages)
     theirs = share_with.components if share_with else None
-    shared = theirs.holder.shared if isinstance(theirs, Components) else None
-    components = Components(model, setup, seams.swaps, shared)
+    alive = theirs.holder.shared if isinstance(theirs, Components) else None
+    components = Components(model, setup, seams.swaps, alive)
     return Pipeline(model, setup, components, stages, seams, (*heard, *listeners), open_cache(setup), places)
 
 
-def switch(old: Pipeline, new: Pipeline) -> Switch:
+def switch(old: Pipeline, new: Pipeline) -> shared.Switch:
     """Let go of the parts that only ``old`` needs and load what ``new`` lacks; what it did, in bytes. ``new`` was made
     with ``share_with=old``. ``old`` can be used again: it loads what it lost. Raises SetupError."""
     one, other = old.components, new.components
     if not (isinstance(one, Components) and isinstance(other, Components) and one.holder.shared is other.holder.shared):
         raise SetupError("switching models", "the two share nothing", "Load the second with share_with=the first")
-    return exchange(one.holder, other.holder)
+    return shared.switch(one.holder, other.holder)

@@ -4,8 +4,6 @@ Rows come from three places: ditkit's own tables (imported when they are asked f
 and a person's file or module that is handed over by name (``bring``). Leaves out: what rows hold.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib.util
 import re
@@ -16,7 +14,7 @@ from functools import cache, cached_property
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import MappingProxyType, ModuleType
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 from ditkit.errors import SetupError, nearest
 
@@ -27,7 +25,7 @@ class Row:
     """Base of all rows. A subclass names the registry that it belongs to, and is a frozen dataclass with a ``name``.
     ``make``, where there is one: what it stands for, or ``module:attribute`` of that. ``help``: one line."""
 
-    registry: ClassVar[Registry[Any]]
+    registry: ClassVar["Registry[Any]"]
     name: str
     make: Any = None
     help: str = ""
@@ -43,7 +41,7 @@ class Registry(Mapping[str, R], Generic[R]):
 
     ``NAME@SHA256`` is the row of that name if its code is that one (``pinned``)."""
 
-    every: ClassVar[list[Registry[Any]]] = []
+    every: ClassVar[list["Registry[Any]"]] = []
 
     def __init__(self, noun: str, group: str, own: Mapping[str, str] = MappingProxyType({})):
         self.noun, self.group, self._own = noun, group, dict(own)
@@ -154,7 +152,7 @@ class PlugSpec:
     )
 
     @classmethod
-    def parse(cls, text: str) -> PlugSpec:
+    def parse(cls, text: str) -> Self:
         """Raises SetupError."""
         if (found := cls._FORM.fullmatch(text)) is None:
             do = "Write NAME, FILE.py, FILE.py:NAME or module:NAME, with :OPTION=VALUE,..."
@@ -179,7 +177,7 @@ class PlugSpec:
         """As a person writes it."""
         return str(replace(self, sha256=""))
 
-    def placed(self) -> PlugSpec:
+    def placed(self) -> Self:
         """The same code, wherever it is asked for: with the whole path, and its sha256. Nothing is imported. Raises
         SetupError."""
         if not self.is_code:

@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from ditkit.errors import RequestError, UserError, nearest
 
 MAX_SEED = 2**63 - 1
+POSITIONS = 1024  # along each axis of the latents' tokens, in the networks' rotary embedding
 MAX_STEPS = 10_000  # ten for each timestep that a Wan model was trained with; a host must not be asked for more
 
 OLD_NAMES: Mapping[str, str] = MappingProxyType({
@@ -101,12 +102,10 @@ class Request(Settings):
 
     # fmt: off
     prompt: str | list[str] = default("", "none", "a text, or a list of texts")
-    negative_prompt: str | list[str] = default(
-        "", "diffusers' default; the official one is Wan's own list of defects",
-        "a text to steer away from, or a list with one for each prompt")
-    seed: Seed | list[Seed] = default(
-        0, "ditkit; the official default is random, which cannot be repeated",
-        f"a whole number from 0 to {MAX_SEED}, or a list of them")
+    negative_prompt: str | list[str] = default("", "diffusers' default; the official one is Wan's own list of defects",
+                                               "a text to steer away from, or a list with one for each prompt")
+    seed: Seed | list[Seed] = default(0, "ditkit; the official default is random, which cannot be repeated",
+                                      f"a whole number from 0 to {MAX_SEED}, or a list of them")
     width: int = default(832, "Wan2.1 generate.py --size 832*480", "a width in pixels, a multiple of 16", ge=1)
     height: int = default(480, "Wan2.1 generate.py --size 832*480", "a height in pixels, a multiple of 16", ge=1)
     frames: int = default(81, "Wan2.1 generate.py --frame_num", "a number of frames of the form 4n + 1", ge=1)
@@ -166,9 +165,8 @@ class Request(Settings):
         return value
 
     @classmethod
-    def of(cls, values: Mapping[str, Any], defaults: Mapping[str, Any] | None = None, origin: str = "request") -> Self:
-        """A Request from ``values``, with a model's own ``defaults`` below them."""
-        request = cls.parse({**(defaults or {}), **values}, origin, RequestError)
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        request = cls.parse(values, "request", RequestError)
         request.samples()
         return request
 
@@ -184,20 +182,16 @@ class Request(Settings):
         columns = [values * count if len(values) == 1 else values for values in lists.values()]
         return list(zip(*columns, strict=True))
 
-    def check_size(self, multiple: int, temporal: int, max_positions: int = 1024) -> None:
+    def check_size(self, multiple: int, temporal: int) -> None:
         """Raise RequestError unless the sides are multiples of ``multiple`` and frames of the form temporal*n + 1."""
-        for name, value in (("width", self.width), ("height", self.height)):
-            low = value // multiple * multiple
-            if value % multiple:
-                raise RequestError(f"{name}={value}", f"this model needs multiples of {multiple}",
-                                   f"Use {max(multiple, low)} or {low + multiple}")  # fmt: skip
-            if value > max_positions * multiple:
-                found = f"the model's positions end at {max_positions * multiple} pixels"
-                raise RequestError(f"{name}={value}", found, "Use a smaller size")
-        low = (self.frames - 1) // temporal * temporal + 1
-        if self.frames != low:
-            found = f"this model makes {temporal}n + 1 frames"
-            raise RequestError(f"frames={self.frames}", found, f"Use {low} or {low + temporal}")
-        if self.frames > (last := (max_positions - 1) * temporal + 1):
-            found = f"the model's positions end at {last} frames"
-            raise RequestError(f"frames={self.frames}", found, "Use fewer frames")
+        needs, makes = f"this model needs multiples of {multiple}", f"this model makes {temporal}n + 1 frames"
+        sides = [(name, multiple, 0, needs, "pixels") for name in ("width", "height")]
+        for name, unit, rest, found, what in (*sides, ("frames", temporal, 1, makes, "frames")):
+            value = getattr(self, name)
+            low, last = (value - rest) // unit * unit + rest, (POSITIONS - rest) * unit + rest
+            if value != low:
+                raise RequestError(f"{name}={value}", found, f"Use {low or unit} or {low + unit}")
+            if value > last:
+                raise RequestError(
+                    f"{name}={value}", f"the model's positions end at {last} {what}", f"Use at most {last}"
+                )

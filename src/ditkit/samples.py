@@ -45,17 +45,13 @@ def _divide(name: str, value: Any, state: State, n: int, table: Mapping[str, Fie
     if how == "members":
         return [{k: v[i : i + 1] if v.dim() else v for k, v in value.items()} for i in range(n)]
     if how == "names":
-        return [{k.removeprefix(start): v for k, v in value.items() if k.startswith(start)} for start in _starts(n)]
+        starts = [f"clip{i}/" for i in range(n)]  # each clip has its own names in the group
+        return [{k.removeprefix(start): v for k, v in value.items() if k.startswith(start)} for start in starts]
     return [value[i : i + 1] for i in range(n)] if how == "first" else [value] * n
 
 
 def _how(name: str, table: Mapping[str, Field]) -> str:
     return table[name].divided if name in table else ""
-
-
-def _starts(n: int) -> list[str]:
-    """What the names of a group begin with, for each clip whose tensors are in it."""
-    return [f"clip{i}/" for i in range(n)]
 
 
 def join(states: Sequence[State], table: Mapping[str, Field] = FIELDS) -> State:
@@ -78,8 +74,7 @@ def _unite(name: str, states: Sequence[State], table: Mapping[str, Field]) -> An
 
     how = _how(name, table).partition(":")[0]
     if how == "names":
-        own = zip(_starts(len(states)), states, strict=True)
-        return {start + k: v for start, state in own for k, v in state.get(name, {}).items()}
+        return {f"clip{i}/{k}": v for i, state in enumerate(states) for k, v in state.get(name, {}).items()}
     values = [s[name] for s in states]
     if how == "members":
         return {k: torch.cat([v[k] for v in values]) if first.dim() else first for k, first in values[0].items()}

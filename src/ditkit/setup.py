@@ -95,8 +95,8 @@ class Setup(Settings):
         return value
 
     @classmethod
-    def of(cls, values: Mapping[str, Any], origin: str = "setup") -> Self:
-        return cls.parse(values, origin, SetupError)
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        return cls.parse(values, "setup", SetupError)
 
     def device_of(self, component: str) -> str:
         """The device of ``component``, with ``auto`` resolved to what this machine has for its backend."""

@@ -42,10 +42,6 @@ class Shared:
     def __contains__(self, key: Key) -> bool:
         return key in self._alive
 
-    def bytes_held(self) -> int:
-        """Bytes of all tensors of all components that are alive; memory that two of them share counts once."""
-        return nbytes(list(self._alive.values()))
-
 
 class Holder(Mapping[str, Any]):
     """The components of one model, each loaded when it is first asked for and held until ``drop``.
@@ -114,9 +110,7 @@ def switch(old: Holder, new: Holder) -> Switch:
     """Let go of what only ``old`` needs, then load what ``new`` lacks: the peak is the larger model, not both.
 
     Components that both have stay where they are. ``old`` can be used again afterwards, also when loading ``new``
-    fails; it loads what it lost. Both must hold from one Shared, else nothing can be in common: ValueError."""
-    if old.shared is not new.shared:
-        raise ValueError("the two models do not share their components; make both with the same Shared")
+    fails; it loads what it lost. Both must hold from one Shared."""
     before = old.loaded
     wanted = {new.key(name): name for name in new}
     both = {name: wanted[old.key(name)] for name in before if old.key(name) in wanted}

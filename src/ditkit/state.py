@@ -168,10 +168,6 @@ class State(Mapping[str, Any]):
     def without(self, *names: str) -> State:
         return State({k: v for k, v in self._fields.items() if k not in names}, self._fingerprints)
 
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(t.numel() * t.element_size() for t in self._tensors().values())
-
     def _tensors(self) -> dict[str, Tensor]:
         out: dict[str, Any] = {}
         for name, value in self._fields.items():
@@ -214,12 +210,11 @@ class State(Mapping[str, Any]):
         try:
             tensors, metadata = _read(data)
             text = metadata.get("ditkit.state")
-        except (struct.error, UnicodeDecodeError, ValueError, TypeError, KeyError, AttributeError, RuntimeError,
-                OverflowError, RecursionError) as e:  # fmt: skip
+        except (struct.error, ValueError, TypeError, KeyError, AttributeError, RuntimeError, OverflowError) as e:
             raise StateError(asked, f"it is not a complete safetensors file ({e})", again) from None
         if text is None:
-            raise StateError(asked, "it is a safetensors file without a ditkit State in it",
-                             "Pass a file that `ditkit run --save-state` wrote")  # fmt: skip
+            found = "it is a safetensors file without a ditkit State in it"
+            raise StateError(asked, found, "Pass a file that `ditkit run --save-state` wrote")
         try:
             header = json.loads(text)
             schema, plain, fingerprints = header["schema"], header.get("plain"), header.get("fingerprints")

@@ -279,8 +279,8 @@ def test_show_trim_and_clear(call, tmp_path, folder, monkeypatch):
 
 def fill(folder):
     """Three results of 0.8 MB."""
-    from ditkit.stage_result import CacheKey, StageResult
-    from ditkit.store.cache import Cache
+    from ditkit.store.cache import Cache, StageResult
+    from ditkit.store.reasons import CacheKey
 
     cache = Cache(folder, 10**9)
     for version in range(3):

@@ -24,7 +24,7 @@ PROMPT = "a red circle"
 STEPS = 12
 KILLS = 50
 PARTS = {
-    "run.py:begin": "begin", "encode_text.py:run": "text", "denoise.py:run": "loop", "state.py:save": "save",
+    "run.py:begin": "begin", "encode.py:run": "text", "denoise.py:run": "loop", "state.py:save": "save",
     "decode_latents.py:run": "decode", "job.py:write": "results",
 }  # fmt: skip
 """Functions whose calls are parts of a run; of nested ones the inner one counts. What is in none is ``around``."""

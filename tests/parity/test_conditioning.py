@@ -24,7 +24,7 @@ from ditkit.execution.stage_list import StageList
 from ditkit.models.encoders import CLIPConfig, CLIPImageEncoder
 from ditkit.models.wan_vae import WanVAE, WanVAE22, WanVAE22Config, WanVAEConfig
 from ditkit.request import Request
-from ditkit.stages.encode_pictures import EncodeCondition, EncodeControl, EncodeFirstFrame, EncodeImage
+from ditkit.stages.encode import EncodeCondition, EncodeControl, EncodeFirstFrame, EncodeImage
 from ditkit.state import State
 
 GOLDEN = Path(__file__).parents[1] / "data/golden"

@@ -18,13 +18,13 @@ import torch
 from ditkit.errors import OutputError, SetupError
 from ditkit.execution.records import code_of
 from ditkit.execution.stage import BaseStage
-from ditkit.stage_result import CacheKey, StageResult
 from ditkit.stages.decode_latents import DecodeLatents
-from ditkit.stages.encode_text import EncodeText
+from ditkit.stages.encode import EncodeText
 from ditkit.state import State
 from ditkit.store import cache as room
-from ditkit.store.cache import Cache, folder_of
+from ditkit.store.cache import Cache, StageResult, folder_of
 from ditkit.store.hashes import Hashes
+from ditkit.store.reasons import CacheKey
 
 ASKED = CacheKey(
     "encode_text", 1, "c0de", {"wide": False}, {"text_encoder": "f" * 64}, {"prompt": "a" * 64},

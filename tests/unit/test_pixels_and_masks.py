@@ -22,7 +22,7 @@ from ditkit.conditioning.images import (
 from ditkit.errors import RequestError
 from ditkit.execution.stage_list import StageList
 from ditkit.request import Request
-from ditkit.stages.encode_pictures import EncodeCondition, EncodeControl, EncodeFirstFrame
+from ditkit.stages.encode import EncodeCondition, EncodeControl, EncodeFirstFrame
 from ditkit.state import State
 
 GIVEN = ("prompt", "request", "image", "last_image", "control_video", "control_mask", "reference_images")

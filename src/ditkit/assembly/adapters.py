@@ -1,7 +1,5 @@
 """The LoRAs of a Setup, opened against the transformers that they are for: side weights (seam C), or added on loading.
-
-Leaves out: file formats and arithmetic (``checkpoints/lora/read.py``, ``nn/lora.py``).
-"""
+Leaves out: file formats and arithmetic (``checkpoints/lora/read.py``, ``nn/lora.py``)."""
 
 from __future__ import annotations
 

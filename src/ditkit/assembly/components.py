@@ -1,7 +1,5 @@
 """Components: the parts of a model, each loaded when it is first asked for, and known by a fingerprint without that.
-
-Leaves out: finding the parts (``find.py``), how each is loaded (loaders.py), and what a run does with them.
-"""
+Leaves out: finding the parts (``model.py``) and how each is loaded (``loaders.py``)."""
 
 from __future__ import annotations
 
@@ -28,6 +26,7 @@ from ditkit.registry import resolve
 from ditkit.setup import PARTS, Setup
 from ditkit.shared import Holder, Shared
 from ditkit.store.cache import remember_hashes
+from ditkit.store.hashes import HASHES
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +36,7 @@ EXPANDER = "prompt_expander"
 
 
 class Components(Mapping[str, Any]):
-    """The parts of a model, each loaded when it is first asked for, once, whichever thread asks.
+    """The parts of a model, each loaded once, whichever thread asks.
 
     Parts of equal files, sizes, dtype, device and swaps are one object for all Components with the same ``shared``.
     ``describe()`` tells of each loaded part its class, dtype, device, policy and files. ``device_of``: (component, name
@@ -179,8 +178,6 @@ class Components(Mapping[str, Any]):
         """File name -> sha256 of what a part is made of, LoRAs included; they are read, the part is not loaded.
 
         Of files with one name in different folders the second is ``NAME (2)``."""
-        from ditkit.store.hashes import HASHES
-
         part = self.model.parts[name]
         if part.source is None:
             return {vocabulary(part).name: HASHES.of(vocabulary(part))}

@@ -1,10 +1,8 @@
 """Model: the parts that a name, a folder, a file or a manifest stands for, understood and held against each other.
 
 Only headers and configs are read. A State remembers a short identity of each part. It belongs to its transformers; any
-other part may be exchanged until a stage has used it, and afterwards as long as that stage runs once more.
-
-Leaves out: finding parts (``checkpoints/model/find.py``) and the files that say
-where they come from (``checkpoints/model/manifest.py``), and filling parts with weights (``components.py``).
+other part may be exchanged until a stage has used it, and afterwards as long as that stage runs once more. Leaves out:
+finding parts (``checkpoints/model``), and filling them with weights (``components.py``).
 """
 
 import functools
@@ -20,6 +18,7 @@ from ditkit.assembly.tasks import TASKS
 from ditkit.checkpoints.kinds.kind import KINDS
 from ditkit.checkpoints.model.find import at_host, find
 from ditkit.checkpoints.model.part import ModelParts, Part, Scope, main_of
+from ditkit.conditioning.sizes import size_i2v, size_ti2v
 from ditkit.contracts import EXPERTS
 from ditkit.errors import LoadError, RequestError, StateError
 from ditkit.execution.stage_list import Stage, StageList
@@ -109,11 +108,6 @@ class Model:
         return EXPERTS if "transformer_2" in self.known else EXPERTS[:1]
 
     @property
-    def main(self) -> Part:
-        """The transformer; of two, the first that is known."""
-        return main_of(self.known) or self.known["transformer"]
-
-    @property
     def network(self) -> Any:
         """The class of the transformer, for what it says of itself without weights: ``timestep_scale``, ``reads``,
         ``cfg``. Wan's where no transformer is known."""
@@ -122,7 +116,8 @@ class Model:
 
     @property
     def has_image_branch(self) -> bool:
-        return "image_encoder" in self.main.row.needs(self.main.config)
+        part = main_of(self.known)
+        return part is not None and "image_encoder" in part.row.needs(part.config)
 
     def defaults_for(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """What a Request of these ``values`` is filled with: the official values of the task, and above them the
@@ -160,9 +155,9 @@ class Model:
         """That of all parts together, but for a preview decoder, on which no clip depends."""
         return _hash({name: identity for name, identity in self.identities.items() if name != "preview_decoder"})
 
-    def request(self, values: Mapping[str, Any], origin: str = "request") -> Request:
+    def request(self, values: Mapping[str, Any]) -> Request:
         """A Request with this model's defaults, checked against its sizes and its task."""
-        request = Request.of(values, self.defaults_for(values), origin)
+        request = Request.of({**self.defaults_for(values), **values})
         if request.size_from == "request" or request.image is None:
             self.check_size(request)
         self.check(request)
@@ -173,8 +168,6 @@ class Model:
         proportions, as the official code of the task makes them. ``pictures``: arrays by field."""
         if request.size_from == "request" or "image" not in pictures:
             return request.model_copy(update={"size_from": "request"})
-        from ditkit.conditioning.sizes import size_i2v, size_ti2v
-
         height, width = pictures["image"].shape[:2]
         rule = size_ti2v if self.task == "ti2v" else size_i2v
         wide, high = rule(width, height, request.width * request.height)

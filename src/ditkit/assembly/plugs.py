@@ -6,8 +6,6 @@ fingerprints hold, what travels to other processes and hosts, and what a manifes
 (``registry.py``), and what ``Seams`` given from Python are (``contracts.py``).
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 import os
@@ -26,7 +24,7 @@ from ditkit.registry import BROUGHT, Brought, PlugSpec, Registry, Row, bring
 from ditkit.request import Request
 from ditkit.setup import Setup
 
-PLUGS: Registry[PlugRow] = Registry("plug", "ditkit.plugs")
+PLUGS: Registry["PlugRow"] = Registry("plug", "ditkit.plugs")
 
 PARTS: Mapping[str, tuple[str, ...]] = {
     "predict": ("__call__",), "run_blocks": ("__call__",), "attend": ("__call__",), "swap": ("match", "make"),
@@ -162,15 +160,15 @@ def _usable(code: Brought) -> list[str]:
     """What the module has of its own that can be plugged in."""
     module = code.module
     own = [(name, it) for name, it in vars(module).items() if getattr(it, "__module__", "") == module.__name__]
-    return [name for name, thing in own if hasattr(thing, "seam") or _is_stage(thing) or _is_scheduler(thing)]
+    return [name for name, thing in own if hasattr(thing, "seam") or _is_stage(thing) or _has(thing, "scheduler")]
 
 
 def _is_stage(thing: Any) -> bool:
     return inspect.isclass(thing) and all(hasattr(thing, part) for part in ("run", "reads", "writes"))
 
 
-def _is_scheduler(thing: Any) -> bool:
-    return all(hasattr(thing, part) for part in PARTS["scheduler"])
+def _has(thing: Any, seam: str) -> bool:
+    return all(hasattr(thing, part) for part in PARTS[seam])
 
 
 def _row_of(spec: PlugSpec, code: Brought, asked: str) -> Row:
@@ -185,7 +183,7 @@ def _row_of(spec: PlugSpec, code: Brought, asked: str) -> Row:
         row = StageRow(thing.name, thing, before=getattr(thing, "before", ""), after=getattr(thing, "after", ""))
         STAGES.add(row, spec.code, code.sha256)
         return STAGES[row.name]
-    if isinstance(thing, Swap) or hasattr(thing, "seam") or _is_scheduler(thing):
+    if isinstance(thing, Swap) or hasattr(thing, "seam") or _has(thing, "scheduler"):
         otherwise = "swap" if isinstance(thing, Swap) else "scheduler"
         return PlugRow(name, getattr(thing, "seam", otherwise), thing)
     seams = ", ".join(PARTS)

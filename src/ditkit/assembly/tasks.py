@@ -5,8 +5,6 @@ Sources of the defaults: Wan2.1 and Wan2.2 ``generate.py`` and ``wan/configs/*.p
 models cannot be told apart, and need not be: the official code goes by the size that is asked for.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -17,8 +15,8 @@ from ditkit.registry import Registry, Row
 
 AREA_480P = 832 * 480
 
-TASKS: Registry[TaskRow] = Registry("task", "ditkit.tasks")
-STAGES: Registry[StageRow] = Registry("stage", "ditkit.stages")
+TASKS: Registry["TaskRow"] = Registry("task", "ditkit.tasks")
+STAGES: Registry["StageRow"] = Registry("stage", "ditkit.stages")
 
 
 @dataclass(frozen=True)
@@ -132,14 +130,14 @@ def _denoise(model: Any, setup: Any) -> Mapping[str, Any]:
 for stage in (
     StageRow("expand_prompt", "ditkit.stages.expand_prompt:ExpandPrompt", ("prompt_expander",),
              wanted=lambda model, setup: setup.expander is not None),
-    StageRow("encode_text", "ditkit.stages.encode_text:EncodeText", ("tokenizer", "text_encoder"),
+    StageRow("encode_text", "ditkit.stages.encode:EncodeText", ("tokenizer", "text_encoder"),
              lambda model, setup: {"cfg": model.network.cfg}),
-    StageRow("encode_image", "ditkit.stages.encode_pictures:EncodeImage", ("image_encoder",),
+    StageRow("encode_image", "ditkit.stages.encode:EncodeImage", ("image_encoder",),
              wanted=lambda model, setup: model.has_image_branch),
-    StageRow("encode_condition", "ditkit.stages.encode_pictures:EncodeCondition", ("vae",),
+    StageRow("encode_condition", "ditkit.stages.encode:EncodeCondition", ("vae",),
              lambda model, setup: {"strides": model.strides}),
-    StageRow("encode_first_frame", "ditkit.stages.encode_pictures:EncodeFirstFrame", ("vae",)),
-    StageRow("encode_control", "ditkit.stages.encode_pictures:EncodeControl", ("vae",)),
+    StageRow("encode_first_frame", "ditkit.stages.encode:EncodeFirstFrame", ("vae",)),
+    StageRow("encode_control", "ditkit.stages.encode:EncodeControl", ("vae",)),
     StageRow("denoise", "ditkit.stages.denoise:Denoise", ("transformer", "transformer_2"), _denoise),
     StageRow("decode_latents", "ditkit.stages.decode_latents:DecodeLatents", ("vae",),
              lambda model, setup: {"frames_per_chunk": setup.vae_frames_per_chunk}),

@@ -89,11 +89,10 @@ def per_clip(compute: Callable[..., Tensor], *fields: Tensor | None) -> Tensor:
     [B, ...] on the CPU. A field that is None stays None."""
     count = next(len(field) for field in fields if field is not None)
     done: dict[str, Tensor] = {}
-    keys = []
+    made = []
     for index in range(count):
         one = [None if field is None else field[index : index + 1] for field in fields]
-        key = digest(*one)
-        if key not in done:
+        if (key := digest(*one)) not in done:
             done[key] = compute(*one).cpu()
-        keys.append(key)
-    return torch.cat([done[key] for key in keys])
+        made.append(done[key])
+    return torch.cat(made)

@@ -1,7 +1,5 @@
-"""Clips: the clips of one run, one after the other. What they share is made first, for all of them.
-
-Leaves out: how a State is divided (``samples.py``), and batches: these are one Execution.
-"""
+"""Clips: the clips of one run, one after the other. What they share is made first, for all of them. A batch is one
+Execution. Leaves out: how a State is divided (``samples.py``)."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace

@@ -1,8 +1,5 @@
-"""Execution: one run of a list of stages, from the first that is due to the last.
-
-Leaves out: where a stage is carried out (``place.py``), what its result came from, and which are due
-(``records.py``).
-"""
+"""Execution: one run of a list of stages, from the first that is due (``records.py``) to the last, each carried out at
+its place (``place.py``)."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,9 +15,9 @@ from ditkit.execution.place import Call, Checkpointer, Here, Interrupted, Place,
 from ditkit.execution.records import code_of, fingerprints, record_of, replugged, skip_reason, wanted
 from ditkit.execution.stage import Stage, StageCall, known_settings, readable, writes_of
 from ditkit.identify import forgets
-from ditkit.stage_result import CacheKey, StageResult
 from ditkit.state import FIELDS, Field, State
-from ditkit.store.cache import Cache
+from ditkit.store.cache import Cache, StageResult
+from ditkit.store.reasons import CacheKey
 
 
 @dataclass

@@ -12,8 +12,8 @@ from typing import Any, Protocol, Self
 from ditkit.errors import DitkitError, PipelineError
 from ditkit.events import Events
 from ditkit.execution.stage import Context, Only, Stage, StageCall, readable
-from ditkit.stage_result import StageResult
 from ditkit.state import State
+from ditkit.store.cache import StageResult
 
 
 class Interrupted(DitkitError):
@@ -56,8 +56,7 @@ class Call:
 class Place(Protocol):
     """Where a stage can run. ``name`` is how a person wrote it."""
 
-    @property
-    def name(self) -> str: ...
+    name: str
 
     def prepare(self, stage: Stage, components: Sequence[str], events: Events) -> None:
         """Make sure that ``stage`` can run with these of its components, before anything is computed: they are loaded
@@ -84,8 +83,7 @@ class Segment:
 class Checkpointer(Protocol):
     """Keeps a run's State: after each stage, and every ``every`` steps of a loop."""
 
-    @property
-    def every(self) -> int: ...
+    every: int
 
     def __call__(self, state: State) -> None: ...
 

@@ -35,7 +35,9 @@ def code_of(stage: Stage) -> str:
     if not dataclasses.is_dataclass(stage) and getattr(stage, "__dict__", None):
         return ""
     names, files = list[str](), dict[str, str | None]()
-    for cls in type(stage).__mro__[:-1]:
+    for cls in type(stage).__mro__:
+        if cls.__module__ in ("builtins", "typing"):
+            continue
         names.append(f"{cls.__module__}.{cls.__qualname__}")
         module = sys.modules.get(cls.__module__)
         # What was imported, where that is known; the file may have been edited since.
@@ -46,11 +48,8 @@ def code_of(stage: Stage) -> str:
             files.setdefault(code.co_filename)
     if any("<locals>" in name for name in names) or not all(Path(file).is_file() for file in files):
         return ""
-    text = b"".join(
-        bytes.fromhex(sha256) if sha256 else hashlib.sha256(Path(file).read_bytes()).digest()
-        for file, sha256 in files.items()
-    )
-    return hashlib.sha256("\n".join(names).encode() + text).hexdigest()
+    hashes = [sha256 or hashlib.sha256(Path(file).read_bytes()).hexdigest() for file, sha256 in files.items()]
+    return hashlib.sha256("\n".join([*names, *hashes]).encode()).hexdigest()
 
 
 def record_of(

@@ -1,13 +1,7 @@
-"""Stage: what a step of a pipeline declares, and what it is given when it runs.
-
-Leaves out: the stages themselves (``stages/``), their order (``stage_list.py``) and where they run (``place.py``).
-"""
-
-from __future__ import annotations
+"""Stage: what a step of a pipeline declares, and what it is given when it runs. The stages are in ``stages/``."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
 from ditkit import options
@@ -18,63 +12,21 @@ from ditkit.events import SILENT, Events
 from ditkit.request import Request
 from ditkit.schedulers import SCHEDULERS
 from ditkit.setup import Setup
-from ditkit.stage_result import StageResult
 from ditkit.state import FIELDS, Field, State
+from ditkit.store.cache import StageResult
 
 
 @runtime_checkable
 class Stage(Protocol):
-    """A named, pure step. ``reads`` must be there, ``optional`` may be; ``writes`` are all written, ``may_write``
-    sometimes; ``components`` are those it calls. With ``triggers`` it runs only when these fields are in the State.
-    ``loop`` names the fields that it carries from step to step: it can stop in between and go on from there.
-    ``together``: of several clips it makes its fields at once, to the same bits as one by one.
-    ``fields`` describes fields that ditkit's table does not know. Dataclass fields of the object are its options and
-    become part of the fingerprint, but for those with ``compare=False``, which promise equal results."""
+    """A named, pure step; any object with these attributes is one. ``reads`` must be there, ``optional`` may be;
+    ``writes`` are all written, ``may_write`` sometimes; ``components`` are those it calls. With ``triggers`` it runs
+    only when these fields are in the State. ``loop`` names the fields that it carries from step to step: it can stop in
+    between and go on from there. ``together``: of several clips it makes its fields at once, to the same bits as one by
+    one. ``fields`` describes fields that ditkit's table does not know. Dataclass fields of the object are its options
+    and become part of the fingerprint, but for those with ``compare=False``, which promise equal results."""
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def version(self) -> int: ...
-    @property
-    def reads(self) -> tuple[str, ...]: ...
-    @property
-    def optional(self) -> tuple[str, ...]: ...
-    @property
-    def writes(self) -> tuple[str, ...]: ...
-    @property
-    def may_write(self) -> tuple[str, ...]: ...
-    @property
-    def components(self) -> tuple[str, ...]: ...
-    @property
-    def triggers(self) -> tuple[str, ...]: ...
-    @property
-    def loop(self) -> tuple[str, ...]: ...
-    @property
-    def fields(self) -> tuple[Field, ...]: ...
-    @property
-    def together(self) -> bool: ...
-
-    def run(self, inputs: Mapping[str, Any], ctx: Context) -> Mapping[str, Any]:
-        """The fields that it writes. A loop that is interrupted says so (``ctx.stopped``), and returns them as they
-        stood after its last step."""
-
-    def skip_reason(self, state: State) -> str:
-        """Why the State's request does without this stage, or nothing. What it wrote for another request is dropped."""
-
-    def needs(self, state: State, stop_at_step: int | None = None) -> tuple[str, ...]:
-        """Those of ``components`` that are still called in a run that goes on from ``state`` (to ``stop_at_step``)."""
-
-    def done(self, state: State) -> bool:
-        """Whether ``state`` already holds all that this stage would write."""
-
-
-class BaseStage:
-    """Neutral values for the attributes of a Stage; a convenience, not a requirement. Also for two that a stage need
-    not have: ``before`` or ``after``, the stage beside which it is put when it is plugged in by name; ``settings``, a
-    frozen dataclass of settings of its own (``ctx.settings.NAME.SETTING``)."""
-
-    name = ""
-    version = 1
+    name: str = ""
+    version: int = 1
     reads: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
@@ -83,22 +35,36 @@ class BaseStage:
     triggers: tuple[str, ...] = ()
     loop: tuple[str, ...] = ()
     fields: tuple[Field, ...] = ()
-    together = False
-    before, after = "", ""
-    settings: type | None = None
+    together: bool = False
+
+    def run(self, inputs: Mapping[str, Any], ctx: "Context") -> Mapping[str, Any]:
+        """The fields that it writes. A loop that is interrupted says so (``ctx.stopped``), and returns them as they
+        stood after its last step."""
 
     def skip_reason(self, state: State) -> str:
+        """Why the State's request does without this stage, or nothing. What it wrote for another request is dropped."""
         return ""
 
     def needs(self, state: State, stop_at_step: int | None = None) -> tuple[str, ...]:
+        """Those of ``components`` that are still called in a run that goes on from ``state`` (to ``stop_at_step``)."""
         return self.components
 
     def done(self, state: State) -> bool:
-        """It was run; or all that it writes is there, unless it rewrites what it reads."""
+        """Whether ``state`` already holds all that this stage would write: it was run; or all that it writes is there,
+        unless it rewrites what it reads."""
         if self.name in state.get("stages", []):
             return True
         rewrites = {*self.reads, *self.optional} & {*self.writes}
         return bool(self.writes) and not rewrites and all(name in state for name in self.writes)
+
+
+class BaseStage(Stage):
+    """A Stage with neutral values; a convenience, not a requirement. Also for two that a stage need not have:
+    ``before`` or ``after``, the stage beside which it is put when it is plugged in by name; ``settings``, a frozen
+    dataclass of settings of its own (``ctx.settings.NAME.SETTING``)."""
+
+    before, after = "", ""
+    settings: type | None = None
 
 
 def writes_of(stage: Stage) -> tuple[str, ...]:
@@ -137,19 +103,14 @@ class Only(Mapping[str, Any]):
         return sum(1 for _ in self)
 
 
-DERIVED: Mapping[str, Callable[[Mapping[str, Any]], Any]] = MappingProxyType({
-    "guided": lambda request: any(request.get(k) not in (None, 1) for k in ("guidance_scale", "guidance_scale_2")),
-})  # fmt: skip
-"""Settings that follow from others. Who reads one depends on its value and not on the settings behind it: with another
-guidance scale the negative prompt is encoded as before."""
-
-
 def known_settings(request: Mapping[str, Any]) -> dict[str, Any]:
-    """All settings that a stage may read, as records hold them: those of the request, those that follow from them and
-    ``STAGE.SETTING``. The name of a scheduler that is not ditkit's own tells its code too."""
+    """All settings that a stage may read, as records hold them: those of the request, ``STAGE.SETTING`` and ``guided``:
+    who reads that depends on no guidance scale, so with another one the negative prompt is encoded as before. The name
+    of a scheduler that is not ditkit's own tells its code too."""
     own = {f"{stage}.{k}": v for stage, given in request.get("stage_settings", {}).items() for k, v in given.items()}
     named = {"scheduler": SCHEDULERS.pinned(request["scheduler"])} if "scheduler" in request else {}
-    return {**request, **own, **named, **{name: follows(request) for name, follows in DERIVED.items()}}
+    guided = any(request.get(k) not in (None, 1) for k in ("guidance_scale", "guidance_scale_2"))
+    return {**request, **own, **named, "guided": guided}
 
 
 def settings_of(stage: Stage) -> Any:
@@ -179,17 +140,17 @@ def with_own_defaults(stages: Iterable[Stage], request: Request) -> Request:
             found = f"no stage {name!r} with settings is in this pipeline{nearest(name, (*own, *Setup.model_fields))}"
             do = f"Those with settings are {', '.join(own)}" if own else "Leave it out, or bring the stage with --plug"
             raise RequestError(f"the setting {asked}", found, do)
+    given = request.stage_settings
     filled = {
-        name: asdict(options.made(cls, request.stage_settings.get(name, {}), f"the settings of stage {name!r}",
-                                  RequestError))
+        name: asdict(options.made(cls, given.get(name, {}), f"the settings of stage {name!r}", RequestError))
         for name, cls in own.items()
-    }  # fmt: skip
-    return request if filled == request.stage_settings else request.model_copy(update={"stage_settings": filled})
+    }
+    return request if filled == given else request.model_copy(update={"stage_settings": filled})
 
 
 class RecordedSettings:
-    """The resolved Request as attributes, ``DERIVED`` ones, and those of stages (``settings.sharpness.amount``).
-    Remembers which were read: a fingerprint holds those and no others."""
+    """``known_settings`` as attributes, those of stages too (``settings.sharpness.amount``). Remembers which were read:
+    a fingerprint holds those and no others."""
 
     def __init__(self, request: Mapping[str, Any], stage: str = "", read: dict[str, Any] | None = None):
         vars(self).update(_request=request, _stage=stage, _read={} if read is None else read)

@@ -1,10 +1,5 @@
-"""StageList: an immutable, ordered list of stages that is checked when it is built. Compose it, slice it, run it.
-
-A Stage is any object with the attributes of ``Stage``. Leaves out: what the stages compute (``stages/``), how a run
-goes through them (``execution.py``), and where components come from (``assembly``).
-"""
-
-from __future__ import annotations
+"""StageList: an immutable, ordered list of stages that is checked when it is built. Compose it, slice it, run it
+(``execution.py``)."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,12 +12,11 @@ from ditkit.execution.stage import Stage
 from ditkit.state import FIELDS, Field, State
 
 SOURCES = ("prompt", "negative_prompt", "seed", "request")
-"""Fields that the caller brings."""
 
 
 @dataclass(frozen=True)
 class StageList:
-    """An ordered list of stages that fit together; every change gives a new, checked one."""
+    """Every change gives a new, checked one. ``given``: the fields that the caller brings."""
 
     stages: tuple[Stage, ...]
     given: tuple[str, ...] = SOURCES
@@ -47,18 +41,18 @@ class StageList:
     def __getitem__(self, name: str) -> Stage:
         return self.stages[self.index(name)]
 
-    def insert(self, stage: Stage, *, before: str | None = None, after: str | None = None) -> StageList:
+    def insert(self, stage: Stage, *, before: str | None = None, after: str | None = None) -> "StageList":
         if (before is None) == (after is None):
             asked, found = f"inserting stage {stage.name!r}", "it needs exactly one of before= and after="
             raise PipelineError(asked, found, "Name one stage")
         at = self.index(before) if before is not None else self.index(str(after)) + 1
         return StageList([*self.stages[:at], stage, *self.stages[at:]], self.given)
 
-    def replace(self, name: str, stage: Stage) -> StageList:
+    def replace(self, name: str, stage: Stage) -> "StageList":
         at = self.index(name)
         return StageList([*self.stages[:at], stage, *self.stages[at + 1 :]], self.given)
 
-    def remove(self, name: str) -> StageList:
+    def remove(self, name: str) -> "StageList":
         at = self.index(name)
         return StageList([*self.stages[:at], *self.stages[at + 1 :]], self.given)
 
@@ -80,10 +74,6 @@ class StageList:
         """The stages from ``start`` to ``until`` that a run from ``state`` would not find done already."""
         state, asked = records.wanted(self.stages, state), start is not None
         return [s for s in self.slice(start, until) if records.skip_reason(self.stages, s, state, asked) is None]
-
-    def components(self, start: str | None = None, until: str | None = None) -> list[str]:
-        """The components that the stages from ``start`` to ``until`` call, in order of first use."""
-        return list(dict.fromkeys(c for s in self.slice(start, until) for c in s.components))
 
     def outdated(self, stage: Stage, state: State) -> list[str]:
         """Why the result of ``stage`` does not belong to what the State asks for (``records.py``)."""

@@ -1,12 +1,7 @@
 """Language models that expand prompts: over OpenAI-compatible servers, or transformers in this process."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from ditkit.contracts import PromptExpander
-    from ditkit.setup import Setup
+from ditkit.contracts import PromptExpander
+from ditkit.setup import Setup
 
 
 def open_expander(setup: Setup) -> PromptExpander:

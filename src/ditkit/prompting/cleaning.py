@@ -1,7 +1,5 @@
 """What a language model answered, without the wrapping: a reasoning block before it, a code fence or quotes around it.
-
-Nothing inside of the answer is changed.
-"""
+Nothing inside of the answer is changed."""
 
 import re
 
@@ -25,9 +23,8 @@ def cleaned(text: str) -> str:
     text = text.strip()
     if fence := _FENCE.match(text):
         text = fence.group(1).strip()
-    for pair in _QUOTES:
-        first, last = pair[0], pair[1]
-        inner = text[1:-1]
+    inner = text[1:-1]
+    for first, last in map(tuple, _QUOTES):
         if len(text) > 1 and text[0] == first and text[-1] == last and first not in inner and last not in inner:
             return inner.strip()
     return text

@@ -1,8 +1,5 @@
-"""A language model of a folder, by transformers, in this process. It stays in memory beside the video model's parts;
-``placement = {expand_prompt = "process"}`` puts it into a process of its own.
-
-Text models and models that see pictures. Leaves out: what is asked, and what becomes of a failure.
-"""
+"""A language model of a folder, by transformers, in this process; it may see pictures. It stays in memory beside the
+video model's parts; ``placement = {expand_prompt = "process"}`` puts it into a process of its own."""
 
 import copy
 import threading
@@ -17,6 +14,7 @@ from ditkit.events import SILENT, Events
 from ditkit.prompting.cleaning import split_reasoning
 from ditkit.prompting.server import shrunk
 from ditkit.state import digest
+from ditkit.store.hashes import HASHES
 
 _TURN = threading.Lock()  # sampling draws from torch's own generator, which all threads share
 ASK_NOBODY = {"local_files_only": True, "trust_remote_code": False}  # neither the hub, nor code in the folder
@@ -34,8 +32,6 @@ class LocalExpander:
     @cached_property
     def fingerprint(self) -> str:
         """Of all files that decide what it says, and of its dtype; it is not loaded for that."""
-        from ditkit.store.hashes import HASHES
-
         self._check()
         kinds = {".json", ".jinja", ".txt", ".model", ".safetensors", ".bin"}
         files = sorted(f for f in self.folder.iterdir() if f.suffix in kinds)
@@ -46,14 +42,6 @@ class LocalExpander:
             found = f"{self.folder} holds no config.json"
             raise SetupError(f"expander={self.name!r}", found, "Give the folder of a transformers model")
 
-    @property
-    def sees(self) -> bool:
-        """Whether it is a model that takes pictures, by its config."""
-        from transformers import AutoConfig
-        from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as SEEING
-
-        return AutoConfig.from_pretrained(self.folder, **ASK_NOBODY).model_type in SEEING
-
     def load(self, events: Events = SILENT) -> None:
         """Raises LoadError."""
         with self._lock:
@@ -63,12 +51,19 @@ class LocalExpander:
 
     def _open(self) -> tuple[Any, Any]:
         import torch
-        from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+        from transformers import (
+            AutoConfig,
+            AutoModelForCausalLM,
+            AutoModelForImageTextToText,
+            AutoProcessor,
+            AutoTokenizer,
+        )
+        from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as SEEING
 
         self._check()
         asked, (dtype, device) = f"loading the language model {self.folder}", self._place()
         try:
-            sees = self.sees
+            sees = AutoConfig.from_pretrained(self.folder, **ASK_NOBODY).model_type in SEEING
             reader = (AutoProcessor if sees else AutoTokenizer).from_pretrained(self.folder, **ASK_NOBODY)
             cls = AutoModelForImageTextToText if sees else AutoModelForCausalLM
             model: Any = cls.from_pretrained(self.folder, **ASK_NOBODY, dtype=getattr(torch, dtype))
@@ -109,13 +104,13 @@ class LocalExpander:
 
 def _messages(wish: Wish, parts: bool) -> list[dict[str, Any]]:
     """A processor wants lists of parts, a tokenizer texts."""
-    if not parts:
-        return [{"role": "system", "content": wish.instructions}, {"role": "user", "content": wish.prompt}]
+
+    def content(text: str, *seen: dict[str, Any]) -> Any:
+        return [*seen, {"type": "text", "text": text}] if parts else text
+
     seen = [{"type": "image", "image": shrunk(picture)} for picture in wish.pictures]
-    return [
-        {"role": "system", "content": [{"type": "text", "text": wish.instructions}]},
-        {"role": "user", "content": [*seen, {"type": "text", "text": wish.prompt}]},
-    ]
+    told = {"system": content(wish.instructions), "user": content(wish.prompt, *seen)}
+    return [{"role": role, "content": text} for role, text in told.items()]
 
 
 def _sampling(model: Any, wish: Wish) -> Any:

@@ -71,15 +71,12 @@ class ServerExpander:
 
 def messages_of(wish: Wish) -> list[dict[str, Any]]:
     """System and user message; pictures stand before the text, in data URLs."""
-    system = {"role": "system", "content": wish.instructions}
-    if not wish.pictures:
-        return [system, {"role": "user", "content": wish.prompt}]
     seen = [{"type": "image_url", "image_url": {"url": _data_url(picture)}} for picture in wish.pictures]
-    return [system, {"role": "user", "content": [*seen, {"type": "text", "text": wish.prompt}]}]
+    user = [*seen, {"type": "text", "text": wish.prompt}] if seen else wish.prompt
+    return [{"role": "system", "content": wish.instructions}, {"role": "user", "content": user}]
 
 
 def _data_url(picture: Any) -> str:
-    """uint8 [H, W, 3] -> a PNG of at most ``LONGEST_SIDE`` pixels a side."""
     buffer = io.BytesIO()
     shrunk(picture).save(buffer, format="PNG")
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ditkit.contracts import Predict, Scheduler, Step
+from ditkit.contracts import Predict, Step
 from ditkit.errors import StateError
 from ditkit.execution.stage import BaseStage, Context
 from ditkit.guidance.cfg import classifier_free_guidance
@@ -95,14 +95,16 @@ class Denoise(BaseStage):
         predict = self.predict(inputs, ctx, plugs, first)
         last = len(steps) if ctx.stop_at_step is None else min(ctx.stop_at_step, len(steps))
 
+        drawn = inputs["seed"] if scheduler.needs_noise else []  # for each sample what its seed gives alone
         reached = x, history, plugs.remembered(), done
         try:
             for step in steps[done:last]:
                 with ctx.events.span("step", step=step):
                     velocity = predict(x, step)
                     ctx.events.emit("prediction", step=step, x=x, velocity=velocity)
-                    noise = fresh_noise(scheduler, step, inputs["seed"], x)
-                    x_next, history_next = scheduler.solve(x, velocity, step, history, noise)
+                    noise = [step_noise(seed, step.index, x.shape[1:]) for seed in drawn]
+                    fresh = torch.stack(noise).to(x.device) if noise else None
+                    x_next, history_next = scheduler.solve(x, velocity, step, history, fresh)
                     # One assignment, so that Ctrl-C finds all of them before the step or all of them after it.
                     reached = with_known(x_next, inputs), history_next, plugs.remembered(), step.index + 1
                     x, history, _, done = reached
@@ -169,13 +171,6 @@ class Denoise(BaseStage):
         run_blocks = plugs.wrap(transformer.run_blocks, "run_blocks", seams.run_blocks, name, branch)
         attend = plugs.wrap(ATTENTION[self.attention], "attend", seams.attend, name, branch)
         return transformer, conditioning, run_blocks, attend
-
-
-def fresh_noise(scheduler: Scheduler, step: Step, seeds: list[int], x: Tensor) -> Tensor | None:
-    """What a scheduler that wants noise adds in this step: for each sample what its seed gives alone."""
-    if not scheduler.needs_noise:
-        return None
-    return torch.stack([step_noise(seed, step.index, x.shape[1:]) for seed in seeds]).to(x.device)
 
 
 def noise_levels(steps: list[Step]) -> list[float]:

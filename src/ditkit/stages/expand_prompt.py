@@ -1,8 +1,6 @@
 """A short prompt to one that says what the video model wants to know, by a language model.
-
 The original stays in ``prompt``; what is encoded instead is ``expanded_prompt``; ``expansion`` tells how it came about.
-Leaves out: what the model is told (``prompting/templates.py``).
-"""
+Leaves out: what the model is told (``prompting/templates.py``)."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass

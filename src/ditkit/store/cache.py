@@ -19,17 +19,18 @@ import sqlite3
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from ditkit.errors import DitkitError, OutputError, SetupError, StateError
 from ditkit.setup import Setup
-from ditkit.stage_result import CacheKey, StageResult
 from ditkit.state import State, digest
 from ditkit.store import reasons
 from ditkit.store.database import Database, private
 from ditkit.store.hashes import HASHES
+from ditkit.store.reasons import CacheKey
 
 LAYOUT = "v1"
 RECORD = "@record"  # the field of an entry's State that is no field of a stage: settings and plugs
@@ -50,6 +51,19 @@ CREATE INDEX IF NOT EXISTS by_use ON entries (gone, used, size);
 """
 
 _NOW = "(SELECT COALESCE(MAX(used), 0) + 1 FROM entries)"  # counts uses: clocks may go back
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """``written``: the fields that the stage wrote. ``settings``: those that it read, with their values. ``plugs``:
+    what was in the seams, None if it never asked for them; that is not the same as nothing. ``stopped``: it was
+    interrupted; ``written`` is as far as it came. Not ``cacheable``: a makeshift, which must not serve other runs."""
+
+    written: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    plugs: Mapping[str, list[str]] | None
+    stopped: bool = False
+    cacheable: bool = True
 
 
 class Cache:

@@ -7,11 +7,28 @@ which entries are compared (``cache.py``).
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from ditkit.stage_result import CacheKey
-
 _UNLASTING = re.compile(r"#[0-9a-f]{32}")
+
+
+@dataclass(frozen=True)
+class CacheKey:
+    """What is known of a result before it is computed: all of its record but the settings that the stage will read.
+    ``request``, with the settings that follow from others, and ``plugs`` tell what it would find if it looked.
+    ``code`` stands for the classes of the stage and their source text; empty if nothing tells them from others.
+    ``software``: versions of what computes where the stage runs, where they are not those of this process."""
+
+    stage: str
+    version: int
+    code: str
+    options: Mapping[str, Any]
+    weights: Mapping[str, str]
+    inputs: Mapping[str, str]
+    request: Mapping[str, Any]
+    plugs: Mapping[str, list[str]]
+    software: Mapping[str, str] = field(default_factory=dict)
 
 
 def describe(question: CacheKey, software: Mapping[str, str]) -> dict[str, Any]:

@@ -1,8 +1,5 @@
-"""Pictures and control videos to what the transformer is conditioned on. Each clip alone, so that it equals its single
-run.
-
-Leaves out: sizes, pixels and layouts (``conditioning``), and which model has which of these stages (``assembly``).
-"""
+"""Prompts, pictures and control videos to what the transformer is conditioned on. Each alone, so that a clip equals its
+single run. Leaves out: sizes, pixels and layouts (``conditioning``)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +12,42 @@ from ditkit.conditioning import images
 from ditkit.conditioning.condition import Encode, control_context, image_condition, per_clip
 from ditkit.errors import RequestError
 from ditkit.execution.stage import BaseStage, Context
+from ditkit.pictures import CONTROL, check_control
+
+
+@dataclass(frozen=True)
+class EncodeText(BaseStage):
+    """``cfg``: whether a guidance scale other than 1 means a second pass, with the negative prompt."""
+
+    cfg: bool = True
+
+    name = "encode_text"
+    reads = ("prompt", "negative_prompt", "request")
+    optional = ("expanded_prompt",)
+    writes = ("prompt_embeds", "prompt_lengths")
+    may_write = ("negative_prompt_embeds", "negative_prompt_lengths")
+    components = ("tokenizer", "text_encoder")
+    together = True
+
+    def run(self, inputs: Mapping[str, Any], ctx: Context) -> Mapping[str, Any]:
+        rows, lengths = self.encode(inputs.get("expanded_prompt", inputs["prompt"]), "prompt", ctx)
+        written = {"prompt_embeds": rows, "prompt_lengths": lengths}
+        if self.cfg and ctx.settings.guided:  # without guidance nobody looks at the negative prompt
+            rows, lengths = self.encode(inputs["negative_prompt"], "negative_prompt", ctx)
+            written |= {"negative_prompt_embeds": rows, "negative_prompt_lengths": lengths}
+        return written
+
+    def encode(self, prompts: list[str], what: str, ctx: Context) -> tuple[Tensor, list[int]]:
+        """Each prompt alone, so that none depends on its neighbours; equal prompts once. [sum of lengths, D]."""
+        ids, cut = ctx.components["tokenizer"](prompts, ctx.settings.max_sequence_length)
+        for prompt, tokens in zip(prompts, cut, strict=True):
+            if tokens:
+                ctx.events.emit("prompt.truncated", field=what, prompt=prompt, tokens=tokens)
+        done: dict[tuple[int, ...], Tensor] = {}
+        for one in ids:
+            if tuple(one) not in done:
+                done[tuple(one)] = ctx.components["text_encoder"](one)
+        return torch.cat([done[tuple(one)] for one in ids]).cpu(), [len(one) for one in ids]
 
 
 def _tools(ctx: Context) -> tuple[Encode, tuple[int, int], str]:
@@ -120,7 +153,7 @@ class EncodeControl(BaseStage):
     def run(self, inputs: Mapping[str, Any], ctx: Context) -> Mapping[str, Any]:
         (encode, size, processing), frames = _tools(ctx), ctx.settings.frames
         given = inputs.get("control_video"), inputs.get("control_mask"), inputs.get("reference_images")
-        _check_lengths(given[0], given[1], frames)
+        check_control({name: inputs[name].shape[1] for name in CONTROL if name in inputs}, frames)
 
         def control(_: Tensor, video: Tensor | None, mask: Tensor | None, references: Tensor | None) -> Tensor:
             grey = torch.zeros(3, frames, *size)
@@ -132,13 +165,3 @@ class EncodeControl(BaseStage):
             return control_context(encode, pixels, new, pictures, self.strides)[None]
 
         return {"control": per_clip(control, torch.zeros(len(inputs["prompt"]), 0), *given)}
-
-
-def _check_lengths(video: Tensor | None, mask: Tensor | None, frames: int) -> None:
-    if video is None and mask is not None:
-        found = "there is nothing to be kept"
-        raise RequestError("a control mask without a control video", found, "Give control_video as well")
-    for name, value in (("control_video", video), ("control_mask", mask)):
-        if value is not None and (count := value.shape[1]) != frames:
-            do = f"Cut it, or ask for {count} of them"
-            raise RequestError(f"{name} of {count} frames", f"the run makes {frames}", do)
