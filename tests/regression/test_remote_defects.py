@@ -7,7 +7,6 @@ model that shares a card with the transformer, a template that nobody can name a
 
 from __future__ import annotations
 
-import builtins
 import io
 import json
 import pickle
@@ -25,6 +24,7 @@ from safetensors.torch import load as read_safetensors
 from shell import alone
 
 import ditkit
+from ditkit.contracts import Wish
 from ditkit.errors import Lost, MissingDependency, PlaceError, StateError
 from ditkit.execution.place import Segment
 from ditkit.placement.http.client import CRC, JOB
@@ -265,19 +265,12 @@ def test_a_language_model_can_be_kept_out_of_the_process_of_the_transformer(tiny
 
 def test_a_missing_client_is_named(monkeypatch):
     """Elsewhere: an import at the top, which breaks those who never expand."""
-    real = builtins.__import__
-
-    def without(name, *more, **named):
-        if name.partition(".")[0] == "openai":
-            raise ImportError(name)
-        return real(name, *more, **named)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setitem(sys.modules, "openai", None)  # as if it were not installed
     expander = ServerExpander("http://127.0.0.1:9/v1", retries=0)
     with pytest.raises(MissingDependency, match=r"ditkit\[prompts\]"):
         _ = expander.fingerprint
     with pytest.raises(MissingDependency, match=r"ditkit\[prompts\]"):
-        _ = ServerExpander("http://127.0.0.1:9/v1", "some", retries=0)._client
+        ServerExpander("http://127.0.0.1:9/v1", "some", retries=0)(Wish("Say it at length.", "a", (), 0.7, 1, 100))
 
 
 def test_nothing_of_a_server_is_imported_by_those_who_use_none(tiny_model):

@@ -113,8 +113,7 @@ def _answer(asked: str, reply: Any, model: str) -> Answer:
 @contextmanager
 def _explained(asked: str, model: str | None, seeing: bool) -> Iterator[None]:
     """The client's errors as PlaceError; what the server said is in them."""
-    import openai
-
+    openai = needed("openai", asked, "prompts")
     try:
         yield
     except openai.APITimeoutError:
