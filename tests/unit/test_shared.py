@@ -215,7 +215,7 @@ def test_switching_back_and_forth_leaks_nothing():
     switch(*reversed(holders))
     gc.freeze()  # objects of other tests: to look at them again and again takes minutes
     tracemalloc.start()
-    models = sum(isinstance(o, tiny.WanTransformer) for o in gc.get_objects())  # other tests' among them
+    models = sum(isinstance(o, tiny.WanTransformer) for o in gc.get_objects())
     before, held = tracemalloc.get_traced_memory()[0], held_by(library)
     for _ in range(10):
         switch(*holders)
@@ -224,8 +224,8 @@ def test_switching_back_and_forth_leaks_nothing():
     assert held_by(library) == held
     assert tracemalloc.get_traced_memory()[0] - before < 200_000
     tracemalloc.stop()
-    gc.unfreeze()
     assert sum(isinstance(o, tiny.WanTransformer) for o in gc.get_objects()) == models
+    gc.unfreeze()
 
 
 def test_memory_that_is_shared_counts_once_and_meta_tensors_not():
