@@ -208,12 +208,12 @@ def test_a_failure_is_not_remembered():
 
 @pytest.mark.slow
 def test_switching_back_and_forth_leaks_nothing():
+    gc.freeze()  # objects of other tests: to look at them again and again takes minutes
     library = Library()
     holders = [library.holder(1), library.holder(5)]
     dict(holders[0])
     switch(*holders)
     switch(*reversed(holders))
-    gc.freeze()  # objects of other tests: to look at them again and again takes minutes
     tracemalloc.start()
     models = sum(isinstance(o, tiny.WanTransformer) for o in gc.get_objects())
     before, held = tracemalloc.get_traced_memory()[0], held_by(library)
