@@ -167,13 +167,14 @@ def _text_tensors() -> dict[str, torch.Tensor]:
 
 def _write_diffusers(folder: Path, task: str) -> None:
     kind = "WanVACETransformer3DModel" if task == "vace" else "WanTransformer3DModel"
+    theirs = vae22() if task == "ti2v" else None  # needs diffusers, so before anything is written
     classes = {}
     for name, model in zip(("transformer", "transformer_2"), experts(task), strict=False):
         tensors = names.renamed(model.state_dict(), names.TRANSFORMER)
         folders.write_component(folder / name, transformer_json(model.config, kind), tensors)
         classes[name] = ("diffusers", kind)
-    if task == "ti2v":
-        vae22().save_pretrained(folder / "vae")
+    if theirs is not None:
+        theirs.save_pretrained(folder / "vae")
     else:
         v = vae()
         table = vae_keys(len(VAE.dim_mult), VAE.num_res_blocks).to_other

@@ -16,6 +16,8 @@ from ditkit import Seams, State
 from ditkit.errors import PipelineError, RequestError
 from ditkit.seams import Memory, RunPlugs, plug_names
 
+pytestmark = pytest.mark.slow  # together; each of them is not
+
 JOB = {"prompt": "a red circle moving left on a black background", "seed": 7, "steps": 8, "guidance_scale": 4.0}
 PLUGS = {
     "B": Seams(run_blocks=(FirstBlockCache(0.35),)),
@@ -76,7 +78,6 @@ def test_cut_after_every_step(plain, whole):
     assert state.fingerprints == whole["A, B and D"].state.fingerprints
 
 
-@pytest.mark.slow
 def test_in_another_process(plain, whole, tmp_path):
     run(plugged(plain, PLUGS["B"]), stop_at_step=3).state.save(tmp_path / "half.safetensors")
     code = (
@@ -165,7 +166,6 @@ def test_two_threads(plain, whole):
     assert torch.equal(found[8], run(pipe, begin(pipe, seed=8)).state["latents"])
 
 
-@pytest.mark.slow
 def test_two_clips_and_cuts_of_them(plain, whole):
     pipe = plugged(plain, PLUGS["B"])
     both = run(pipe, begin(pipe, seed=[7, 9])).state
@@ -183,7 +183,6 @@ def test_a_batch_is_refused(plain):
         run(pipe, begin(pipe, seed=[7, 9], batched=True))
 
 
-@pytest.mark.slow
 def test_two_experts(tmp_path):
     folder = tiny.write(tmp_path / "a14b", "t2v_a14b")
     seams = Seams(predict=(Momentum(),), run_blocks=(FirstBlockCache(0.5),))
@@ -201,7 +200,6 @@ def test_two_experts(tmp_path):
 # --- plugs that cannot save, and memories of plugs that are gone
 
 
-@pytest.mark.slow
 def test_where_a_forgetful_plug_was_cut_is_in_the_fingerprint(plain):
     pipe = plugged(plain, Seams(run_blocks=(ForgetfulCache(0.35),)))
     whole, prints = run(pipe).state, set()

@@ -135,6 +135,7 @@ def test_a_swap_counts_for_the_stages_that_use_its_component_and_for_no_other(ti
     assert one.state.fingerprints["latents"] != plain.state.fingerprints["latents"], "by the text that it was made of"
 
 
+@pytest.mark.slow
 def test_a_swap_of_another_stage_forbids_no_place(tiny_model):
     swap = Swap("q", at(EVERY["text_encoder"]), itself, ("text_encoder",))
     here = ditkit.load(tiny_model, seams=Seams(swaps=(swap,)))
