@@ -185,7 +185,7 @@ class ImageEncoder(Protocol):
     fingerprint: str
 
     def encode(self, images: Tensor, processing: str) -> Tensor:
-        """Pictures uint8 [B, I, J, 3] -> features [B, r, d]. ``processing``: official or diffusers (resize, crop)."""
+        """Pictures uint8 [B, I, J, 3] -> features [B, r, d]. ``processing``: wan or diffusers (resize, crop)."""
 
 
 @runtime_checkable

@@ -4,16 +4,17 @@ A name holds the class, the options and the code of everything that is not ditki
 named by the files that hold them (``execution/records.py``).
 """
 
-import builtins
+import dis
 import hashlib
+import importlib.util
 import sys
 import sysconfig
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from types import CodeType, FunctionType, ModuleType
+from pathlib import Path, PurePath
+from types import CodeType, FunctionType, MappingProxyType, MethodType, ModuleType
 from typing import Any
 from uuid import uuid4
 
@@ -21,7 +22,10 @@ from ditkit.state import digest
 
 FORGETS = "forgets its memory: "
 
-_PLAIN = (str, bytes, int, float, complex, tuple, list, frozenset, dict, type(None))
+_SAY_ALL = {"builtins.range", "builtins.slice", "builtins.bytearray", "builtins.ellipsis", "re.Pattern", "re.RegexFlag",
+            "torch.dtype", "torch.device", "torch.Size", "torch.layout", "torch.memory_format", "fractions.Fraction",
+            "decimal.Decimal", "typing.TypeVar", "typing.ParamSpec"}  # fmt: skip
+"""Types whose ``repr`` says all of a value."""
 _unnamed: dict[int, tuple[Any, str]] = {}
 
 
@@ -64,11 +68,21 @@ def _named(value: Any, seen: tuple[Any, ...]) -> str:
         return given
     if value is None or isinstance(value, str | bytes | int | float | complex | bool):
         return repr(value)
-    if isinstance(value, tuple | list | frozenset):
+    if type(value) in (tuple, list, set, frozenset):
         items = [_named(item, seen) for item in value]
-        return f"{type(value).__name__}[{', '.join(sorted(items) if isinstance(value, frozenset) else items)}]"
-    if type(value).__module__.startswith("torch"):
-        return digest(value) if hasattr(value, "untyped_storage") else repr(value)
+        return f"{type(value).__name__}[{', '.join(items if isinstance(value, tuple | list) else sorted(items))}]"
+    if isinstance(value, Mapping) and type(value) in (dict, MappingProxyType):
+        items = [f"{_named(key, seen)}: {_named(entry, seen)}" for key, entry in value.items()]
+        return f"{type(value).__name__}{{{', '.join(items)}}}"
+    kind = f"{type(value).__module__}.{type(value).__qualname__}"
+    if kind in _SAY_ALL or isinstance(value, PurePath):
+        return f"{kind} {value!r}"
+    if kind in ("torch.Tensor", "torch.nn.parameter.Parameter"):
+        return digest(value)
+    if kind.startswith("numpy.") and hasattr(value, "tobytes") and not value.dtype.hasobject:
+        return f"{kind} {value.dtype} {value.shape} {hashlib.sha256(value.tobytes()).hexdigest()}"
+    if type(value) is partial:
+        return f"partial({_global(value.func, seen)}, {_named(value.args, seen)}, {_named(value.keywords, seen)})"
     if isinstance(value, FunctionType):
         return f"{value.__module__}.{value.__qualname__}@{digest(_function(value, seen))[:16]}"
     if isinstance(value, type):
@@ -91,6 +105,8 @@ def _class(cls: type, seen: tuple[Any, ...]) -> str:
         return name
     members = [(base, n, v) for base in own for n, v in sorted(vars(base).items()) if n not in _SKIPPED]
     said = {f"{base.__qualname__}.{n}": _member(v, (*seen, cls)) for base, n, v in members}
+    if not _is_installed(type(cls).__module__):
+        said["metaclass"] = _class(type(cls), (*seen, cls))
     return f"{name}@{digest(said)[:16]}"
 
 
@@ -107,14 +123,30 @@ def _member(value: Any, seen: tuple[Any, ...]) -> Any:
         value = value.__func__
     if isinstance(value, property):
         return [_member(part, seen) for part in (value.fget, value.fset) if part is not None]
-    value = getattr(value, "__wrapped__", value)  # functools.wraps, and dataclass' recursive repr
     value = getattr(value, "func", value) if type(value).__name__ == "cached_property" else value
+    if hasattr(value, "__wrapped__") and not isinstance(value, FunctionType):  # functools.cache
+        value = value.__wrapped__
+    if hasattr(value, "__wrapped__") and _is_installed(value.__globals__.get("__name__", "")):
+        cells = [_cell(cell.cell_contents, seen) for cell in value.__closure__ or ()]
+        return [value.__code__.co_qualname, _version(value.__globals__["__name__"]), cells]
     if isinstance(value, FunctionType):
         made = value.__name__ in _MADE and value.__code__.co_filename == "<string>"
         return "" if made else _function(value, seen)
     if type(value).__name__ in ("member_descriptor", "getset_descriptor"):  # slots
         return ""
     return _named(value, seen)
+
+
+def _cell(value: Any, seen: tuple[Any, ...]) -> Any:
+    """What a decorator of a package, such as ``torch.no_grad()``, holds of what it decorates and of its own options."""
+    if isinstance(value, FunctionType):
+        return _member(value, seen)
+    if isinstance(value, MethodType):
+        return [value.__func__.__qualname__, _cell(value.__self__, seen)]
+    kind = type(value).__module__
+    if _is_installed(kind) and kind != "builtins" and hasattr(value, "__dict__"):
+        return [f"{kind}.{type(value).__qualname__}", {k: _named(v, seen) for k, v in sorted(vars(value).items())}]
+    return _global(value, seen)
 
 
 def _function(function: FunctionType, seen: tuple[Any, ...]) -> Any:
@@ -126,20 +158,24 @@ def _function(function: FunctionType, seen: tuple[Any, ...]) -> Any:
         raise _Unknowable
     defaults = [_named(value, seen) for value in function.__defaults__ or ()]
     more = {name: _named(value, seen) for name, value in sorted((function.__kwdefaults__ or {}).items())}
-    known = [n for n in sorted(_names(function.__code__)) if n in function.__globals__ and not hasattr(builtins, n)]
+    known = [n for n in sorted(_names(function.__code__)) if n in function.__globals__]
     world = {name: _global(function.__globals__[name], seen) for name in known}
-    return [_code(function.__code__), defaults, more, world]
+    own = {name: _named(value, seen) for name, value in sorted(vars(function).items()) if name != "__wrapped__"}
+    inside = {name: _import(name) for name in sorted(_imports(function.__code__))}
+    return [_code(function.__code__), defaults, more, world, own, inside]
 
 
 def _global(value: Any, seen: tuple[Any, ...]) -> Any:
     if isinstance(value, ModuleType):
         installed = _is_installed(value.__name__)
-        return [value.__name__, _version(value.__name__) if installed else _file_hash(value)]
-    module = getattr(value, "__module__", None) or type(value).__module__
-    if _is_installed(module) and not isinstance(value, _PLAIN) and not hasattr(value, "untyped_storage"):
-        return f"{module}.{getattr(value, '__qualname__', type(value).__qualname__)} {_version(module)}"
-    if isinstance(value, Mapping):
-        return {repr(key): _global(entry, seen) for key, entry in value.items()}
+        return [value.__name__, _version(value.__name__) if installed else _files(value, {})]
+    module, name = getattr(value, "__module__", None) or type(value).__module__, getattr(value, "__qualname__", None)
+    if name is None and type(value).__qualname__ == "ufunc":  # of numpy
+        name = value.__name__
+    if _is_installed(module) and isinstance(name, str) and "<locals>" not in name and callable(value):
+        return f"{module}.{name} {_version(module)}"
+    if type(value).__module__ == "typing":
+        return repr(value)
     return _named(value, seen)
 
 
@@ -147,6 +183,30 @@ def _names(code: CodeType) -> set[str]:
     """Global names and attributes that ``code`` and the functions in it mention."""
     inner = [c for c in code.co_consts if isinstance(c, CodeType)]
     return {*code.co_names}.union(*(_names(c) for c in inner))
+
+
+def _imports(code: CodeType) -> set[str]:
+    """Modules that ``code`` and the functions in it import when they run."""
+    inner = [c for c in code.co_consts if isinstance(c, CodeType)]
+    own = {i.argval for i in dis.get_instructions(code) if i.opname == "IMPORT_NAME"}
+    return own.union(*(_imports(c) for c in inner))
+
+
+def _import(name: str) -> str:
+    """The version of a package, the hash of any other module's file."""
+    package = name.partition(".")[0]
+    if _is_ours(package):
+        return ""
+    try:
+        spec = importlib.util.find_spec(package)
+        if spec is not None and spec.origin and any(Path(spec.origin).is_relative_to(place) for place in _places()):
+            return _version(package)
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or spec.origin is None or not Path(spec.origin).is_file():
+        raise _Unknowable
+    return hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()
 
 
 def _code(code: CodeType) -> list[Any]:
@@ -157,7 +217,8 @@ def _code(code: CodeType) -> list[Any]:
             return _code(value)
         return f"frozenset{sorted(map(repr, value))}" if isinstance(value, frozenset) else repr(value)
 
-    return [code.co_code.hex(), list(code.co_names), list(code.co_varnames), [*map(constant, code.co_consts)]]
+    taken = [code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags]
+    return [taken, code.co_code.hex(), list(code.co_names), list(code.co_varnames), [*map(constant, code.co_consts)]]
 
 
 def _is_ours(module: str) -> bool:
@@ -165,12 +226,16 @@ def _is_ours(module: str) -> bool:
     return module.partition(".")[0] in ("ditkit", "builtins", *sys.stdlib_module_names) and module != "__main__"
 
 
+def _places() -> set[str]:
+    """Where packages are installed."""
+    return {sysconfig.get_paths()[key] for key in ("purelib", "platlib", "stdlib")}
+
+
 @cache
 def _is_installed(module: str) -> bool:
     """Whether a module is ours or an installed package's."""
     file = getattr(sys.modules.get(module), "__file__", None)
-    places = {sysconfig.get_paths()[key] for key in ("purelib", "platlib", "stdlib")}
-    inside = file is not None and any(Path(file).is_relative_to(place) for place in places)
+    inside = file is not None and any(Path(file).is_relative_to(place) for place in _places())
     return module != "__main__" and (_is_ours(module) or inside)
 
 
@@ -181,6 +246,18 @@ def _version(module: str) -> str:
         return "" if _is_ours(module) else version(package)
     except PackageNotFoundError:
         return str(getattr(sys.modules.get(package), "__version__", ""))
+
+
+def _files(module: ModuleType, found: dict[str, str]) -> dict[str, str]:
+    """Hashes of the files of ``module`` and of all modules of the user's own that it has imported."""
+    if module.__name__ not in found:
+        found[module.__name__] = _file_hash(module)
+        for value in [*vars(module).values()]:
+            home = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
+            other = sys.modules.get(home) if isinstance(home, str) else None
+            if isinstance(other, ModuleType) and not _is_installed(other.__name__):
+                _files(other, found)
+    return found
 
 
 def _file_hash(module: ModuleType) -> str:

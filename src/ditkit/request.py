@@ -140,7 +140,7 @@ class Request(Settings):
         None, "none", "a falling list of noise levels in [0, 1], which replaces steps and shift", max_length=MAX_STEPS)
     max_sequence_length: int = default(512, "Wan2.1 text_len", "a number of text tokens from 1 to 512", ge=1, le=512)
     rounding: Literal["wan", "diffusers"] = default(
-        "wan", "Wan2.1 cache_video truncates to 8 bits; diffusers rounds", "official or diffusers")
+        "wan", "Wan2.1 cache_video truncates to 8 bits; diffusers rounds", "wan or diffusers")
     stage_settings: dict[str, dict[str, Any]] = default(
         {}, "the stages", "settings of stages that have some of their own, such as {sharpness = {amount = 3}}")
     expand: Literal["no", "yes", "ask"] = default(

@@ -14,29 +14,41 @@ from typing import TYPE_CHECKING, Any
 from ditkit.contracts import Step
 from ditkit.errors import PipelineError, RequestError
 from ditkit.events import SILENT, Events
+from ditkit.state import CODES
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
+_SAVED = {f"torch.{name}" for name in CODES}
+
+
 class Memory(UserDict[str, "Tensor"]):
     """Named tensors that one plug remembers from step to step, of one expert and one branch.
 
-    Any shape, dtype and device. A tensor is replaced, never written in place: the one of the last whole step is what a
-    run goes on from. Raises PipelineError for anything but a tensor, RequestError in a batch of several clips."""
+    Any shape and device, and every dtype that a State can hold; a view is made contiguous, as it is in a State. A
+    tensor is replaced, never written in place: the one of the last whole step is what a run goes on from. Raises
+    PipelineError for what cannot be saved so, also a name that is no text; RequestError in a batch of several clips."""
 
     def __init__(self, owner: str, clips: int = 1):
         super().__init__()
         self._owner, self._clips = owner, clips
 
     def __setitem__(self, name: str, value: Tensor) -> None:
+        asked, do = f"remembering {name!r} of {self._owner}", "Make it a tensor, such as torch.tensor(value)"
+        if not isinstance(name, str):
+            raise PipelineError(
+                asked, f"its name is a {type(name).__name__}", "Make it a text, such as str(site.block)"
+            )
         if not hasattr(value, "untyped_storage"):
-            asked, found = f"remembering {name!r} of {self._owner}", f"it is a {type(value).__name__}"
-            raise PipelineError(asked, found, "Make it a tensor, such as torch.tensor(value)")
+            raise PipelineError(asked, f"it is a {type(value).__name__}", do)
+        if f"{value.dtype}" not in _SAVED or f"{value.layout}" != "torch.strided" or value.is_meta:
+            found = f"a State holds no {value.dtype} of layout {value.layout} on {value.device}"
+            raise PipelineError(asked, found, "Remember plain tensors of real numbers")
         if self._clips > 1:
             asked = f"a batch of {self._clips} clips with {self._owner}"
             raise RequestError(asked, "its memory would be shared by all of them", "Set batched to false")
-        self.data[name] = value
+        self.data[name] = value.contiguous()
 
 
 class PlugContext:
@@ -71,6 +83,7 @@ class RunPlugs:
         names = plug_names(wrappers)
         for wrapper, name in reversed([*zip(wrappers, names, strict=True)]):
             owner = ".".join(part for part in (seam, name, expert, branch) if part)
+            owner = owner.replace("%", "%25").replace("/", "%2F")  # a slash is where the name of a tensor begins
             run = PlugContext(name, seam, expert, branch, self._memory(owner), self.events, self.settings)
             inner = wrapper(inner, run) if takes_run(wrapper) else wrapper(inner)
         return inner

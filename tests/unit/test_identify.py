@@ -96,6 +96,86 @@ def test_options_count():
     assert identify(Local(lambda x: x)) != identify(Local(lambda x: x + 1))
 
 
+READS = "{head}\n{value}\ndef plug(inner):\n    return inner, V"
+VALUES = {
+    "a set": ("", "V = {1, 2}", "V = {2}"),
+    "a range": ("", "V = range(3)", "V = range(4)"),
+    "an array": ("import numpy as np", "V = np.ones(3)", "V = np.zeros(3)"),
+    "a number of numpy": ("import numpy as np", "V = np.float32(1)", "V = np.float32(2)"),
+    "a path": ("from pathlib import Path", "V = Path('a')", "V = Path('b')"),
+    "a pattern": ("import re", "V = re.compile('a')", "V = re.compile('b')"),
+    "a dtype": ("import torch", "V = torch.float16", "V = torch.float32"),
+    "a view of a dict": ("from types import MappingProxyType as M", "V = M({1: 2})", "V = M({1: 3})"),
+    "a dict of sets": ("", "V = {1: {2}}", "V = {1: {3}}"),
+    "a partial": ("from functools import partial", "V = partial(max, 1)", "V = partial(max, 2)"),
+    "a network": ("import torch\ntorch.manual_seed(1)", "V = torch.nn.Linear(2, 2)", "V = torch.nn.Linear(2, 2)"),
+    "a queue": ("from collections import deque", "V = deque([1])", "V = deque([2])"),
+}
+KNOWN_BY_CONTENT = VALUES.keys() - {"a network", "a queue"}
+
+
+@pytest.mark.parametrize("what", VALUES)
+def test_a_global_value_of_any_type_counts(what):
+    head, one, other = VALUES[what]
+
+    def plug(value):
+        space = {"__name__": "__main__"}
+        exec(READS.format(head=head, value=value), space)
+        return space["plug"]
+
+    first, again, edited = plug(one), plug(one), plug(other)
+    assert identify(first) != identify(edited)
+    assert (identify(first) == identify(again)) == (what in KNOWN_BY_CONTENT)
+
+
+EDITS = {
+    "a decorator": ("import functools\ndef by(n):\n    def around(f):\n        @functools.wraps(f)\n"
+                    "        def g(*a): return n * f(*a)\n        return g\n    return around\n"
+                    "class P:\n    @by({0})\n    def f(self): return 1\nplug = P"),
+    "an attribute of a function": "def plug(inner): return inner, plug.by\nplug.by = {0}",
+    "a metaclass": "class M(type):\n    def f(cls): return {0}\nclass plug(metaclass=M): pass",
+    "what hides a builtin": "def round(x): return {0}\ndef plug(inner): return round(inner)",
+    "the kind of an argument": "def plug(inner, {1}run): return inner",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", EDITS)
+def test_all_that_a_plug_is_made_of_counts(what):
+    spaces = [{"__name__": "__main__"} for _ in range(2)]
+    for space, values in zip(spaces, ((1, ""), (2, "*")), strict=True):
+        exec(EDITS[what].format(*values), space)
+    assert identify(spaces[0]["plug"]) != identify(spaces[1]["plug"])
+
+
+def test_a_decorator_of_torch_is_known():
+    source = "import torch\nclass plug:\n    @torch.no_grad()\n    def f(self): return {}"
+    spaces = [{"__name__": "__main__"} for _ in range(3)]
+    for space, value in zip(spaces, (1, 1, 2), strict=True):
+        exec(source.format(value), space)
+    one, same, other = (identify(space["plug"]) for space in spaces)
+    assert one == same != other
+    assert "#" not in one
+
+
+def test_a_module_behind_a_module_counts(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "behind_b.py").write_text("def f(x):\n    return x * 2\n")
+    (tmp_path / "beside_b.py").write_text("from behind_b import f\n")
+    (tmp_path / "plug_b.py").write_text(
+        "import beside_b\ndef plug(inner):\n    return beside_b.f(inner)\n"
+        "def late(inner):\n    import behind_b\n    return behind_b.f(inner)\n"
+    )
+    module = importlib.import_module("plug_b")
+    before = identify(module.plug), identify(module.late)
+    assert before == (identify(module.plug), identify(module.late))
+    (tmp_path / "behind_b.py").write_text("def f(x):\n    return x * 3\n")
+    after = identify(module.plug), identify(module.late)
+    assert before[0] != after[0]
+    assert before[1] != after[1]
+    for name in ("plug_b", "beside_b", "behind_b"):
+        sys.modules.pop(name, None)
+
+
 def test_what_could_hide_a_difference_has_a_name_of_its_own():
     def closing(value):
         return lambda inner: value
@@ -116,7 +196,7 @@ def test_what_could_hide_a_difference_has_a_name_of_its_own():
         def __call__(self, inner):
             return inside
 
-    for make in (lambda: closing(1), Mutable, Hiding, Closing, lambda: partial(print, 1)):
+    for make in (lambda: closing(1), Mutable, Hiding, Closing, lambda: partial(closing(1), 1)):
         one, other = make(), make()
         assert identify(one) == identify(one) != identify(other)
 

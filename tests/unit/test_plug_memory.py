@@ -230,6 +230,50 @@ def test_what_a_memory_takes():
     assert [*memory] == []
 
 
+@pytest.mark.parametrize(("name", "value", "said"), [
+    (0, torch.zeros(1), "its name is a int"), ((1, "a"), torch.zeros(1), "its name is a tuple"),
+    ("a", torch.zeros(2, dtype=torch.complex128), "a State holds no torch.complex128"),
+    ("a", torch.eye(2).to_sparse(), "of layout torch.sparse_coo"), ("a", torch.zeros(2, device="meta"), "on meta"),
+])  # fmt: skip
+def test_what_a_state_cannot_hold_is_no_memory(name, value, said):
+    with pytest.raises(PipelineError, match=said):
+        Memory("A")[name] = value
+
+
+def test_what_is_remembered_comes_back_as_it_was():
+    """A view in its layout, as what is summed in another order is another sum; and by any name of a branch."""
+    plugs = RunPlugs()
+    plugs.wrap(None, "run_blocks", [lambda inner, run: run.memory.update(m=torch.rand(3, 4).T)], "t", "cond:a/b%")
+    remembered = plugs.remembered()
+    assert [t.stride() for t in remembered.values()] == [(3, 1)]
+    again, seen = RunPlugs(remembered=remembered), []
+    for branch in ("cond:a", "cond:a_b%", "cond:a/b%"):
+        again.wrap(None, "run_blocks", [lambda inner, run: seen.append({**run.memory})], "t", branch)
+    assert [[*memory] for memory in seen] == [[], [], ["m"]]
+
+
+def test_settings_that_only_the_first_part_read_count(plain):
+    """A stage is made again when one of them changes, wherever its loop was cut."""
+
+    def early(predict, run):
+        def around(model_input, step):
+            return predict(model_input, step) * (run.settings.fps / 16 if step.index == 0 else 1)
+
+        return around
+
+    pipe = plugged(plain, Seams(predict=(early,)))
+    whole, cut = run(pipe).state, run(pipe, run(pipe, stop_at_step=3).state).state
+    assert cut["records"]["denoise"]["settings"] == whole["records"]["denoise"]["settings"]
+    assert "fps" in cut["records"]["denoise"]["settings"]
+    assert cut.equal(whole)
+
+
+def test_wrappers_may_be_a_list(plain):
+    neutral = Seams(predict=[lambda predict: predict], swaps=[])
+    assert torch.equal(run(ditkit.load("shapes", seams=neutral), stop_at_step=1).state["latents"],
+                       run(plain, stop_at_step=1).state["latents"])  # fmt: skip
+
+
 def test_names_of_plugs():
     def one(inner): ...
 

@@ -208,8 +208,8 @@ def _around(plugs: Sequence[Plug], seams: Seams) -> Seams:
     )
     if len(schedulers := (*schedulers, *([] if seams.scheduler is None else [seams.scheduler]))) > 1:
         raise SetupError(f"the schedulers {' and '.join(s.name for s in schedulers)}", "a run has one", "Leave one out")
-    wrappers = predict + seams.predict, run_blocks + seams.run_blocks, attend + seams.attend
-    return Seams(*wrappers, swaps + seams.swaps, *schedulers)
+    around = (*predict, *seams.predict), (*run_blocks, *seams.run_blocks), (*attend, *seams.attend)
+    return Seams(*around, (*swaps, *seams.swaps), *schedulers)
 
 
 def check_scheduler(seams: Seams, request: Request) -> None:

@@ -192,10 +192,12 @@ class Execution:
         """The State with what a stage wrote, where that came from, which weights were at work and what is finished.
 
         A stage that runs once more takes back what the stages after it made of its earlier result."""
-        state = self.state
-        record = record_of(stage, state, weights, result.settings, result.plugs)
+        state, records = self.state, self.state.get("records", {})
+        begun = records.get(stage.name, {}) if any(name in state for name in stage.loop) else {}
+        settings = {**begun.get("settings", {}), **result.settings}  # those of the loop's earlier part count as well
+        record = record_of(stage, state, weights, settings, result.plugs)
         prints = fingerprints(stage, state, record, result.written, result.cacheable)
-        finished, records = state.get("stages", []), state.get("records", {})
+        finished = state.get("stages", [])
         if stage.name in finished:
             at = [s.name for s in self.stages].index(stage.name)
             kept = {name for s in self.stages[: at + 1] for name in writes_of(s)}

@@ -162,7 +162,7 @@ def outdated(stages: Sequence[Stage], stage: Stage, state: State) -> list[str]:
     for name, value in record["settings"].items():
         if name not in known:
             reasons.append(f"{name} was {value!r}, is gone")
-        elif (now := known[name]) != value and str(value).partition("@")[0] != now:  # or its code is not here
+        elif (now := known[name]) != value and (name != "scheduler" or str(value).partition("@")[0] != now):
             reasons.append(f"{name} was {value!r}, is {now!r}")
     for name, then in record["inputs"].items():
         if name not in later and (name not in state or state.fingerprint_of(name) != then):

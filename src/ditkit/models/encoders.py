@@ -244,4 +244,4 @@ def check_processor(config: Mapping[str, Any], size: int) -> None:
     for key, values in allowed.items():
         if key in config and config[key] not in values:
             asked, found = "reading the image processor's config", f"its {key} is {config[key]!r}, not {values[-1]!r}"
-            raise LoadError(asked, found, "Use image_processing=official, or the config of a CLIP image processor")
+            raise LoadError(asked, found, "Use image_processing=wan, or the config of a CLIP image processor")
