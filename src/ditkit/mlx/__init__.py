@@ -3,8 +3,6 @@
 This file does not import MLX: what a backend is called is also asked where it is not installed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from types import MappingProxyType
