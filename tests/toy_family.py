@@ -20,7 +20,7 @@ from ditkit.checkpoints.kinds.sizes import SizeReader, Sizes, Tensors
 from ditkit.checkpoints.views.key_table import KeyTable, Rule, leaves
 from ditkit.contracts import Site
 from ditkit.nn.attention import sdpa
-from ditkit.nn.loaded import Loaded
+from ditkit.nn.layers import Loaded
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import hashlib
 import importlib.util
 import sys
 import sysconfig
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
@@ -158,10 +158,11 @@ def _function(function: FunctionType, seen: tuple[Any, ...]) -> Any:
         raise _Unknowable
     defaults = [_named(value, seen) for value in function.__defaults__ or ()]
     more = {name: _named(value, seen) for name, value in sorted((function.__kwdefaults__ or {}).items())}
-    known = [n for n in sorted(_names(function.__code__)) if n in function.__globals__]
-    world = {name: _global(function.__globals__[name], seen) for name in known}
+    names = sorted({name for code in _codes(function.__code__) for name in code.co_names} & {*function.__globals__})
+    world = {name: _global(function.__globals__[name], seen) for name in names}
     own = {name: _named(value, seen) for name, value in sorted(vars(function).items()) if name != "__wrapped__"}
-    inside = {name: _import(name) for name in sorted(_imports(function.__code__))}
+    steps = [step for code in _codes(function.__code__) for step in dis.get_instructions(code)]
+    inside = {name: _import(name) for name in sorted({s.argval for s in steps if s.opname == "IMPORT_NAME"})}
     return [_code(function.__code__), defaults, more, world, own, inside]
 
 
@@ -179,17 +180,12 @@ def _global(value: Any, seen: tuple[Any, ...]) -> Any:
     return _named(value, seen)
 
 
-def _names(code: CodeType) -> set[str]:
-    """Global names and attributes that ``code`` and the functions in it mention."""
-    inner = [c for c in code.co_consts if isinstance(c, CodeType)]
-    return {*code.co_names}.union(*(_names(c) for c in inner))
-
-
-def _imports(code: CodeType) -> set[str]:
-    """Modules that ``code`` and the functions in it import when they run."""
-    inner = [c for c in code.co_consts if isinstance(c, CodeType)]
-    own = {i.argval for i in dis.get_instructions(code) if i.opname == "IMPORT_NAME"}
-    return own.union(*(_imports(c) for c in inner))
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    """``code`` and that of the functions in it."""
+    yield code
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            yield from _codes(inner)
 
 
 def _import(name: str) -> str:
@@ -204,9 +200,7 @@ def _import(name: str) -> str:
         spec = importlib.util.find_spec(name)
     except (ImportError, ValueError):
         spec = None
-    if spec is None or spec.origin is None or not Path(spec.origin).is_file():
-        raise _Unknowable
-    return hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()
+    return _hash(None if spec is None else spec.origin)
 
 
 def _code(code: CodeType) -> list[Any]:
@@ -251,7 +245,7 @@ def _version(module: str) -> str:
 def _files(module: ModuleType, found: dict[str, str]) -> dict[str, str]:
     """Hashes of the files of ``module`` and of all modules of the user's own that it has imported."""
     if module.__name__ not in found:
-        found[module.__name__] = _file_hash(module)
+        found[module.__name__] = _hash(getattr(module, "__file__", None))
         for value in [*vars(module).values()]:
             home = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
             other = sys.modules.get(home) if isinstance(home, str) else None
@@ -260,8 +254,7 @@ def _files(module: ModuleType, found: dict[str, str]) -> dict[str, str]:
     return found
 
 
-def _file_hash(module: ModuleType) -> str:
-    file = getattr(module, "__file__", None)
+def _hash(file: str | None) -> str:
     if file is None or not Path(file).is_file():
         raise _Unknowable
     return hashlib.sha256(Path(file).read_bytes()).hexdigest()

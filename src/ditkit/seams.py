@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-_SAVED = {f"torch.{name}" for name in CODES}
-
-
 class Memory(UserDict[str, "Tensor"]):
     """Named tensors that one plug remembers from step to step, of one expert and one branch.
 
@@ -42,7 +39,11 @@ class Memory(UserDict[str, "Tensor"]):
             )
         if not hasattr(value, "untyped_storage"):
             raise PipelineError(asked, f"it is a {type(value).__name__}", do)
-        if f"{value.dtype}" not in _SAVED or f"{value.layout}" != "torch.strided" or value.is_meta:
+        if (
+            f"{value.dtype}".removeprefix("torch.") not in CODES
+            or f"{value.layout}" != "torch.strided"
+            or value.is_meta
+        ):
             found = f"a State holds no {value.dtype} of layout {value.layout} on {value.device}"
             raise PipelineError(asked, found, "Remember plain tensors of real numbers")
         if self._clips > 1:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from ditkit.checkpoints.load import Device
-    from ditkit.nn.loaded import Loaded
+    from ditkit.nn.layers import Loaded
 
 
 @dataclass(frozen=True)

@@ -79,9 +79,6 @@ for row in (
     TASKS.add(row, "ditkit")
 
 
-# --- stages
-
-
 @dataclass(frozen=True)
 class StageRow(Row):
     """``make``: the class. ``components``: those that it may call, known before a model is; of a class that names its

@@ -76,9 +76,6 @@ def expand(given: RawSettings, prompt: Prompt = None, quiet: Quiet = False, as_j
             show_clip(out, state, clip)
 
 
-# --- in a run
-
-
 def before_run(pipe: Pipeline, state: State, goal: RunOptions, out: Console) -> tuple[State, RunOptions]:
     """``state`` with its prompts expanded and shown, and taken by the person if they want to be asked; and what is left
     to do. Without expansion, or where it is done already, both as they are. Raises RequestError where nobody is there

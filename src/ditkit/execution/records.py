@@ -121,9 +121,6 @@ def _all(plugs: list[Any] | None) -> str:
     return " and ".join(re.sub("(@[0-9a-f]{8})[0-9a-f]+", r"\1", str(plug)) for plug in plugs or ["nothing"])
 
 
-# --- which stages a State still needs
-
-
 def wanted(stages: Sequence[Stage], state: State) -> State:
     """``state`` without what stages wrote that its request does without now."""
     for stage in stages:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ditkit.nn.convolution import convolution
-from ditkit.nn.loaded import Loaded
+from ditkit.nn.layers import Loaded
 
 FeatureCache = dict[nn.Module, Tensor]
 """The past frames of each temporal layer. Start a stream with ``{}`` and hand the same dict to every chunk."""

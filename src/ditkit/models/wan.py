@@ -23,8 +23,7 @@ from ditkit.errors import StateError
 from ditkit.models.wan_block import Block, BlockContext, Control, ControlBlock, CrossAttention, Text, WanConfig
 from ditkit.nn.attention import sdpa
 from ditkit.nn.dtype_policy import DtypePolicy, dtype_policy
-from ditkit.nn.layers import LayerNorm, Linear, Modulation, modulation, patchify, timestep_embedding
-from ditkit.nn.loaded import Loaded
+from ditkit.nn.layers import LayerNorm, Linear, Loaded, Modulation, modulation, patchify, timestep_embedding
 from ditkit.nn.rope import Rope
 
 TIMESTEP_SCALE = 1000.0  # timestep = 1000 sigma; the only place of this factor

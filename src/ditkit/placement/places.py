@@ -145,9 +145,6 @@ class Places:
             self._remotes.clear()
 
 
-# --- settings about parts that lie elsewhere
-
-
 def check_heeded(setup: Setup, specs: Mapping[Target, Spec], pipeline: StageList) -> None:
     """``setup``: as it was given. Raises SetupError for the first setting that nothing would heed."""
     used = uses(specs, pipeline)

@@ -54,9 +54,6 @@ def figures(value: Any) -> Any:
             "rms": float(wide.square().mean().sqrt()), "first": [float(x) for x in wide.flatten()[:4]]}  # fmt: skip
 
 
-# --- the inputs
-
-
 def cases(stage: Stage, components: Mapping[str, Any]) -> Iterator[State]:
     """One input; of a stage with several transformers one for each of them that is here. Raises PlaceError."""
     makers: dict[str, Callable[[], Any]] = {

@@ -141,9 +141,6 @@ def facts_of(places: Places, ran: Mapping[str, Iterable[str]], weights: Mapping[
     return found
 
 
-# --- plugs and kernels
-
-
 def _check_code(stage: Stage, places: Iterable[Place], needed: Iterable[tuple[str, str, str]]) -> None:
     for place in (place for place in places if isinstance(place, Remote)):
         for group, name, code in needed:

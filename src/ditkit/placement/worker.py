@@ -138,9 +138,6 @@ class Worker:
             self._turn.release()
 
 
-# --- a Worker of a Setup: what a host, a child process and a Ray actor have in common
-
-
 def worker_of(setup: Setup, stages: Sequence[str] | None = None, shared: Shared | None = None) -> Worker:
     """Offers ``stages``, by default all of the model; of a model of which only the parts of these stages are here, too.
 

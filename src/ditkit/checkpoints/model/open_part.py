@@ -115,8 +115,6 @@ def open_tokenizer(folder: Path, rules: Rules) -> Part:
     return Part("tokenizer", "tokenizer", folder, MappingProxyType({}), None, "tokenizers", notes=tuple(notes))
 
 
-# --- components without weights
-
 SCHEDULER = """
     algorithm_type base_image_seq_len base_shift beta_end beta_schedule beta_start disable_corrector
     dynamic_thresholding_ratio euler_at_final final_sigmas_type invert_sigmas lambda_min_clipped lower_order_final
