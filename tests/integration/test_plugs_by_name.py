@@ -90,6 +90,40 @@ def test_a_swap_is_made_in_the_child_too(tiny_model, mine):
     assert not torch.equal(here.state["latents"], run(tiny_model, [], mine, {}).state["latents"])
 
 
+TEXT_SWAP = """
+from dataclasses import dataclass
+from torch import nn
+
+class Louder(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+    def forward(self, *args, **more):
+        return self.inner(*args, **more) * 1.5
+
+@dataclass(frozen=True)
+class Text:
+    seam = "swap"
+    components = ("text_encoder",)
+    def match(self, name, module):
+        return name.endswith("layer.1.DenseReluDense")
+    def make(self, module):
+        return Louder(module)
+"""
+
+
+@pytest.mark.parametrize("stage", ["encode_text", "denoise", "decode_latents"])
+def test_a_swap_by_name_forbids_no_child(tiny_model, mine, tmp_path, stage):
+    """It is made where its component is, and nowhere else is it missed."""
+    (tmp_path / "text_swap.py").write_text(TEXT_SWAP)
+    plugs = [f"{tmp_path / 'text_swap.py'}:Text", f"{mine}:Damped:by=0.25"]
+    here = ditkit.load(tiny_model, plugs=plugs, threads=1)(PROMPT, seed=3)
+    there = ditkit.load(tiny_model, plugs=plugs, threads=1, placement={stage: "process"})
+    same(there(PROMPT, seed=3), here)
+    bare = ditkit.load(tiny_model, threads=1)(PROMPT, seed=3)
+    assert not torch.equal(here.state["prompt_embeds"], bare.state["prompt_embeds"])
+
+
 def test_a_child_does_not_take_a_file_that_was_edited_meanwhile(tiny_model, mine):
     pipe = ditkit.load(tiny_model, plugs=[f"{mine}:Skip"], threads=1, placement={"denoise": "process"})
     edited(mine)

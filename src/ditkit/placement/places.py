@@ -104,10 +104,14 @@ class Places:
             raise SetupError(f"placement of {target.stage}.{target.expert}", found, "Place the whole stage")
 
     def _check_swaps(self, target: Target, spec: Spec, pipeline: StageList, seams: Seams) -> None:
-        """A loop elsewhere refuses all that is plugged in; other stages have no seams but the swaps of their parts."""
+        """A loop sends what is plugged in by name; other stages have no seams but the swaps of their parts, which a
+        child process and an actor make as they load them."""
         stage = pipeline[target.stage]
         for swap in () if spec.kind == "here" or stage.loop else seams.of(stage.components).swaps:
-            found = f"{stage.name} runs at {spec.text}, and Python objects do not travel"
+            if hasattr(swap, "plug") and spec.kind != "http":
+                continue
+            what = "swaps of its parts" if hasattr(swap, "plug") else "Python objects"
+            found = f"{stage.name} runs at {spec.text}, and {what} do not travel"
             asked = f"swap {swap.name!r} for {', '.join(swap.components)}"
             raise SetupError(asked, found, "Run the stage here, or take the swap out")
 

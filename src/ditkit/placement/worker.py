@@ -160,7 +160,8 @@ def worker_of(setup: Setup, stages: Sequence[str] | None = None, shared: Shared 
         if name not in known:
             found = f"{setup.model} has no such stage{nearest(name, known)}"
             raise SetupError(f"offering the stage {name!r}", found, f"Its stages are {', '.join(known)}")
-    components = Components(model, setup, swaps, shared)
+    elsewhere = {*PARTS} - {*model.known}
+    components = Components(model, setup, tuple(s for s in swaps if not {*s.components} <= elsewhere), shared)
     about = {"model": model.describe()["model"], "parts": partial(parts_of, components), "code": known_code()}
     return Worker({name: known.get(name) or stage_of(name, model, setup) for name in names}, components, about)
 
