@@ -65,6 +65,7 @@ def test_no_file_needs_diffusers():
         assert not tops & {"diffusers", "accelerate", "cloudpickle", "dill", "marshal", "shelve"}, file
 
 
+@pytest.mark.slow
 def test_heavy_packages_are_imported_where_they_are_used():
     for file in FILES:
         tops = {name.split(".")[0] for name in at_the_top(file)}
@@ -150,6 +151,7 @@ def python(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", LIGHT)
 def test_a_light_module_does_not_import_torch(module):
     name = module if module == "ditkit" else f"ditkit.{module}"

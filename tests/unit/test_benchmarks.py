@@ -70,6 +70,7 @@ def test_the_loading_benchmark_has_the_published_size():
     assert sum(math.prod(facts.shape) for facts in source.tensors.values()) == 1_418_996_800
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", loading.LAYOUTS, ids=lambda layout: layout.name)
 def test_each_layout_of_the_loading_benchmark_holds_the_same_model(tmp_path, layout):
     config = loading.SIZES["tiny"]

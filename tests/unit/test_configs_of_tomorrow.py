@@ -64,6 +64,7 @@ def notes(folder, part, **setup):
     return ditkit.load(str(folder), **setup).model.parts[part].notes
 
 
+@pytest.mark.slow
 @cases
 def test_an_unknown_key_is_noted_and_stops_nothing(models, copy, task, layout, file):
     part, folder = CONFIGS[task, layout, file], copy(task, layout)

@@ -110,6 +110,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_there_and_back(kind):
     read, config, fields, tensors = KINDS[kind]

@@ -164,6 +164,7 @@ FAMILIES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("alpha", [None, ALPHA], ids=["no alpha", "alpha"])
 def test_families(family, alpha, model, base, lora):

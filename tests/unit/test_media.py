@@ -61,6 +61,7 @@ def test_a_clip_and_its_manifest_come_back(tmp_path, clip, suffix):
     assert media.read_manifest(tmp_path / f"moved{suffix}") == MANIFEST, "the file itself carries it"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_the_same_frames_give_the_same_bytes(tmp_path, clip, suffix):
     def content(name):
@@ -340,6 +341,7 @@ def run_full(path: Path, limit: int) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".mp4", ".gif", ".png", ".npz"])
 def test_a_write_that_breaks_off_leaves_what_was_there(tmp_path, clip, suffix):
     media.write_video(tmp_path / f"clip{suffix}", clip, 16, MANIFEST)
@@ -384,6 +386,7 @@ def tiny_disk(tmp_path):
     subprocess.run(["umount", folder], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_a_full_disk(tiny_disk, suffix):
     message = run_full(tiny_disk / f"clip{suffix}", 0)

@@ -25,6 +25,7 @@ def test_every_published_model_is_there():
     assert all(official.config.head_dim == 128 for official in OFFICIAL.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_parameters_and_tensors(name):
     official = OFFICIAL[name]

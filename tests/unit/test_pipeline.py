@@ -343,6 +343,7 @@ def test_debug_runs_compare_letters_and_look_at_inputs_too():
         StageList([listed]).run(begin(), {}, start="listed", debug=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
 def test_a_debug_run_of_the_real_pipeline_has_nothing_to_say(tiny_model, dtype):
     pipe = ditkit.load(tiny_model, dtype=dtype, debug=True)
@@ -519,6 +520,7 @@ def test_equal_computations_have_equal_fingerprints(pipe, tiny_model):
     )  # settings of equal results
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("request_", "expected"),
     [

@@ -237,6 +237,7 @@ CONTROL = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stage", "fields"), [
     (EncodeCondition(), {"image": IMAGES["image"]}),
     (EncodeCondition(), IMAGES),

@@ -115,6 +115,7 @@ def test_options_survive_as_text():
 # --- each seam
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "seam"),
     [
@@ -154,6 +155,7 @@ def test_the_first_of_the_setting_is_the_outermost_and_python_is_inside(tiny_mod
     assert [getattr(plug, "low", None) for plug in pipe.seams.predict] == [0.1, 0.2, None]
 
 
+@pytest.mark.slow
 def test_a_listener_hears_and_is_in_no_fingerprint(tiny_model, mine):
     plain, heard = ditkit.load(tiny_model)(PROMPT, seed=3), bring(mine).module.HEARD
     result = ditkit.load(tiny_model, plugs=[f"{mine}:Listen"])(PROMPT, seed=3)

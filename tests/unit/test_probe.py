@@ -33,6 +33,7 @@ def hashes(folder, **setup):
     return {n: probe_of(worker, n)["hash"] for n, s in worker.stages.items() if has_probe(s.components)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_every_stage_of_every_task_has_one_and_it_stays(models, task):
     once = hashes(models(task))

@@ -46,6 +46,7 @@ def without(fields, *names):
     return {key: value for key, value in fields.items() if key not in names}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OFFICIAL)
 @pytest.mark.parametrize("layout", ["native", "diffusers"])
 def test_every_published_transformer(name, layout):

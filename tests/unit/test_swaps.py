@@ -64,6 +64,7 @@ def at(path: str):
 # --- every component, before the load
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EVERY)
 def test_a_swap_sees_a_component_without_data_and_its_result_is_filled(i2v, name):
     seen = []
