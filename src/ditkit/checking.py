@@ -1,7 +1,7 @@
 """Is a State what it says it is? Fields against the field table, counts against each other, before anything runs.
 
 A State may come from a file that was edited, cut together or written by another version. Leaves out: damage of the
-file itself (``state.py``) and whether the model is the right one (``pipeline.py``).
+file itself (``state.py``) and whether the model is the right one (``assembly/model.py``).
 """
 
 from collections.abc import Mapping

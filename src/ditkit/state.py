@@ -3,7 +3,7 @@
 The same State is the wire format, the checkpoint of a half-finished run, the entry of a cache and what two
 experiments are compared on. It saves to one safetensors file and loads from it bit for bit; plain values and
 fingerprints travel in the file's metadata as JSON. Nothing is ever pickled.
-Torch is imported only inside functions. Leaves out: what stages do with it (``pipeline.py``).
+Torch is imported only inside functions. Leaves out: what stages do with it (``execution``).
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def _field(name: str, value: Any) -> Any:
 class State(Mapping[str, Any]):
     """An immutable mapping from field names to tensors, groups of tensors or plain values.
 
-    ``fingerprints`` names, for some fields, the computation that made them (see ``pipeline.py``). Tensors are shared,
+    ``fingerprints`` names, for some fields, the computation that made them (see ``execution/records.py``). Tensors are shared,
     not copied, and must not be written to."""
 
     def __init__(self, fields: Mapping[str, Any] | None = None, fingerprints: Mapping[str, str] | None = None):

@@ -126,3 +126,12 @@ def test_undeclared_reading_is_still_refused(pipe, whole):
 
     with pytest.raises(PipelineError, match="did not declare"):
         pipe.stages.insert(Peeks(), after="decode_latents").run(whole, pipe.components, start="peeks")
+
+
+def test_only_the_name_of_a_scheduler_may_hold_its_code(pipe, whole):
+    """It is NAME@CODE in a record. Any other text with an @ in it is just another text."""
+    record = whole["records"]["decode_latents"]
+    older = {**record, "settings": {**record["settings"], "rounding": "wan@home"}}
+    state = whole.with_fields({"records": {**whole["records"], "decode_latents": older}})
+    _, stages, reasons = ran(pipe, state)
+    assert (stages, reasons) == (["decode_latents"], {"decode_latents": ["rounding was 'wan@home', is 'wan'"]})
