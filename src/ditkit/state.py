@@ -125,8 +125,8 @@ def _field(name: str, value: Any) -> Any:
 class State(Mapping[str, Any]):
     """An immutable mapping from field names to tensors, groups of tensors or plain values.
 
-    ``fingerprints`` names, for some fields, the computation that made them (see ``execution/records.py``). Tensors are shared,
-    not copied, and must not be written to."""
+    ``fingerprints`` names, for some fields, the computation that made them (``execution/records.py``). Tensors are
+    shared, not copied, and must not be written to."""
 
     def __init__(self, fields: Mapping[str, Any] | None = None, fingerprints: Mapping[str, str] | None = None):
         self._fields = {name: _field(name, value) for name, value in (fields or {}).items()}
