@@ -6,18 +6,15 @@ named by the files that hold them (``execution/records.py``).
 
 import dis
 import hashlib
-import importlib.util
-import sys
-import sysconfig
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
-from functools import cache, partial
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path, PurePath
+from functools import partial
+from pathlib import PurePath
 from types import CodeType, FunctionType, MappingProxyType, MethodType, ModuleType
 from typing import Any
 from uuid import uuid4
 
+from ditkit.sources import files_of, is_installed, is_ours, version_of
 from ditkit.state import digest
 
 FORGETS = "forgets its memory: "
@@ -99,13 +96,13 @@ def _named(value: Any, seen: tuple[Any, ...]) -> str:
 def _class(cls: type, seen: tuple[Any, ...]) -> str:
     """Its name, and its code and that of its bases where they are not ditkit's own or of a package that it uses."""
     name, package = f"{cls.__module__}.{cls.__qualname__}", cls.__module__.partition(".")[0]
-    bases = () if _is_ours(cls.__module__) else cls.__mro__
-    own = [b for b in bases if b.__module__.partition(".")[0] == package or not _is_installed(b.__module__)]
+    bases = () if is_ours(cls.__module__) else cls.__mro__
+    own = [b for b in bases if b.__module__.partition(".")[0] == package or not is_installed(b.__module__)]
     if not own or cls in seen:
         return name
     members = [(base, n, v) for base in own for n, v in sorted(vars(base).items()) if n not in _SKIPPED]
     said = {f"{base.__qualname__}.{n}": _member(v, (*seen, cls)) for base, n, v in members}
-    if not _is_installed(type(cls).__module__):
+    if not is_installed(type(cls).__module__):
         said["metaclass"] = _class(type(cls), (*seen, cls))
     return f"{name}@{digest(said)[:16]}"
 
@@ -126,9 +123,9 @@ def _member(value: Any, seen: tuple[Any, ...]) -> Any:
     value = getattr(value, "func", value) if type(value).__name__ == "cached_property" else value
     if hasattr(value, "__wrapped__") and not isinstance(value, FunctionType):  # functools.cache
         value = value.__wrapped__
-    if hasattr(value, "__wrapped__") and _is_installed(value.__globals__.get("__name__", "")):
+    if hasattr(value, "__wrapped__") and is_installed(value.__globals__.get("__name__", "")):
         cells = [_cell(cell.cell_contents, seen) for cell in value.__closure__ or ()]
-        return [value.__code__.co_qualname, _version(value.__globals__["__name__"]), cells]
+        return [value.__code__.co_qualname, version_of(value.__globals__["__name__"]), cells]
     if isinstance(value, FunctionType):
         made = value.__name__ in _MADE and value.__code__.co_filename == "<string>"
         return "" if made else _function(value, seen)
@@ -144,7 +141,7 @@ def _cell(value: Any, seen: tuple[Any, ...]) -> Any:
     if isinstance(value, MethodType):
         return [value.__func__.__qualname__, _cell(value.__self__, seen)]
     kind = type(value).__module__
-    if _is_installed(kind) and kind != "builtins" and hasattr(value, "__dict__"):
+    if is_installed(kind) and kind != "builtins" and hasattr(value, "__dict__"):
         return [f"{kind}.{type(value).__qualname__}", {k: _named(v, seen) for k, v in sorted(vars(value).items())}]
     return _global(value, seen)
 
@@ -168,13 +165,13 @@ def _function(function: FunctionType, seen: tuple[Any, ...]) -> Any:
 
 def _global(value: Any, seen: tuple[Any, ...]) -> Any:
     if isinstance(value, ModuleType):
-        installed = _is_installed(value.__name__)
-        return [value.__name__, _version(value.__name__) if installed else _files(value, {})]
+        installed = is_installed(value.__name__)
+        return [value.__name__, version_of(value.__name__) if installed else files_of(value.__name__)]
     module, name = getattr(value, "__module__", None) or type(value).__module__, getattr(value, "__qualname__", None)
     if name is None and type(value).__qualname__ == "ufunc":  # of numpy
         name = value.__name__
-    if _is_installed(module) and isinstance(name, str) and "<locals>" not in name and callable(value):
-        return f"{module}.{name} {_version(module)}"
+    if is_installed(module) and isinstance(name, str) and "<locals>" not in name and callable(value):
+        return f"{module}.{name} {version_of(module)}"
     if type(value).__module__ == "typing":
         return repr(value)
     return _named(value, seen)
@@ -188,19 +185,14 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
             yield from _codes(inner)
 
 
-def _import(name: str) -> str:
-    """The version of a package, the hash of any other module's file."""
+def _import(name: str) -> Any:
+    """The version of a package, the hashes of any other module's files."""
     package = name.partition(".")[0]
-    if _is_ours(package):
-        return ""
-    try:
-        spec = importlib.util.find_spec(package)
-        if spec is not None and spec.origin and any(Path(spec.origin).is_relative_to(place) for place in _places()):
-            return _version(package)
-        spec = importlib.util.find_spec(name)
-    except (ImportError, ValueError):
-        spec = None
-    return _hash(None if spec is None else spec.origin)
+    if is_ours(package) or is_installed(package):
+        return version_of(package)
+    if not (files := files_of(name)):
+        raise _Unknowable
+    return files
 
 
 def _code(code: CodeType) -> list[Any]:
@@ -213,48 +205,3 @@ def _code(code: CodeType) -> list[Any]:
 
     taken = [code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags]
     return [taken, code.co_code.hex(), list(code.co_names), list(code.co_varnames), [*map(constant, code.co_consts)]]
-
-
-def _is_ours(module: str) -> bool:
-    """Whether a module is ditkit's or Python's own: its version stands in the receipt."""
-    return module.partition(".")[0] in ("ditkit", "builtins", *sys.stdlib_module_names) and module != "__main__"
-
-
-def _places() -> set[str]:
-    """Where packages are installed."""
-    return {sysconfig.get_paths()[key] for key in ("purelib", "platlib", "stdlib")}
-
-
-@cache
-def _is_installed(module: str) -> bool:
-    """Whether a module is ours or an installed package's."""
-    file = getattr(sys.modules.get(module), "__file__", None)
-    inside = file is not None and any(Path(file).is_relative_to(place) for place in _places())
-    return module != "__main__" and (_is_ours(module) or inside)
-
-
-@cache
-def _version(module: str) -> str:
-    package = module.partition(".")[0]
-    try:
-        return "" if _is_ours(module) else version(package)
-    except PackageNotFoundError:
-        return str(getattr(sys.modules.get(package), "__version__", ""))
-
-
-def _files(module: ModuleType, found: dict[str, str]) -> dict[str, str]:
-    """Hashes of the files of ``module`` and of all modules of the user's own that it has imported."""
-    if module.__name__ not in found:
-        found[module.__name__] = _hash(getattr(module, "__file__", None))
-        for value in [*vars(module).values()]:
-            home = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
-            other = sys.modules.get(home) if isinstance(home, str) else None
-            if isinstance(other, ModuleType) and not _is_installed(other.__name__):
-                _files(other, found)
-    return found
-
-
-def _hash(file: str | None) -> str:
-    if file is None or not Path(file).is_file():
-        raise _Unknowable
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()

@@ -10,13 +10,14 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
 from ditkit.errors import SetupError, nearest
+from ditkit.sources import code_sha256
 
 R = TypeVar("R", bound="Row")
 
@@ -108,11 +109,11 @@ class Registry(Mapping[str, R], Generic[R]):
         return f"{dist.name} {dist.version}" if dist else "an installed package"
 
     def code(self, name: str) -> str:
-        """The sha256 of the code that a row was brought with; of an installed one that of its module's file and its
+        """The sha256 of the code that a row was brought with; of an installed one that of its module and its
         package's version. Empty for ditkit's own rows and for a name that nobody brought."""
         if name in self._origins or name not in self:
             return self._origins.get(name, ("", ""))[1]
-        return hashlib.sha256(f"{self.origin(name)} {module_sha256(self._point(name).module)}".encode()).hexdigest()
+        return hashlib.sha256(f"{self.origin(name)} {code_sha256(self._point(name).module)}".encode()).hexdigest()
 
     def pinned(self, name: str) -> str:
         """``name``, with its code where it is not ditkit's own: equal names compute the same."""
@@ -123,15 +124,6 @@ def resolve(text: str) -> Any:
     """The object that ``module:attribute`` names; a file's module may have a name that Python's own way refuses."""
     module, _, attribute = text.partition(":")
     return getattr(importlib.import_module(module), attribute)
-
-
-@cache
-def module_sha256(name: str) -> str:
-    """Of a module's file, which is not imported for that (the packages around it are). Raises ModuleNotFoundError."""
-    spec = importlib.util.find_spec(name)
-    if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(f"No module named {name!r}")
-    return hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()
 
 
 # --- what a person hands over
@@ -178,25 +170,28 @@ class PlugSpec:
         return str(replace(self, sha256=""))
 
     def placed(self) -> Self:
-        """The same code, wherever it is asked for: with the whole path, and its sha256. Nothing is imported. Raises
-        SetupError."""
+        """The same code, wherever it is asked for: with the whole path, and the sha256 of its file. Nothing is
+        imported: what a file imports is looked at when it is brought. Raises SetupError."""
         if not self.is_code:
             return self
         asked, path = f"bringing {self.code}", Path(self.code).expanduser().absolute()
         try:
-            sha256 = hashlib.sha256(path.read_bytes()).hexdigest() if self.is_file else module_sha256(self.code)
+            sha256 = hashlib.sha256(path.read_bytes()).hexdigest() if self.is_file else code_sha256(self.code)
         except (OSError, ModuleNotFoundError) as e:
             found = (e.strerror or str(e)).lower() if isinstance(e, OSError) else str(e)
             raise SetupError(asked, found, "Give a file that ends in .py, or an installed module") from None
-        if not sha256.startswith(self.sha256):
-            found = f"its sha256 is {sha256[:16]}, and {self.sha256[:16]} is asked for"
-            raise SetupError(asked, found, "Look at what has changed, and name it without a hash if you trust it")
-        return replace(self, code=str(path) if self.is_file else self.code, sha256=sha256)
+        if not sha256.startswith(self.sha256[:32] if self.is_file else self.sha256):
+            raise SetupError(asked, f"its sha256 is {sha256[:16]}, and {self.sha256[:16]} is asked for", LOOK)
+        whole = self.sha256 if len(self.sha256) == len(sha256) else sha256
+        return replace(self, code=str(path) if self.is_file else self.code, sha256=whole)
+
+
+LOOK = "Look at what has changed, and name it without a hash if you trust it"
 
 
 @dataclass(frozen=True)
 class Brought:
-    """A module that a person named, and the sha256 of its file."""
+    """A module that a person named. ``sha256``: of its file and of what that imports (``sources.code_sha256``)."""
 
     name: str
     module: ModuleType
@@ -211,52 +206,66 @@ class Brought:
 FILES = "files"
 
 BROUGHT: dict[str, Brought] = {}
-"""What was brought in this process, by sha256; an edited file counts once for each of its contents."""
+"""What was brought in this process, by the half of the sha256 that is its file's; an edited file counts once for each
+of its contents."""
+
+
+def brought(sha256: str) -> Brought | None:
+    """What was brought in this process with that sha256, of the file alone or with what it imports."""
+    found = BROUGHT.get(sha256[:32])
+    known = found and (found.sha256, getattr(found.module, "__sha256__", ""))
+    return found if known and sha256 in known else None
 
 
 def bring(name: str, sha256: str = "") -> Brought:
     """Import ``name``, a file (``my_kind.py``) or an installed module, and make all of its rows known. ``sha256``: what
-    it has to be, looked at before it is run; a whole one that was brought before is not looked for again.
+    it has to be, looked at before it is run; what it imports is looked at after that. A whole one that was brought
+    before is not looked for again.
 
     This runs code: only what a person names on the command line, in the environment, in a config of theirs or in
     Python may come here, never what a State, a manifest or a model's folder says. Raises SetupError."""
     spec = PlugSpec(name, sha256)
-    if sha256 not in BROUGHT:
+    if (found := brought(sha256)) is None:
         spec = spec.placed()
-    found = BROUGHT.get(spec.sha256) or Brought(name, _imported(spec), spec.sha256)
+        found = brought(spec.sha256) or _imported(spec)
     for registry in Registry.every:
-        registry.remove(spec.code, but=spec.sha256)
+        registry.remove(spec.code, but=found.sha256)
     for row in found.rows:
-        row.registry.add(row, spec.code, spec.sha256)
-    return BROUGHT.setdefault(spec.sha256, found)
+        row.registry.add(row, spec.code, found.sha256)
+    return BROUGHT.setdefault(found.sha256[:32], found)
 
 
 def known_code() -> dict[str, dict[str, str]]:
     """The code that is known here and is not ditkit's own: files by sha256, and for each kind of row its code by name.
     Plain values."""
-    files = {sha256: Path(brought.name).name for sha256, brought in BROUGHT.items()}
+    files = {brought.sha256: Path(brought.name).name for brought in BROUGHT.values()}
     rows = {of.group: {name: code for name in of if (code := of.code(name))} for of in Registry.every}
     return {FILES: files, **rows}
 
 
-def _imported(spec: PlugSpec) -> ModuleType:
+def _imported(spec: PlugSpec) -> Brought:
     """A file's module has a name that tells its content and not its place: two machines call its classes the same."""
+    asked = f"bringing {spec.code}"
     try:
         if not spec.is_file:
-            return importlib.import_module(spec.code)
+            return Brought(spec.code, importlib.import_module(spec.code), spec.sha256)
         data = Path(spec.code).read_bytes()
-        if hashlib.sha256(data).hexdigest() != spec.sha256:
+        sha256 = hashlib.sha256(data).hexdigest()
+        if sha256[:32] != spec.sha256[:32]:
             raise OSError("it was changed a moment ago")
-        name = f"ditkit_plug_{Path(spec.code).stem}_{spec.sha256[:16]}"
+        name = f"ditkit_plug_{Path(spec.code).stem}_{sha256[:16]}"
         about = importlib.util.spec_from_file_location(name, spec.code)
         assert about is not None
         module = sys.modules[name] = importlib.util.module_from_spec(about)
-        module.__sha256__ = spec.sha256  # type: ignore[attr-defined]
+        module.__sha256__ = sha256  # type: ignore[attr-defined]
         try:
             exec(compile(data, spec.code, "exec"), module.__dict__)
         except BaseException:
             del sys.modules[name]
             raise
-        return module
-    except Exception as e:
-        raise SetupError(f"bringing {spec.code}", f"it fails with {type(e).__name__}: {e}", "Correct it") from e
+        whole = code_sha256(name, sha256)
+    except (Exception, SystemExit) as e:
+        raise SetupError(asked, f"it fails with {type(e).__name__}: {e}", "Correct it") from e
+    if spec.sha256 not in (sha256, whole):
+        raise SetupError(asked, "the file is the one that is asked for, and what it imports is not", LOOK)
+    return Brought(spec.code, module, whole)

@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -191,8 +192,9 @@ def trusted(script: Script, given: Iterable[str]) -> list[str]:
             if not same:
                 do = f"If you trust it, name it: --plug {spec.code}"
                 raise StateError(asked, f"it was made with {spec.short}, code that a clip may not start", do)
-            used.add(same[0])
-            spec = replace(spec, code=same[0].code, sha256=same[0].sha256)
+            one = min(same, key=partial(_distance, spec))
+            used.add(one)
+            spec = replace(spec, code=one.code, sha256=one.sha256)
         found.append(str(spec))
     if idle := [one for one in named if one not in used]:
         raise StateError(f"{asked} with --plug {idle[0]}", "it was made without that", "Leave it out")
@@ -204,6 +206,12 @@ def _names(one: PlugSpec, spec: PlugSpec) -> bool:
     return Path(one.code).name == Path(spec.code).name if spec.is_file else one.code == spec.code
 
 
+def _distance(spec: PlugSpec, one: PlugSpec) -> tuple[bool, bool]:
+    """Of several files of one name the nearest is the one that holds the same, then the one that lies there."""
+    there = one.placed()
+    return there.sha256[:32] != spec.sha256[:32], there.code != spec.code
+
+
 def _plain(seams: Mapping[str, Any]) -> dict[str, list[str]]:
     """What was plugged in, whatever its code."""
     return {seam: [re.sub("@[0-9a-f]{16,64}", "", str(plug)) for plug in each] for seam, each in seams.items() if each}
@@ -211,9 +219,11 @@ def _plain(seams: Mapping[str, Any]) -> dict[str, list[str]]:
 
 def plug_differences(script: Script, pipe: Pipeline) -> list[str]:
     """Plugs and stages whose code is not that of the clip."""
-    then = {one["plug"]: one.get("sha256") for one in script.manifest.get("plugged", []) if "plug" in one}
-    now = {one["plug"]: one["sha256"] for one in told(pipe.setup.plugs)}
-    return [f"the code of {name} is not what it was" for name, code in now.items() if then.get(name, code) != code]
+    then: dict[str, list[str]] = {}
+    for one in script.manifest.get("plugged", []):
+        then.setdefault(one.get("plug", ""), []).append(one.get("sha256"))
+    now = [(one["plug"], one["sha256"]) for one in told(pipe.setup.plugs)]
+    return [f"the code of {name} is not what it was" for name, code in now if code not in then.get(name, [code])]
 
 
 def check_weights(script: Script, pipe: Pipeline) -> None:

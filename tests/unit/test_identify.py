@@ -73,7 +73,9 @@ def test_code_of_a_module_beside_counts(tmp_path, monkeypatch):
     (tmp_path / "plug_a.py").write_text("import beside_a\ndef plug(inner):\n    return beside_a.f(inner)\n")
     before = identify(importlib.import_module("plug_a").plug)
     assert identify(importlib.import_module("plug_a").plug) == before
-    (tmp_path / "beside_a.py").write_text("def f(x):\n    return x * 3\n")
+    (tmp_path / "beside_a.py").write_text("def f(x):\n    return x * 33\n")
+    assert identify(importlib.import_module("plug_a").plug) == before, "what was imported is what runs"
+    importlib.reload(sys.modules["beside_a"])
     assert identify(importlib.import_module("plug_a").plug) != before
     for name in ("plug_a", "beside_a"):
         del sys.modules[name]
@@ -168,7 +170,8 @@ def test_a_module_behind_a_module_counts(tmp_path, monkeypatch):
     module = importlib.import_module("plug_b")
     before = identify(module.plug), identify(module.late)
     assert before == (identify(module.plug), identify(module.late))
-    (tmp_path / "behind_b.py").write_text("def f(x):\n    return x * 3\n")
+    (tmp_path / "behind_b.py").write_text("def f(x):\n    return x * 33\n")
+    importlib.reload(sys.modules["behind_b"])
     after = identify(module.plug), identify(module.late)
     assert before[0] != after[0]
     assert before[1] != after[1]

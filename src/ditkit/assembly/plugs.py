@@ -20,7 +20,7 @@ from ditkit.contracts import Seams, Swap
 from ditkit.errors import RequestError, SetupError, StateError, nearest
 from ditkit.events import Listener
 from ditkit.execution.stage_list import SOURCES, Stage, StageList
-from ditkit.registry import BROUGHT, Brought, PlugSpec, Registry, Row, bring
+from ditkit.registry import Brought, PlugSpec, Registry, Row, bring, brought
 from ditkit.request import Request
 from ditkit.setup import Setup
 
@@ -101,12 +101,12 @@ def plugs_of(texts: Iterable[str]) -> list[Plug]:
     afterwards. Of a whole file or module its plugs and placed stages are meant, but for those that are named one by one
     too. Raises SetupError."""
     specs = [PlugSpec.parse(text) for text in texts]
-    brought = {spec: _of_code(spec, bring(spec.code, spec.sha256)) for spec in specs if spec.is_code}
+    of_code = {spec: _of_code(spec, bring(spec.code, spec.sha256)) for spec in specs if spec.is_code}
     named = {spec.code for spec in specs if not spec.is_code}
     found: list[Plug] = []
     for spec in specs:
-        plugs = brought[spec] if spec in brought else [_of_name(spec)]
-        found += [plug for plug in plugs if spec.attribute or spec not in brought or plug.row.name not in named]
+        plugs = of_code[spec] if spec in of_code else [_of_name(spec)]
+        found += [plug for plug in plugs if spec.attribute or spec not in of_code or plug.row.name not in named]
     return found
 
 
@@ -226,7 +226,8 @@ def told(texts: Iterable[str]) -> list[dict[str, str]]:
     for spec in map(PlugSpec.parse, texts):
         registry: Registry[Any] = PLUGS if spec.code in PLUGS else STAGES
         name = os.path.basename(spec.code) if spec.is_file else spec.code
-        code, path = (spec.sha256, spec.code) if spec.is_code else (registry.code(name), registry.origin(name))
+        here = brought(spec.sha256) if spec.is_code else None
+        code, path = (here.sha256, spec.code) if here else (registry.code(name), registry.origin(name))
         found.append({"plug": replace(spec, code=name).short, "sha256": code, "path": path})
     return found
 
@@ -248,9 +249,10 @@ def received(texts: Iterable[str]) -> Seams:
     plugs: list[Plug] = []
     for text in texts:
         spec = PlugSpec.parse(text)
-        if spec.is_code and spec.sha256 not in BROUGHT:
+        code = brought(spec.sha256) if spec.is_code else None
+        if spec.is_code and code is None:
             raise SetupError(f"the plug {spec.short}", "this end was started without that code", START_WITH)
-        plugs += _of_code(spec, BROUGHT[spec.sha256]) if spec.is_code else [_of_name(spec)]
+        plugs += _of_code(spec, code) if code is not None else [_of_name(spec)]
     if wrong := [plug for plug in plugs if plug.seam in ("stage", "listener")]:
         raise SetupError(f"the plug {wrong[0].row.name!r}", f"a {wrong[0].seam} is in no job", "Leave it out")
     return _around(plugs, Seams())

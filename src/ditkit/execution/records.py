@@ -17,6 +17,7 @@ from typing import Any
 from ditkit.events import SILENT, Events
 from ditkit.execution.stage import Stage, known_settings, writes_of
 from ditkit.identify import forgets
+from ditkit.sources import files_of
 from ditkit.state import State, digest, kind_of
 
 Record = dict[str, Any]
@@ -29,19 +30,19 @@ def options_of(stage: Stage) -> dict[str, Any]:
 
 
 def code_of(stage: Stage) -> str:
-    """Stands for the classes of the stage: their names and the files that hold them. Empty where these do not tell all
-    that it computes: a class that is in no file (a notebook) or is made in a function, or attributes that are no fields
-    of a dataclass."""
+    """Stands for the classes of the stage: their names, the files that hold them and what these import. Empty where
+    that does not tell all that it computes: a class that is in no file (a notebook) or is made in a function, or
+    attributes that are no fields of a dataclass."""
     if not dataclasses.is_dataclass(stage) and getattr(stage, "__dict__", None):
         return ""
-    names, files = list[str](), dict[str, str | None]()
+    names, files, imported = list[str](), dict[str, str | None](), dict[str, str]()
     for cls in type(stage).__mro__:
         if cls.__module__ in ("builtins", "typing"):
             continue
         names.append(f"{cls.__module__}.{cls.__qualname__}")
         module = sys.modules.get(cls.__module__)
         # What was imported, where that is known; the file may have been edited since.
-        files[getattr(module, "__file__", None) or ""] = getattr(module, "__sha256__", None)
+        files[getattr(module, "__file__", None) or ""] = files_of(cls.__module__, imported).pop(cls.__module__, None)
         own = [getattr(value, "fget", value) for name, value in vars(cls).items() if not name.startswith("__")]
         codes = [getattr(inspect.unwrap(value), "__code__", None) for value in own if callable(value)]
         for code in filter(None, codes):  # a decorator may hide a function
@@ -49,7 +50,8 @@ def code_of(stage: Stage) -> str:
     if any("<locals>" in name for name in names) or not all(Path(file).is_file() for file in files):
         return ""
     hashes = [sha256 or hashlib.sha256(Path(file).read_bytes()).hexdigest() for file, sha256 in files.items()]
-    return hashlib.sha256("\n".join([*names, *hashes]).encode()).hexdigest()
+    more = [f"{name} {what}" for name, what in sorted(imported.items())]
+    return hashlib.sha256("\n".join([*names, *hashes, *more]).encode()).hexdigest()
 
 
 def record_of(
