@@ -21,9 +21,16 @@ def split(state: State, table: Mapping[str, Field] = FIELDS) -> list[State]:
     for name, value in state.items():
         for part, own in zip(parts, _divide(name, value, state, n, table), strict=True):
             part[name] = own
-    own = [name for name in state if state.fingerprints.get(name)]
-    clips = [State(part, {k: digest(state.fingerprints[k], i, n) for k in own}) for i, part in enumerate(parts)]
+    prints = {name: _prints(whole, n) for name, whole in state.fingerprints.items() if whole}
+    clips = [State(part, {k: own[i] for k, own in prints.items() if own[i]}) for i, part in enumerate(parts)]
     return [_rebased(clip, state) for clip in clips]
+
+
+def _prints(whole: str, n: int) -> list[str]:
+    """The fingerprints of ``n`` clips: their own where ``whole`` was joined of them, new ones where a stage made them
+    together."""
+    joined = whole.split("+")
+    return joined if len(joined) == n else [digest(whole, i, n) for i in range(n)]
 
 
 def _rebased(new: State, old: State) -> State:
@@ -60,7 +67,7 @@ def join(states: Sequence[State], table: Mapping[str, Field] = FIELDS) -> State:
     Raises StateError for a field that differs between the clips and is not described as one entry for each."""
     if len(states) == 1:
         return states[0]
-    prints = {k: digest([s.fingerprints.get(k, "") for s in states]) for k in states[0].fingerprints}
+    prints = {k: "+".join(s.fingerprints.get(k, "") for s in states) for k in states[0].fingerprints}
     some = (name for state in states[1:] for name in state if _how(name, table) == "names")
     names = dict.fromkeys((*states[0], *some))
     joined = State({name: _unite(name, states, table) for name in names if name != "records"}, prints)

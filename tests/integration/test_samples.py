@@ -105,6 +105,23 @@ def test_going_on_with_several_clips(pipe, scheduler, batched):
         again = pipe.run(State.from_bytes(half.to_bytes())).state
         assert torch.equal(again["latents"], whole["latents"]), k
         assert torch.equal(again["video"], whole["video"]), k
+        assert again.fingerprints == whole.fingerprints, k
+        assert again["records"] == whole["records"], k
+    through = pipe.run(State.from_bytes(whole.to_bytes())).state
+    assert through.equal(whole)
+    assert through.fingerprints == whole.fingerprints
+    for k in (1, 2, 3):
+        state = pipe.run(State.from_bytes(state.to_bytes()), stop_at_step=k).state
+    assert pipe.run(state).state.fingerprints == whole.fingerprints, "in four parts"
+
+
+@pytest.mark.parametrize("until", ["encode_text", "denoise"])
+def test_slices_of_several_clips_have_the_fingerprints_of_the_whole(pipe, until):
+    whole = all_of_them(pipe)
+    half = pipe.run(begin(pipe, prompt=PROMPTS, negative_prompt=NEGATIVES, seed=SEEDS), until=until).state
+    again = pipe.run(half).state
+    assert again.equal(whole)
+    assert again.fingerprints == whole.fingerprints
 
 
 def test_an_interrupted_series_keeps_what_is_finished(pipe):
@@ -131,10 +148,12 @@ def test_split_and_join_are_inverse(pipe):
         begin(pipe, prompt=PROMPTS),
     ):
         back = samples.join(samples.split(state))
-        # Fingerprints of pieces are other ones, and records speak of them.
         assert State(dict(back.without("records"))).to_bytes() == State(dict(state.without("records"))).to_bytes()
         assert [s.name for s in pipe.stages.stages if pipe.stages.outdated(s, back)] == []
         assert set(back.fingerprints) == set(state.fingerprints), "what has a fingerprint keeps one"
+        once_more = samples.join(samples.split(back))
+        assert once_more.fingerprints == back.fingerprints
+        assert once_more.equal(back)
         assert samples.count(state) == len(samples.split(state)) == 3
 
 

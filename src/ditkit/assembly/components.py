@@ -117,9 +117,10 @@ class Components(Mapping[str, Any]):
         return hashlib.sha256(json.dumps(about, sort_keys=True, default=list).encode()).hexdigest()
 
     def _how(self, name: str) -> list[Any]:
-        """What changes how its weights compute, as plain values; nothing for a part without policy and swaps."""
-        swaps = [swap.fingerprint for swap in self.swaps(name)]
-        return [self.setup.dtype_policy, swaps] if name in EXPERTS else [swaps] if swaps else []
+        """What changes how its weights compute, as plain values; nothing for a part without policy and swaps. The
+        policy ``wan`` has its first name here: the fingerprints in saved States hold it."""
+        swaps, policy = [swap.fingerprint for swap in self.swaps(name)], self.setup.dtype_policy
+        return ["official" if policy == "wan" else policy, swaps] if name in EXPERTS else [swaps] if swaps else []
 
     def _make(self, name: str) -> Any:
         part = self.model.parts[name]
