@@ -2,7 +2,8 @@
 
 import difflib
 import importlib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Self
 
 
@@ -12,11 +13,24 @@ class DitkitError(Exception):
     exit_code = 1
 
     def __init__(self, asked: str, found: str, do: str):
+        do = do[:1].upper() + do[1:]
         super().__init__(f"{asked}: {found}. {do}.")
         self.asked, self.found, self.do = asked, found, do
 
     def __reduce__(self) -> tuple[type[Self], tuple[str, str, str]]:  # survives pickling between processes
         return type(self), (self.asked, self.found, self.do)
+
+
+@contextmanager
+def noted(doing: str) -> Iterator[None]:
+    """Note on an error that is none of ditkit's, such as one of a plug, what was being done."""
+    try:
+        yield
+    except DitkitError:
+        raise
+    except Exception as e:
+        e.add_note(doing)
+        raise
 
 
 class UserError(DitkitError, ValueError):

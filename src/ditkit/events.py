@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Self
 
-from ditkit.errors import PipelineError, StateError
+from ditkit.errors import PipelineError, StateError, noted
 from ditkit.event_table import ELSEWHERE, ENDS, EVENTS, fault_of
 
 
@@ -80,7 +80,9 @@ class Events:
     def send(self, event: Event) -> None:
         """An event that is made already."""
         for listener in self.listeners:
-            listener(event)
+            name = getattr(listener, "__qualname__", type(listener).__qualname__)
+            with noted(f"telling the listener {name} of {event.name}"):
+                listener(event)
 
     @contextmanager
     def span(self, name: str, /, **values: Any) -> Iterator[None]:

@@ -2,6 +2,7 @@
 (``every=2,mode=fast``) or as plain values, held against their types."""
 
 import json
+import math
 import re
 import tomllib
 import typing
@@ -15,7 +16,7 @@ from pydantic.errors import PydanticSchemaGenerationError
 
 from ditkit.errors import DitkitError, SetupError, UserError, nearest
 
-_PIECE = re.compile(r"""((?:"[^"]*"|'[^']*'|\[[^\]]*\]|\{[^}]*\}|[^,"'\[{])+)(?:,|$)""")
+_TOKEN = re.compile(r"""("(?:[^"\\]|\\.)*"|'[^']*'|.)""", re.S)
 
 
 def fields_of(cls: Any) -> dict[str, Field[Any]]:
@@ -50,6 +51,8 @@ def made(cls: Any, given: str | Mapping[str, Any], what: str, error: type[UserEr
         raise
     except (TypeError, ValueError) as e:
         raise error(what, f"it refuses its options ({e})", "Correct them") from e
+    except Exception as e:
+        raise error(what, f"making it fails with {type(e).__name__}: {e}", "Correct it, or leave it out") from e
 
 
 def as_text(values: Mapping[str, Any]) -> str:
@@ -62,14 +65,25 @@ def _read(text: str, what: str, error: type[UserError]) -> dict[str, tuple[Any, 
     found: dict[str, tuple[Any, ...]] = {}
     if not text.strip():
         return found
-    pieces = _PIECE.findall(text)
-    for piece in pieces if sum(len(piece) + 1 for piece in pieces) > len(text) else [text]:
+    for piece in _pieces(text):
         name, equals, value = (part.strip() for part in piece.partition("="))
         if not equals or not name or name in found:
             raise error(f"options {text!r} of {what}", f"{piece.strip()!r} is not one of the form OPTION=VALUE, once "
                         "each", "Write OPTION=VALUE,OPTION=VALUE")  # fmt: skip
         found[name] = (*([None] if value == "none" else toml_values(value)), value)
     return found
+
+
+def _pieces(text: str) -> list[str]:
+    """``text``, cut at the commas that stand in no quotes and no brackets."""
+    pieces, depth = [""], 0
+    for token in _TOKEN.findall(text):
+        depth += (token in ("[", "{")) - (token in ("]", "}"))
+        if token == "," and depth <= 0:
+            pieces.append("")
+        else:
+            pieces[-1] += token
+    return pieces
 
 
 def toml_values(text: str) -> list[Any]:
@@ -103,7 +117,9 @@ def _toml(value: Any) -> str:
     if value is None:
         return "none"
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{json.dumps(k)} = {_toml(v)}" for k, v in value.items()) + "}"
+        return "{" + ", ".join(f"{_toml(k)} = {_toml(v)}" for k, v in value.items()) + "}"
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_toml, value))}]"
-    return json.dumps(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)  # inf, -inf, nan
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -110,7 +110,7 @@ class Request(Settings):
     height: int = default(480, "Wan2.1 generate.py --size 832*480", "a height in pixels, a multiple of 16", ge=1)
     frames: int = default(81, "Wan2.1 generate.py --frame_num", "a number of frames of the form 4n + 1", ge=1)
     fps: int = default(16, "Wan2.1 shared_config sample_fps", "frames for each second, 1 or more", ge=1)
-    steps: int = default(50, "Wan2.1 generate.py --sample_steps", "a number of denoising steps, 1 or more",
+    steps: int = default(50, "Wan2.1 generate.py --sample_steps", f"a number of denoising steps, from 1 to {MAX_STEPS}",
                          ge=1, le=MAX_STEPS)
     guidance_scale: Scale = default(5.0, "Wan2.1 generate.py --sample_guide_scale",
                                     "a finite number of at least 0; 1 turns guidance off")

@@ -87,6 +87,11 @@ class RunPlugs:
             owner = owner.replace("%", "%25").replace("/", "%2F")  # a slash is where the name of a tensor begins
             run = PlugContext(name, seam, expert, branch, self._memory(owner), self.events, self.settings)
             inner = wrapper(inner, run) if takes_run(wrapper) else wrapper(inner)
+            if not callable(inner):
+                found = f"it gave {type(inner).__name__}, which cannot be called"
+                raise PipelineError(
+                    f"plugging {name} into the seam {seam}", found, "Return a function like the one given"
+                )
         return inner
 
     def _memory(self, owner: str) -> Memory:

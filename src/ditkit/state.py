@@ -232,7 +232,10 @@ class State(Mapping[str, Any]):
         sound = sound and all(isinstance(f, str) for f in fingerprints.values())
         if not sound or len({*plain, *single, *groups}) < len(plain) + len(single) + len(groups):  # a name twice
             raise StateError(asked, "its description is damaged", again)
-        return cls({**_today(plain), **single, **groups}, fingerprints)
+        try:
+            return cls({**_today(plain), **single, **groups}, fingerprints)
+        except ValueError as e:  # a setting by two names
+            raise StateError(asked, str(e), again) from None
 
     def save(self, path: str | os.PathLike[str], durable: bool = False) -> Path:
         """Write one file (``write_whole``). Raises OutputError."""

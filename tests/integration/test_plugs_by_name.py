@@ -308,6 +308,15 @@ def test_a_mistake_is_one_sentence(call, model, mine, words, said):
     assert found.err.count("\n") == 1
 
 
+def test_a_fault_in_a_plug_of_a_child_process_says_whose_it_is(model):
+    plugs = [f"{Path(__file__).parents[1] / 'plugs' / 'broken.py'}:NotRun"]
+    pipe = ditkit.load(model, plugs=plugs, placement={"denoise": "process:cpu"})
+    said = r"running stage 'denoise' with broken.py:NotRun plugged in \(at process:cpu\): it failed with KeyError"
+    with pytest.raises(PlaceError, match=said):
+        pipe(PROMPT, steps=2)
+    pipe.places.close()
+
+
 # --- replay
 
 
@@ -339,6 +348,21 @@ def test_a_clip_starts_no_code_and_replays_once_somebody_names_it(call, model, m
     other = call("replay", made, "--plug", moved)
     assert other.code == 1
     assert "the code of my_plugs.py:Skip:block=0 is not what it was" in other.out
+
+
+def test_two_files_of_one_name_replay_each_as_its_own(call, model, tmp_path):
+    body = "class P:\n    seam = 'predict'\n    def __call__(self, f): return lambda x, step: f(x, step) * {}\n"
+    for folder, factor in (("a", 0.9), ("b", 1.2)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "p.py").write_text(body.format(factor))
+    made = clip(call, model, "--plug", "a/p.py:P", "--plug", "b/p.py:P")
+    for words in (("a/p.py", "b/p.py"), ("b/p.py", "a/p.py")):
+        said = call("replay", made, "--plug", words[0], "--plug", words[1], "--quiet")
+        assert (said.code, said.err) == (0, "")
+    (tmp_path / "b" / "p.py").write_text(body.format(1.3))
+    said = call("replay", made, "--plug", "b/p.py", "--plug", "a/p.py", "--quiet")
+    assert said.code == 1
+    assert "the code of p.py:P is not what it was" in said.out
 
 
 def test_registered_names_replay_as_they_are(call, model, mine):

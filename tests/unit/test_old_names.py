@@ -1,5 +1,6 @@
 """Earlier names of settings are still read: in keywords, flags, configs, environment, States, manifests and runs."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from safetensors import safe_open
 import ditkit
 from ditkit import config
 from ditkit.cli.main import _today
-from ditkit.errors import RequestError, SetupError
+from ditkit.errors import RequestError, SetupError, StateError
 from ditkit.request import OLD_NAMES, Request
 from ditkit.setup import Setup
 from ditkit.state import State
@@ -42,6 +43,15 @@ def test_both_names_at_once_are_refused():
         Request.of({"solver": "unipc", "scheduler": "unipc"})
     with pytest.raises(SetupError, match="given before"):
         config.text_layer([("solver", "a", "flag", True), ("scheduler", "b", "flag", True)])
+
+
+def test_a_state_with_both_names_is_damaged():
+    state = State({"request": {"scheduler": "unipc"}}).to_bytes()
+    for both in (b'"solver": "unipc", "scheduler": "unipc"', b'"schedule": "official", "convention": "wan"'):
+        damaged = State({"request": json.loads(b"{" + both + b"}")}).to_bytes()
+        assert State.from_bytes(state)["request"] == {"scheduler": "unipc"}
+        with pytest.raises(StateError, match=r"was given twice, also by its earlier name\. Save the State again"):
+            State.from_bytes(damaged)
 
 
 def test_a_fault_is_told_by_the_name_that_was_given():

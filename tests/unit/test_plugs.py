@@ -5,17 +5,20 @@ from __future__ import annotations
 import importlib
 import shutil
 import sys
+from dataclasses import make_dataclass
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import strategies as st
 
 import ditkit
 from ditkit import options, registry
 from ditkit.assembly import PLUGS, STAGES, TASKS, PlugRow
 from ditkit.assembly.plugs import plugs_of, received, texts_of
 from ditkit.contracts import Seams
-from ditkit.errors import RequestError, SetupError, StateError
+from ditkit.errors import PipelineError, RequestError, SetupError, StateError
 from ditkit.nn.attention import ATTENTION, sdpa
 from ditkit.registry import PlugSpec, Registry, bring
 from ditkit.schedulers import SCHEDULERS, make
@@ -102,14 +105,21 @@ def test_options_are_typed_by_their_fields(mine):
 
 
 VALUES = {"a": 1, "b": 2.5, "c": "x, y=z", "d": True, "e": (1, 2), "f": None, "g": 'a "word"'}
+KINDS = {"a": int, "b": float, "c": str, "d": bool, "e": tuple[int, ...], "f": int | None, "g": str}
+TEXTS = st.text(alphabet=st.characters(codec="utf-8"), max_size=6) | st.text("\"'\\,=[]{} a\x7f\n", max_size=6)
 
 
 def test_options_survive_as_text():
-    from dataclasses import make_dataclass
-
-    kinds = {"a": int, "b": float, "c": str, "d": bool, "e": tuple[int, ...], "f": int | None, "g": str}
-    cls = make_dataclass("Some", [*kinds.items()], frozen=True)
+    cls = make_dataclass("Some", [*KINDS.items()], frozen=True)
     assert options.typed(cls, options.as_text(VALUES), "x") == VALUES
+
+
+@hypothesis.given(TEXTS, st.floats(), st.lists(TEXTS), st.dictionaries(TEXTS, st.lists(st.floats())))
+def test_any_option_survives_as_text(text, number, words, table):
+    cls = make_dataclass("Any", [("a", str), ("b", float), ("c", list[str]), ("d", dict[str, list[float]])])
+    values = {"a": text, "b": number, "c": words, "d": table}
+    assert repr(options.typed(cls, options.as_text(values), "x")) == repr(values)
+    assert repr(options.typed(cls, values, "x")) == repr(values)
 
 
 # --- each seam
@@ -446,6 +456,39 @@ def test_a_job_brings_no_code(mine, tmp_path):
 def test_what_cannot_be_plugged_in(tiny_model, mine, rows, text, said):
     with pytest.raises(SetupError, match=said):
         ditkit.load(tiny_model, plugs=[text.format(mine=mine, rows=rows)])
+
+
+BROKEN = Path(__file__).parents[1] / "plugs" / "broken.py"
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "said"),
+    [
+        ("NotMade", SetupError, "the plug 'NotMade': making it fails with RuntimeError: no such device"),
+        ("NotWrapped", ValueError, "not today"),
+        ("NotGiven", PipelineError, "plugging NotGiven into the seam attend: it gave NoneType"),
+        ("NotRun", KeyError, "missing"),
+        ("NotMatched", ZeroDivisionError, "by nothing"),
+        ("NotHeard", LookupError, "load.fail"),
+        ("Forgotten", PipelineError, "running stage 'forgotten': it returned NoneType. Return a dict of"),
+        ("Listed", PipelineError, "running stage 'listed': it returned list. Return a dict of"),
+        ("Raised", KeyError, "no such word"),
+    ],
+)
+def test_a_fault_in_a_plug_says_whose_it_is(tiny_model, name, kind, said):
+    with pytest.raises(kind, match=said) as fault:
+        ditkit.load(tiny_model, plugs=[f"{BROKEN}:{name}"])(PROMPT, steps=2)
+    noted = " ".join(getattr(fault.value, "__notes__", [said]))
+    places = {"Raised": "running stage 'raised'", "NotMatched": "making the swap 'NotMatched' in WanTransformer",
+              "NotHeard": "telling the listener NotHeard of load.fail"}  # fmt: skip
+    assert places.get(name, name.lower() if kind is PipelineError else name).lower() in noted.lower()
+
+
+@pytest.mark.parametrize("stop", [1.0, "1", True, -1])
+def test_a_step_to_stop_at_is_a_whole_number(tiny_model, stop):
+    pipe = ditkit.load(tiny_model)
+    with pytest.raises(PipelineError, match=f"stop_at_step={stop!r}: .* Give a whole number, 0 or more"):
+        pipe.run(pipe.begin(pipe.model.request({"prompt": PROMPT})), stop_at_step=stop)
 
 
 @pytest.mark.parametrize(

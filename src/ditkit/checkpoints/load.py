@@ -21,7 +21,7 @@ from ditkit.checkpoints.files.stored import DTYPES
 from ditkit.checkpoints.files.text import some
 from ditkit.checkpoints.views.source import Stored, TensorSource, no_inspection
 from ditkit.contracts import Swap
-from ditkit.errors import LoadError, SetupError
+from ditkit.errors import LoadError, SetupError, noted
 
 Device = torch.device | str
 Slot = tuple[nn.Module, str]
@@ -83,13 +83,14 @@ def load_into(
 def apply_swaps(module: nn.Module, swaps: Iterable[Swap]) -> None:
     """Replace every module that a swap matches. Raises SetupError for a swap that matches none."""
     for swap in swaps:
-        found = [name for name, child in module.named_modules() if name and swap.match(name, child)]
-        if not found:
-            told = f"it matches no module of {type(module).__name__}"
-            raise SetupError(f"swap {swap.name!r}", told, "Compare with named_modules()")
-        for name in found:
-            path, _, leaf = name.rpartition(".")
-            setattr(module.get_submodule(path), leaf, swap.make(module.get_submodule(name)))
+        with noted(f"making the swap {swap.name!r} in {type(module).__name__}"):
+            found = [name for name, child in module.named_modules() if name and swap.match(name, child)]
+            if not found:
+                told = f"it matches no module of {type(module).__name__}"
+                raise SetupError(f"swap {swap.name!r}", told, "Compare with named_modules()")
+            for name in found:
+                path, _, leaf = name.rpartition(".")
+                setattr(module.get_submodule(path), leaf, swap.make(module.get_submodule(name)))
 
 
 @dataclass

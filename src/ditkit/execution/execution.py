@@ -45,8 +45,10 @@ class Execution:
     identities: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.stop_at_step is not None and self.stop_at_step < 0:
-            raise PipelineError(f"stop_at_step={self.stop_at_step}", "no step comes before the first", "Give 0 or more")
+        stop = 0 if self.stop_at_step is None else self.stop_at_step
+        if type(stop) is not int or stop < 0:
+            found = "no step comes before the first" if isinstance(stop, int) else "it is no whole number"
+            raise PipelineError(f"stop_at_step={stop!r}", found, "Give a whole number, 0 or more")
         self.state = wanted(self.stages, self.state)
 
     def run(self) -> State:

@@ -32,12 +32,15 @@ class Call:
     """A place that is ready for a StageCall: ``with call: call.take(call.run())``, then ``result``.
 
     Whoever has it runs it, so that nothing stands between the run and its stage. ``run`` raises what the stage raises,
-    and KeyboardInterrupt where nothing can be kept. ``conclude``: what ``run`` returned as a StageResult."""
+    and KeyboardInterrupt where nothing can be kept. ``conclude``: what ``run`` returned as a StageResult. ``where``:
+    what is noted on an error that is none of ditkit's, such as one of a plug."""
 
     result: StageResult
 
-    def __init__(self, run: Callable[[], Any], conclude: Callable[[Any], StageResult]):
-        self.run, self._conclude, self._stopped = run, conclude, False
+    def __init__(
+        self, run: Callable[[], Any], conclude: Callable[[Any], StageResult], where: Callable[[], str] | None = None
+    ):
+        self.run, self._conclude, self._where, self._stopped = run, conclude, where, False
 
     def take(self, returned: Any) -> None:
         """Raises KeyboardInterrupt for a stage that was stopped; it goes no further than ``with``."""
@@ -50,6 +53,8 @@ class Call:
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> bool:
+        if self._where is not None and isinstance(error, Exception) and not isinstance(error, DitkitError):
+            error.add_note(self._where())
         return self._stopped and isinstance(error, KeyboardInterrupt)
 
 
@@ -111,7 +116,8 @@ class Here:
 
     def call(self, task: StageCall) -> Call:
         stage, ctx = task.stage, Context(task, self.components)
-        return Call(partial(stage.run, Only(task.inputs, readable(stage), stage.name, "field"), ctx), ctx.result)
+        run = partial(stage.run, Only(task.inputs, readable(stage), stage.name, "field"), ctx)
+        return Call(run, ctx.result, ctx.doing)
 
     def run(self, task: StageCall) -> StageResult:
         with self.call(task) as call:
@@ -127,7 +133,11 @@ def fingerprint_in(components: Mapping[str, Any], name: str) -> str:
 
 def checked(stage: Stage, outcome: StageResult) -> StageResult:
     """Raises PipelineError when what a stage wrote is not what it declares."""
-    written, allowed = outcome.written, {*stage.writes, *stage.may_write}
+    written: Any = outcome.written  # what a stage returned
+    allowed = {*stage.writes, *stage.may_write}
+    if not isinstance(written, Mapping):
+        found = f"it returned {type(written).__name__}"
+        raise PipelineError(f"running stage {stage.name!r}", found, "Return a dict of the fields that it writes")
     undeclared, unwritten = sorted(set(written) - allowed), [n for n in stage.writes if n not in written]
     if undeclared or unwritten:
         wrote, left_out = ", ".join(undeclared), ", ".join(unwritten)

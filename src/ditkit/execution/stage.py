@@ -1,5 +1,6 @@
 """Stage: what a step of a pipeline declares, and what it is given when it runs. The stages are in ``stages/``."""
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -208,6 +209,11 @@ class Context:
     def seams(self) -> Seams:
         self.plugs = self._call.seams.describe()
         return self._call.seams
+
+    def doing(self) -> str:
+        """What is being done, in words."""
+        plugs = [re.sub("@[0-9a-f]{16,}", "", plug) for each in (self.plugs or {}).values() for plug in each]
+        return f"running stage {self._call.stage.name!r}" + (f" with {' and '.join(plugs)} plugged in" if plugs else "")
 
     def kept(self, step: int, fields: Callable[[], Mapping[str, Any]]) -> None:
         """A loop tells after each step but the last how it stands; a run that is kept keeps it, every few steps."""

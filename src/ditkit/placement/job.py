@@ -224,7 +224,8 @@ def error_message(error: BaseException) -> Message:
     """An error of ditkit's keeps its kind and its three parts; of any other only its text travels."""
     kind = type(error).__name__
     if not isinstance(error, DitkitError) or type(error).__reduce__ is not DitkitError.__reduce__:
-        kind, error = "PlaceError", PlaceError("running a stage", f"it failed with {kind}: {error}", LOG)
+        asked = next(iter(getattr(error, "__notes__", ())), "running a stage")
+        kind, error = "PlaceError", PlaceError(asked, f"it failed with {kind}: {error}", LOG)
     about = {"kind": kind, "asked": error.asked, "found": error.found, "do": error.do}
     return Message("error", json.dumps(about).encode())
 
