@@ -7,8 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from training import folders
 
-from ditkit.checkpoints.convert import folders
 from ditkit.checkpoints.kinds.kind import KINDS
 from ditkit.checkpoints.kinds.wan import transformer_keys
 from ditkit.checkpoints.kinds.wan_vae import vae_keys

@@ -14,8 +14,8 @@ from types import MappingProxyType
 import tiny_names as names
 import torch
 from safetensors.torch import load_file, save_file
+from training import folders
 
-from ditkit.checkpoints.convert import folders
 from ditkit.checkpoints.kinds.kind import KINDS
 from ditkit.checkpoints.kinds.wan_vae import vae_keys
 from ditkit.checkpoints.views.key_table import rename

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ditkit.checkpoints.convert import folders
+import folders
 from ditkit.checkpoints.kinds.configs import DIFFUSERS_VERSION
 from ditkit.checkpoints.kinds.kind import KINDS
 from ditkit.checkpoints.kinds.wan import transformer_keys

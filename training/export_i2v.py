@@ -9,7 +9,7 @@ import tomllib
 from dataclasses import asdict
 from pathlib import Path
 
-from ditkit.checkpoints.convert import folders
+import folders
 from ditkit.checkpoints.kinds.kind import KINDS
 from ditkit.checkpoints.kinds.wan import transformer_keys
 from ditkit.checkpoints.views.key_table import rename

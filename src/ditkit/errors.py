@@ -13,7 +13,6 @@ class DitkitError(Exception):
     exit_code = 1
 
     def __init__(self, asked: str, found: str, do: str):
-        do = do[:1].upper() + do[1:]
         super().__init__(f"{asked}: {found}. {do}.")
         self.asked, self.found, self.do = asked, found, do
 

@@ -1,7 +1,5 @@
-"""Pictures of a run: files or pixels that a caller hands over become fields of a State and names in its request.
-
-Leaves out: reading single files (``media``) and what models make of them (``stages/encode.py``).
-"""
+"""Pictures of a run: files or pixels that a caller hands over become fields of a State and names in its request. Leaves
+out: reading single files (``media``) and what models make of them (``stages/encode.py``)."""
 
 from __future__ import annotations
 

@@ -126,9 +126,6 @@ def resolve(text: str) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
-# --- what a person hands over
-
-
 @dataclass(frozen=True)
 class PlugSpec:
     """One entry of the setting ``plugs``. ``code``: the name of a row, a file that ends in .py, or a module;

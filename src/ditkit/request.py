@@ -184,14 +184,12 @@ class Request(Settings):
 
     def check_size(self, multiple: int, temporal: int) -> None:
         """Raise RequestError unless the sides are multiples of ``multiple`` and frames of the form temporal*n + 1."""
-        needs, makes = f"this model needs multiples of {multiple}", f"this model makes {temporal}n + 1 frames"
-        sides = [(name, multiple, 0, needs, "pixels") for name in ("width", "height")]
-        for name, unit, rest, found, what in (*sides, ("frames", temporal, 1, makes, "frames")):
-            value = getattr(self, name)
-            low, last = (value - rest) // unit * unit + rest, (POSITIONS - rest) * unit + rest
+        for name, unit, rest in (("width", multiple, 0), ("height", multiple, 0), ("frames", temporal, 1)):
+            value, last = getattr(self, name), (POSITIONS - rest) * unit + rest
+            low = (value - rest) // unit * unit + rest
             if value != low:
+                found = f"this model makes {unit}n + 1 frames" if rest else f"this model needs multiples of {unit}"
                 raise RequestError(f"{name}={value}", found, f"Use {low or unit} or {low + unit}")
             if value > last:
-                raise RequestError(
-                    f"{name}={value}", f"the model's positions end at {last} {what}", f"Use at most {last}"
-                )
+                found = f"the model's positions end at {last} {'frames' if rest else 'pixels'}"
+                raise RequestError(f"{name}={value}", found, f"Use at most {last}")

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from training.folders import write_component, write_index
 
-from ditkit.checkpoints.convert.folders import write_component, write_index
 from ditkit.checkpoints.files.safetensors import TensorFiles
 from ditkit.checkpoints.files.text import read_json
 from ditkit.checkpoints.kinds.kind import KINDS

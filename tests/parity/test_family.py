@@ -17,8 +17,8 @@ from reference import l2, rel, wan
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import built
+from training import folders
 
-from ditkit.checkpoints.convert import folders
 from ditkit.models.wan import WanConfig, WanTransformer, run_in_order
 from ditkit.nn.attention import sdpa
 

@@ -11,8 +11,8 @@ from reference import l2, rel, wan
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import built
+from training import folders
 
-from ditkit.checkpoints.convert import folders
 from ditkit.checkpoints.kinds.kind import KINDS
 from ditkit.checkpoints.kinds.wan import transformer_keys
 from ditkit.checkpoints.views.key_table import rename

@@ -9,8 +9,8 @@ import tiny
 import torch
 from reference import l2, rel
 from safetensors.torch import load_file
+from training import folders
 
-from ditkit.checkpoints.convert import folders
 from ditkit.checkpoints.kinds.kind import KINDS
 from ditkit.checkpoints.kinds.wan_vae import WAN21_MEAN, WAN21_STD, vae_keys
 from ditkit.checkpoints.views.key_table import rename

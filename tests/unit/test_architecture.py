@@ -126,6 +126,22 @@ def test_a_thousand_stands_in_one_place():
 # --- the public face
 
 
+def _begins(node: ast.expr) -> str:
+    """What a text begins with, as far as it is written out."""
+    if isinstance(node, ast.JoinedStr):
+        return _begins(node.values[0])
+    if isinstance(node, ast.IfExp):
+        return _begins(node.body)
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(SOURCE)))
+def test_what_to_do_begins_with_a_capital(file):
+    calls = [n for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.Call) and len(n.args) == 3]
+    errors = [n for n in calls if isinstance(n.func, ast.Name) and n.func.id.endswith(("Error", "Dependency", "Lost"))]
+    assert [begins for n in errors if (begins := _begins(n.args[2]))[:1].islower()] == []
+
+
 def test_the_public_names():
     assert set(ditkit.__all__) == PUBLIC
     assert list(ditkit.__all__) == sorted(ditkit.__all__)

@@ -8,8 +8,8 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
+from training.folders import write_component, write_index
 
-from ditkit.checkpoints.convert.folders import write_component, write_index
 from ditkit.checkpoints.files.stored import TensorInfo
 from ditkit.checkpoints.kinds.clip import clip_keys
 from ditkit.checkpoints.kinds.kind import KINDS

@@ -138,7 +138,7 @@ def test_odd_sizes_and_single_frames(tmp_path, clip, suffix):
 
 
 def test_odd_mp4_is_refused_early_and_clearly(tmp_path, clip):
-    with pytest.raises(OutputError, match=r"even width and height, and this is 37 x 64.*choose .gif"):
+    with pytest.raises(OutputError, match=r"even width and height, and this is 37 x 64.*Choose .gif"):
         media.write_video(tmp_path / "clip.mp4", clip[:, :, :37], 16)
     with pytest.raises(OutputError, match="even"):
         media.check_writable(tmp_path / "clip.mp4", width=64, height=63)
@@ -243,7 +243,7 @@ def test_a_folder_of_frames_that_lost_one(tmp_path, clip):
 @pytest.mark.parametrize("name", ["clip", "clip.avi", "clip.mp", "clip.jpg"])
 def test_an_unknown_suffix_names_the_known_ones(tmp_path, clip, name):
     for act in (lambda: media.check_writable(tmp_path / name), lambda: media.write_video(tmp_path / name, clip, 16)):
-        with pytest.raises(OutputError, match=r"use \.mp4, \.gif, \.png, \.npz"):
+        with pytest.raises(OutputError, match=r"Use \.mp4, \.gif, \.png, \.npz"):
             act()
     assert left_in(tmp_path) == []
 

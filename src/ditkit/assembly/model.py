@@ -200,9 +200,6 @@ class Model:
             raise RequestError(f"{asked} with control_scale", "its model takes no control", "Leave it out")
 
 
-# --- whose parts a State was made with
-
-
 def model_field(name: str, model: Model) -> dict[str, Any]:
     """What a State says of its model; of a preview decoder nothing, as no result depends on it."""
     return {"name": name, "parts": {n: i for n, i in model.identities.items() if n != "preview_decoder"}}
@@ -229,9 +226,6 @@ def check_begun(state: State, name: str, model: Model, pipeline: StageList, plan
         stages = [s.name for s in pipeline.stages if {*s.components} & {*others} and s.name in state.get("stages", [])]
         do += f", or run it once more from {stages[0]}"
     raise StateError(f"running a State with model {name}", found, do)
-
-
-# --- what is read of the parts
 
 
 def geometry(parts: Mapping[str, Part]) -> tuple[tuple[int, int, int], tuple[int, int, int]]:

@@ -93,9 +93,6 @@ def _named(function: Any, fingerprint: str) -> Any:
     return named
 
 
-# --- understanding
-
-
 def plugs_of(texts: Iterable[str]) -> list[Plug]:
     """What the setting ``plugs`` names, in its order; the code that it names is imported, and all rows in it are known
     afterwards. Of a whole file or module its plugs and placed stages are meant, but for those that are named one by one
@@ -192,9 +189,6 @@ def _row_of(spec: PlugSpec, code: Brought, asked: str) -> Row:
     raise SetupError(asked, found, do)
 
 
-# --- plugging in
-
-
 def plugged(setup: Setup, seams: Seams) -> tuple[Seams, tuple[Listener, ...]]:
     """``seams`` with the plugs of ``setup`` around them: the first of the setting is the outermost. Their listeners.
     Raises SetupError."""
@@ -232,9 +226,6 @@ def told(texts: Iterable[str]) -> list[dict[str, str]]:
     return found
 
 
-# --- plugs that travel
-
-
 def texts_of(seams: Seams) -> list[str] | None:
     """The plugs in ``seams`` as another process makes them again; None where one was given as a Python object."""
     scheduler = () if seams.scheduler is None else (seams.scheduler,)
@@ -258,9 +249,6 @@ def received(texts: Iterable[str]) -> Seams:
     return _around(plugs, Seams())
 
 
-# --- stages
-
-
 def stages_of(setup: Setup) -> list[Plug]:
     """The stages that are plugged in."""
     return [plug for plug in plugs_of(setup.plugs) if plug.seam == "stage"]
@@ -281,9 +269,6 @@ def pipeline_of(model: Model, setup: Setup) -> StageList:
         row = STAGES[plug.row.name]
         stages = stages.insert(stage_of(row.name, model, setup), before=row.before or None, after=row.after or None)
     return stages
-
-
-# --- code that a file names
 
 
 def check_trusted(texts: Iterable[str], asked: str) -> None:

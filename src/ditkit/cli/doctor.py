@@ -55,9 +55,6 @@ def doctor(given: RawSettings) -> int:
     return 0 if all(good for good, _ in rows) else 1
 
 
-# --- this machine
-
-
 def software() -> Iterator[Row]:
     from ditkit.receipt import versions
 
@@ -103,9 +100,6 @@ def embedded_models() -> Iterator[Row]:
         yield True, (f"model {name}", f"{folder}, {size:.1f} MB of weights")
         for file in files:
             yield True, (f"  {file.relative_to(folder)}", f"sha256 {HASHES.of(file)[:16]}")
-
-
-# --- the places that stages run at, asked who they are
 
 
 def places(setup: Setup) -> list[Row]:

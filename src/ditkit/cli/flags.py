@@ -173,9 +173,6 @@ def flag_of(key: str, value: Any) -> list[str]:
     return [f"--{kebab(key)}", "none" if value is None else str(value)]
 
 
-# --- of a run
-
-
 @dataclass(frozen=True)
 class RunOptions:
     """``setup``: the settings that somebody gave. ``run``: the folder that keeps the States, if one does; ``kept``: one

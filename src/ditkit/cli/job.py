@@ -183,9 +183,6 @@ def report(result: Result, files: dict[str, list[Path]], goal: RunOptions, out: 
             out.print(str(path) if goal.quiet else f"{kind[:-1]:6} {path}")
 
 
-# --- of an interrupted run: States on disk, and the commands that go on from there
-
-
 class InterruptedRun(DitkitError):
     """Ctrl-C, with what was done until then on disk. The message ends with the commands that go on from there."""
 

@@ -163,9 +163,6 @@ def _lora(path: Path, source: Any, model: str | None) -> dict[str, Any]:
     return {"path": str(path), "kind": "lora", "model": model, **inspect_lora(source, targets, kind=part.kind)}
 
 
-# --- for people
-
-
 def _print(report: Mapping[str, Any]) -> None:
     out = show.console()
     out.print(f"{report['path']}: {_title(report)}")
@@ -209,9 +206,6 @@ def _text(key: str, value: Any) -> str:
     if key == "coverage":
         return f"{value:.1%}"
     return f"{value:,}" if type(value) is int else str(value)
-
-
-# --- convert and lock
 
 
 def convert(

@@ -96,8 +96,6 @@ class Execution:
         if self.keep is not None:
             self.keep(self.state)
 
-    # --- one stage
-
     def _calls(self, stage: Stage) -> Iterator[tuple[Place, Call]]:
         """A call for each place where ``stage`` still runs, each made after the one before it was carried out; none
         where the result is in the cache. What comes of them goes into the State."""
@@ -139,8 +137,10 @@ class Execution:
     def _stage_call(self, stage: Stage, weights: Mapping[str, str], stop: int | None) -> StageCall:
         keep = self.keep if stage.loop else None
         told = None if keep is None else lambda result: keep(self._after(stage, weights, result))
-        how = self.events, self.seams.of(stage.components), stop, told, 1 if keep is None else keep.every
-        return StageCall(stage, _inputs(stage, self.state), weights, *how, table_of(self.stages), self.cancel)
+        return StageCall(
+            stage, _inputs(stage, self.state), weights, self.events, self.seams.of(stage.components), stop,
+            keep=told, keep_every=1 if keep is None else keep.every, table=table_of(self.stages), cancel=self.cancel,
+        )  # fmt: skip
 
     def _segments(self, stage: Stage) -> Iterator[tuple[Place, int, int | None, int | None]]:
         """Where ``stage`` still runs: the places with the step where each begins, the one where it hands over, if it
@@ -161,8 +161,6 @@ class Execution:
             if begin == done or stop is None or begin < stop:
                 there = self.state if begin == done else self.state.with_fields({"step": begin})
                 yield place, stage.components if self.seams.scheduler is not None else stage.needs(there, stop)
-
-    # --- what is known before, what is remembered after
 
     def _weights(self, stage: Stage) -> dict[str, str]:
         """Fingerprints of the stage's components: of those that it still calls, from where they are called; of the
@@ -219,8 +217,6 @@ class Execution:
             fields["model"] = {**model, "parts": {**model["parts"], **own}}
         state = state.without(*(name for name in stage.loop if name not in result.written))
         return state.with_fields(fields, prints)
-
-    # --- checking
 
     def _check_inputs(self, stage: Stage) -> None:
         if absent := [name for name in stage.reads if name not in self.state]:

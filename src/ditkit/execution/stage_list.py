@@ -26,8 +26,6 @@ class StageList:
         object.__setattr__(self, "given", tuple(given))
         _check(self.stages, self.given)
 
-    # --- composing
-
     @property
     def names(self) -> list[str]:
         return [s.name for s in self.stages]
@@ -60,8 +58,6 @@ class StageList:
     def table(self) -> dict[str, Field]:
         return table_of(self.stages)
 
-    # --- slicing
-
     def slice(self, start: str | None = None, until: str | None = None) -> Sequence[Stage]:
         a = 0 if start is None else self.index(start)
         b = len(self.stages) if until is None else self.index(until) + 1
@@ -78,8 +74,6 @@ class StageList:
     def outdated(self, stage: Stage, state: State) -> list[str]:
         """Why the result of ``stage`` does not belong to what the State asks for (``records.py``)."""
         return records.outdated(self.stages, stage, state)
-
-    # --- running
 
     def run(
         self, state: State, components: Mapping[str, Any], *, start: str | None = None, until: str | None = None,

@@ -32,7 +32,7 @@ def make_card(video: np.ndarray, fps: float, manifest: Mapping[str, Any] | None,
     try:
         pretty(card)
     except (TypeError, ValueError, RecursionError) as error:  # a tensor, NaN, a lone surrogate, a loop
-        do = "use text, numbers, lists and dicts"
+        do = "Use text, numbers, lists and dicts"
         raise OutputError("writing a manifest", f"it is not JSON ({error})", do) from None
     return card
 
@@ -70,7 +70,7 @@ def check_sidecar(path: Path) -> None:
         return
     except OSError:  # a folder, or not for us to read
         pass
-    raise OutputError(f"writing {path}", f"its manifest goes to {beside}, {found}", "choose another file name")
+    raise OutputError(f"writing {path}", f"its manifest goes to {beside}, {found}", "Choose another file name")
 
 
 def _clip_of(path: Path, card: Card) -> Path:

@@ -1,7 +1,5 @@
-"""Files that appear whole or not at all: written under a temporary name in the same folder, then renamed.
-
-Leaves out: what is in them.
-"""
+"""Files that appear whole or not at all: written under a temporary name in the same folder, then renamed. Leaves out:
+what is in them."""
 
 import contextlib
 import os
@@ -60,7 +58,7 @@ def _told(target: Path) -> Iterator[None]:
     except OSError as error:
         where = f" ({error.filename})" if error.filename and Path(error.filename).parent != target.parent else ""
         found = (error.strerror or str(error) or type(error).__name__).lower() + where
-        raise OutputError(f"writing {target}", found, "choose a folder that can be written to and has room") from error
+        raise OutputError(f"writing {target}", found, "Choose a folder that can be written to and has room") from error
 
 
 def _write(part: Path, content: Content) -> None:

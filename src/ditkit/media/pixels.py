@@ -25,7 +25,7 @@ def to_uint8(video: Any, rounding: str = "wan") -> np.ndarray:
     rounds to the nearest, as its ``VaeImageProcessor.numpy_to_pil`` does: brighter by half a level on average.
     A value that is not finite is an error, for as a byte it would pass for a colour."""
     if rounding not in ROUNDINGS:
-        raise OutputError(f"rounding {rounding!r}", "it is not known", f"use one of {', '.join(ROUNDINGS)}")
+        raise OutputError(f"rounding {rounding!r}", "it is not known", f"Use one of {', '.join(ROUNDINGS)}")
     if hasattr(video, "detach"):  # a tensor; so nothing of torch is imported here
         video = video.detach().float().cpu().numpy()
     video = np.asarray(video)
@@ -37,7 +37,7 @@ def to_uint8(video: Any, rounding: str = "wan") -> np.ndarray:
         frame = np.moveaxis(video[..., index, :, :], -3, -1).astype(np.float32)
         if not np.isfinite(frame).all():
             found = f"{np.count_nonzero(~np.isfinite(frame))} values of frame {index} are NaN or infinite"
-            do = "run again with dtype float32 and without caching, quantization or other attention kernels"
+            do = "Run again with dtype float32 and without caching, quantization or other attention kernels"
             raise DitkitError("turning the decoded video into bytes", found, do)
         level = (np.clip(frame, -1, 1) + np.float32(1)) / np.float32(2) * np.float32(255)
         frames[..., index, :, :, :] = np.rint(level) if rounding == "diffusers" else level
@@ -58,7 +58,7 @@ def check_frames(video: np.ndarray) -> np.ndarray:
     if is_array and video.dtype == np.uint8 and video.ndim == 4 and video.shape[-1] == 3 and video.size:
         return video
     found = f"{video.dtype} {list(video.shape)}" if is_array else type(video).__name__
-    raise OutputError("writing a clip", f"it is {found}", "hand over a numpy array uint8 [T, H, W, 3]")
+    raise OutputError("writing a clip", f"it is {found}", "Hand over a numpy array uint8 [T, H, W, 3]")
 
 
 def read_image(path: str | Path) -> np.ndarray:

@@ -18,7 +18,7 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     what ``path`` names. Raises StateError where there is no such file, or it is not readable or carries no manifest."""
     card = _read(path, _READ_CARD)
     if card is None or card["manifest"] is None:
-        do = "name a clip that ditkit wrote, or its .json"
+        do = "Name a clip that ditkit wrote, or its .json"
         raise StateError(f"reading the manifest of {path}", "the file carries none", do)
     return card["manifest"]
 
@@ -36,15 +36,15 @@ def _read(path: str | Path, readers: Mapping[str, Callable[[Path], Any]]) -> Any
         path = path.with_suffix("")
     asked, kind = f"reading {path}", "folder" if path.is_dir() else path.suffix.lower()
     if not path.exists():
-        raise StateError(asked, "there is no such file", "check the path")
+        raise StateError(asked, "there is no such file", "Check the path")
     if kind not in readers:
-        raise StateError(asked, "its format is not known", f"use {', '.join(readers)}")
+        raise StateError(asked, "its format is not known", f"Use {', '.join(readers)}")
     try:
         return readers[kind](path)
     except DitkitError:
         raise
     except (OSError, ValueError, KeyError, IndexError, EOFError, SyntaxError, zipfile.BadZipFile) as error:
-        raise StateError(asked, f"it is damaged or not a {kind} ({error})", "write it again") from error
+        raise StateError(asked, f"it is damaged or not a {kind} ({error})", "Write it again") from error
 
 
 def _mp4(path: Path) -> tuple[np.ndarray, float]:
@@ -92,7 +92,7 @@ def _folder(path: Path) -> tuple[np.ndarray, float]:
     card = _image_card(files[0]) if files else None
     if card is None or card["frames"] != len(files):
         found = f"{len(files)} frames and {'no card' if card is None else 'a card for ' + str(card['frames'])}"
-        raise StateError(f"reading the frames in {path}", found, "name a folder that ditkit wrote")
+        raise StateError(f"reading the frames in {path}", found, "Name a folder that ditkit wrote")
     return np.stack([np.array(Image.open(file).convert("RGB")) for file in files]), float(card["fps"])
 
 

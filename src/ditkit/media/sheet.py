@@ -1,7 +1,5 @@
 """What a clip does at a glance: a contact sheet to look at and to send around, and a small picture in a terminal.
-
-Leaves out: what the caption says; the caller knows seed and steps.
-"""
+Leaves out: what the caption says; the caller knows seed and steps."""
 
 import io
 from itertools import groupby
@@ -45,15 +43,15 @@ def contact_sheet(
 
     check_frames(video)
     if columns < 1 or rows < 1:
-        raise OutputError(f"a contact sheet of {columns} x {rows} frames", "it is empty", "use at least 1 x 1")
+        raise OutputError(f"a contact sheet of {columns} x {rows} frames", "it is empty", "Use at least 1 x 1")
     if path is not None and Path(path).suffix.lower() != ".png":
-        raise OutputError(f"writing the contact sheet {path}", "it is a PNG", "give the path the suffix .png")
+        raise OutputError(f"writing the contact sheet {path}", "it is a PNG", "Give the path the suffix .png")
 
     def face(size: int) -> Any:
         try:
             return ImageFont.load_default(size) if font is None else ImageFont.truetype(font, size)
         except OSError as error:
-            raise OutputError(f"the font {font}", str(error), "name a .ttf or .otf file") from None
+            raise OutputError(f"the font {font}", str(error), "Name a .ttf or .otf file") from None
 
     columns = min(columns, len(video))
     rows = min(rows, -(-len(video) // columns))

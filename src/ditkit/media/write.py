@@ -48,9 +48,9 @@ def write_video(
     path = Path(path)
     suffix = path.suffix.lower()
     if crf != CRF and suffix != ".mp4":
-        raise OutputError(f"crf {crf} for {path}", "only .mp4 has one", "leave it out, or choose .mp4")
+        raise OutputError(f"crf {crf} for {path}", "only .mp4 has one", "Leave it out, or choose .mp4")
     if not 0 <= crf <= 51:
-        raise OutputError(f"crf {crf}", "it is out of range", "use 0 (best) to 51")
+        raise OutputError(f"crf {crf}", "it is out of range", "Use 0 (best) to 51")
     card = cards.make_card(video, fps, manifest, path.suffix)
     content = mp4(video, card, crf) if suffix == ".mp4" else FORMATS[suffix](video, card)
     beside = path.with_suffix(".json")
@@ -73,12 +73,12 @@ def check_writable(
     if suffix not in FORMATS:
         hint = nearest(suffix, FORMATS) if suffix else ""
         found = f"{suffix or 'a name without suffix'} is no known format{hint}"
-        raise OutputError(asked, found, f"use {', '.join(FORMATS)}")
+        raise OutputError(asked, found, f"Use {', '.join(FORMATS)}")
     if fps is not None and not (0 < fps < math.inf):
-        raise OutputError(f"{fps} frames per second", "it is out of range", "use a positive number")
+        raise OutputError(f"{fps} frames per second", "it is out of range", "Use a positive number")
     if suffix == ".gif" and fps is not None and fps > GIF_MAX_FPS:
         found = f"viewers show at most {GIF_MAX_FPS}"
-        raise OutputError(f"a gif of {fps:g} frames per second", found, "use .mp4 or fewer")
+        raise OutputError(f"a gif of {fps:g} frames per second", found, "Use .mp4 or fewer")
     if suffix == ".mp4":
         _check_mp4(asked, width or 0, height or 0)
     target = path.with_suffix("") if suffix == ".png" else path
@@ -86,7 +86,7 @@ def check_writable(
     if suffix == ".png":
         _check_folder(target)
     elif target.is_dir():
-        raise OutputError(asked, "it is a folder", f"name a file in it, such as {target / 'clip'}{suffix}")
+        raise OutputError(asked, "it is a folder", f"Name a file in it, such as {target / 'clip'}{suffix}")
     cards.check_sidecar(path)
     return target
 
@@ -95,20 +95,22 @@ def _check_mp4(asked: str, width: int, height: int) -> None:
     import av
 
     if "libx264" not in av.codecs_available:
-        raise MissingDependency("writing .mp4", "this PyAV has no libx264", "pip install --force-reinstall av")
+        raise MissingDependency(
+            "writing .mp4", "this PyAV has no libx264", "Install it again: pip install --force-reinstall av"
+        )
     if width % 2 or height % 2:
         found = f"H.264 in yuv420p needs an even width and height, and this is {width} x {height}"
-        raise OutputError(asked, found, "choose .gif, .png or .npz, or an even size")
+        raise OutputError(asked, found, "Choose .gif, .png or .npz, or an even size")
 
 
 def _check_folder(folder: Path) -> None:
     """A folder of frames replaces an older one, and nothing else."""
     asked = f"writing frames into {folder}"
     if folder.exists() and not folder.is_dir():
-        raise OutputError(asked, "it is a file", "choose another name")
+        raise OutputError(asked, "it is a file", "Choose another name")
     for file in folder.iterdir() if folder.exists() else ():
         if not re.fullmatch(r"\d{4,}\.png", file.name):
-            raise OutputError(asked, f"it holds other files ({file.name})", "choose a new or empty folder")
+            raise OutputError(asked, f"it holds other files ({file.name})", "Choose a new or empty folder")
 
 
 def mp4(video: np.ndarray, card: Card, crf: int = CRF) -> bytes:

@@ -1,7 +1,5 @@
-"""Components computed by MLX: the UMT5 text encoder, on Apple silicon or on a Linux CPU.
-
-This file does not import MLX: what a backend is called is also asked where it is not installed.
-"""
+"""Components computed by MLX: the UMT5 text encoder, on Apple silicon or on a Linux CPU. This file does not import it:
+what a backend is called is also asked where it is not installed."""
 
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version

@@ -141,8 +141,6 @@ class RayChannel:
             self._forget()
             CLUSTER.left(self)
 
-    # --- the actor
-
     def _started(self) -> Any:
         with self._lock:
             if self._actor is None:
@@ -181,8 +179,6 @@ class RayChannel:
         setup = self.setup.model_copy(update={"device": device}).model_dump_json()
         threads = torch.get_num_threads() if self.address is None else self.setup.threads
         self._wait(asked, actor, actor.start.remote(setup, self.stages, threads))
-
-    # --- asking it
 
     def _wait(self, asked: str, actor: Any, answer: Any) -> dict[str, Any]:
         """What it tells, however long it takes, as long as the actor shows that it is alive."""

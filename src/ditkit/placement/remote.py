@@ -35,8 +35,6 @@ class Remote:
         self._checked: set[str] = set()
         self._lock = threading.RLock()
 
-    # --- a place
-
     def prepare(self, stage: Stage, components: Sequence[str], events: Events) -> None:
         self.check(stage, events)
         if lacking := [name for name in components if name not in self._told(stage)["components"]]:
@@ -81,8 +79,6 @@ class Remote:
                 events.emit("place.retry", place=self.name, stage=stage, attempt=attempt + 1, why=str(e))
                 (cancel or Cancel()).wait(max(e.after, min(0.1 * 2**attempt, 5.0)))
         raise AssertionError
-
-    # --- who is there
 
     @property
     def said(self) -> dict[str, Any]:

@@ -122,8 +122,10 @@ class Worker:
         components = self.components if listening is None else listening(events)
         with self._my_turn(cancel):
             begun = time.perf_counter()
-            how = events, received(job.plugs), job.stop_at_step, keep if job.keep_every else None, job.keep_every or 1
-            task = StageCall(stage, inputs, job.weights, *how, cancel=cancel)
+            task = StageCall(
+                stage, inputs, job.weights, events, received(job.plugs), job.stop_at_step,
+                keep=keep if job.keep_every else None, keep_every=job.keep_every or 1, cancel=cancel,
+            )  # fmt: skip
             outcome = Here(components).run(task)
             return (outcome if outcome.stopped else checked(stage, outcome)), time.perf_counter() - begun
 

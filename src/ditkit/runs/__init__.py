@@ -1,8 +1,6 @@
 """Runs that are kept in a folder: they survive the end of their process, go on, and are forked.
-
 ``Run.create``, ``Run.open``, ``run.go``, ``run.fork``; ``listed`` for a folder of runs. Leaves out: the computing
-itself (``pipeline.py``).
-"""
+(``pipeline.py``)."""
 
 from ditkit.runs.folder import Description, Kept, Parent, located
 from ditkit.runs.run import Listed, Run, listed

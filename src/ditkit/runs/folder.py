@@ -132,9 +132,6 @@ class Description(BaseModel):
             raise StateError(asked, found, anew) from None
 
 
-# --- the kept States
-
-
 def clip(index: int) -> str:
     return f"clip-{index}"
 
@@ -236,9 +233,6 @@ class Journal:
 
     def of_clip(self, index: int) -> Journal:
         return replace(self, who=clip(index))
-
-
-# --- the folder
 
 
 class RunFolder:

@@ -212,9 +212,6 @@ def _check_goes_on(pipe: Pipeline, begun: State, changed: Mapping[str, Any], ask
         raise StateError(f"{asked} with another seed", found, do)
 
 
-# --- a State back to an earlier point
-
-
 def loop_of(pipeline: StageList) -> int | None:
     """Where the stage stands that takes steps."""
     return next((i for i, stage in enumerate(pipeline.stages) if stage.loop), None)

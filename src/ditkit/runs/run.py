@@ -36,8 +36,6 @@ KeepSteps = Literal["last", "all"]
 class Run(RunFolder):
     """One run in its folder."""
 
-    # --- making and opening
-
     @classmethod
     def create(
         cls, path: FilePath, pipe: Pipeline, prompt: str | list[str] = "", *, every: int = 1,
@@ -81,8 +79,6 @@ class Run(RunFolder):
             run.states.save(WHOLE, state, only=True)
             description.write(folder)
         return run
-
-    # --- running
 
     def go(
         self, *, until: str | None = None, stop_at_step: int | None = None, listeners: Iterable[Listener] = (),
@@ -151,9 +147,6 @@ def check_new(folder: Path, every: int = 1, keep_steps: str = "last") -> None:
         raise StateError(asked, "there is one already", f"Go on with it: --resume {folder}; or name another")
     if folder.exists() and not folder.is_dir():
         raise OutputError(asked, "that is a file", "Name a folder")
-
-
-# --- a folder of runs
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ class Reading:
 def measure(video: np.ndarray) -> Reading:
     """``video`` uint8 [T, H, W, 3]. Large frames are averaged down to about 64 pixels first."""
     if video.dtype != np.uint8 or video.ndim != 4 or video.shape[-1] != 3 or min(video.shape) < 1:
-        raise RequestError("measuring a clip", f"it is {video.dtype} {list(video.shape)}", "use uint8 [T, H, W, 3]")
+        raise RequestError("measuring a clip", f"it is {video.dtype} {list(video.shape)}", "Use uint8 [T, H, W, 3]")
     pixels = _shrink(video)
     frames, height, width = pixels.shape[:3]
 
@@ -121,7 +121,7 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
     """Peak signal-to-noise ratio of two uint8 clips of the same shape in dB (peak 255); inf when they are equal."""
     if a.shape != b.shape or a.dtype != np.uint8 or b.dtype != np.uint8:
         found = f"{a.dtype} {list(a.shape)} and {b.dtype} {list(b.shape)}"
-        raise RequestError("comparing two clips", f"they are {found}", "use uint8 clips of the same shape")
+        raise RequestError("comparing two clips", f"they are {found}", "Use uint8 clips of the same shape")
     error = np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2)
     return float(10 * np.log10(255.0**2 / error)) if error else float("inf")
 

@@ -79,21 +79,19 @@ class Cache:
             self.index = Database(self.results.parent / "index.sqlite", SCHEMA)
             self._sweep()
 
-    # --- finding
-
-    def find(self, question: CacheKey) -> tuple[StageResult | None, str]:
+    def find(self, key: CacheKey) -> tuple[StageResult | None, str]:
         """A result, and when and where it was made; or None, and what the nearest one was made from instead."""
-        if why := _unknowable(question):
+        if why := _unknowable(key):
             return None, why
         try:
             with self.index.reading() as db:
                 same = "SELECT id, about, file, sha256, made, machine FROM entries WHERE first = ? AND gone = ''"
-                rows = db.execute(f"{same} ORDER BY used DESC", (_first(question),)).fetchall()
+                rows = db.execute(f"{same} ORDER BY used DESC", (_first(key),)).fetchall()
             for number, about, file, sha256, made, machine in rows:
-                if reasons.fits(json.loads(about), question):
+                if reasons.fits(json.loads(about), key):
                     found = self._read(number, file, sha256)
                     return (None, found) if isinstance(found, str) else (found, f"made on {_date(made)} on {machine}")
-            return None, self._nearest(question)
+            return None, self._nearest(key)
         except (OSError, sqlite3.Error) as e:
             return None, f"the cache cannot be read ({_text(e)})"
         except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as e:  # whatever damage leads to
@@ -122,13 +120,13 @@ class Cache:
         with self.index.writing() as db:
             self._remove(db, db.execute("SELECT id, file FROM entries WHERE id = ? AND gone = ''", (number,)), why)
 
-    def _nearest(self, question: CacheKey) -> str:
+    def _nearest(self, key: CacheKey) -> str:
         with self.index.reading() as db:
             latest = "SELECT about, made, gone FROM entries WHERE stage = ? ORDER BY used DESC LIMIT ?"
-            rows = db.execute(latest, (question.stage, COMPARED)).fetchall()
+            rows = db.execute(latest, (key.stage, COMPARED)).fetchall()
         if not rows:
-            return f"no result of {question.stage} is kept"
-        found = [(reasons.differences(json.loads(about), question, _software(question)), made, gone)
+            return f"no result of {key.stage} is kept"
+        found = [(reasons.differences(json.loads(about), key, _software(key)), made, gone)
                  for about, made, gone in rows]  # fmt: skip
         differences, made, gone = min(found, key=lambda row: len(row[0]))
         if not differences:
@@ -136,13 +134,11 @@ class Cache:
         more = f" and {len(differences) - NAMED} more" if len(differences) > NAMED else ""
         return f"the nearest one differs: {', '.join(differences[:NAMED])}{more}"
 
-    # --- storing
-
-    def store(self, question: CacheKey, outcome: StageResult) -> str:
+    def store(self, key: CacheKey, outcome: StageResult) -> str:
         """Keep it, and let go of what was not used for the longest time. Why it was not kept, or nothing."""
         if outcome.stopped:
             return "it is not complete"
-        if why := _unknowable(question):
+        if why := _unknowable(key):
             return why
         if plugs := reasons.unlasting(outcome.plugs or {}):
             return f"{plugs[0].partition('#')[0]} has no name that lasts, so nothing would find the result"
@@ -151,21 +147,22 @@ class Cache:
         if len(data) > self.limit:
             return f"it has {len(data) / 1e6:.1f} MB, the cache may have {self.limit / 1e6:.1f} MB"
         try:
-            self._add(question, record, data)
+            self._add(key, record, data)
         except (OSError, sqlite3.Error) as e:
             return f"the cache cannot be written ({_text(e)})"
         return ""
 
-    def _add(self, question: CacheKey, record: Mapping[str, Any], data: bytes) -> None:
-        about = json.dumps({**reasons.describe(question, _software(question)), **record}, sort_keys=True)
-        first, key = _first(question), digest(_first(question), dict(record))
-        file = f"{key[:32]}-{secrets.token_hex(4)}.safetensors"
+    def _add(self, key: CacheKey, record: Mapping[str, Any], data: bytes) -> None:
+        about = json.dumps({**reasons.describe(key, _software(key)), **record}, sort_keys=True)
+        first = _first(key)
+        whole = digest(first, dict(record))
+        file = f"{whole[:32]}-{secrets.token_hex(4)}.safetensors"
         temporary = self.results / f"{file}.tmp"
         try:
             with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as stream:
                 stream.write(data)
             with self.index.writing() as db:
-                if db.execute("SELECT 1 FROM entries WHERE key = ? AND gone = ''", (key,)).fetchone():
+                if db.execute("SELECT 1 FROM entries WHERE key = ? AND gone = ''", (whole,)).fetchone():
                     return  # another process was faster
                 self._shrink(db, self.limit - len(data))
                 os.replace(temporary, self.results / file)
@@ -173,7 +170,7 @@ class Cache:
                     "INSERT OR REPLACE INTO entries"
                     " (stage, first, key, about, file, sha256, size, made, machine, used, gone)"
                     f" VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, {_NOW}, '')",
-                    (question.stage, first, key, about, file, hashlib.sha256(data).hexdigest(), len(data),
+                    (key.stage, first, whole, about, file, hashlib.sha256(data).hexdigest(), len(data),
                      time.time(), platform.node() or "this machine"),
                 )  # fmt: skip
         finally:
@@ -208,8 +205,6 @@ class Cache:
                     left = file.suffix == ".tmp" and time.time() - file.stat().st_mtime > ABANDONED
                     if left or (file.suffix == ".safetensors" and file.name not in known):
                         file.unlink()
-
-    # --- looking after it
 
     def contents(self) -> dict[str, tuple[int, int]]:
         """Entries and bytes of each stage, the largest first. Raises OutputError."""
@@ -266,21 +261,21 @@ def software() -> Mapping[str, str]:
     return {"ditkit": text.hexdigest()[:12], "torch": version("torch"), "transformers": version("transformers")}
 
 
-def _first(question: CacheKey) -> str:
-    return digest(reasons.describe(question, _software(question)))
+def _first(key: CacheKey) -> str:
+    return digest(reasons.describe(key, _software(key)))
 
 
-def _software(question: CacheKey) -> dict[str, str]:
-    """What computes there: as here, but for what the question says."""
-    return {**software(), **question.software}
+def _software(key: CacheKey) -> dict[str, str]:
+    """What computes there: as here, but for what the key says."""
+    return {**software(), **key.software}
 
 
-def _unknowable(question: CacheKey) -> str:
-    """Why results of this question cannot be told from others, or nothing."""
-    if nameless := [name for name, found in question.weights.items() if found == "none"]:
+def _unknowable(key: CacheKey) -> str:
+    """Why results of this key cannot be told from others, or nothing."""
+    if nameless := [name for name, found in key.weights.items() if found == "none"]:
         return f"{nameless[0]} has no fingerprint, so nothing tells it from another one"
-    if not question.code:
-        return f"nothing tells it from another {question.stage}: {NAMELESS}"
+    if not key.code:
+        return f"nothing tells it from another {key.stage}: {NAMELESS}"
     return ""
 
 

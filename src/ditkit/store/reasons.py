@@ -31,31 +31,31 @@ class CacheKey:
     software: Mapping[str, str] = field(default_factory=dict)
 
 
-def describe(question: CacheKey, software: Mapping[str, str]) -> dict[str, Any]:
+def describe(key: CacheKey, software: Mapping[str, str]) -> dict[str, Any]:
     """What is known before the stage runs; all of it is in the first key."""
     return {
-        "stage": question.stage, "version": question.version, "code": question.code, "software": dict(software),
-        "options": dict(question.options), "weights": dict(question.weights), "inputs": dict(question.inputs),
+        "stage": key.stage, "version": key.version, "code": key.code, "software": dict(software),
+        "options": dict(key.options), "weights": dict(key.weights), "inputs": dict(key.inputs),
     }  # fmt: skip
 
 
-def fits(about: Mapping[str, Any], question: CacheKey) -> bool:
+def fits(about: Mapping[str, Any], key: CacheKey) -> bool:
     """Whether a result of the same first key is the one: all settings that its stage read have their value still, and
     the seams, if it asked for them, what was in them. A stage is pure, so it would read the same ones again."""
-    return not _settings(about["settings"], question.request) and not _plugs(about["plugs"], question)
+    return not _settings(about["settings"], key.request) and not _plugs(about["plugs"], key)
 
 
-def differences(about: Mapping[str, Any], question: CacheKey, software: Mapping[str, str]) -> list[str]:
+def differences(about: Mapping[str, Any], key: CacheKey, software: Mapping[str, str]) -> list[str]:
     """Nothing if the result is the one that is asked for."""
-    now = describe(question, software)
+    now = describe(key, software)
     version = [] if about["version"] == now["version"] else ["the stage has another version"]
     code = [] if about["code"] == now["code"] or version else ["the stage has other code"]
     return [
         *_others(about["inputs"], now["inputs"]),
         *_others(about["weights"], now["weights"]),
-        *_settings(about["settings"], question.request),
+        *_settings(about["settings"], key.request),
         *_values(about["options"], now["options"]),
-        *_plugs(about["plugs"], question),
+        *_plugs(about["plugs"], key),
         *version,
         *code,
         *_values(about["software"], now["software"]),
@@ -90,8 +90,8 @@ def _settings(then: Mapping[str, Any], request: Mapping[str, Any]) -> list[str]:
     return _values(then, {name: request.get(name) for name in then})
 
 
-def _plugs(then: Mapping[str, list[str]] | None, question: CacheKey) -> list[str]:
+def _plugs(then: Mapping[str, list[str]] | None, key: CacheKey) -> list[str]:
     if then is None:
         return []
-    seams = [s for s in dict.fromkeys((*then, *question.plugs)) if then.get(s) != question.plugs.get(s)]
+    seams = [s for s in dict.fromkeys((*then, *key.plugs)) if then.get(s) != key.plugs.get(s)]
     return [f"seam {seam} holds something else" for seam in seams]

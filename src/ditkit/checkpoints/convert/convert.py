@@ -113,9 +113,6 @@ def _check_outside(place: Path, src: Path, dst: Path) -> None:
         raise OutputError(f"writing {dst}", found, "Choose another folder")
 
 
-# --- what is written where
-
-
 def _write(
     located: ModelParts, layout: str, folder: Path, dtype: str | None, limit: int, progress: Progress
 ) -> list[str]:
@@ -210,9 +207,6 @@ def _write_index(located: ModelParts, index: dict[str, list[str]], folder: Path)
     whole |= {} if located.boundary is None else {"boundary_ratio": located.boundary}
     write_json(folder / INDEX, whole | ({"expand_timesteps": True} if located.expand_timesteps else {}))
     return []
-
-
-# --- what was written
 
 
 def _compare(located: ModelParts, layout: str, folder: Path, dst: Path) -> None:

@@ -1,7 +1,5 @@
-"""Weight files of any known format, opened: headers are read, data is not.
-
-Leaves out: what the names mean (kinds), quantisation and prefixes (views).
-"""
+"""Weight files of any known format, opened: headers are read, data is not. Leaves out: what the names mean (kinds),
+quantisation and prefixes (views)."""
 
 from pathlib import Path
 

@@ -1,7 +1,4 @@
-"""Names and notes as text: a few of many names in a message, JSON that a person or a program wrote.
-
-Leaves out: tensors.
-"""
+"""Names and notes as text: a few of many names in a message, JSON that a person or a program wrote."""
 
 import json
 from collections.abc import Iterator

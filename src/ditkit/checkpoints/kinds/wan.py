@@ -15,8 +15,6 @@ from ditkit.checkpoints.kinds.sizes import Fields, SizeReader, Sizes, Tensors, c
 from ditkit.checkpoints.views.key_table import KeyTable, Pairs, leaves
 from ditkit.errors import LoadError
 
-# --- names of tensors: native, diffusers
-
 TEXT, TIME, IMAGE = (f"condition_embedder.{what}_embedder" for what in ("text", "time", "image"))
 TRUNK = {
     "patch_embedding": "patch_embedding", "head.head": "proj_out", "time_projection.1": "condition_embedder.time_proj",
@@ -80,8 +78,6 @@ def lora_group(name: str) -> str:
     return "norms" if "norm" in parts[-1] or parts[2] == "norm3" or parts[-2].startswith("norm_") else parts[2]
 
 
-# --- sizes
-
 HEAD_WIDTH = 128  # of every official transformer
 SIZE_NAMES = {(1536, 8960, 30): "1.3B", (3072, 14336, 30): "5B", (5120, 13824, 40): "14B"}
 """(dim, ffn_dim, num_layers) -> what the model is called."""
@@ -111,8 +107,6 @@ def transformer_sizes(tensors: Tensors, layout: str = "native") -> Sizes:
         official["vace_layers"] = with_hints if len(with_hints) == hints else None
     return read.sizes(lengths={"vace_layers": hints}, **official)
 
-
-# --- tasks
 
 OPTIONAL = ("transformer_2", "image_encoder", "image_processor")
 TASKS = {
@@ -161,8 +155,6 @@ def _scheduler(fields: Fields, task: str) -> dict[str, tuple[str, str, str, Fiel
     }  # fmt: skip
     return {"scheduler": ("diffusers", "UniPCMultistepScheduler", "scheduler_config.json", config)}
 
-
-# --- what a file of it could be
 
 RELATIVES = {
     "face_adapter": "Animate", "motion_encoder": "Animate", r"\w*pose_patch_embedding": "Animate",
@@ -214,8 +206,6 @@ def _possible(variant: str | None, size: str | None, image: bool) -> tuple[tuple
     version = "" if variant == "t2v" and not size else "2.2 " if variant == "ti2v" else "2.1 "
     return (f"Wan {version}{task} {name}",), None, False
 
-
-# --- configs
 
 LONGEST_TEXT = 2**16  # rows of memory for each prompt
 IMAGE_CLAIM = "image_claim"
@@ -308,7 +298,6 @@ DIFFUSERS = ConfigFormat(
     _read_diffusers, _write_diffusers, written={"rope_max_seq_len": 1024},  # the length of a table, not its values
 )  # fmt: skip
 
-# --- the rows
 
 WAN = Kind(
     "wan", "Wan", "a Wan transformer", ("transformer", "transformer_2"),

@@ -15,8 +15,6 @@ from ditkit.checkpoints.kinds.kind import Kind, Layout, Port
 from ditkit.checkpoints.kinds.sizes import Fields, SizeReader, Sizes, Tensors
 from ditkit.checkpoints.views.key_table import KeyTable, Pairs, leaves
 
-# --- the latents' official mean and standard deviation for each channel: native files do not hold them
-
 WAN21_MEAN = (
     -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
     0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
@@ -37,8 +35,6 @@ WAN22_STD = (
     0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944,
     0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
 )  # fmt: skip
-
-# --- names of tensors: native, diffusers
 
 
 def _residual(native: str, other: str) -> Pairs:
@@ -100,9 +96,6 @@ vae_keys, vae22_keys = partial(_levels, names=_names), partial(_levels, names=_n
 """Of the VAEs of Wan 2.1 and 2.2: native <-> diffusers ``AutoencoderKLWan``, which ``is_residual`` for 2.2."""
 
 
-# --- sizes
-
-
 def vae_sizes(tensors: Tensors, layout: str = "native", kind: str = "wan_vae") -> Sizes:
     """Fields of ``WanVAEConfig`` (2.1) or, with kind ``wan_vae22``, of ``WanVAE22Config``."""
     read, other = SizeReader(tensors, layout, KeyTable.of(_trunk())), layout != "native"
@@ -146,8 +139,6 @@ def taehv_sizes(tensors: Tensors, layout: str = "native") -> Sizes:
     read.tell("decoder_widths", widths, "the decoder's convolutions")
     return read.sizes()
 
-
-# --- configs
 
 VAE_CLASS = "AutoencoderKLWan"
 
@@ -206,9 +197,6 @@ def _native(**more: Key) -> ConfigFormat:
         },
         {"attn_scales": ((),)}, ignored=("dropout",),
     )  # fmt: skip
-
-
-# --- the rows
 
 
 def ports(config: Any) -> dict[str, Port]:

@@ -1,7 +1,5 @@
-"""Weights with LoRAs added, as a source: the sum is made while tensors stream, one at a time.
-
-Leaves out: side weights, which leave the base alone (``nn/lora.py``).
-"""
+"""Weights with LoRAs added, as a source: the sum is made while tensors stream, one at a time. Leaves out: side weights,
+which leave the base alone (``nn/lora.py``)."""
 
 import hashlib
 import json

@@ -109,9 +109,11 @@ def _read(folder: Path, name: str | None, base: Base) -> Manifest:
 
 def _checked(name: str, value: Any, asked: str) -> Any:
     check_known(name, VALUES, asked, f"it has an unknown key {name!r}", LoadError)
-    truth = name == "expand_timesteps"
-    if not (type(value) is bool if truth else type(value) in (int, float) and 0 <= value <= 1):
-        wanted = "true or false" if truth else "a number from 0 to 1"
+    if name == "expand_timesteps":
+        right, wanted = isinstance(value, bool), "true or false"
+    else:
+        right, wanted = type(value) in (int, float) and 0 <= value <= 1, "a number from 0 to 1"
+    if not right:
         raise LoadError(asked, f"{name} is {value!r}, not {wanted}", "Correct it")
     return value
 

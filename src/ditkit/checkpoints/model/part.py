@@ -1,7 +1,5 @@
-"""A part of a model, opened but not read, and a whole model as parts that were held against each other.
-
-Leaves out: opening (open_part.py), finding (find.py) and judging them (fits.py).
-"""
+"""A part of a model, opened but not read, and a whole model as parts that were held against each other. Leaves out:
+opening (open_part.py), finding (find.py) and judging them (fits.py)."""
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field

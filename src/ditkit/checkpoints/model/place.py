@@ -243,8 +243,6 @@ def _written(keys: Mapping[str, str], path: str | None) -> str:
     return text + (f" (variant {keys['variant']})" if "variant" in keys else "")
 
 
-# --- which files of a folder are meant
-
 NOTES = re.compile(r"(?!.*\.index(\..+)?\.json$).+\.json|.+\.model|(merges|vocab)\.txt")
 FORMATS = {".safetensors": 0, ".gguf": 1, ".pth": 2, ".pt": 2, ".bin": 2, ".ckpt": 2}
 """Endings of weights -> their rank; the lowest is taken before the others."""

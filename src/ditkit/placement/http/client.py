@@ -82,8 +82,6 @@ class HTTPChannel:
     def close(self) -> None:
         """Nothing stays open between two requests."""
 
-    # --- one request
-
     def words(self, response: http.client.HTTPResponse) -> bytes:
         """All of an answer that is no stream. Raises PlaceError where it has no end."""
         data = response.read(MOST_WORDS + 1)
@@ -114,8 +112,6 @@ class HTTPChannel:
             connection.request(method, path, body, {"Host": self._parts.netloc, **headers, **token})
             with contextlib.closing(connection.getresponse()) as response:  # it holds the socket of a host that closed
                 yield response
-
-    # --- what can go wrong
 
     @contextlib.contextmanager
     def faults(self) -> Iterator[None]:
@@ -201,9 +197,6 @@ def _object(data: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
-
-
-# --- tokens
 
 
 def token_of() -> str | None:

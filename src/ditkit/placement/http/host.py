@@ -218,9 +218,6 @@ async def read_body(request: Request, limit: int) -> bytearray | memoryview:
     return data
 
 
-# --- a job at work, and how its messages go back
-
-
 class RunningJob:
     """``work`` in a thread of its own, which is given what takes its messages. ``cancelled`` is set when nobody waits
     for them any more; ``alive``: seconds of silence between signs of life. Made in the event loop that hears of it."""
@@ -324,9 +321,6 @@ async def plain_response(begun: RunningJob, request: Request) -> Response:
     if last.kind == "error":
         return answer_to(error_of(last.payload, "the host"), last)
     return Response(bytes(last.payload), 200, None, "application/octet-stream")
-
-
-# --- listening
 
 
 def bind(address: str = "127.0.0.1", port: int = 0, token: str | None = None) -> socket.socket:
