@@ -100,10 +100,8 @@ def _file(module: str) -> Path | None:
 
 def _in_packages(file: Path | None) -> bool:
     """Whether a file lies where packages are installed, in this environment or in the one below it."""
-    if file is None:
-        return False
-    places = {sysconfig.get_paths()[key] for key in ("purelib", "platlib", "stdlib")}
-    return bool({"site-packages", "dist-packages"} & {*file.parts}) or any(file.is_relative_to(p) for p in places)
+    places, parts = (sysconfig.get_paths()[key] for key in ("purelib", "platlib", "stdlib")), {*(file or Path()).parts}
+    return bool({"site-packages", "dist-packages"} & parts) or any(file and file.is_relative_to(p) for p in places)
 
 
 def _sha256(module: str, file: Path | None) -> str:

@@ -72,6 +72,7 @@ def test_heavy_packages_are_imported_where_they_are_used():
         assert not tops & {"transformers", "tokenizers", "av", "PIL", "ftfy"}, file
 
 
+@pytest.mark.slow
 def test_nothing_is_unpickled():
     for file in FILES:
         for node in ast.walk(parsed(file)):

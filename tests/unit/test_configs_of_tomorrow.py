@@ -11,7 +11,6 @@ import pytest
 import tiny
 import tiny_names
 import torch
-from transformers import CLIPVisionConfig, CLIPVisionModel
 
 import ditkit
 from ditkit.checkpoints.model.open_part import open_part
@@ -77,6 +76,7 @@ def test_an_unknown_key_is_noted_and_stops_nothing(models, copy, task, layout, f
     assert note in report["parts"][part]["notes"]
 
 
+@pytest.mark.slow
 @cases
 def test_strict_config_refuses_it(models, copy, task, layout, file):
     folder = copy(task, layout)
@@ -101,6 +101,8 @@ def test_native_parts_with_configs_of_their_own(models, tmp_path):
         folder = tmp_path / part
         folder.mkdir()
         if part == "image_encoder":  # the config says a whole ratio, and the tiny one has 1.5
+            from transformers import CLIPVisionConfig, CLIPVisionModel
+
             clip = CLIPVisionModel(CLIPVisionConfig(**tiny.CLIP | {"intermediate_size": 256}))
             torch.save(tiny_names.official_clip(tiny.bare(clip).state_dict()), folder / "clip.pth")
         else:

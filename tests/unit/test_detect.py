@@ -189,6 +189,7 @@ CASES = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_every_flavour(case, folders, tmp_path):
     make, kind, layout, more = CASES[case]

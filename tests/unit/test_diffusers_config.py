@@ -124,6 +124,7 @@ def test_fields_are_those_of_our_classes():
     assert UMT5Config(**text_encoder_config(text_encoder_config_out(UMT5))) == UMT5Config(**UMT5)
 
 
+@pytest.mark.slow
 def test_absent_keys_have_the_defaults_of_diffusers_and_transformers():
     from diffusers import AutoencoderKLWan, WanTransformer3DModel
     from transformers import UMT5Config as TheirConfig

@@ -78,6 +78,7 @@ def test_99_of_100_clips_are_right_in_everything(damage):
     assert min(right.values()) >= count - wrong, right
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("color", COLORS)
 @pytest.mark.parametrize("background", BACKGROUNDS)
 def test_every_colour_on_every_ground(color, background):

@@ -65,6 +65,7 @@ def same(a, b):
         assert torch.equal(a[name], b[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", tiny.TASKS)
 def test_every_model_is_the_same_in_both_layouts(models, task):
     theirs, native = locate(models[task, "diffusers"]).check(), locate(models[task, "native"]).check()

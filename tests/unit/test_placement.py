@@ -74,6 +74,7 @@ def begin(pipe, **more):
     return pipe.begin(pipe.model.request({"prompt": "a red circle", "seed": 3, **more}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["encode_text", "denoise", "decode_latents"])
 def test_a_stage_elsewhere_gives_the_same_state_and_fingerprints(pipe, remote, stage):
     whole = pipe.run(begin(pipe)).state

@@ -143,6 +143,7 @@ def test_a_plug_of_a_file_goes_in_and_its_absence_restores(tiny_model, bare, min
     assert torch.equal(latents(ditkit.load(tiny_model)), bare)
 
 
+@pytest.mark.slow
 def test_a_plug_by_name_computes_what_the_object_does(tiny_model, mine):
     module = bring(mine).module
     for name, seams in (

@@ -128,6 +128,7 @@ def test_neutral_is_identical(pipe, bare, seam):
     assert torch.equal(latents(plugged(pipe, NEUTRAL[seam])), bare)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seam", CHANGING)
 def test_a_change_changes_and_its_removal_restores(pipe, bare, seam):
     changed = plugged(pipe, CHANGING[seam])

@@ -70,6 +70,7 @@ def test_a_model_that_knows_the_answer_is_believed(name, options, convention, st
     torch.testing.assert_close(x, x0, rtol=0, atol=1e-14)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "options"), SOLVERS)
 @settings(max_examples=6, deadline=None)
 @given(st.integers(1, 18), st.integers(0, 17), st.sampled_from(["wan", "diffusers"]), st.sampled_from([3.0, 12.0]))
@@ -111,6 +112,7 @@ def test_inputs_are_left_alone_and_shared_with_nobody(name, options):
         x, history = x_next, history_next
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "options"), SOLVERS)
 def test_two_threads_share_one_solver(name, options):
     scheduler = make(name, **options)

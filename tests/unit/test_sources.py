@@ -91,6 +91,7 @@ def told(tmp_path_factory):
     return before, again, names(files, folder), files
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_what_a_file_imports_counts(told, case):
     at = [*CASES].index(case)
@@ -101,6 +102,7 @@ def test_what_a_file_imports_counts(told, case):
     assert before[0].split("@")[1][:32] == after[0].split("@")[1][:32], "the file is the same"
 
 
+@pytest.mark.slow
 def test_a_file_that_imports_nothing_of_its_own_has_its_own_sha256(told):
     before, _, after, files = told
     assert before[-1] == after[-1]
@@ -126,6 +128,7 @@ def test_packages_count_by_version(tmp_path, monkeypatch):
     assert not {*found[0]} & {*found[1]}
 
 
+@pytest.mark.slow
 def test_a_pin_holds_what_the_file_imports(told):
     before, _, _, files = told
     pin = before[0][0].split("@")[1].partition(":")[0]

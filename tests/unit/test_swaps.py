@@ -121,6 +121,7 @@ def test_a_swap_that_would_have_no_effect_where_its_stage_runs_is_an_error(tiny_
         pipe(**SMALL)
 
 
+@pytest.mark.slow
 def test_a_swap_counts_for_the_stages_that_use_its_component_and_for_no_other(tiny_model):
     swaps = {
         "text": Swap("text", at(EVERY["text_encoder"]), copy.deepcopy, ("text_encoder",)),
