@@ -54,17 +54,17 @@ class Layer:
 
 @dataclass(frozen=True)
 class Settled:
-    """All layers above the defaults, put together. ``said`` lists for each setting who said what, the lowest first."""
+    """All layers above the defaults, put together. ``given`` lists for each setting who gave what, the lowest first."""
 
-    said: Mapping[str, tuple[tuple[str, Any], ...]]
+    given: Mapping[str, tuple[tuple[str, Any], ...]]
 
     @cached_property
     def values(self) -> Mapping[str, Any]:
-        return {key: told[-1][1] for key, told in self.said.items()}
+        return {key: told[-1][1] for key, told in self.given.items()}
 
     @cached_property
     def origins(self) -> Mapping[str, str]:
-        return {key: told[-1][0] for key, told in self.said.items()}
+        return {key: told[-1][0] for key, told in self.given.items()}
 
     def of(self, settings: type[Settings]) -> dict[str, Any]:
         """The values that somebody gave for the fields of Request or of Setup."""
@@ -84,19 +84,19 @@ class Settled:
         check_key(key, f"explaining {key}")
         field = FIELDS[key]
         extra = typing.cast("dict[str, Any]", field.json_schema_extra)
-        return [(f"default ({extra['source']})", field.get_default()), *self.said.get(key, ())]
+        return [(f"default ({extra['source']})", field.get_default()), *self.given.get(key, ())]
 
 
 def settle(*layers: Layer) -> Settled:
     """Put layers together, the lowest first."""
-    said: dict[str, tuple[tuple[str, Any], ...]] = {}
+    given: dict[str, tuple[tuple[str, Any], ...]] = {}
     for layer in layers:
         for key, value in layer.values.items():
             if isinstance(value, Entries):
-                below = said[key][-1][1] if key in said else FIELDS[key].get_default()
+                below = given[key][-1][1] if key in given else FIELDS[key].get_default()
                 value = _joined(below if isinstance(below, dict) else {}, value, nested=key == "stage_settings")
-            said[key] = (*said.get(key, ()), (layer.origins[key], value))
-    return Settled(said)
+            given[key] = (*given.get(key, ()), (layer.origins[key], value))
+    return Settled(given)
 
 
 def _joined(below: dict[str, Any], entries: Entries, nested: bool) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ditkit import media, pictures, shared
 from ditkit.assembly import Components, Model, calls_of, pipeline_of, placed
 from ditkit.assembly.model import check_begun, model_field
-from ditkit.assembly.plugs import check_scheduler, plugged, stages_of, told
+from ditkit.assembly.plugs import check_scheduler, plug_facts, plugged, stages_of
 from ditkit.cancel import Cancel
 from ditkit.checking import check_state
 from ditkit.contracts import Seams, Step
@@ -182,7 +182,7 @@ class Pipeline:
         facts = facts_of(self.places, recorder.places, weights)
         facts |= self.components.describe() if isinstance(self.components, Components) else {}
         receipt = recorder.receipt(facts, weights, self.places.describe(), self.seams.describe(), self.stages.names)
-        receipt["plugged"] = told(self.setup.plugs)
+        receipt["plugged"] = plug_facts(self.setup.plugs)
         return Result(final, receipt, tuple(manifests(self.setup, final, receipt)) if "video" in final else ())
 
 

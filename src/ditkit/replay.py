@@ -14,7 +14,7 @@ from typing import Any
 
 from ditkit import pictures
 from ditkit.assembly import MODELS, Components
-from ditkit.assembly.plugs import told
+from ditkit.assembly.plugs import plug_facts
 from ditkit.errors import DitkitError, LoadError, StateError
 from ditkit.events import Listener
 from ditkit.pipeline import Pipeline, Result, load
@@ -222,7 +222,7 @@ def plug_differences(script: Script, pipe: Pipeline) -> list[str]:
     then: dict[str, list[str]] = {}
     for one in script.manifest.get("plugged", []):
         then.setdefault(one.get("plug", ""), []).append(one.get("sha256"))
-    now = [(one["plug"], one["sha256"]) for one in told(pipe.setup.plugs)]
+    now = [(one["plug"], one["sha256"]) for one in plug_facts(pipe.setup.plugs)]
     return [f"the code of {name} is not what it was" for name, code in now if code not in then.get(name, [code])]
 
 

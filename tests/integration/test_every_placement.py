@@ -162,7 +162,7 @@ def test_several_clips(pipe, at, kind, more):
 
 def test_as_many_threads_as_here(at):
     for kind in ("process", "ray"):
-        assert at("t2v", kind).said["machine"]["threads"] == torch.get_num_threads()
+        assert at("t2v", kind).description["machine"]["threads"] == torch.get_num_threads()
 
 
 @pytest.fixture(scope="module")

@@ -343,8 +343,8 @@ def test_a_cache_tells_results_of_another_torch_from_those_of_this_one(pipe, rem
 
     run({"encode_text": [Segment(remote)]})
     run({})  # the same software: one result for both
-    said = remote.said
-    remote.heard = {**said, "versions": {**said["versions"], "torch": "2.0.0"}}
+    said = remote.description
+    remote.described = {**said, "versions": {**said["versions"], "torch": "2.0.0"}}
     run({"encode_text": [Segment(remote)]})
     run({"encode_text": [Segment(remote)]})
     run({})
@@ -367,6 +367,6 @@ def test_a_host_that_is_not_there_at_first_is_asked_again(pipe, remote):
     Execution(due, begin(pipe), pipe.components, due, places=places, events=events).prepare()
     assert heard == [1, 2]
     asked.clear()
-    remote.heard, remote.retries = {}, 1
+    remote.described, remote.retries = {}, 1
     with pytest.raises(PlaceError, match=r"it is not there \(2 times\)"):
         pipe.stages.run(begin(pipe), pipe.components, places=places)

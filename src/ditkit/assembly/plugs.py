@@ -214,7 +214,7 @@ def check_scheduler(seams: Seams, request: Request) -> None:
         raise RequestError(f"scheduler={request.scheduler!r}", found, "Leave one of them out")
 
 
-def told(texts: Iterable[str]) -> list[dict[str, str]]:
+def plug_facts(texts: Iterable[str]) -> list[dict[str, str]]:
     """For the receipt: each entry of the setting ``plugs``, the sha256 of its code, and where that lies."""
     found = []
     for spec in map(PlugSpec.parse, texts):

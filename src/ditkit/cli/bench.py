@@ -37,7 +37,7 @@ def quality(
         raise RequestError(f"--clips {clips}", "there is nothing to measure", "Give 1 or more")
     settled, opened = settle(given)
     for key in ("prompt", "seed", "image", "batched"):
-        if said := [origin for origin, _ in settled.said.get(key, ()) if not origin.startswith("model ")]:
+        if said := [origin for origin, _ in settled.given.get(key, ()) if not origin.startswith("model ")]:
             raise RequestError(f"{said[-1]} with bench quality", f"it has a {key} of its own for each clip"
                                if key != "batched" else "it makes one clip at a time", "Leave it out")  # fmt: skip
     by_image = opened.model.task == "i2v"

@@ -113,7 +113,7 @@ def places(setup: Setup) -> list[Row]:
             if spec.kind != "here":
                 try:
                     remote = all_places.remote(spec)
-                    said = remote.said
+                    said = remote.description
                     latency = f"{1000 * median(remote.channel):.1f} ms"
                     about = latency, compared(said.get("versions", {})), device_of(said, target.stage)
                     good, probe = probed(remote, target.stage, all_places.expected.get(target))
@@ -158,7 +158,7 @@ def probed(remote: Remote, stage: str, expected: str | None) -> tuple[bool, str]
     """Whether it is as expected, and the probe's hash, to be pinned with ``expected_probes``."""
     from ditkit.placement.probe import has_probe
 
-    stages = remote.said["stages"]
+    stages = remote.description["stages"]
     if stage not in stages:
         return False, f"not offered; it has {', '.join(stages) or 'nothing'}{nearest(stage, stages)}"
     if not has_probe(stages[stage]["components"]):

@@ -61,7 +61,7 @@ def carried_out(pipe: Pipeline, state: State, goal: RunOptions) -> Iterator[Job]
                 job = Job(run)
                 yield job
         assert job.result is not None
-        result = job.result if goal.run is None else goal.run.told(job.result)
+        result = job.result if goal.run is None else goal.run.with_parent(job.result)
         files = write(result, goal, makes_video)
     except DitkitError as e:
         if isinstance(e, Interrupted):

@@ -142,7 +142,7 @@ def _goes_on(
     settled, opened = settle(given, below)
     asked = templates.placed(settled.request())
     for key, value in request.items():
-        said = settled.said.get(key, ())
+        said = settled.given.get(key, ())
         if said and not said[-1][0].startswith("model ") and getattr(asked, key) != value:
             asked_for = f"{key}={getattr(asked, key)!r} ({settled.origins[key]}) with {flag}"
             raise RequestError(asked_for, f"{what} was begun with {value!r}", "Take that away, or begin a new run")

@@ -138,7 +138,7 @@ def of_stage(key: str, settled: Settled, opened: Opened) -> list[tuple[str, str,
         raise SetupError(f"config explain {key}", f"no stage has that setting{nearest(key, known)}", do)
     default = own[name][setting].default
     rows = [(key, "none" if default is MISSING else show.value(default), f"default (stage {name})")]
-    for origin, tables in settled.said.get("stage_settings", ()):
+    for origin, tables in settled.given.get("stage_settings", ()):
         if setting in tables.get(name, {}) and show.value(tables[name][setting]) != rows[-1][1]:
             rows.append((key, show.value(tables[name][setting]), origin))
     return rows

@@ -86,7 +86,7 @@ def run(
     ways = {"--from": source, "--run": folder, "--resume": resume}
     if len(named := [f"{flag} {value}" for flag, value in ways.items() if value is not None]) > 1:
         raise StateError(" with ".join(named), "each says where the run begins", "Give one of them")
-    keeping = said(every=every, keep_steps=keep_steps)
+    keeping = given_of(every=every, keep_steps=keep_steps)
     for key, value in keeping.items() if folder is None else ():
         found = "it says what a new run keeps, and there is no --run"
         raise SetupError(f"--{flags.kebab(key)} {value}", found, "Add --run NAME")
@@ -146,7 +146,7 @@ def fork(
     settled, opened = settle(given, Layer.of({**below, **parent.description.setup}, f"run {parent.path}"))
     path = next_to(parent.path) if folder is None else located(folder)
     about = parent.description
-    keeping = {"every": about.every, "keep_steps": about.keep_steps, **said(every=every, keep_steps=keep_steps)}
+    keeping = {"every": about.every, "keep_steps": about.keep_steps, **given_of(every=every, keep_steps=keep_steps)}
     check_new(path, **keeping)
     pipe, request = load(opened), settled.request().model_dump()
     if before["sigmas"] is not None and request["sigmas"] == before["sigmas"]:
@@ -173,7 +173,7 @@ def next_to(parent: Path) -> Path:
     return next(path for path in names if not path.exists())
 
 
-def said(**values: Any) -> dict[str, Any]:
+def given_of(**values: Any) -> dict[str, Any]:
     """What somebody gave."""
     return {name: value for name, value in values.items() if value is not None}
 

@@ -140,7 +140,7 @@ class Places:
     def describe(self) -> dict[str, Any]:
         """What each place that was used said of itself."""
         with self._lock:
-            return {name: dict(remote.heard) for name, remote in self._remotes.items()}
+            return {name: dict(remote.described) for name, remote in self._remotes.items()}
 
     def close(self) -> None:
         with self._lock:

@@ -31,7 +31,7 @@ class Remote:
 
     def __init__(self, name: str, channel: Channel, retries: int = 2, expected: Mapping[str, str] | None = None):
         self.name, self.channel, self.retries, self.expected = name, channel, retries, expected or {}
-        self.heard: dict[str, Any] = {}  # what it has said, nothing if it was never asked
+        self.described: dict[str, Any] = {}  # what it has said, nothing if it was never asked
         self._checked: set[str] = set()
         self._lock = threading.RLock()
 
@@ -47,7 +47,7 @@ class Remote:
 
     def software(self) -> Mapping[str, str]:
         """A result that another torch made must not pass for one of ours: a cache keeps them apart."""
-        mine, theirs = versions(), self.said.get("versions", {})
+        mine, theirs = versions(), self.description.get("versions", {})
         return {name: str(theirs.get(name)) for name in COMPUTES if theirs.get(name) != mine.get(name)}
 
     def call(self, task: StageCall) -> Call:
@@ -81,16 +81,16 @@ class Remote:
         raise AssertionError
 
     @property
-    def said(self) -> dict[str, Any]:
+    def description(self) -> dict[str, Any]:
         """What the other end says of itself; asked once. Raises Lost, PlaceError."""
         return self._ask(SILENT)
 
     def _ask(self, events: Events) -> dict[str, Any]:
         """``events`` hears of attempts that failed."""
         with self._lock:
-            if not self.heard:
-                self.heard = self._patiently(lambda: self._sound(self.channel.ask("describe")), "", events)
-            return self.heard
+            if not self.described:
+                self.described = self._patiently(lambda: self._sound(self.channel.ask("describe")), "", events)
+            return self.described
 
     def _sound(self, said: dict[str, Any]) -> dict[str, Any]:
         asked = f"asking {self.name} who it is"
@@ -106,7 +106,7 @@ class Remote:
 
     def _told(self, stage: Stage) -> dict[str, Any]:
         """What it says of a stage. Raises PlaceError."""
-        stages = self.said["stages"]
+        stages = self.description["stages"]
         if stage.name not in stages:
             found = f"it offers {', '.join(stages) or 'nothing'}{nearest(stage.name, stages)}"
             raise PlaceError(self._running(stage), found, "Start it with --stages that name this one")

@@ -29,7 +29,7 @@ from ditkit.schedulers import SCHEDULERS
 
 def model_at(places: Places, spec: Spec) -> Mapping[str, Any]:
     """What the host says of its model as a whole. Raises Lost, PlaceError."""
-    about: Mapping[str, Any] = places.remote(spec).said.get("model") or {}
+    about: Mapping[str, Any] = places.remote(spec).description.get("model") or {}
     if not about.get("task"):
         do = "Start it with a whole model, or name the model here and place single stages there"
         raise PlaceError(f"taking the model from {spec.text}", "it says of none what it makes", do)
@@ -82,7 +82,7 @@ def part_of(name: str, told: Any, place: str) -> Part:
 
 
 def _told(places: Places, spec: Spec) -> Mapping[str, Any]:
-    return places.remote(spec).said.get("parts") or {}
+    return places.remote(spec).description.get("parts") or {}
 
 
 def check_here(model: Model, places: Places, pipeline: StageList) -> None:
@@ -144,7 +144,7 @@ def facts_of(places: Places, ran: Mapping[str, Iterable[str]], weights: Mapping[
 def _check_code(stage: Stage, places: Iterable[Place], needed: Iterable[tuple[str, str, str]]) -> None:
     for place in (place for place in places if isinstance(place, Remote)):
         for group, name, code in needed:
-            known, of_file = place.said.get("code", {}).get(group, {}), group == FILES
+            known, of_file = place.description.get("code", {}).get(group, {}), group == FILES
             same = code in known if of_file else known.get(name) == code
             if not same:
                 other = name in (known.values() if of_file else known)

@@ -91,11 +91,11 @@ class Run(RunFolder):
         part = {"until": until, "stop_at_step": stop_at_step, "recorder": recorder, "cancel": cancel}
         with self.going(listeners=listeners, **part) as run:
             result = run()
-        return self.told(result)
+        return self.with_parent(result)
 
     @contextmanager
     def going(self, *, listeners: Iterable[Listener] = (), **part: Any) -> Iterator[Callable[[], Result]]:
-        """``with run.going() as call: result = run.told(call())`` is what ``go`` does."""
+        """``with run.going() as call: result = run.with_parent(call())`` is what ``go`` does."""
         listeners, description = tuple(listeners), self.description
         events = Events(*self.pipe.listeners, *listeners)
 
@@ -114,7 +114,7 @@ class Run(RunFolder):
                 (journal if e.clip is None else journal.of_clip(e.clip))(e.state)
                 raise
 
-    def told(self, result: Result) -> Result:
+    def with_parent(self, result: Result) -> Result:
         """``result`` with manifests that tell of what the run was forked from."""
         if self.description.parent is None:
             return result

@@ -71,7 +71,7 @@ def clip_sizes(tensors: Tensors, layout: str = "transformers") -> Sizes:
 
 def _read_native(keys: ConfigKeys, fields: dict[str, Any]) -> None:
     fields["intermediate_size"] = fields["hidden_size"] * keys.take("vision_mlp_ratio", 4)
-    keys.said["intermediate_size"] = "vision_dim x vision_mlp_ratio"
+    keys.names["intermediate_size"] = "vision_dim x vision_mlp_ratio"
 
 
 def _check(keys: ConfigKeys, fields: Fields) -> None:

@@ -78,7 +78,7 @@ class ConfigKeys:
         self.asked, self.rules, self.config, self.notes = asked, rules, config, notes
         self.rest = {key: value for key, value in config.items() if not key.startswith("_")}
         self.known: list[str] = []
-        self.said: dict[str, str] = {}
+        self.names: dict[str, str] = {}
         if self.rest.get("quantization_config") is not None:  # it changes what the tensors mean
             raise self.error("it has a quantization_config, and ditkit does not compute such weights")
 
@@ -170,7 +170,7 @@ class ConfigFormat:
             keys.only(name, *values)
         fields = {key.field: keys.take(name, key.default, key.check) for name, key in self.keys.items()}
         fields = {name: value for name, value in fields.items() if value is not UNSET}
-        keys.said.update({key.field: name for name, key in self.keys.items()})
+        keys.names.update({key.field: name for name, key in self.keys.items()})
         self.read(keys, fields)
         for name, value in self.derived.items():
             keys.only(name, value(fields))

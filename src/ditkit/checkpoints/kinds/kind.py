@@ -186,7 +186,7 @@ class Kind(Row):
             advice[first] = f"Use the config of these weights; if they are whole, {claim.advice}, or allow {rule}"
             if rule in rules and sizes.fields[first] is None:
                 fields |= dict.fromkeys(claim.fields)
-        whole = sizes.beside(asked, fields, keys.said, advice)
+        whole = sizes.beside(asked, fields, keys.names, advice)
         self.check(keys, whole)
         return whole
 

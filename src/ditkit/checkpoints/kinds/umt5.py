@@ -57,7 +57,7 @@ def _tell(layout: str, tensors: Tensors, sizes: Sizes) -> dict[str, Any]:
 
 def _read_native(keys: ConfigKeys, fields: dict[str, Any]) -> None:
     fields["d_kv"] = keys.take("dim_attn") // fields["num_heads"]
-    keys.said["d_kv"] = "dim_attn / num_heads"
+    keys.names["d_kv"] = "dim_attn / num_heads"
 
 
 def _check(keys: ConfigKeys, fields: Fields) -> None:

@@ -254,7 +254,7 @@ def _write_native(fields: Fields) -> dict[str, Any]:
 def _read_diffusers(keys: ConfigKeys, fields: dict[str, Any]) -> None:
     width = keys.take("attention_head_dim", 128)
     dim = fields["num_heads"] * width
-    keys.said["dim"] = f"num_attention_heads {fields['num_heads']} x attention_head_dim {width}"
+    keys.names["dim"] = f"num_attention_heads {fields['num_heads']} x attention_head_dim {width}"
     out, added = keys.take("out_channels", 16, MAYBE_COUNT), keys.take("added_kv_proj_dim", None, MAYBE_COUNT)
     image, tokens = fields["image_dim"], fields["image_tokens"]
     if added not in (None, dim):
@@ -264,7 +264,7 @@ def _read_diffusers(keys: ConfigKeys, fields: dict[str, Any]) -> None:
     keys.require(image is not None or tokens is None, f"pos_embed_seq_len is {tokens} and image_dim is null")
     fields |= {"dim": dim, "out_dim": fields["in_dim"] if out is None else out, "patch_size": PATCH, "text_len": 512,
                "vace_layers": ()}  # fmt: skip
-    keys.said |= {"out_dim": "out_channels", "vace_in_dim": "vace_in_channels"}
+    keys.names |= {"out_dim": "out_channels", "vace_in_dim": "vace_in_channels"}
     if keys.config.get("_class_name") == VACE_CLASS:
         fields["vace_layers"] = keys.take("vace_layers", VACE_LAYERS, COUNTS)
         fields["vace_in_dim"] = keys.take("vace_in_channels", 96)

@@ -149,7 +149,7 @@ def _read(keys: ConfigKeys, fields: dict[str, Any], residual: bool) -> None:
     keys.require(bool(mult) and min(mult) > 0 and len(temporal) == len(mult) - 1, found)
     if residual:
         fields["dec_dim"] = keys.take("decoder_base_dim", fields["dim"])
-        keys.said["dec_dim"] = "decoder_base_dim"
+        keys.names["dec_dim"] = "decoder_base_dim"
     else:
         keys.only("decoder_base_dim", None, fields["dim"])
     usual = len(WAN22_MEAN if residual else WAN21_MEAN)
