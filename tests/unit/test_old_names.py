@@ -93,7 +93,7 @@ def test_a_state_of_earlier_goes_on():
     whole = pipe.run(pipe.begin(pipe.model.request({"prompt": "a red circle", "seed": 3, "steps": 4}))).state
     half = State.load(file)
     assert half["request"] == {n: v for n, v in whole["request"].items() if n in half["request"]}
-    assert half["weights"].items() <= whole["weights"].items()
+    assert half["weights"].items() - whole["weights"].items() <= {("tokenizer", half["weights"]["tokenizer"])}, "ftfy"
     again = pipe.run(half).state
     assert {*again} == {*whole}
     assert rel(again["latents"], whole["latents"]) <= 1e-4  # its first steps were taken by another machine

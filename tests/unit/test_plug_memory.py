@@ -242,14 +242,20 @@ def test_what_a_state_cannot_hold_is_no_memory(name, value, said):
 
 def test_what_is_remembered_comes_back_as_it_was():
     """A view in its layout, as what is summed in another order is another sum; and by any name of a branch."""
-    plugs = RunPlugs()
-    plugs.wrap(None, "run_blocks", [lambda inner, run: run.memory.update(m=torch.rand(3, 4).T)], "t", "cond:a/b%")
+
+    def plug(inner, run):
+        seen.append({**run.memory})
+        run.memory["m"] = torch.rand(3, 4).T
+        return inner
+
+    seen, plugs = [], RunPlugs()
+    plugs.wrap(print, "run_blocks", [plug], "t", "cond:a/b%")
     remembered = plugs.remembered()
     assert [t.stride() for t in remembered.values()] == [(3, 1)]
-    again, seen = RunPlugs(remembered=remembered), []
+    again = RunPlugs(remembered=remembered)
     for branch in ("cond:a", "cond:a_b%", "cond:a/b%"):
-        again.wrap(None, "run_blocks", [lambda inner, run: seen.append({**run.memory})], "t", branch)
-    assert [[*memory] for memory in seen] == [[], [], ["m"]]
+        again.wrap(print, "run_blocks", [plug], "t", branch)
+    assert [[*memory] for memory in seen] == [[], [], [], ["m"]]
 
 
 def test_settings_that_only_the_first_part_read_count(plain):
@@ -285,12 +291,13 @@ def test_names_of_plugs():
 def test_who_is_given_the_run():
     def two(inner, run):
         assert (run.seam, run.expert, run.branch) == ("attend", "transformer", "cond")
-        return "two", inner
+        return lambda: ("two", inner())
 
     def one(inner):
-        return "one", inner
+        return lambda: ("one", inner())
 
     def with_default(inner, scale=3):
-        return scale, inner
+        return lambda: (scale, inner())
 
-    assert RunPlugs().wrap("x", "attend", (one, two, with_default), "transformer", "cond") == ("one", ("two", (3, "x")))
+    wrapped = RunPlugs().wrap(lambda: "x", "attend", (one, two, with_default), "transformer", "cond")
+    assert wrapped() == ("one", ("two", (3, "x")))
