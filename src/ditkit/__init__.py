@@ -4,8 +4,7 @@
     pipe = ditkit.load("shapes")
     pipe("a red circle moving left on a black background", seed=7).save("clip.mp4")
 
-Names are imported when they are first used, so ``import ditkit`` is quick and does not import torch.
-"""
+Names are imported when they are first used, so ``import ditkit`` is quick and does not import torch."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

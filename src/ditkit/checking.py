@@ -1,8 +1,7 @@
 """Is a State what it says it is? Fields against the field table, counts against each other, before anything runs.
 
 A State may come from a file that was edited, cut together or written by another version. Leaves out: damage of the
-file itself (``state.py``) and whether the model is the right one (``assembly/model.py``).
-"""
+file itself (``state.py``) and whether the model is the right one (``assembly/model.py``)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -68,7 +67,8 @@ def check_state(state: State, table: Mapping[str, Field] = FIELDS) -> Request:
     request = Request.parse(state["request"], "the State's request", StateError)
     check_counts(state, asked)
     for stage, record in state.get("records", {}).items():
-        if not isinstance(record, dict) or any(not isinstance(record.get(part), dict) for part in _RECORDED):
+        whole = isinstance(record, dict) and all(isinstance(record.get(part), dict) for part in _RECORDED)
+        if not whole or not all(isinstance(plugs, list) for plugs in record["plugs"].values()):
             raise StateError(asked, f"its record of stage {stage!r} is damaged", UNTOUCHED)
     if not isinstance(state.get("model", {}).get("parts", {}), dict):
         raise StateError(asked, "what it says of its model's parts is damaged", UNTOUCHED)

@@ -2,8 +2,7 @@
 
 The settings are the fields of Request and Setup, by one flat name each. Layers, the lowest first: ditkit's defaults,
 the model's own, a config file (TOML), the environment (``DITKIT_STEPS=4``), flags. A whole table replaces the one below
-it; a dotted key (``devices.vae=cpu``) changes one entry. Leaves out: the names of flags (``cli/``).
-"""
+it; a dotted key (``devices.vae=cpu``) changes one entry. Leaves out: the names of flags (``cli/``)."""
 
 import tomllib
 import typing

@@ -2,8 +2,7 @@
 
 A component is any object with these attributes; nothing needs to be inherited. Importing this file does not import
 torch. Legend: B batch, C latent channels, F latent frames, h x w latent size, T pixel frames, H x W pixel size,
-L tokens, N heads, d head width, D text width.
-"""
+L tokens, N heads, d head width, D text width."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """The table of events: names, values with their types, and who may emit them. Checks and the guide are made from it.
 
 A name whose first word (before the first dot) begins no name of this table is free: stages, plugs and listeners of
-yours may emit it with any values.
-"""
+yours may emit it with any values."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

@@ -1,11 +1,11 @@
 """Names for what is plugged in: equal only for what computes the same, so that they can stand in fingerprints.
 
 A name holds the class, the options and the code of everything that is not ditkit's own. Leaves out: stages, which are
-named by the files that hold them (``execution/records.py``).
-"""
+named by the files that hold them (``execution/records.py``)."""
 
 import dis
 import hashlib
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from functools import partial
@@ -14,15 +14,16 @@ from types import CodeType, FunctionType, MappingProxyType, MethodType, ModuleTy
 from typing import Any
 from uuid import uuid4
 
-from ditkit.sources import files_of, is_installed, is_ours, version_of
+from ditkit.sources import GROUND, files_of, is_installed, is_ours, named, version_of
 from ditkit.state import digest
 
 FORGETS = "forgets its memory: "
 
-_SAY_ALL = {"builtins.range", "builtins.slice", "builtins.bytearray", "builtins.ellipsis", "re.Pattern", "re.RegexFlag",
+_SAY_ALL = {"builtins.range", "builtins.slice", "builtins.bytearray", "builtins.ellipsis", "re.RegexFlag",
             "torch.dtype", "torch.device", "torch.Size", "torch.layout", "torch.memory_format", "fractions.Fraction",
             "decimal.Decimal", "typing.TypeVar", "typing.ParamSpec"}  # fmt: skip
 """Types whose ``repr`` says all of a value."""
+_PLAIN = (str, bytes, int, float, complex)
 _unnamed: dict[int, tuple[Any, str]] = {}
 
 
@@ -63,8 +64,10 @@ def _named(value: Any, seen: tuple[Any, ...]) -> str:
     given = None if isinstance(value, type) else getattr(value, "fingerprint", None)
     if isinstance(given, str):
         return given
-    if value is None or isinstance(value, str | bytes | int | float | complex | bool):
+    if value is None or type(value) in (str, bytes, int, float, complex, bool):
         return repr(value)
+    if isinstance(value, re.Pattern):
+        return f"re.Pattern {value.pattern!r} {value.flags}"  # its own repr is cut
     if type(value) in (tuple, list, set, frozenset):
         items = [_named(item, seen) for item in value]
         return f"{type(value).__name__}[{', '.join(items if isinstance(value, tuple | list) else sorted(items))}]"
@@ -78,6 +81,8 @@ def _named(value: Any, seen: tuple[Any, ...]) -> str:
         return digest(value)
     if kind.startswith("numpy.") and hasattr(value, "tobytes") and not value.dtype.hasobject:
         return f"{kind} {value.dtype} {value.shape} {hashlib.sha256(value.tobytes()).hexdigest()}"
+    if isinstance(value, str | bytes | int | float | complex) and not kind.startswith("numpy."):
+        return f"{_class(type(value), seen)} {next(t for t in _PLAIN if isinstance(value, t)).__repr__(value)}"
     if type(value) is partial:
         return f"partial({_global(value.func, seen)}, {_named(value.args, seen)}, {_named(value.keywords, seen)})"
     if isinstance(value, FunctionType):
@@ -102,6 +107,8 @@ def _class(cls: type, seen: tuple[Any, ...]) -> str:
         return name
     members = [(base, n, v) for base in own for n, v in sorted(vars(base).items()) if n not in _SKIPPED]
     said = {f"{base.__qualname__}.{n}": _member(v, (*seen, cls)) for base, n, v in members}
+    others = [b for b in bases if b not in own and b.__module__.partition(".")[0] not in GROUND]
+    said |= {b.__qualname__: what for b in others if (what := version_of(b.__module__))}
     if not is_installed(type(cls).__module__):
         said["metaclass"] = _class(type(cls), (*seen, cls))
     return f"{name}@{digest(said)[:16]}"
@@ -121,9 +128,10 @@ def _member(value: Any, seen: tuple[Any, ...]) -> Any:
     if isinstance(value, property):
         return [_member(part, seen) for part in (value.fget, value.fset) if part is not None]
     value = getattr(value, "func", value) if type(value).__name__ == "cached_property" else value
-    if hasattr(value, "__wrapped__") and not isinstance(value, FunctionType):  # functools.cache
+    if type(value).__name__ == "_lru_cache_wrapper":
         value = value.__wrapped__
-    if hasattr(value, "__wrapped__") and is_installed(value.__globals__.get("__name__", "")):
+    decorated = isinstance(value, FunctionType) and hasattr(value, "__wrapped__")
+    if decorated and is_installed(value.__globals__.get("__name__", "")):
         cells = [_cell(cell.cell_contents, seen) for cell in value.__closure__ or ()]
         return [value.__code__.co_qualname, version_of(value.__globals__["__name__"]), cells]
     if isinstance(value, FunctionType):
@@ -158,8 +166,7 @@ def _function(function: FunctionType, seen: tuple[Any, ...]) -> Any:
     names = sorted({name for code in _codes(function.__code__) for name in code.co_names} & {*function.__globals__})
     world = {name: _global(function.__globals__[name], seen) for name in names}
     own = {name: _named(value, seen) for name, value in sorted(vars(function).items()) if name != "__wrapped__"}
-    steps = [step for code in _codes(function.__code__) for step in dis.get_instructions(code)]
-    inside = {name: _import(name) for name in sorted({s.argval for s in steps if s.opname == "IMPORT_NAME"})}
+    inside = {name: what for name in sorted(_imported(function)) if (what := _import(name)) is not None}
     return [_code(function.__code__), defaults, more, world, own, inside]
 
 
@@ -170,6 +177,9 @@ def _global(value: Any, seen: tuple[Any, ...]) -> Any:
     module, name = getattr(value, "__module__", None) or type(value).__module__, getattr(value, "__qualname__", None)
     if name is None and type(value).__qualname__ == "ufunc":  # of numpy
         name = value.__name__
+    owner = getattr(value, "__self__", None)
+    if owner is not None and not isinstance(owner, ModuleType | type) and callable(value):  # a method and its object
+        return [f"{module}.{name} {version_of(str(module))}", _named(owner, seen)]
     if is_installed(module) and isinstance(name, str) and "<locals>" not in name and callable(value):
         return f"{module}.{name} {version_of(module)}"
     if type(value).__module__ == "typing":
@@ -185,14 +195,26 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
             yield from _codes(inner)
 
 
+def _imported(function: FunctionType) -> set[str]:
+    """The modules that a function imports when it runs, and what of them, which may be modules as well."""
+    found, package = set[str](), str(function.__globals__.get("__package__") or "")
+    for code in _codes(function.__code__):
+        steps = [*dis.get_instructions(code)]
+        for level, members, step in zip(steps, steps[1:], steps[2:], strict=False):
+            if step.opname == "IMPORT_NAME":
+                base = "." * (level.argval or 0) + step.argval
+                found |= {*(named(base, package, members.argval or ()) or [base])}
+    return found
+
+
 def _import(name: str) -> Any:
-    """The version of a package, the hashes of any other module's files."""
+    """The version of a package, the hashes of any other module's files, None for what is no module."""
     package = name.partition(".")[0]
     if is_ours(package) or is_installed(package):
-        return version_of(package)
-    if not (files := files_of(name)):
+        return version_of(package) if package == name else None
+    if not (files := files_of(name)) and ("." not in name or name.startswith(".")):
         raise _Unknowable
-    return files
+    return files or None
 
 
 def _code(code: CodeType) -> list[Any]:

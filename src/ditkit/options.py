@@ -7,6 +7,7 @@ import re
 import tomllib
 import typing
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import cache
 from typing import Any
@@ -87,12 +88,14 @@ def _pieces(text: str) -> list[str]:
 
 
 def toml_values(text: str) -> list[Any]:
-    """What ``text`` is as a TOML value; nothing where it is none."""
+    """What ``text`` is as a TOML value, or as one of JSON with null in it; nothing where it is none."""
     try:
         parsed = tomllib.loads(f"value = {text}")
+        return [parsed["value"]] if len(parsed) == 1 else []
     except tomllib.TOMLDecodeError:
+        with suppress(ValueError, RecursionError):
+            return [json.loads(text)] if text.startswith(("[", "{")) else []
         return []
-    return [parsed["value"]] if len(parsed) == 1 else []
 
 
 def _fitting(name: str, annotation: Any, values: tuple[Any, ...], what: str, error: type[UserError]) -> Any:
@@ -113,9 +116,17 @@ def adapter(annotation: Any) -> TypeAdapter[Any]:
     return TypeAdapter(annotation)
 
 
+def _has_none(value: Any) -> bool:
+    if isinstance(value, Mapping | list | tuple):
+        return any(map(_has_none, value.values() if isinstance(value, Mapping) else value))
+    return value is None
+
+
 def _toml(value: Any) -> str:
     if value is None:
         return "none"
+    if isinstance(value, Mapping | list | tuple) and _has_none(value):
+        return json.dumps(value)  # TOML has no word for it
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{_toml(k)} = {_toml(v)}" for k, v in value.items()) + "}"
     if isinstance(value, list | tuple):

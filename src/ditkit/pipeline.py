@@ -1,7 +1,6 @@
 """Pipeline: a model that is ready to make clips. ``ditkit.load(...)`` gives one; calling it gives a Result.
 It holds no state of any run; threads may share it. Leaves out: going through the stages (``execution``), finding and
-filling components (``assembly``).
-"""
+filling components (``assembly``)."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """Registries: rows by name. A row is what ditkit knows of one kind of network, one stage, one plug or one kernel.
 
 Rows come from three places: ditkit's own tables (imported when they are asked for), installed packages (entry points)
-and a person's file or module that is handed over by name (``bring``). Leaves out: what rows hold.
-"""
+and a person's file or module that is handed over by name (``bring``). Leaves out: what rows hold."""
 
 import hashlib
 import importlib.util
@@ -17,7 +16,7 @@ from types import MappingProxyType, ModuleType
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
 from ditkit.errors import SetupError, nearest
-from ditkit.sources import code_sha256
+from ditkit.sources import code_sha256, file_sha256
 
 R = TypeVar("R", bound="Row")
 
@@ -173,11 +172,11 @@ class PlugSpec:
             return self
         asked, path = f"bringing {self.code}", Path(self.code).expanduser().absolute()
         try:
-            sha256 = hashlib.sha256(path.read_bytes()).hexdigest() if self.is_file else code_sha256(self.code)
+            sha256 = hashlib.sha256(path.read_bytes()).hexdigest() if self.is_file else file_sha256(self.code)
         except (OSError, ModuleNotFoundError) as e:
             found = (e.strerror or str(e)).lower() if isinstance(e, OSError) else str(e)
             raise SetupError(asked, found, "Give a file that ends in .py, or an installed module") from None
-        if not sha256.startswith(self.sha256[:32] if self.is_file else self.sha256):
+        if not sha256.startswith(self.sha256[:32]):
             raise SetupError(asked, f"its sha256 is {sha256[:16]}, and {self.sha256[:16]} is asked for", LOOK)
         whole = self.sha256 if len(self.sha256) == len(sha256) else sha256
         return replace(self, code=str(path) if self.is_file else self.code, sha256=whole)
@@ -210,7 +209,7 @@ of its contents."""
 def brought(sha256: str) -> Brought | None:
     """What was brought in this process with that sha256, of the file alone or with what it imports."""
     found = BROUGHT.get(sha256[:32])
-    known = found and (found.sha256, getattr(found.module, "__sha256__", ""))
+    known = found and (found.sha256, getattr(found.module, "__sha256__", "") or file_sha256(found.module.__name__))
     return found if known and sha256 in known else None
 
 
@@ -245,7 +244,8 @@ def _imported(spec: PlugSpec) -> Brought:
     asked = f"bringing {spec.code}"
     try:
         if not spec.is_file:
-            return Brought(spec.code, importlib.import_module(spec.code), spec.sha256)
+            module = importlib.import_module(spec.code)
+            return _checked(spec, module, file_sha256(spec.code))
         data = Path(spec.code).read_bytes()
         sha256 = hashlib.sha256(data).hexdigest()
         if sha256[:32] != spec.sha256[:32]:
@@ -260,9 +260,17 @@ def _imported(spec: PlugSpec) -> Brought:
         except BaseException:
             del sys.modules[name]
             raise
-        whole = code_sha256(name, sha256)
+        return _checked(spec, module, sha256)
+    except SetupError:
+        raise
     except (Exception, SystemExit) as e:
         raise SetupError(asked, f"it fails with {type(e).__name__}: {e}", "Correct it") from e
-    if spec.sha256 not in (sha256, whole):
-        raise SetupError(asked, "the file is the one that is asked for, and what it imports is not", LOOK)
+
+
+def _checked(spec: PlugSpec, module: ModuleType, sha256: str) -> Brought:
+    """``sha256``: of its file. Raises SetupError where another whole was asked for."""
+    whole = code_sha256(module.__name__, sha256)
+    if not any(known.startswith(spec.sha256) for known in (sha256, whole)):
+        found = "its file is the one that is asked for, and what that imports is not"
+        raise SetupError(f"bringing {spec.code}", found, LOOK)
     return Brought(spec.code, module, whole)

@@ -1,8 +1,7 @@
 """Replay: make a clip again from the manifest that it carries, and tell whether it is the same, bit for bit.
 
 First the weights are compared by hash; then the run is repeated with the recorded devices, dtypes and number of
-threads; then the frames are compared by hash. Leaves out: files (``media``) and what a manifest holds (``receipt``).
-"""
+threads; then the frames are compared by hash. Leaves out: files (``media``) and what a manifest holds (``receipt``)."""
 
 import os
 import re
@@ -186,6 +185,7 @@ def trusted(script: Script, given: Iterable[str]) -> list[str]:
     that nobody named: a clip's word starts no code."""
     named, asked = [PlugSpec.parse(text) for text in given], f"replaying {script.file}"
     found, used = list[str](), set[PlugSpec]()
+    code = [spec for spec in map(PlugSpec.parse, script.setup.plugs) if spec.is_code]
     for spec in map(PlugSpec.parse, script.setup.plugs):
         if spec.is_code:
             same = [one for one in named if one.is_code and _names(one, spec)]
@@ -193,6 +193,10 @@ def trusted(script: Script, given: Iterable[str]) -> list[str]:
                 do = f"If you trust it, name it: --plug {spec.code}"
                 raise StateError(asked, f"it was made with {spec.short}, code that a clip may not start", do)
             one = min(same, key=partial(_distance, spec))
+            if any(_distance(other, one) < _distance(spec, one) for other in code if _names(one, other)):
+                raise StateError(
+                    asked, f"{spec.short} is another file than {one.code}", f"Name it too: --plug {spec.code}"
+                )
             used.add(one)
             spec = replace(spec, code=one.code, sha256=one.sha256)
         found.append(str(spec))

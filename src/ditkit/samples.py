@@ -20,7 +20,8 @@ def split(state: State, table: Mapping[str, Field] = FIELDS) -> list[State]:
     parts: list[dict[str, Any]] = [{} for _ in range(n)]
     for name, value in state.items():
         for part, own in zip(parts, _divide(name, value, state, n, table), strict=True):
-            part[name] = own
+            if _how(name, table) != "names" or own or not value:  # of a group a clip may have nothing
+                part[name] = own
     prints = {name: _prints(whole, n) for name, whole in state.fingerprints.items() if whole}
     clips = [State(part, {k: own[i] for k, own in prints.items() if own[i]}) for i, part in enumerate(parts)]
     return [_rebased(clip, state) for clip in clips]
@@ -67,7 +68,10 @@ def join(states: Sequence[State], table: Mapping[str, Field] = FIELDS) -> State:
     Raises StateError for a field that differs between the clips and is not described as one entry for each."""
     if len(states) == 1:
         return states[0]
-    prints = {k: "+".join(s.fingerprints.get(k, "") for s in states) for k in states[0].fingerprints}
+    prints = {
+        k: "+".join(s.fingerprints.get(k, "") for s in states)
+        for k in dict.fromkeys(k for s in states for k in s.fingerprints)
+    }
     some = (name for state in states[1:] for name in state if _how(name, table) == "names")
     names = dict.fromkeys((*states[0], *some))
     joined = State({name: _unite(name, states, table) for name in names if name != "records"}, prints)

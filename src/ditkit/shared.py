@@ -2,8 +2,7 @@
 
 A key stands for everything that makes two components interchangeable: the bytes of the weights, the config, dtype,
 device, precision, swaps. Whoever asks for a key that somebody holds gets that same object. Nothing is kept alive
-here: a component goes when its last holder lets go. Leaves out: how a component is made, and how its key is.
-"""
+here: a component goes when its last holder lets go. Leaves out: how a component is made, and how its key is."""
 
 import gc
 import threading

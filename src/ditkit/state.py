@@ -3,8 +3,7 @@
 The same State is the wire format, the checkpoint of a half-finished run, the entry of a cache and what two
 experiments are compared on. It saves to one safetensors file and loads from it bit for bit; plain values and
 fingerprints travel in the file's metadata as JSON. Nothing is ever pickled.
-Torch is imported only inside functions. Leaves out: what stages do with it (``execution``).
-"""
+Torch is imported only inside functions. Leaves out: what stages do with it (``execution``)."""
 
 from __future__ import annotations
 

@@ -202,7 +202,10 @@ def test_a_host_without_that_code_is_found_before_anything_is_computed(
 ):
     plugs, setup, request = SETS[which]
     heard = []
-    with pytest.raises(PlaceError, match=f"'denoise' at .*: {found}. Start it with the same file: ditkit host --plug"):
+    with pytest.raises(
+        PlaceError,
+        match=f"'denoise' at .*: {found}. Start it with the same file, and what that imports: ditkit host --plug",
+    ):
         run(tiny_model, plugs, mine, request, [heard.append], placement={"denoise": bare_host}, **setup)
     assert not [event for event in heard if event.name == "stage.start"]
 
@@ -359,6 +362,8 @@ def test_two_files_of_one_name_replay_each_as_its_own(call, model, tmp_path):
     for words in (("a/p.py", "b/p.py"), ("b/p.py", "a/p.py")):
         said = call("replay", made, "--plug", words[0], "--plug", words[1], "--quiet")
         assert (said.code, said.err) == (0, "")
+    said = call("replay", made, "--plug", "b/p.py")
+    assert f"{tmp_path}/a/p.py:P is another file than b/p.py. Name it too: --plug {tmp_path}/a/p.py" in said.err
     (tmp_path / "b" / "p.py").write_text(body.format(1.3))
     said = call("replay", made, "--plug", "b/p.py", "--plug", "a/p.py", "--quiet")
     assert said.code == 1

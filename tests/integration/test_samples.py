@@ -124,6 +124,33 @@ def test_slices_of_several_clips_have_the_fingerprints_of_the_whole(pipe, until)
     assert again.fingerprints == whole.fingerprints
 
 
+class Some:
+    """Remembers something in clips of an even seed only."""
+
+    def __call__(self, predict, run):
+        def around(x, step):
+            if step.index == 1 and x.flatten()[0] > 0:
+                run.memory["seen"] = x[:, :1]
+            return predict(x, step) * (0.9 if "seen" in run.memory else 1.0)
+
+        return around
+
+    fingerprint = "some"
+
+
+def test_a_memory_that_only_some_clips_have(tiny_model):
+    pipe = ditkit.load(tiny_model, seams=ditkit.Seams(predict=(Some(),)))
+    state = begin(pipe, prompt="a red circle", seed=[*range(6)])
+    whole, halves = pipe.run(state).state, set()
+    for k in (1, 2, 3):
+        half = pipe.run(state, stop_at_step=k).state
+        halves.add(len(half.get("memory", {})))
+        again = pipe.run(State.from_bytes(half.to_bytes())).state
+        assert again.equal(whole), k
+        assert again.fingerprints == whole.fingerprints, k
+    assert halves - {0, 6}, "some of them remember and others do not"
+
+
 def test_an_interrupted_series_keeps_what_is_finished(pipe):
     def stop(event):
         clips.append(event.name) if event.name == "clip" else None

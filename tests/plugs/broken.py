@@ -77,3 +77,21 @@ class Raised(Forgotten):
 
     def run(self, inputs, ctx):
         raise KeyError("no such word")
+
+
+class NotBegun(Forgotten):
+    name = "not_begun"
+
+    def __init__(self):
+        raise ValueError("not even begun")
+
+
+class Left(Forgotten):
+    name = "left"
+
+    def run(self, inputs, ctx):
+        raise SystemExit(3)
+
+
+class Numbered(Forgotten):
+    name = 5

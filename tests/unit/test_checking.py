@@ -37,6 +37,9 @@ BAD = {
     "a word for a model": lambda s: {"model": "x"},
     "a bare prompt": lambda s: {"prompt": "abc"},
     "a record that is none": lambda s: {"records": {**s["records"], "encode_text": 0}},
+    "a record with plugs that are none": lambda s: {
+        "records": {**s["records"], "denoise": {**s["records"]["denoise"], "plugs": {"predict": 1}}}
+    },
     "a record without its inputs": lambda s: {"records": {**s["records"], "denoise": {"settings": {}}}},
     "parts that are a word": lambda s: {"model": {**s["model"], "parts": "x"}},
     "no step taken, and a history of steps": lambda s: {"step": 0},

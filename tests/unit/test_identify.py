@@ -110,10 +110,19 @@ VALUES = {
     "a view of a dict": ("from types import MappingProxyType as M", "V = M({1: 2})", "V = M({1: 3})"),
     "a dict of sets": ("", "V = {1: {2}}", "V = {1: {3}}"),
     "a partial": ("from functools import partial", "V = partial(max, 1)", "V = partial(max, 2)"),
+    "a method of a dict": ("", "V = {1: 2}.get", "V = {1: 3}.get"),
+    "a method of a tensor": ("import torch", "V = torch.ones(2).mul", "V = torch.zeros(2).mul"),
+    "the end of a long pattern": ("import re", "V = re.compile('a' * 300 + 'b')", "V = re.compile('a' * 300 + 'c')"),
+    "a number with code": (
+        "",
+        "V = type('F', (float,), {'__mul__': lambda s, o: 2})(1)",
+        "V = type('F', (float,), {'__mul__': lambda s, o: 3})(1)",
+    ),
+    "a method of a network": ("import torch", "V = torch.nn.Linear(2, 2).forward", "V = torch.nn.Linear(3, 2).forward"),
     "a network": ("import torch\ntorch.manual_seed(1)", "V = torch.nn.Linear(2, 2)", "V = torch.nn.Linear(2, 2)"),
     "a queue": ("from collections import deque", "V = deque([1])", "V = deque([2])"),
 }
-KNOWN_BY_CONTENT = VALUES.keys() - {"a network", "a queue"}
+KNOWN_BY_CONTENT = VALUES.keys() - {"a network", "a method of a network", "a queue"}
 
 
 @pytest.mark.parametrize("what", VALUES)
@@ -131,6 +140,10 @@ def test_a_global_value_of_any_type_counts(what):
 
 
 EDITS = {
+    "a decorator that is a class": ("class By:\n    def __init__(self, f): self.__wrapped__ = f\n"
+                                    "    def __call__(self, *a): return self.__wrapped__(*a) * {0}\n"
+                                    "class plug:\n    @By\n    def f(self): return 1\n"),
+    "an enumeration": "import enum\nclass E(enum.IntEnum):\n    A = {0}\ndef plug(inner): return inner, E.A",
     "a decorator": ("import functools\ndef by(n):\n    def around(f):\n        @functools.wraps(f)\n"
                     "        def g(*a): return n * f(*a)\n        return g\n    return around\n"
                     "class P:\n    @by({0})\n    def f(self): return 1\nplug = P"),

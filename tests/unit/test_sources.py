@@ -1,14 +1,17 @@
 """What a plug or a stage out of a file imports counts in its name: each case is one edit beside the file."""
 
+import hashlib
+import importlib
 import json
 import subprocess
 import sys
+import zipfile
 
 import pytest
 
 from ditkit.errors import SetupError
 from ditkit.registry import PlugSpec, bring
-from ditkit.sources import code_sha256, version_of
+from ditkit.sources import code_sha256, files_of, version_of
 
 PLUG = """
 {imports}
@@ -39,6 +42,14 @@ CASES = {  # imports of the file, imports in a function, the file beside it that
     "by a name": ("import importlib\nhelper = importlib.import_module('helper_j')", "", "helper_j.py"),
     "an optional import": ("try:\n    import helper_k, missing_k\nexcept ImportError:\n    pass", "", "helper_k.py"),
     "all of a module": ("from helper_l import *", "", "helper_l.py"),
+    "one way or the other": (
+        "try:\n    from .helper_n import *\nexcept ImportError:\n    from helper_n import *",
+        "",
+        "helper_n.py",
+    ),
+    "by a name in a function": ("", "__import__('importlib').import_module('helper_o')", "helper_o.py"),
+    "one called as one of Python's": ("import sched", "", "sched.py"),
+    "the package around it": ("from pack_p.part import *", "", "pack_p/__init__.py"),
     "a place that the file adds": ("import sys\nsys.path.insert(0, __file__[:-8])\nimport under_m", "", "x/under_m.py"),
 }
 BESIDE = {"front_c.py": "import helper_c", "pack_h/part.py": "from .other import VALUE"}
@@ -81,7 +92,7 @@ def told(tmp_path_factory):
         if beside.startswith("pack"):
             (folder / beside).parent.joinpath("__init__.py").touch()
             (folder / beside).parent.joinpath("part.py").touch()
-        files.append(folder / ("x" if "under" in beside else ".") / f"plug_{n:02}.py".replace("plug_12", "plug"))
+        files.append(folder / ("x" if "under" in beside else ".") / f"plug_{n:02}.py".replace("plug_16", "plug"))
         files[-1].write_text(PLUG.format(imports=imports, inside=inside or "pass"))
     files.append(folder / "alone.py")
     files[-1].write_text(PLUG.format(imports="", inside="pass"))
@@ -100,6 +111,64 @@ def test_what_a_file_imports_counts(told, case):
     assert before[0] != after[0]
     assert before[1] != after[1]
     assert before[0].split("@")[1][:32] == after[0].split("@")[1][:32], "the file is the same"
+
+
+def test_what_others_import_changes_no_name(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "pack_q").mkdir()
+    for name, text in (("__init__", "VALUE = 1"), ("other", "VALUE = 2"), ("uses", "from pack_q import VALUE")):
+        (tmp_path / "pack_q" / f"{name}.py").write_text(text + "\n")
+    (tmp_path / "plug_q.py").write_text("import importlib\nfrom pack_q import VALUE, uses\nNAME = 'pack_q.other'\n")
+    before = code_sha256("plug_q")
+    importlib.import_module("plug_q")
+    importlib.import_module("pack_q.other")
+    assert code_sha256("plug_q") == before
+    (tmp_path / "pack_q" / "uses.py").write_text("from pack_q import VALUE  # edited\n")
+    assert code_sha256("plug_q") == before, "what was imported is what runs"
+    for name in [name for name in sys.modules if name.startswith(("plug_q", "pack_q"))]:
+        del sys.modules[name]
+    assert code_sha256("plug_q") != before
+
+
+def test_a_module_that_is_brought_counts_as_it_was_imported(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    file = tmp_path / "plug_r.py"
+    file.write_text("VALUE = 1\n")
+    first = bring("plug_r")
+    assert first.sha256 == PlugSpec("plug_r", attribute="x").placed().sha256
+    file.write_text("VALUE = 22\n")
+    again = bring("plug_r")
+    assert (again.module.VALUE, again.sha256) == (1, first.sha256)
+    del sys.modules["plug_r"]
+    importlib.invalidate_caches()
+    assert bring("plug_r").sha256 != first.sha256
+
+
+def test_a_module_in_an_archive_counts_with_it(tmp_path, monkeypatch):
+    archive = tmp_path / "a.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("zipped_s.py", "VALUE = 1\n")
+    monkeypatch.syspath_prepend(archive)
+    assert code_sha256("zipped_s") == hashlib.sha256(archive.read_bytes()).hexdigest()
+
+
+def test_a_long_chain_of_modules(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    for n in range(1500):
+        (tmp_path / f"chain_{n}.py").write_text(f"def f():\n    import chain_{n + 1}\n")
+    assert len(files_of("chain_0")) == 1500
+
+
+def test_a_package_that_is_installed_to_be_edited_counts_by_its_files(tmp_path, monkeypatch):
+    place = tmp_path / "site-packages"
+    (about := place / "kit_t-1.0.dist-info").mkdir(parents=True)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: kit_t\nVersion: 1.0\n")
+    (about / "direct_url.json").write_text('{"url": "file:///x", "dir_info": {"editable": true}}')
+    (place / "kit_t.py").write_text("")
+    (place / "loose_t.py").write_text("")  # of no package at all
+    monkeypatch.syspath_prepend(place)
+    empty = hashlib.sha256(b"").hexdigest()
+    assert files_of("kit_t", "loose_t") == {"kit_t": empty, "loose_t": empty}
 
 
 @pytest.mark.slow
@@ -123,7 +192,7 @@ def test_packages_count_by_version(tmp_path, monkeypatch):
         (about := place / f"kit_n-{version}.dist-info").mkdir()
         (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: kit_n\nVersion: {version}\n")
         version_of.cache_clear()
-        found.append([code_sha256("uses_n"), PlugSpec("kit_n.rows", attribute="x").placed().sha256])
+        found.append([code_sha256("uses_n"), code_sha256("kit_n.rows")])
         about.rename(about.with_suffix(".old"))
     assert not {*found[0]} & {*found[1]}
 
@@ -134,7 +203,7 @@ def test_a_pin_holds_what_the_file_imports(told):
     pin = before[0][0].split("@")[1].partition(":")[0]
     sys.path.insert(0, str(files[0].parent))
     try:
-        with pytest.raises(SetupError, match="the file is the one that is asked for, and what it imports is not"):
+        with pytest.raises(SetupError, match="its file is the one that is asked for, and what that imports is not"):
             bring(str(files[0]), pin)
         assert bring(str(files[0]), pin[:32]).sha256 != pin
     finally:

@@ -2,8 +2,7 @@
 
 A loader is a function ``load(part, how)`` that gives the component: an object with a settable ``identify``. A kind of
 network names its own in its row, as ``module:function``; where ``load_module`` is not enough, ``filled`` does most of
-it. Leaves out: when a part is loaded, and its identity (components.py).
-"""
+it. Leaves out: when a part is loaded, and its identity (components.py)."""
 
 from __future__ import annotations
 

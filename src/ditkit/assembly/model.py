@@ -2,8 +2,7 @@
 
 Only headers and configs are read. A State remembers a short identity of each part. It belongs to its transformers; any
 other part may be exchanged until a stage has used it, and afterwards as long as that stage runs once more. Leaves out:
-finding parts (``checkpoints/model``), and filling them with weights (``components.py``).
-"""
+finding parts (``checkpoints/model``), and filling them with weights (``components.py``)."""
 
 import functools
 import hashlib

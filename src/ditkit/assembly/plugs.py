@@ -3,8 +3,7 @@ stages of a run: those of the model's task, and the plugged ones beside them.
 
 A plug that was made here knows its own text: its name, its code's sha256 and all its options. That is what
 fingerprints hold, what travels to other processes and hosts, and what a manifest tells. Leaves out: importing code
-(``registry.py``), and what ``Seams`` given from Python are (``contracts.py``).
-"""
+(``registry.py``), and what ``Seams`` given from Python are (``contracts.py``)."""
 
 import functools
 import inspect
@@ -17,7 +16,7 @@ from ditkit import options
 from ditkit.assembly.model import Model
 from ditkit.assembly.tasks import STAGES, TASKS, StageRow
 from ditkit.contracts import Seams, Swap
-from ditkit.errors import RequestError, SetupError, StateError, nearest
+from ditkit.errors import DitkitError, RequestError, SetupError, StateError, nearest
 from ditkit.events import Listener
 from ditkit.execution.stage_list import SOURCES, Stage, StageList
 from ditkit.registry import Brought, PlugSpec, Registry, Row, bring, brought
@@ -32,7 +31,7 @@ PARTS: Mapping[str, tuple[str, ...]] = {
 }  # fmt: skip
 """Seam -> what a plug of it must have."""
 
-START_WITH = "Start it with the same file: ditkit host --plug FILE.py"
+START_WITH = "Start it with the same file, and what that imports: ditkit host --plug FILE.py[:NAME]"
 
 
 @dataclass(frozen=True)
@@ -176,7 +175,7 @@ def _row_of(spec: PlugSpec, code: Brought, asked: str) -> Row:
     thing = getattr(code.module, name)
     if isinstance(thing, Row):
         return thing
-    if _is_stage(thing):
+    if _is_stage(thing) and isinstance(thing.name, str):
         row = StageRow(thing.name, thing, before=getattr(thing, "before", ""), after=getattr(thing, "after", ""))
         STAGES.add(row, spec.code, code.sha256)
         return STAGES[row.name]
@@ -257,7 +256,13 @@ def stages_of(setup: Setup) -> list[Plug]:
 def stage_of(name: str, model: Model, setup: Setup) -> Stage:
     """One stage by its name, whatever else of ``model`` is on this machine. Raises SetupError."""
     given = next((plug.options for plug in stages_of(setup) if plug.row.name == name), {})
-    return STAGES[name].build(model, setup, **given)
+    try:
+        return STAGES[name].build(model, setup, **given)
+    except DitkitError:
+        raise
+    except Exception as e:
+        found = f"making it fails with {type(e).__name__}: {e}"
+        raise SetupError(f"the stage {name!r}", found, "Correct it, or leave it out") from e
 
 
 def pipeline_of(model: Model, setup: Setup) -> StageList:

@@ -2,8 +2,7 @@
 each stage its class, what it calls, and the options that follow from a model and a Setup.
 
 Sources of the defaults: Wan2.1 and Wan2.2 ``generate.py`` and ``wan/configs/*.py``. The 480p and 720p image-to-video
-models cannot be told apart, and need not be: the official code goes by the size that is asked for.
-"""
+models cannot be told apart, and need not be: the official code goes by the size that is asked for."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field

@@ -3,8 +3,7 @@
 The module should have been built on the meta device. Names and shapes are compared before any data is read, then swaps
 (seam C) put other modules in, and then tensors come one by one; each is cast and goes straight to its own device, so
 memory holds one copy of the weights and one tensor more.
-Leaves out: where tensors come from (``files/``, ``views/``) and what they are called elsewhere (``kinds``).
-"""
+Leaves out: where tensors come from (``files/``, ``views/``) and what they are called elsewhere (``kinds``)."""
 
 import functools
 import hashlib

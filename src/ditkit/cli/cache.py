@@ -1,6 +1,5 @@
 """``ditkit cache``: look at the results of stages that are kept on disk, and throw some or all of them away. The folder
-is that of a run with the same settings; without any it is that of the user.
-"""
+is that of a run with the same settings; without any it is that of the user."""
 
 from __future__ import annotations
 

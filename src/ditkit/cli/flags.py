@@ -1,6 +1,5 @@
 """Flags: one for each field of Request and Setup, made from the fields themselves; those that commands share; and
-RunOptions, which part of a run they ask for and where its results go. Importing this does not import torch.
-"""
+RunOptions, which part of a run they ask for and where its results go. Importing this does not import torch."""
 
 from __future__ import annotations
 

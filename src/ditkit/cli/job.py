@@ -1,6 +1,5 @@
 """Carry out one run from a State: check where it writes, show it, write what came out, keep what Ctrl-C cut off and
-tell the commands that go on. Leaves out: where the State and the settings come from (``opening.py``).
-"""
+tell the commands that go on. Leaves out: where the State and the settings come from (``opening.py``)."""
 
 from __future__ import annotations
 

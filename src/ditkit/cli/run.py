@@ -1,8 +1,7 @@
 """The commands that make a clip: ``ditkit generate``, ``demo``, ``run``, which stops after a stage or a step and goes
 on in another process, ``fork``, which keeps of another run all that still fits its changed settings, and ``replay``.
 
-With ``--run`` a run keeps its States in a folder and goes on from there with ``--resume``, however it ended.
-"""
+With ``--run`` a run keeps its States in a folder and goes on from there with ``--resume``, however it ended."""
 
 from __future__ import annotations
 

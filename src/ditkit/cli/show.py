@@ -1,8 +1,7 @@
 """What a person sees of a run: its step table, its progress, a small preview and where the time went.
 
 On a terminal a bar and a picture that are redrawn in place; anywhere else plain lines. Everything comes from events, so
-nothing here changes a result. Leaves out: running.
-"""
+nothing here changes a result. Leaves out: running."""
 
 from __future__ import annotations
 

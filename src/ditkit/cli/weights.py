@@ -2,8 +2,7 @@
 read), ``convert`` (to the other layout, type or shards) and ``lock`` (to a commit and to the bytes).
 
 A file, or a folder with one part, is inspected as that part: it can be used if it would load. Anything else is
-inspected as a model: it can be used if it is whole and its parts fit together. A LoRA is held against ``--model``.
-"""
+inspected as a model: it can be used if it is whole and its parts fit together. A LoRA is held against ``--model``."""
 
 from __future__ import annotations
 

@@ -5,8 +5,7 @@ Legend: B clips, T pixel frames, F = 1 + (T - 1) / t latent frames, s and t the 
 C latent channels, H x W pixels, h x w latents, N reference pictures. Leaves out: sizes and resizing (``images.py``),
 CLIP features, the scale of VACE's hints (the transformer's).
 Sources: Wan2.1 ``wan/image2video.py``, ``wan/first_last_frame2video.py``, ``wan/vace.py``; diffusers
-``WanImageToVideoPipeline``, ``WanVACEPipeline``.
-"""
+``WanImageToVideoPipeline``, ``WanVACEPipeline``."""
 
 from collections.abc import Callable
 

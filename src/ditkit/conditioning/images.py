@@ -2,8 +2,7 @@
 
 ``wan`` and ``diffusers`` differ in filter, in cropping and in the last bit of the scaling; both are here by name.
 Legend: B clips, T frames, I x J the picture's rows and columns, H x W the video's.
-Leaves out: which size (``sizes.py``), reading files (``media``), the resizing for CLIP (the encoder's own).
-"""
+Leaves out: which size (``sizes.py``), reading files (``media``), the resizing for CLIP (the encoder's own)."""
 
 import numpy as np
 import torch

@@ -1,8 +1,7 @@
 """The size of a video that follows from a picture and an area, by the rules of the official code.
 
 All in Python floats (float64), in the official order of operations: the results hang on single roundings, such as
-832x480 on an area of 480*832, which gives 832x464. Leaves out: resizing (``images.py``).
-"""
+832x480 on an area of 480*832, which gives 832x464. Leaves out: resizing (``images.py``)."""
 
 import math
 

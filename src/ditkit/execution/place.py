@@ -1,8 +1,7 @@
 """Where one stage is carried out: a Place takes a StageCall and gives a StageResult. ``Here`` is this process.
 
 A place sees the fields that the stage declared, and gives back what the stage wrote and what it looked at; records and
-fingerprints are made from that by the caller, in one way for all places. Leaves out: other places (``placement``).
-"""
+fingerprints are made from that by the caller, in one way for all places. Leaves out: other places (``placement``)."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -55,6 +54,10 @@ class Call:
     def __exit__(self, kind: object, error: object, trace: object) -> bool:
         if self._where is not None and isinstance(error, Exception) and not isinstance(error, DitkitError):
             error.add_note(self._where())
+        if self._where is not None and isinstance(error, SystemExit):
+            raise PipelineError(
+                self._where(), f"it ended Python (exit {error.code})", "Raise an error instead"
+            ) from None
         return self._stopped and isinstance(error, KeyboardInterrupt)
 
 

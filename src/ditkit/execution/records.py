@@ -2,8 +2,7 @@
 to tell which stages a State still needs.
 
 A record holds the version and the options of the stage, the settings that it read, what was plugged into the seams if
-it asked for them, its weights and the fingerprints of its inputs. Leaves out: where results are kept (``store``).
-"""
+it asked for them, its weights and the fingerprints of its inputs. Leaves out: where results are kept (``store``)."""
 
 import dataclasses
 import hashlib
@@ -35,18 +34,21 @@ def code_of(stage: Stage) -> str:
     attributes that are no fields of a dataclass."""
     if not dataclasses.is_dataclass(stage) and getattr(stage, "__dict__", None):
         return ""
-    names, files, imported = list[str](), dict[str, str | None](), dict[str, str]()
+    names, files, modules = list[str](), dict[str, str | None](), list[str]()
     for cls in type(stage).__mro__:
         if cls.__module__ in ("builtins", "typing"):
             continue
         names.append(f"{cls.__module__}.{cls.__qualname__}")
-        module = sys.modules.get(cls.__module__)
-        # What was imported, where that is known; the file may have been edited since.
-        files[getattr(module, "__file__", None) or ""] = files_of(cls.__module__, imported).pop(cls.__module__, None)
+        modules.append(cls.__module__)
+        files.setdefault(getattr(sys.modules.get(cls.__module__), "__file__", None) or "")
         own = [getattr(value, "fget", value) for name, value in vars(cls).items() if not name.startswith("__")]
         codes = [getattr(inspect.unwrap(value), "__code__", None) for value in own if callable(value)]
         for code in filter(None, codes):  # a decorator may hide a function
             files.setdefault(code.co_filename)
+    imported = files_of(*modules)
+    for module in modules:  # as it was imported; the file may have been edited since
+        if module in imported:
+            files[str(sys.modules[module].__file__)] = imported.pop(module)
     if any("<locals>" in name for name in names) or not all(Path(file).is_file() for file in files):
         return ""
     hashes = [sha256 or hashlib.sha256(Path(file).read_bytes()).hexdigest() for file, sha256 in files.items()]
@@ -120,7 +122,9 @@ def replugged(stage: Stage, state: State, plugs: Mapping[str, list[str]]) -> str
 
 
 def _all(plugs: list[Any] | None) -> str:
-    return " and ".join(re.sub("(@[0-9a-f]{8})[0-9a-f]+", r"\1", str(plug)) for plug in plugs or ["nothing"])
+    return " and ".join(
+        re.sub("(@[0-9a-f]{6})[0-9a-f]+([0-9a-f]{6})", r"\1...\2", str(plug)) for plug in plugs or ["nothing"]
+    )
 
 
 def wanted(stages: Sequence[Stage], state: State) -> State:

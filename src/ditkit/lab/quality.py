@@ -1,8 +1,7 @@
 """How well a model of the drawn world does what it is told, measured from the pixels of many clips.
 
 Prompts go through every colour, shape and motion; seeds are those of no training clip. An image-to-video model is given
-the first frames of scenes that were never drawn in training, and the motion as its prompt. Leaves out: speed.
-"""
+the first frames of scenes that were never drawn in training, and the motion as its prompt. Leaves out: speed."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """The card that every clip carries: how fast it plays, the hash of its frames, and the caller's manifest.
 
 It is one line of canonical ASCII JSON, so that any container takes it unharmed. The same card, indented and readable,
-lies beside the clip as ``NAME.json``. Leaves out: what a manifest says.
-"""
+lies beside the clip as ``NAME.json``. Leaves out: what a manifest says."""
 
 import json
 import re

@@ -1,8 +1,7 @@
 """Pixels as bytes: decoded floats, the hash of frames, and still pictures (a file, a PIL image, an array).
 
 Decided here: a camera's rotation tag (EXIF) is applied; what is transparent lies on white, as in the official VACE
-code; 16-bit grey is scaled to 8 bits. Leaves out: colour profiles (numbers are taken as sRGB), and resizing.
-"""
+code; 16-bit grey is scaled to 8 bits. Leaves out: colour profiles (numbers are taken as sRGB), and resizing."""
 
 import hashlib
 from pathlib import Path

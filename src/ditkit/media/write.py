@@ -8,8 +8,7 @@
 | .npz | arrays ``video`` uint8 [T, H, W, 3], ``fps`` and ``card`` | nothing |
 
 The same frames and card give the same bytes. They are made in memory: an encoded clip is small beside its frames, and a
-disk that fails cannot confuse an encoder.
-"""
+disk that fails cannot confuse an encoder."""
 
 import io
 import math

@@ -4,8 +4,7 @@ The same network, files and names of tensors as in ``models/encoders.py``, and t
 as in transformers, so that they agree to rounding. On Apple silicon MLX computes on the GPU, on Linux on the CPU. A
 prompt runs at its real length. Leaves out: files and layouts (checkpoints), and the other encoders.
 
-Legend: L tokens, D text width, H heads, d head width. Source of the sizes: Wan2.1 ``wan/modules/t5.py`` (umt5-xxl).
-"""
+Legend: L tokens, D text width, H heads, d head width. Source of the sizes: Wan2.1 ``wan/modules/t5.py`` (umt5-xxl)."""
 
 from __future__ import annotations
 

@@ -4,8 +4,7 @@ Both networks are transformers', built empty and filled by our own strict loader
 encoder is built. Leaves out: tokenizing (text.py), padding (the transformer's own business), CLIP's text half and its
 projection, and all about files.
 Sources: Wan2.1 ``wan/modules/t5.py`` (umt5-xxl) and ``wan/modules/clip.py`` (ViT-H/14 of XLM-RoBERTa CLIP),
-transformers ``modeling_clip.py``.
-"""
+transformers ``modeling_clip.py``."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass

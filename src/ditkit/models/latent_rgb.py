@@ -2,8 +2,7 @@
 
 A matrix costs nothing and shows one coarse pixel for each latent one; a small VAE (taehv.py) shows real frames.
 Leaves out: when a preview is drawn and where. Torch is imported when there are latents to look at.
-Source of the numbers: ComfyUI ``comfy/latent_formats.py``, ``Wan21`` and ``Wan22``.
-"""
+Source of the numbers: ComfyUI ``comfy/latent_formats.py``, ``Wan21`` and ``Wan22``."""
 
 from __future__ import annotations
 

@@ -2,8 +2,7 @@
 
 Leaves out: other parts of those models, sampling defaults, and models of others that have the same network.
 Sources: ``wan/configs/*.py`` of Wan2.1 and Wan2.2, the repositories of Wan-AI named below; parameters and tensors were
-counted on modules without memory (``tests/unit/test_official.py``).
-"""
+counted on modules without memory (``tests/unit/test_official.py``)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

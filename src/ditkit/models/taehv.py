@@ -4,8 +4,7 @@ Frames go through plain 2D convolutions; a block sees, besides its own frame, wh
 That one frame of memory for each block is in a dict that the caller holds, so latents can come one by one.
 Frames are [B, T, C, H, W] inside, pixels in [0, 1]; ``encode`` and ``decode`` speak as the other VAEs do
 ([B, 3, T, H, W] in [-1, 1], normalised latents). Parameter names are those of the official files.
-Leaves out: everything about which file is which. Source: madebyollin/taehv ``taehv.py`` (structure, both variants).
-"""
+Leaves out: everything about which file is which. Source: madebyollin/taehv ``taehv.py`` (structure, both variants)."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass

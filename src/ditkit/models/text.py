@@ -3,8 +3,7 @@
 The rules of cutting are those of ``tokenizer.json``, run by the ``tokenizers`` library; transformers is not needed,
 and its T5 class (5.x) ignores parts of that file: the normaliser, and which id is unknown.
 Leaves out: padding, which nothing here needs, and reading a bare ``spiece.model``.
-Sources: Wan2.1 ``wan/modules/tokenizers.py`` (cleaning, 512 tokens); the umt5-xxl tokenizer (``</s>`` ends).
-"""
+Sources: Wan2.1 ``wan/modules/tokenizers.py`` (cleaning, 512 tokens); the umt5-xxl tokenizer (``</s>`` ends)."""
 
 import functools
 import html

@@ -6,8 +6,7 @@ calls of ``wan_block.py``. The module holds weights only; whatever belongs to on
 tables) is in objects that the caller holds, so threads can share it.
 Leaves out: the blocks themselves (``wan_block.py``), guidance, schedules, files, and making the condition and control
 inputs (``conditioning/``).
-Source: Wan2.1 and Wan2.2 ``wan/modules/model.py``; numerics of both conventions in ``nn/dtype_policy.py``.
-"""
+Source: Wan2.1 and Wan2.2 ``wan/modules/model.py``; numerics of both conventions in ``nn/dtype_policy.py``."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence

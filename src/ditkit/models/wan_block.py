@@ -4,8 +4,7 @@ Also the blocks of VACE's control branch, which turn a control input into hints 
 besides the tokens (``BlockContext``), and the sizes that all parts are made of (``WanConfig``).
 Leaves out: what stands before and behind the blocks (``wan.py``).
 Source: Wan2.1 and Wan2.2 ``wan/modules/model.py``; Wan2.1 ``wan/modules/vace_model.py``, which makes all hints first;
-here each is made when it is needed.
-"""
+here each is made when it is needed."""
 
 import functools
 import math

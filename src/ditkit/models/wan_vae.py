@@ -7,8 +7,7 @@ Parameter names are those of the official checkpoints (``encoder.downsamples.0.r
 ``encoder.downsamples.1.downsamples.0.residual.2.weight``). Blocks are in vae_layers.py.
 Leaves out: tiling, and everything about files.
 Source: Wan2.1 ``wan/modules/vae.py`` and Wan2.2 ``wan/modules/vae2_2.py`` (structure and constants), compared with
-diffusers ``AutoencoderKLWan``.
-"""
+diffusers ``AutoencoderKLWan``."""
 
 from collections import OrderedDict
 from collections.abc import Iterator

@@ -15,8 +15,7 @@ factor of up to five. GFLOP/s on one thread (EPYC with AVX-512, torch 2.13, kern
     96 ->   3,  96x128         19 (oneDNN)     19                   5                   19
 
 Below four million products the unfolding wins, by some microseconds. Gradients, compiled graphs, other devices and
-other dtypes keep PyTorch's own choice. Both kernels give the same sum in another order (1e-6 apart).
-"""
+other dtypes keep PyTorch's own choice. Both kernels give the same sum in another order (1e-6 apart)."""
 
 import math
 

@@ -3,8 +3,7 @@
 Under bfloat16 the official code keeps the residual stream, the time projection, the modulation and the head in
 float32; diffusers keeps the stream, the projection and the head in bfloat16 and errs about twice as much
 (``tests/parity/test_transformer.py``; more with more blocks). With float32 or float64 as compute dtype all three agree
-up to the timestep sinusoid.
-"""
+up to the timestep sinusoid."""
 
 from dataclasses import dataclass
 

@@ -1,8 +1,7 @@
 """What networks are made of: what one knows of itself when it is loaded, and the small layers of a Wan transformer,
 each with its dtype made explicit.
 
-Leaves out: attention (``attention.py``) and positions (``rope.py``).
-"""
+Leaves out: attention (``attention.py``) and positions (``rope.py``)."""
 
 import math
 from collections.abc import Callable, Iterator

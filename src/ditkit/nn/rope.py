@@ -1,8 +1,7 @@
 """Rotary positions for video tokens: pairs of numbers turned by frame, row and column.
 
 Of the d/2 pairs of a head, rows and columns get d//6 each and frames the rest (22 / 21 / 21 at d = 128), in the order
-frames, rows, columns; each axis has its own frequencies ``10000^(-2i / d_axis)`` (Wan2.1 ``rope_params``).
-"""
+frames, rows, columns; each axis has its own frequencies ``10000^(-2i / d_axis)`` (Wan2.1 ``rope_params``)."""
 
 from dataclasses import dataclass, field
 from functools import cached_property

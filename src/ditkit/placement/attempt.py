@@ -2,8 +2,7 @@
 
 A host may be another version, damaged or of bad will: what it sends is held against what was asked of it before it is
 used, kept or written down. Leaves out: how often a stage is sent, and whether what was computed is right, which only
-the probe tells (``remote.py``); the bytes themselves (``framing.py``, ``state.py``), and events (``events.py``).
-"""
+the probe tells (``remote.py``); the bytes themselves (``framing.py``, ``state.py``), and events (``events.py``)."""
 
 import contextlib
 import queue

@@ -2,8 +2,7 @@
 
 A Message is a kind and a payload: ``event`` (JSON, or a State where it holds tensors), ``kept`` and ``outcome``
 (States), ``error`` (JSON), ``alive`` (nothing: the other end is at work). A Channel is a way to a Worker, whatever
-carries the bytes: HTTP, the pipe to a child process, Ray. Leaves out: how bytes travel.
-"""
+carries the bytes: HTTP, the pipe to a child process, Ray. Leaves out: how bytes travel."""
 
 import json
 import uuid

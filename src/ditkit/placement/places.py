@@ -2,8 +2,7 @@
 
 Other settings may be about parts that lie elsewhere: what would have no effect is refused and not ignored. A host over
 HTTP has its own Setup; a child process and a Ray actor have ours, but for the device if one is given. Options of a
-stage (attention, frames per chunk) travel with it and contradict nothing. Leaves out: what hosts say.
-"""
+stage (attention, frames per chunk) travel with it and contradict nothing. Leaves out: what hosts say."""
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

@@ -3,8 +3,7 @@
 The input is made of the sizes of the components and of fixed numbers: a prompt that needs cleaning, a picture drawn by
 a formula, noise of seed 7; one step of the loop for each transformer that is there. Equal weights, dtypes and code give
 an equal hash on equal devices; two kinds of devices seldom agree in every bit.
-Leaves out: who compares (``remote.py``).
-"""
+Leaves out: who compares (``remote.py``)."""
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping

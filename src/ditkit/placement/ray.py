@@ -2,8 +2,7 @@
 
 Ray starts the actor, finds it a GPU and tells when it died; plain text and bytes travel. Messages are asked for in turn
 and not streamed by a generator, which a ``ray://`` connection does not offer. Leaves out: starting a cluster of many
-machines (``ray start``), and what has to lie there: this package and the model's files.
-"""
+machines (``ray start``), and what has to lie there: this package and the model's files."""
 
 import contextlib
 import functools

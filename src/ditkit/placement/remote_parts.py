@@ -3,8 +3,7 @@ whether the code that is plugged in here is the code there.
 
 A host is asked only for what is not on this machine. It says what code it knows besides ditkit's own: files that it was
 started with and rows of installed packages. Leaves out: what a host says of itself otherwise (``remote.py``), how the
-parts are held against each other (``checkpoints/model/fits.py``), and making plugs of a job (``assembly/plugs.py``).
-"""
+parts are held against each other (``checkpoints/model/fits.py``), and making plugs of a job (``assembly/plugs.py``)."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial

@@ -2,8 +2,7 @@
 
 Left of the sign: ``STAGE``, ``STAGE@STEP`` (from that step on) or ``STAGE.EXPERT`` (the steps of that transformer).
 Right of it: ``here``, a device of this process (``cuda:0``), ``process`` or ``process:DEVICE``, ``http://HOST:PORT``,
-``ray`` or ``ray:DEVICE`` (a cluster on this machine), ``ray://HOST:PORT`` (another one).
-"""
+``ray`` or ``ray:DEVICE`` (a cluster on this machine), ``ray://HOST:PORT`` (another one)."""
 
 import re
 from collections.abc import Mapping

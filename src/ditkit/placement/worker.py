@@ -1,8 +1,7 @@
 """Worker: the end of a channel where stages are carried out. It knows its stages and its components, and no caller.
 
 One stage at a time, because they share a device. Leaves out: how jobs come and messages go (``http``, ``process``,
-``ray.py``).
-"""
+``ray.py``)."""
 
 import contextlib
 import threading

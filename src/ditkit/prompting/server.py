@@ -1,8 +1,7 @@
 """A language model behind an OpenAI-compatible server: vLLM, SGLang, llama.cpp, Ollama, mlx-lm, transformers serve.
 
 The key comes from OPENAI_API_KEY, as the client has it; it is neither kept nor told. Leaves out: what is asked
-(``templates.py``) and what becomes of a failure (``stages/expand_prompt.py``).
-"""
+(``templates.py``) and what becomes of a failure (``stages/expand_prompt.py``)."""
 
 import base64
 import io

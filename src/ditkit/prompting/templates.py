@@ -1,8 +1,7 @@
 """Templates: what a language model is told to make of a prompt. Each is a TOML file with a name and a version.
 
 Those of ditkit lie in ``assets/prompts``. A file of yours takes their place: its text, not its path, goes into the
-request, so that a State is whole without the file. Leaves out: asking the model.
-"""
+request, so that a State is whole without the file. Leaves out: asking the model."""
 
 import hashlib
 import os

@@ -3,8 +3,7 @@
 
 A State is one file, numbered as they came: ``run-000004-step-2.safetensors`` is the fourth of the run, after two steps;
 ``clip-1-...`` belong to one of several clips that are made one after the other. A new file is on the disk before older
-ones are let go of, so that at every moment there is a whole one. Leaves out: beginning and going on (``run.py``).
-"""
+ones are let go of, so that at every moment there is a whole one. Leaves out: beginning and going on (``run.py``)."""
 
 from __future__ import annotations
 

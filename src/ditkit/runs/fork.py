@@ -2,8 +2,7 @@
 
 Without a step every stage whose record still fits the changed request is kept. With a step the loop goes on from the
 State after that many steps: what stands before it is made anew where it no longer fits and put in its place, and the
-steps that are behind it stay as they were taken. Leaves out: beginning and going on (``run.py``).
-"""
+steps that are behind it stay as they were taken. Leaves out: beginning and going on (``run.py``)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """Run: a run that is kept. It is begun, goes on from wherever its process ended, and gives the same bits; it is forked.
 And ``listed``: a folder of runs at a glance. Leaves out: what its folder holds (``folder.py``), what a fork keeps
-(``fork.py``).
-"""
+(``fork.py``)."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """Seam E, the schedulers: where the noise levels lie and how one step is taken from each to the next.
 
 ``make("unipc", order=3)`` gives a scheduler; ``table.step_table`` lays out a run of it. Importing this package does not
-import torch: a scheduler's file is opened when it is asked for.
-"""
+import torch: a scheduler's file is opened when it is asked for."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar

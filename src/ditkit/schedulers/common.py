@@ -1,8 +1,7 @@
 """What the solvers share: working precision, the logarithmic signal-to-noise ratio, and the memory of past steps.
 
 A scheduler has no state. What it remembers is a dict of tensors, x0 predictions and their sigmas from the newest back:
-``x0_1`` (shape of x) and ``sigma_1`` (0-dim float64 on the CPU), ``x0_2`` and ``sigma_2``, ...
-"""
+``x0_1`` (shape of x) and ``sigma_1`` (0-dim float64 on the CPU), ``x0_2`` and ``sigma_2``, ..."""
 
 import math
 from collections.abc import Iterable, Sequence

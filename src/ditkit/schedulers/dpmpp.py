@@ -11,8 +11,7 @@ difference of the last two predictions, the second-order midpoint step is
 The first step is of first order, so is the last (it goes to sigma 0), and under 15 steps the one before it has at most
 the second. sigma 1 (lambda -inf) is allowed in front: its prediction is then infinitely far away and drops out of D1.
 
-Source: arXiv 2211.01095 with the constants of Wan2.1 ``fm_solvers.py``. Leaves out: thresholding, noise prediction.
-"""
+Source: arXiv 2211.01095 with the constants of Wan2.1 ``fm_solvers.py``. Leaves out: thresholding, noise prediction."""
 
 import math
 from collections.abc import Sequence

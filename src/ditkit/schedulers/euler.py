@@ -1,7 +1,6 @@
 """The Euler scheduler: one straight step along the velocity, nothing remembered.
 
-x_next = x + (sigma_next - sigma) * velocity. The few-step models of the Wan family are used with it.
-"""
+x_next = x + (sigma_next - sigma) * velocity. The few-step models of the Wan family are used with it."""
 
 from dataclasses import dataclass
 from typing import ClassVar

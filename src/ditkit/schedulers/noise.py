@@ -1,8 +1,7 @@
 """All randomness of a run: the noise it starts from and the noise that a step adds.
 
 Drawn on the CPU in float32 from (seed, step) alone, one sample at a time: the same on every device, after a resume, and
-wherever in a batch the sample lies. Nothing is read off or left in torch's global generator.
-"""
+wherever in a batch the sample lies. Nothing is read off or left in torch's global generator."""
 
 import hashlib
 from collections.abc import Sequence

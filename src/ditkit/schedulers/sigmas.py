@@ -8,8 +8,7 @@ Two conventions are in use for the same models and give different numbers; a run
   (Euler). Its UniPC and DPM++ grids differ from each other.
 
 Values are Python floats in double precision. Timesteps are made from them as they are; the steps of a run get them
-rounded to float32 (``table``), because both conventions do it in that order. Plain Python: no torch, no numpy.
-"""
+rounded to float32 (``table``), because both conventions do it in that order. Plain Python: no torch, no numpy."""
 
 import math
 import struct

@@ -1,8 +1,7 @@
 """The plan of a denoising run: one ``Step`` a line, made before anything is computed and printable as it is.
 
 Steps are told apart by their index. Two of them may have the same timestep (shift 16 with 80 steps begins 999, 999), so
-nothing is ever looked up by timestep. Plain Python: no torch.
-"""
+nothing is ever looked up by timestep. Plain Python: no torch."""
 
 import math
 from collections.abc import Iterable, Sequence

@@ -11,8 +11,7 @@ B = -h (``bh1``) or B = e^-h - 1 (``bh2``); that is the only difference between 
 
 Source: the formulas of UniPC (arXiv 2302.04867) as Wan2.1 ``fm_solvers_unipc.py`` uses them for flow matching.
 Leaves out: thresholding, noise prediction, and any way to end at full order (the last step goes to sigma 0, where a
-higher order is not defined).
-"""
+higher order is not defined)."""
 
 import math
 from collections.abc import Sequence
@@ -84,7 +83,8 @@ class UniPC(Multistep):
     ) -> Tensor:
         """x at ``start``'s sigma -> x at ``sigma``, by the x0 prediction of ``start`` and those of ``others``."""
         sigma_s, m_s = start
-        h = log_snr(sigma) - log_snr(sigma_s)
+        if (h := log_snr(sigma) - log_snr(sigma_s)) == 0:
+            raise StateError("unipc", f"its history was made at this noise level, {sigma:g}", "Take an untouched State")
         alpha, phi = 1 - sigma, math.expm1(-h)
         ratios = [1.0 if s == sigma else (log_snr(s) - log_snr(sigma_s)) / h for s, _ in others]
         near = [k for k, r in enumerate(ratios) if math.isfinite(r)]

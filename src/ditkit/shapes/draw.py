@@ -1,8 +1,7 @@
 """The world of the embedded model: one coloured shape that moves over a plain background, and sentences that say so.
 
 Clips are drawn from signed distances, so edges are smooth and a shape can stand at any fraction of a pixel.
-Leaves out: measuring a finished clip (``measure.py``) and training (``training/shapes.py``).
-"""
+Leaves out: measuring a finished clip (``measure.py``) and training (``training/shapes.py``)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -3,8 +3,7 @@
 The background is the colour of the frame's border; the object is the largest connected region unlike it; its cover
 (how much of each pixel is object) gives area and centre to a fraction of a pixel. Motion is a line through the
 centres, shape is the drawn outline of the same area that fits the cover best. Whatever is not clear is None, and so
-is wrong in ``score``. Leaves out: anything that a clip of one plain object on a plain ground does not have.
-"""
+is wrong in ``score``. Leaves out: anything that a clip of one plain object on a plain ground does not have."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace

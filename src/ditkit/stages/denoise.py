@@ -2,8 +2,7 @@
 
 It can stop after any step and go on from the State, bit for bit: the sample, the step count, the scheduler's history
 and what plugs remember are all that it remembers. Leaves out: what the transformer makes of its conditioning
-(``models/``), how plugs are put around it (``seams.py``), and making it (``assembly``).
-"""
+(``models/``), how plugs are put around it (``seams.py``), and making it (``assembly``)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -5,8 +5,7 @@ inputs, and the software. Under it stand results, each with the settings that it
 if it asked for them; the one whose settings have the same values now is the one.
 
 ``FOLDER/v1/index.sqlite`` knows the entries; each is a file in ``FOLDER/v1/results``. Whoever adds or removes files
-holds the write lock of the index meanwhile. Leaves out: what a key is made of (``reasons.py``).
-"""
+holds the write lock of the index meanwhile. Leaves out: what a key is made of (``reasons.py``)."""
 
 import contextlib
 import functools

@@ -2,8 +2,7 @@
 
 A hash counts as long as the file is the same one (real path, inode) and unchanged (size, mtime and ctime in ns). The
 ctime is what makes this safe: nobody can set it back, as one can the mtime. A file that changed within the last two
-seconds is not remembered, because a clock's tick could hide the next change; git calls such files racily clean.
-"""
+seconds is not remembered, because a clock's tick could hide the next change; git calls such files racily clean."""
 
 import contextlib
 import hashlib

@@ -1,8 +1,7 @@
 """Why a kept result is not the one that is asked for, in words: what differs between the two.
 
 ``about`` is what an entry of the cache knows of itself: all of its record, and the software that made it. Leaves out:
-which entries are compared (``cache.py``).
-"""
+which entries are compared (``cache.py``)."""
 
 import json
 import re

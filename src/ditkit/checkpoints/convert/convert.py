@@ -4,8 +4,7 @@ What is written appears whole or not at all, after it has been opened again and 
 layout that cannot say something (the native one has no configs but the transformers') is an error, not a loss. The
 native layout is what the official code opens: ``.pth`` state dicts for all but the transformers, under fixed names that
 say nothing about their types, and no config for them. Leaves out: how tensors get into files (``files/writing.py``).
-Sources: Wan2.1 and Wan2.2 ``wan/configs``, the file lists of the published repositories.
-"""
+Sources: Wan2.1 and Wan2.2 ``wan/configs``, the file lists of the published repositories."""
 
 import os
 import shutil

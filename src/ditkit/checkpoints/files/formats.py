@@ -1,8 +1,7 @@
 """Which file of which format is meant: a format is told by the first bytes, never by a name; of a folder, the set of
 weights with a variant's name, or with none.
 
-Leaves out: what a file of each format holds.
-"""
+Leaves out: what a file of each format holds."""
 
 import os
 import re

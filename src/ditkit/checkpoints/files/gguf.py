@@ -6,8 +6,7 @@ read here, because the library's reader maps the file and takes seconds and hund
 words. Shapes are those of torch: GGUF writes them in reverse. Leaves out: writing, big-endian files, version 1, the
 i-quants and the 4-bit float types, the vocabulary in ``tokenizer.ggml.*``.
 Sources: the library; the specification (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md); ComfyUI-GGUF
-``loader.py`` and ``tools/convert.py`` (names, ``comfy.gguf.orig_shape``); llama.cpp ``tensor_mapping.py`` (t5).
-"""
+``loader.py`` and ``tools/convert.py`` (names, ``comfy.gguf.orig_shape``); llama.cpp ``tensor_mapping.py`` (t5)."""
 
 import functools
 import math

@@ -4,8 +4,7 @@ torch's own ``weights_only`` reader builds the names and shapes on the meta devi
 the archive; the data is then read from the file like that of safetensors, into memory of its own. So nothing is mapped,
 and a strided view of a large storage costs its own bytes. A checkpoint of a training run holds several state dicts:
 these are its entries, and one of them is meant. Leaves out: bare pickles of torch before 1.6, shards, TorchScript.
-Sources: ``torch/serialization.py`` (``_checkpoint_offset``); PKWARE APPNOTE 4.3.7 (local headers of a zip).
-"""
+Sources: ``torch/serialization.py`` (``_checkpoint_offset``); PKWARE APPNOTE 4.3.7 (local headers of a zip)."""
 
 import math
 import pickle

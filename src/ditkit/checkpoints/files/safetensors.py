@@ -1,7 +1,6 @@
 """Safetensors: the header of a file, or of an index and its shards, checked byte for byte.
 
-Source of the format: https://github.com/huggingface/safetensors#format
-"""
+Source of the format: https://github.com/huggingface/safetensors#format"""
 
 import json
 import math

@@ -2,8 +2,7 @@
 
 Data is read with ordinary file reads into memory of its own: nothing is mapped, so a file that changes later cannot
 change (or crash) a running model, and no second copy stands around. Leaves out: what the headers of each format say
-(safetensors.py, pickles.py, gguf.py), quantisation and prefixes (``views/``).
-"""
+(safetensors.py, pickles.py, gguf.py), quantisation and prefixes (``views/``)."""
 
 import hashlib
 import json

@@ -2,8 +2,7 @@
 
 Headers are made from facts, so memory holds one tensor, or the members of one that is joined. Leaves out: names and
 layouts (convert.py), and appearing whole or not at all, which is for whoever writes a folder.
-Source of the formats: https://github.com/huggingface/safetensors#format; the index is huggingface_hub's.
-"""
+Source of the formats: https://github.com/huggingface/safetensors#format; the index is huggingface_hub's."""
 
 import json
 import math

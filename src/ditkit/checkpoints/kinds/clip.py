@@ -1,7 +1,6 @@
 """The image half of CLIP, in Wan's own layout and in that of transformers.
 
-Sources: Wan2.1 ``wan/modules/clip.py``; transformers ``modeling_clip.py``, ``CLIPVisionConfig``.
-"""
+Sources: Wan2.1 ``wan/modules/clip.py``; transformers ``modeling_clip.py``, ``CLIPVisionConfig``."""
 
 import math
 from typing import Any

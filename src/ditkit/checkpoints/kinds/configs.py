@@ -3,8 +3,7 @@
 The rule for keys: those that shape the arithmetic are read or, where we have no such arithmetic, refused; those known
 to have no effect on inference, and all that begin with ``_``, are ignored. Any other key is unknown, such as one that a
 newer version writes: the tensors decide, so it is noted with its value and stops nothing, unless ``strict_config`` is
-among the rules. Leaves out: which keys a config has (the files of the kinds).
-"""
+among the rules. Leaves out: which keys a config has (the files of the kinds)."""
 
 import json
 import math

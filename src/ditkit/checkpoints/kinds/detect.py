@@ -2,8 +2,7 @@
 
 One layout of one kind must fit, and one only; none and several are errors that list the candidates. What is recognised
 but cannot be run (relatives of Wan with branches of their own) is named, with the reason in ``problems``.
-Leaves out: the kinds themselves (their rows), the config and the other parts of a model, and the families of LoRAs.
-"""
+Leaves out: the kinds themselves (their rows), the config and the other parts of a model, and the families of LoRAs."""
 
 import re
 from collections.abc import Mapping

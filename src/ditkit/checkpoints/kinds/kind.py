@@ -2,8 +2,7 @@
 
 Files are recognised, opened, converted and held against each other by rows alone; whoever brings a row brings a kind.
 Classes of higher rooms are named (``ditkit.models.wan:WanConfig``) and imported when they are needed.
-Leaves out: loading itself (``ditkit.assembly.loaders``), and what is known of a task (``ditkit.assembly.tasks``).
-"""
+Leaves out: loading itself (``ditkit.assembly.loaders``), and what is known of a task (``ditkit.assembly.tasks``)."""
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field

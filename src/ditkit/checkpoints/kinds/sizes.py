@@ -3,8 +3,7 @@
 Each reader gives the fields of one config class, as a plain dict, and of each field the tensor that tells it. What
 shapes cannot tell is apart: ``assumed`` holds the official value, for weights that come without a config, ``undecided``
 names what has none. All this is joined with a config that came along; where the two disagree it is an error.
-Leaves out: what kind of network it is (detect.py), the kinds' own readers, and the spelling of configs (configs.py).
-"""
+Leaves out: what kind of network it is (detect.py), the kinds' own readers, and the spelling of configs (configs.py)."""
 
 import math
 import re

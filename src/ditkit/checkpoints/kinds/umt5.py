@@ -1,7 +1,6 @@
 """The UMT5 text encoder, in Wan's own layout and in that of transformers, and the tokenizer that goes with it.
 
-Sources: Wan2.1 ``wan/modules/t5.py``; transformers ``modeling_umt5.py``, ``UMT5Config``.
-"""
+Sources: Wan2.1 ``wan/modules/t5.py``; transformers ``modeling_umt5.py``, ``UMT5Config``."""
 
 from typing import Any
 

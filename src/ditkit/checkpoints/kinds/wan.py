@@ -2,8 +2,7 @@
 
 Sources: Wan2.1 and Wan2.2 ``wan/modules/{model,vace_model}.py``, ``wan/configs``, README.md; diffusers
 ``transformer_wan.py``, ``transformer_wan_vace.py``, ``scripts/convert_wan_to_diffusers.py`` (flow shifts); ComfyUI
-``comfy/model_detection.py`` (names of relatives).
-"""
+``comfy/model_detection.py`` (names of relatives)."""
 
 import math
 import re

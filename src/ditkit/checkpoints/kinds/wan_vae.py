@@ -2,8 +2,7 @@
 TAEHV, the tiny ones for previews (taew2_1, taew2_2 and its larger decoder).
 
 Sources: Wan2.1 ``wan/modules/vae.py``, Wan2.2 ``wan/modules/vae2_2.py``; diffusers ``autoencoder_kl_wan.py``;
-https://github.com/madebyollin/taehv ``taehv.py``.
-"""
+https://github.com/madebyollin/taehv ``taehv.py``."""
 
 from collections.abc import Callable
 from functools import partial

@@ -3,8 +3,7 @@
 A delta reads its factors when it is asked, so that nothing stays in memory. ``of(weight)`` is what is added to the
 weight at strength 1: float32 (float64 for a float64 weight), on its device, in its shape. Legend: r rank, o outputs, i
 inputs times the size of a convolution's kernel. Leaves out: how files name the factors (names.py).
-Sources: LoRA arXiv:2106.09685; LoHa and LoKr arXiv:2309.14859 and LyCORIS ``functional/``; DoRA arXiv:2402.09353.
-"""
+Sources: LoRA arXiv:2106.09685; LoHa and LoKr arXiv:2309.14859 and LyCORIS ``functional/``; DoRA arXiv:2402.09353."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

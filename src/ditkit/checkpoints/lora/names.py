@@ -4,8 +4,7 @@ Trainers and converters name one and the same thing in many ways. A key is a pre
 (``lora_A``, ``alpha``, ``diff_b``). Roles and prefixes are tables; a module's name is looked up among all names that
 its kind has in its native and its diffusers spelling, with dots or underscores. Nothing is replaced inside a name.
 Leaves out: shapes, scales and the arithmetic (read.py, deltas.py).
-Sources: peft ``save_and_load.py``; musubi-tuner ``lora_wan.py``; LyCORIS ``modules/``; ComfyUI ``comfy/lora.py``.
-"""
+Sources: peft ``save_and_load.py``; musubi-tuner ``lora_wan.py``; LyCORIS ``modules/``; ComfyUI ``comfy/lora.py``."""
 
 from __future__ import annotations
 

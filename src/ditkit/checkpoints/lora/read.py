@@ -3,8 +3,7 @@
 ``read_lora`` makes an ``Adapter``: for each parameter of the transformer what is added to it at strength 1. It is used
 as side weights (``nn/lora.py``) or merged while weights stream (merge.py). ``inspect_lora`` tells what a file is. What
 keys mean is in names.py, the arithmetic in deltas.py, scales in scale.py.
-Leaves out: what is no addition to a weight (OFT, Control-LoRA, Stand-In, UniAnimate); it is refused by name.
-"""
+Leaves out: what is no addition to a weight (OFT, Control-LoRA, Stand-In, UniAnimate); it is refused by name."""
 
 import hashlib
 import json

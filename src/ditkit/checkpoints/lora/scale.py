@@ -3,8 +3,7 @@
 Alpha stands in the file beside the factors, or in the settings that peft and diffusers write, or nowhere; then the
 factor is 1. Whether the rank or its root divides it (rs-LoRA, arXiv:2312.03732) stands in the settings only.
 Leaves out: the strength that a person gives, which multiplies the whole change.
-Sources: peft ``LoraConfig``; diffusers ``loaders/lora_base.py`` (``lora_adapter_metadata``); LyCORIS ``modules/``.
-"""
+Sources: peft ``LoraConfig``; diffusers ``loaders/lora_base.py`` (``lora_adapter_metadata``); LyCORIS ``modules/``."""
 
 import json
 import math

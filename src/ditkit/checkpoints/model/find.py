@@ -3,8 +3,7 @@ repositories, and single parts that the user puts in the place of the model's ow
 
 In a folder of diffusers and by a manifest parts are told by the names in there, in a native folder by what its files
 hold; a single file is that file alone. What is missing or does not fit is in ``ModelParts.problems`` (fits.py). Leaves
-out: manifests (manifest.py), downloads (hub.py) and LoRAs.
-"""
+out: manifests (manifest.py), downloads (hub.py) and LoRAs."""
 
 import os
 from collections.abc import Mapping

@@ -1,8 +1,7 @@
 """A whole model judged: which parts it needs, what is missing, and whether one part fits the other.
 
 Each problem is a sentence of what was looked for, where, and how to get it. What a part needs and the widths at which
-it fits others are said by the row of its kind. Leaves out: opening parts.
-"""
+it fits others are said by the row of its kind. Leaves out: opening parts."""
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass

@@ -1,8 +1,7 @@
 """Files of a hub repository on the local disk, through the ``huggingface_hub`` library; its cache is used as it stands.
 
 Everything is fetched by commit, so that what lies in the cache cannot mean something else later. Nothing that could run
-is downloaded, and nothing here imports what was. Leaves out: which files a component needs (place.py).
-"""
+is downloaded, and nothing here imports what was. Leaves out: which files a component needs (place.py)."""
 
 import contextlib
 import re

@@ -1,8 +1,7 @@
 """``ditkit.lock``: for each component of a manifest the commit and the size and sha256 of every file.
 
 The manifest is written by a person and this file by ``ditkit lock``; with it a model is the same bytes everywhere, or
-an error. Leaves out: what the files are.
-"""
+an error. Leaves out: what the files are."""
 
 import hashlib
 import json

@@ -1,8 +1,7 @@
 """Where each component of a model comes from: ``ditkit.toml``, or the indexes that diffusers writes.
 
 A manifest only names places; together they are one model. Leaves out: the places themselves (place.py), hashes of the
-files (lock.py), and what the files are (open_part.py).
-"""
+files (lock.py), and what the files are (open_part.py)."""
 
 import os
 from collections.abc import Mapping

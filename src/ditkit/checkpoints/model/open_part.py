@@ -4,8 +4,7 @@ of one without weights.
 Our own code does what schedulers, image processors and tokenizers do, so only what it needs is read of their configs:
 the shift, how pictures are prepared. Keys that nobody knows are noted, as in ``kinds/configs.py``. Leaves out: which
 parts a model has (find.py), and building modules.
-Sources of the names: diffusers ``schedulers/``, transformers ``CLIPImageProcessor`` and ``PreTrainedTokenizerFast``.
-"""
+Sources of the names: diffusers ``schedulers/``, transformers ``CLIPImageProcessor`` and ``PreTrainedTokenizerFast``."""
 
 import os
 from collections.abc import Mapping

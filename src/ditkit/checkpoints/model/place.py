@@ -1,8 +1,7 @@
 """Where one component of a model comes from: a folder or file on this machine, or a commit of a hub repository; and
 which files there it is made of: one set of weights of one variant, with configs and vocabularies, never programs.
 
-Leaves out: what names several places together (manifest.py), and hashing their files (lock.py).
-"""
+Leaves out: what names several places together (manifest.py), and hashing their files (lock.py)."""
 
 import os
 import re

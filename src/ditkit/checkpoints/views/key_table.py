@@ -3,8 +3,7 @@
 A table is data: rules with the names on both sides and, where a tensor is not the same on both, what is done to it.
 It lists every full name that a network of the given sizes can have, so a lookup is exact: nothing is replaced inside a
 name and nothing unknown passes. ``mapped.py`` applies a table to tensors; each kind of network has its own (``kinds``).
-Leaves out: prefixes of whole files, LoRA, quantized flavours, GGUF's names.
-"""
+Leaves out: prefixes of whole files, LoRA, quantized flavours, GGUF's names."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field

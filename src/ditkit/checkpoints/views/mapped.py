@@ -1,8 +1,7 @@
 """A source seen through a key table: other names, and tensors cut, joined or reshaped as its rules say.
 
 Names, shapes and types are known without reading data. Data is made when it is asked for, one tensor, or the members of
-one joined tensor, at a time. Leaves out: the tables (``kinds``), dequantisation and prefixes of whole files.
-"""
+one joined tensor, at a time. Leaves out: the tables (``kinds``), dequantisation and prefixes of whole files."""
 
 from __future__ import annotations
 

@@ -3,8 +3,7 @@
 A prefix counts only as whole segments of a name, and only when every tensor of the file has it. Wrappers of torch are
 removed wherever they stand. Leaves out: the names themselves (key_table.py), files of several networks, LoRA.
 Sources: Self-Forcing ``inference.py``, ComfyUI ``model_detection.py``, torch ``fully_sharded_data_parallel.py``,
-``eval_frame.py`` (``_orig_mod``), ``checkpoint_wrapper.py``.
-"""
+``eval_frame.py`` (``_orig_mod``), ``checkpoint_wrapper.py``."""
 
 from collections.abc import Iterable
 from types import MappingProxyType

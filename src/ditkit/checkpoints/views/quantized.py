@@ -3,8 +3,7 @@
 The flavour is told by names, types and metadata. A scale belongs to exactly one weight and a weight that needs a scale
 has exactly one: whatever does not fit is an error, because a scale that is lost gives garbage and no error later.
 Flavours that are not computed here are refused by name. Leaves out: arithmetic in 8 bits, quantising, LoRA.
-Sources: ComfyUI ``comfy/ops.py``, ``comfy/quant_ops.py``, ``QUANTIZATION.md``; LightX2V ``lightx2v/common/ops``.
-"""
+Sources: ComfyUI ``comfy/ops.py``, ``comfy/quant_ops.py``, ``QUANTIZATION.md``; LightX2V ``lightx2v/common/ops``."""
 
 import functools
 import math

@@ -2,8 +2,7 @@
 
 Files of every format are sources; so is a source seen under other names, without its prefix, or dequantised. Such views
 stand on one another and read nothing until they are iterated. A tensor can be had as numbers, or in the form in which
-it is stored. Leaves out: the formats (``files/``) and what names mean (key_table.py).
-"""
+it is stored. Leaves out: the formats (``files/``) and what names mean (key_table.py)."""
 
 from __future__ import annotations
 

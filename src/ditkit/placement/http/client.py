@@ -2,8 +2,7 @@
 
 Built on the standard library's client, which reads into memory that is given to it: a State of 64 MB comes and goes
 without a copy. A host is reached directly, never through a proxy, and is never followed to another address. Its token
-is in no setting, log or manifest. Leaves out: the other end (``host.py``), retries (``remote.py``).
-"""
+is in no setting, log or manifest. Leaves out: the other end (``host.py``), retries (``remote.py``)."""
 
 import contextlib
 import http.client

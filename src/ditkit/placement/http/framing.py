@@ -1,7 +1,6 @@
 """Messages on a stream of bytes: one byte for the kind, 8 for the length, the payload, and 4 for its CRC-32.
 
-The checksum finds content that changed on its way; it is no signature. Leaves out: what messages mean (``job.py``).
-"""
+The checksum finds content that changed on its way; it is no signature. Leaves out: what messages mean (``job.py``)."""
 
 import functools
 import struct

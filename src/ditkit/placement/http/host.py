@@ -3,8 +3,7 @@
 A job is a POST with a State as its body; the answer is a stream of messages, or, to whoever asks for none (curl), the
 outcome as a State. A client that goes away is noticed, and its job stops at its next event, within a step of a loop.
 The job runs in a thread of its own; what it sends goes through a short queue, so that it waits for a slow reader.
-Leaves out: what a job does (``worker.py``).
-"""
+Leaves out: what a job does (``worker.py``)."""
 
 import asyncio
 import contextlib

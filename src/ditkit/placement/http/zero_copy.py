@@ -3,8 +3,7 @@
 On the way through its parser and its messages a body is copied four times, 64 KB at a time, and each answer twice; a
 State of 64 MB took five times as long as on a bare socket. Here a body whose length is known is received where it
 belongs once its first piece has come, and an answer is written from where its tensors lie. All else is uvicorn's.
-A server without this class serves the same, at its own speed. Leaves out: what bodies mean (``host.py``).
-"""
+A server without this class serves the same, at its own speed. Leaves out: what bodies mean (``host.py``)."""
 
 import asyncio
 from collections.abc import Callable, Iterable, Mapping

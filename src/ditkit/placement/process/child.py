@@ -2,8 +2,7 @@
 
 One line of JSON on stdin says what to offer and where. One line on stdout answers: an empty one when it listens, else
 the error; before it dots, as signs of life. When stdin ends, so does the child, in the middle of whatever it does.
-Leaves out: the socket's language (``host.py``).
-"""
+Leaves out: the socket's language (``host.py``)."""
 
 import contextlib
 import json

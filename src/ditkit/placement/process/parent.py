@@ -3,8 +3,7 @@
 One child for each place of a Pipeline, started when it is first needed, reached through a Unix socket in a folder that
 only this user can open. It ends with ``close``, with the Pipeline, and with this process, however that ends. A crash is
 ``Lost`` and tells how the child ended; whoever asks next gets a new child. Leaves out: what runs in the child
-(``child.py``).
-"""
+(``child.py``)."""
 
 import collections
 import contextlib
