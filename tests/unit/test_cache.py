@@ -8,8 +8,10 @@ import os
 import random
 import sqlite3
 import stat
+import sys
 import time
 import traceback
+import types
 from pathlib import Path
 
 import pytest
@@ -172,10 +174,12 @@ def test_half_a_result_is_not_kept(cache):
     assert cache.store(ASKED, outcome(stopped=True)) == "it is not complete"
 
 
-def test_the_code_of_a_stage_is_its_files(tmp_path):
+def test_the_code_of_a_stage_is_its_files(monkeypatch):
     scope = {"BaseStage": BaseStage, "__name__": "a notebook"}
     exec("class Mine(BaseStage):\n    def run(self, inputs, ctx):\n        return {}", scope)
     assert code_of(scope["Mine"]()) == ""
+    monkeypatch.setitem(sys.modules, "a notebook", types.ModuleType("a notebook"))
+    assert code_of(scope["Mine"]()) == "", "a module without a file"
     codes = [code_of(EncodeText()), code_of(DecodeLatents())]
     assert len({*codes, ""}) == 3, "also that of a run behind a decorator"
     assert codes[0] == code_of(EncodeText())

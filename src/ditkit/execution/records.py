@@ -48,7 +48,7 @@ def code_of(stage: Stage) -> str:
     imported = files_of(*modules)
     for module in modules:  # as it was imported; the file may have been edited since
         if module in imported:
-            files[str(sys.modules[module].__file__)] = imported.pop(module)
+            files[getattr(sys.modules[module], "__file__", None) or ""] = imported.pop(module)
     if any("<locals>" in name for name in names) or not all(Path(file).is_file() for file in files):
         return ""
     hashes = [sha256 or hashlib.sha256(Path(file).read_bytes()).hexdigest() for file, sha256 in files.items()]
