@@ -1,13 +1,16 @@
 """Files written tensor by tensor, read by the safetensors library and by torch."""
 
+import os
+
 import pytest
 import torch
 from held import Held
 from safetensors.torch import load_file
 
+from ditkit.checkpoints.convert.folders import appearing
 from ditkit.checkpoints.files.safetensors import TensorFiles
 from ditkit.checkpoints.files.writing import write_file, write_pickle, write_set
-from ditkit.errors import LoadError
+from ditkit.errors import LoadError, OutputError
 
 MIXED = {
     "odd": torch.ones(3, dtype=torch.float8_e4m3fn), "half": torch.randn(5).half(), "wide": torch.randn(2, 3).double(),
@@ -48,3 +51,30 @@ def test_numbers_that_are_no_weights_are_not_converted(tmp_path):
         write_file(tmp_path / "x.safetensors", Held({"ids": torch.arange(3)}), None, "bfloat16")
     write_file(tmp_path / "y.safetensors", Held({"ids": torch.arange(3)}))
     assert load_file(tmp_path / "y.safetensors")["ids"].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("when", ["before a rename", "after a rename", "and the way back fails"])
+def test_a_folder_that_is_replaced_is_never_lost(tmp_path, monkeypatch, when):
+    """Ctrl-C in the middle of a rename, and a disk that fails twice."""
+    target, rename, count = tmp_path / "m", os.rename, 0
+    target.mkdir()
+    (target / "weights").write_text("old")
+
+    def failing(a, b):
+        nonlocal count
+        count += 1
+        if when == "and the way back fails" and count > 1:
+            raise OSError(28, "No space left on device")
+        if when != "before a rename" or count > 1:
+            rename(a, b)
+        if when != "and the way back fails" and count == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "rename", failing)
+    kind = OutputError if when == "and the way back fails" else KeyboardInterrupt
+    with pytest.raises(kind) as error, appearing(target) as new:
+        (new / "weights").write_text("new")
+    monkeypatch.undo()
+    (left,) = tmp_path.iterdir()
+    assert (left / "weights").read_text() == "old"
+    assert left == target or str(left) in str(error.value)

@@ -6,7 +6,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +23,20 @@ def appearing(dst: Path) -> Iterator[Path]:
         yield folder
         if dst.exists():
             os.rename(dst, old)
-        try:
-            os.rename(folder, dst)
-        except BaseException:  # Ctrl-C too: the old one is deleted below
-            if old.exists() and not dst.exists():
-                os.rename(old, dst)
-            raise
+        os.rename(folder, dst)
     except OSError as error:
         do = "Choose a folder that you can write to and that has room"
         raise OutputError(f"writing {dst}", (error.strerror or str(error)).lower(), do) from None
-    finally:
+    finally:  # after Ctrl-C too, which may come in the middle of a rename
+        if not dst.exists() and old.exists():
+            with suppress(OSError):
+                os.rename(old, dst)
         shutil.rmtree(folder, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        if dst.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        elif old.exists():
+            found = f"{dst} could not get its name back, and lies in {old} now"
+            raise OutputError(f"writing {dst}", found, f"Rename it: mv {old} {dst}")
 
 
 def write_json(file: Path, value: Mapping[str, Any]) -> None:
