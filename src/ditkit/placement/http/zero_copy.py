@@ -13,6 +13,8 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 NAME = "ditkit.straight"
+HEAD = 64 << 10  # bytes of a request's head; ours have under one thousand
+PATIENCE = 20.0  # seconds in which a head has to be complete
 
 
 class _Filling(asyncio.BufferedProtocol):
@@ -48,9 +50,40 @@ class _Filling(asyncio.BufferedProtocol):
 
 
 class Straight(HttpToolsProtocol):
-    """For ``uvicorn.Config(http=...)``. A request finds it among its scope's extensions."""
+    """For ``uvicorn.Config(http=...)``. A request finds it among its scope's extensions. A head that is too large or
+    too slow ends the connection, and a connection that has ended gives its memory back."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._await_head()
+
+    def _await_head(self) -> None:
+        self.head_size, self.heading = 0, True
+        self.deadline = self.loop.call_later(PATIENCE, self._end_head)
+
+    def _end_head(self) -> None:
+        if self.heading and not self.transport.is_closing():
+            self.send_400_response("Its head is too large or too slow.")
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self.head_size += len(data)
+        if self.head_size > HEAD:
+            self._end_head()
+
+    def on_headers_complete(self) -> None:
+        self.heading = False
+        self.deadline.cancel()
+        super().on_headers_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.deadline.cancel()
+        super().connection_lost(exc)
+        self.parser = None  # type: ignore[assignment]  # which holds us
 
     def on_message_begin(self) -> None:
+        self.deadline.cancel()
+        self._await_head()
         super().on_message_begin()
         self.scope["extensions"] = {NAME: self}  # type: ignore[dict-item]
 
