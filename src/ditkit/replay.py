@@ -5,7 +5,7 @@ threads; then the frames are compared by hash. Leaves out: files (``media``) and
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from ditkit.request import Request
 from ditkit.setup import COMPONENTS, Setup
 from ditkit.stages.expand_prompt import ExpandPrompt
 from ditkit.state import State, digest
+from ditkit.trust import PICTURES, check_places
 
 VERSION = 1
 _NEEDED = {"model": str, "setup": dict, "request": dict, "sigmas": list, "components": dict, "machine": dict,
@@ -58,21 +59,23 @@ def replay(
     pipe: Pipeline | None = None,
     listeners: Iterable[Listener] = (),
     images: Mapping[str, Any] | None = None,
+    allow: Collection[str] = (),
 ) -> Replayed:
-    """Repeat the run and compare. ``images``: pictures that are elsewhere now, or came from no file, by their name in
-    the request. Raises LoadError when the weights are not those that were used, StateError for another picture."""
+    """Repeat the run and compare. ``images``: its pictures, by their name in the request; none is opened because the
+    clip names its path, unless ``allow`` has ``pictures``. Raises LoadError when the weights are not those that were
+    used, StateError for another picture."""
     import torch
 
     from ditkit.media import frames_sha256, read_video
 
-    pipe, then = pipe or prepare(script), script.manifest
+    pipe, then = pipe or prepare(script, allow=allow), script.manifest
     if pipe.stages.names != then["pipeline"]:
         found = f"it went through the stages {', '.join(map(str, then['pipeline']))}"
         raise StateError(f"replaying {script.file}", found, "Repeat it from Python, with the same stages")
     threads = torch.get_num_threads()
     torch.set_num_threads(then["machine"]["threads"])  # sums are cut into as many parts, and rounding follows
     try:
-        result = pipe.run(begin(script, pipe, images or {}), listeners=listeners)
+        result = pipe.run(begin(script, pipe, images or {}, allow), listeners=listeners)
     finally:
         torch.set_num_threads(threads)
     differences = []
@@ -90,8 +93,17 @@ def replay(
     return Replayed(result, tuple(differences))
 
 
-def begin(script: Script, pipe: Pipeline, images: Mapping[str, Any]) -> State:
-    """The State of the run's beginning, with the same pixels in it."""
+def begin(script: Script, pipe: Pipeline, images: Mapping[str, Any], allow: Collection[str] = ()) -> State:
+    """The State of the run's beginning, with the same pixels in it. Raises StateError."""
+    for name in pictures.FIELDS:
+        value, known = getattr(script.request, name), script.manifest.get("inputs", {})
+        if value and name not in known:
+            found = f"it was made with the {name} {value}, and does not say what that showed"
+            raise StateError(f"replaying {script.file}", found, "Use an untouched file")
+        if value and name not in images and PICTURES not in allow:
+            found = f"it was made with the {name} {value}, and a file does not decide which picture is read"
+            do = f"Name it: --picture {name}=FILE, or --allow-from-file {PICTURES} if the clip is yours"
+            raise StateError(f"replaying {script.file}", found, do)
     pixels = {n: pictures.pixels_of(n, [*v] if n == "reference_images" else v) for n, v in images.items()}
     state = pipe.begin(script.request, pixels)
     for name, recorded in script.manifest.get("inputs", {}).items():
@@ -147,11 +159,15 @@ def _unusable(manifest: Mapping[str, Any]) -> Iterator[str]:
             yield "components"
 
 
-def prepare(script: Script, model: str | None = None, here: bool = False, plugs: Iterable[str] = ()) -> Pipeline:
+def prepare(
+    script: Script, model: str | None = None, here: bool = False, plugs: Iterable[str] = (),
+    allow: Collection[str] = (),
+) -> Pipeline:  # fmt: skip
     """Check the weights' hashes and open the model where and how it ran: a device or dtype that was chosen then is
     named now. ``model`` is where it is now, if not in its old place. ``here``: all stages run in this process, wherever
-    they ran then. ``plugs``: the files and modules of its plugs that may be run, where they are now. Raises LoadError,
-    SetupError, StateError for a plug that was not named, and PlaceError or Lost when a host of that time is gone."""
+    they ran then. ``plugs``: the files and modules of its plugs that may be run, where they are now. ``allow``: what
+    the clip may decide of where something goes (``trust.py``). Raises LoadError, SetupError, StateError for a plug that
+    was not named and for an address that was not allowed, and PlaceError or Lost when a host of that time is gone."""
     folder = script.setup.model if model is None else model
     asked, at_host = f"replaying {script.file}", address(folder) is not None
     if here and at_host:
@@ -171,7 +187,12 @@ def prepare(script: Script, model: str | None = None, here: bool = False, plugs:
         parts = {name: where for name, where in kept["components"].items() if address(where) is None}
         kept |= {"placement": {}, "expected_probes": {}, "components": parts}
     # A cache would give back the clip that is to be made again.
-    pipe = load(**{**kept, **places, "threads": None, "model": folder, "cache": None})
+    kept |= {"threads": None, "model": folder, "cache": None}
+    kept["expander"] = kept["expander"] if script.request.expand != "no" else None
+    asks = not {*ExpandPrompt.writes} <= {*script.manifest.get("expanded", {})}  # else its words are there
+    own = ({} if model is None else {"model": model}) | ({} if asks else {"expander": None})
+    check_places({**kept, **places}, own, allow, asked, ", or run all of it here with --here")
+    pipe = load(**{**kept, **places})
     then, now = _plain(script.manifest["seams"]), _plain(pipe.seams.describe())
     if then != now:
         found = f"its seams held {then}, and now they hold {now}"

@@ -59,6 +59,8 @@ class Setup(Settings):
         {}, "none", "probe hashes that hosts have to show, by stage, as `ditkit doctor --placement` prints them")
     retries: int = default(2, "ditkit", "how often a stage is sent again to a host that was lost, 0 or more", ge=0)
     timeout: Float = default(60.0, "ditkit", "seconds without a sign of life after which a host counts as lost", gt=0)
+    plain_http: bool = default(
+        False, "ditkit", "true to send a host's token over http to another machine; anybody on the way can read it")
     cache: str | None = default(None, "none", "a folder for results of stages, or `default` for that of the user")
     cache_gigabytes: Float = default(20.0, "ditkit", "how large the cache may grow, in 10^9 bytes", gt=0)
     expander: str | None = default(

@@ -54,7 +54,7 @@ def test_a_picture_begins_the_clip(call, red, tmp_path):
     expected = ditkit.load("shapes-i2v")("moving left", image=red, steps=3)
     assert found["output_sha256"] == expected.manifests[0]["output_sha256"]
     assert found["request"]["image"] == str(red)
-    replayed = call("replay", "a.npz")
+    replayed = call("replay", "a.npz", "--picture", f"image={red}")
     assert replayed.code == 0, replayed.err
 
 

@@ -19,6 +19,7 @@ import typer
 from ditkit import config
 from ditkit.config import FIELDS, Layer
 from ditkit.errors import OutputError, SetupError
+from ditkit.trust import PICTURES, PLACES
 
 if TYPE_CHECKING:
     from ditkit.receipt import Recorder
@@ -38,6 +39,9 @@ ConfigFile = Annotated[Path | None, PathOption("--config", metavar="FILE", help=
 Plugs = Annotated[list[str] | None, typer.Option(
     "--plug", metavar="VALUE", help=f"Code to know of: {FIELDS['plugs'].description}.", show_default=False,
 )]  # fmt: skip
+Allowed = Annotated[list[str] | None, typer.Option("--allow-from-file", metavar="SETTING", show_default=False, help=(
+    f"What a file of your own may decide: {', '.join((*PLACES, PICTURES))}."
+))]  # fmt: skip
 Out = Annotated[Path | None, PathOption(metavar="PATH", help=(
     "An .mp4, .gif or .npz file, or .png for a folder of frames. Default: outputs/PROMPT-SEED.mp4."
 ))]  # fmt: skip
@@ -76,6 +80,7 @@ class RawSettings:
     flags: Mapping[str, Sequence[str]]
     sets: Sequence[str] = ()
     file: Path | None = None
+    allowed: Sequence[str] = ()
 
     def named(self) -> list[str]:
         """The settings that the command line itself names."""
@@ -125,6 +130,7 @@ def with_settings(command: Callable[..., Any], keys: Sequence[str] = tuple(FIELD
     every = "Any setting, or an entry of one: devices.vae=cpu."
     options["sets"] = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help=every)]
     options["file"] = ConfigFile
+    options["allowed"] = Allowed
     keyword = inspect.Parameter.KEYWORD_ONLY
     own = inspect.signature(command, eval_str=True).parameters
     kept = [p.replace(kind=keyword) for name, p in own.items() if name != "given"]
@@ -132,11 +138,11 @@ def with_settings(command: Callable[..., Any], keys: Sequence[str] = tuple(FIELD
 
     def run(**values: Any) -> Any:
         typed = {key: values.pop(key) for key in options}
-        sets, file = typed.pop("sets") or (), typed.pop("file")
+        sets, file, allowed = typed.pop("sets") or (), typed.pop("file"), typed.pop("allowed") or ()
         texts = {k: [str(v).lower()] if isinstance(v, bool) else v for k, v in typed.items() if v not in (None, [])}
         if values.get("prompt") is not None:
             texts["prompt"] = [values["prompt"]]
-        return command(given=RawSettings(texts, sets, file), **values)
+        return command(given=RawSettings(texts, sets, file, allowed), **values)
 
     run.__name__, run.__doc__ = command.__name__, command.__doc__
     run.__signature__ = inspect.Signature(kept + added)  # type: ignore[attr-defined]

@@ -13,6 +13,7 @@ from ditkit.config import Layer, Settled
 from ditkit.errors import LoadError, RequestError, SetupError, StateError
 from ditkit.prompting import templates
 from ditkit.request import Request
+from ditkit.trust import check_allowed, check_places
 
 if TYPE_CHECKING:
     from ditkit.pipeline import Opened, Pipeline
@@ -54,8 +55,12 @@ def settle(given: RawSettings, below: Layer | None = None) -> tuple[Settled, Ope
     upper = [_located(layer) for layer in (*([] if below is None else [below]), *given.layers())]
     asked = config.settle(*upper)
     setup = asked.setup()
-    if below is not None and asked.values.get("plugs") is below.values.get("plugs"):
-        check_trusted(setup.plugs, below.origins.get("plugs", ""))
+    if below is not None:
+        if asked.values.get("plugs") is below.values.get("plugs"):
+            check_trusted(setup.plugs, below.origins.get("plugs", ""))
+        origin = next(iter(below.origins.values()), "the file")
+        own = config.settle(*upper[1:]).values
+        check_places(asked.values, own, check_allowed(given.allowed), f"going on with {origin}")
     opened = open_model(setup)
     model = opened.model
     family = Layer.of(model.family_defaults_for(asked.values), f"model family (official, {model.task})")

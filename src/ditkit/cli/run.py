@@ -20,6 +20,7 @@ from ditkit.cli.opening import load, model_name, open_pipe, open_run, open_state
 from ditkit.config import Layer, Settled
 from ditkit.errors import RequestError, SetupError, StateError
 from ditkit.setup import Setup
+from ditkit.trust import check_allowed
 
 if TYPE_CHECKING:
     from ditkit.pipeline import Pipeline
@@ -220,21 +221,22 @@ def replay(
     ] = False,
     quiet: flags.Quiet = False,
     plugs: flags.Plugs = None,
+    allowed: flags.Allowed = None,
 ) -> int:
     """Make a clip again and compare: exit code 0 when every pixel is the same, 1 when not."""
     from ditkit import media
     from ditkit import replay as replays
 
-    script = replays.read(file)
+    script, allow = replays.read(file), check_allowed(allowed or ())
     request = script.request
     if out is not None:
         media.check_writable(out, width=request.width, height=request.height, fps=request.fps)
-    pipe = replays.prepare(script, None if model is None else model_name(model), here, plugs or ())
+    pipe = replays.prepare(script, None if model is None else model_name(model), here, plugs or (), allow)
     for difference in [*replays.plug_differences(script, pipe), *replays.machine_differences(script.manifest)]:
         print(f"note: {difference}", file=sys.stderr)
     console = show.console()
     with show.view(console, quiet, pipe.look(), request.frames) as listeners:
-        replayed = replays.replay(script, pipe, listeners, named_pictures(picture or []))
+        replayed = replays.replay(script, pipe, listeners, named_pictures(picture or []), allow)
     if out is not None:
         clip = replayed.result.manifests[script.clip]
         written = media.write_video(out, replayed.result.videos[script.clip], request.fps, clip)

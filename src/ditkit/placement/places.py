@@ -125,9 +125,11 @@ class Places:
 
     def _channel(self, spec: Spec, stages: Sequence[str]) -> Channel:
         if spec.kind == "http":
-            from ditkit.placement.http.client import HTTPChannel, token_of
+            from ditkit.placement.http.client import HTTPChannel, token_for
 
-            return HTTPChannel(str(spec.address), self.setup.timeout, token_of())
+            hosts = {str(each.address) for each in self.specs.values() if each.kind == "http"} | {str(spec.address)}
+            token = token_for(str(spec.address), hosts, self.setup.plain_http)
+            return HTTPChannel(str(spec.address), self.setup.timeout, token)
         if spec.kind == "process":
             from ditkit.placement.process.parent import ProcessChannel
 

@@ -24,6 +24,7 @@ from ditkit.errors import OutputError, StateError
 from ditkit.request import Request, renamed
 from ditkit.setup import Setup
 from ditkit.state import State, write_whole
+from ditkit.trust import check_places
 
 if TYPE_CHECKING:
     from ditkit.pipeline import Pipeline
@@ -255,6 +256,7 @@ class RunFolder:
             import ditkit
 
             check_trusted(self.description.setup.get("plugs", []), f"opening the run {self.path}")
+            check_places(self.description.setup, {}, (), f"opening the run {self.path}", ", or open it with pipe=")
             self._pipe = ditkit.load(**self.description.setup)
         return self._pipe
 

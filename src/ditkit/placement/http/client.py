@@ -10,7 +10,8 @@ import json
 import os
 import socket
 import ssl
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -199,9 +200,48 @@ def _object(data: bytes) -> dict[str, Any] | None:
 
 
 def token_of() -> str | None:
-    """That of the environment, or None. Raises SetupError for one that cannot be used."""
+    """The one of this machine as a host, from the environment, or None. Raises SetupError."""
     text = os.environ.get(TOKEN)
     return None if text is None else _checked(text.strip(), TOKEN)
+
+
+def token_for(address: str, addresses: Collection[str], plain_http: bool) -> str | None:
+    """The token for the host at ``address``, which is one of the ``addresses`` of this run; None where the environment
+    has none for it. A token belongs to one host: DITKIT_HOST_TOKEN is a token where the run has one host, else pairs
+    of an address and its token, with spaces between. Raises SetupError for a token that could go to the wrong host, or
+    over plain http beyond this machine."""
+    words = os.environ.get(TOKEN, "").split()
+    if not words:
+        return None
+    asked, form = f"the token for {address}", f"Write {TOKEN}='{address} TOKEN', with a pair for each host"
+    if "://" in words[0]:
+        if len(words) % 2 or not all("://" in word for word in words[::2]):
+            raise SetupError(asked, f"{TOKEN} holds no pairs of an address and a token", form)
+        token = {origin_of(host): token for host, token in zip(words[::2], words[1::2], strict=True)}.get(
+            origin_of(address)
+        )
+    elif len({*map(origin_of, addresses)}) > 1:
+        raise SetupError(asked, f"the run has {len(addresses)} hosts, and {TOKEN} does not say whose it is", form)
+    else:
+        token = " ".join(words)
+    if token is not None and not plain_http and address.startswith("http://") and not _is_loopback(address):
+        do = "Use https:// or a tunnel to this machine, or --plain-http if you trust the network"
+        raise SetupError(asked, "it would go over the network as plain text", do)
+    return None if token is None else _checked(token, TOKEN)
+
+
+def origin_of(address: str) -> tuple[str, str, int | None]:
+    """Scheme, host and port: what a token belongs to."""
+    url = urlsplit(address)
+    return url.scheme, (url.hostname or "").rstrip("."), url.port or {"http": 80, "https": 443}.get(url.scheme)
+
+
+def _is_loopback(address: str) -> bool:
+    host = urlsplit(address).hostname or ""
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def token_in(file: Path) -> str:
