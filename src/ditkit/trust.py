@@ -44,7 +44,7 @@ def check_places(
             said = ", ".join(
                 f"{entry}={value}" if entry and key != "loras" else value for entry, value in missing.items()
             )
-            flag = " ".join(f"--{key.replace('_', '-')} {word}" for word in said.split(", "))
+            flag = " ".join(f"--{key.replace('_', '-')} {word}".removesuffix(" True") for word in said.split(", "))
             do = f"Name it yourself if it is meant: {flag}; or --allow-from-file {key} if the file is yours{more}"
             raise StateError(asked, f"it names {key} {said}, and a file does not decide where anything goes", do)
 

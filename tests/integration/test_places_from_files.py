@@ -144,6 +144,13 @@ def test_what_is_named_or_allowed_is_followed(call, model, sink):
     assert got == []
 
 
+def test_the_words_to_type_are_right_and_none_is_ignored(call, model):
+    said = call("generate", PROMPT, "--model", model, *OUT, "--allow-from-file", "placement")
+    assert (said.code, "no file is opened that says where anything goes" in said.err) == (2, True)
+    with pytest.raises(StateError, match="if it is meant: --plain-http; or --allow-from-file plain_http"):
+        check_places({"plain_http": True}, {}, (), "x")
+
+
 def test_places_on_this_machine_are_followed(call, model):
     words = ["--model", model, "--placement", "denoise=process:cpu", "--stop-at-step", 1, "--quiet"]
     assert call("run", PROMPT, "--run", "runs/a", *words).code == 0

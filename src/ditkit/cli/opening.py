@@ -55,6 +55,9 @@ def settle(given: RawSettings, below: Layer | None = None) -> tuple[Settled, Ope
     upper = [_located(layer) for layer in (*([] if below is None else [below]), *given.layers())]
     asked = config.settle(*upper)
     setup = asked.setup()
+    if below is None and given.allowed:
+        found = "no file is opened that says where anything goes"
+        raise SetupError(f"--allow-from-file {given.allowed[0]}", found, "Leave it out")
     if below is not None:
         if asked.values.get("plugs") is below.values.get("plugs"):
             check_trusted(setup.plugs, below.origins.get("plugs", ""))
