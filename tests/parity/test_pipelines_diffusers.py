@@ -27,7 +27,7 @@ CONVENTION = {
 PROMPT = {"prompt": "a red circle moving left", "negative_prompt": "gray"}
 SMALL = {"width": 48, "height": 32, "frames": 5, "steps": 6}
 LARGE = {"width": 96, "height": 64, "frames": 5, "steps": 5}  # strides of 16
-TOLERANCE, DECIBELS = 3e-6, 60
+TOLERANCE, DECIBELS = 1e-5, 60
 
 
 @cache

@@ -121,7 +121,7 @@ def test_the_official_video(components, pipeline, run, frames_per_chunk):
     assert video.shape == (1, *expected.shape)
     assert video.dtype == torch.uint8
     off = (video[0].double() - exact.double()).abs()
-    assert off.max() <= 1.001  # truncated, as the official writer does it
+    assert off.max() <= 1.01  # truncated, as the official writer does it; and the decoder's own rounding
     assert (video[0] != exact.to(torch.uint8)).double().mean() <= 1e-3  # and else only where a number sits on the edge
     latents = chosen.run(begin(run), components, until="denoise")["latents"]
     decoded = torch.cat(list(components["vae"].decode(latents, frames_per_chunk)), 2)

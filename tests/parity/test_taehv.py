@@ -55,7 +55,7 @@ def test_official_decoder(official, f, chunk):
     taehv, io = official
     found = decode(taehv, io[f"decode_F{f}.latents"].transpose(1, 2), chunk)
     assert found.shape[2] == 4 * f - 3
-    assert rel(found * 0.5 + 0.5, io[f"decode_F{f}.video"].transpose(1, 2)) <= 3e-6
+    assert rel(found * 0.5 + 0.5, io[f"decode_F{f}.video"].transpose(1, 2)) <= 1e-5
 
 
 @torch.inference_mode()
@@ -64,7 +64,7 @@ def test_official_decoder(official, f, chunk):
 def test_official_encoder(official, t, chunk):
     taehv, io = official
     found = taehv.encode(ours(io[f"encode_T{t}.video"]), chunk)
-    assert rel(found, io[f"encode_T{t}.latents"].transpose(1, 2)) <= 3e-6
+    assert rel(found, io[f"encode_T{t}.latents"].transpose(1, 2)) <= 1e-5
 
 
 def computed(shapes: dict[str, torch.Size], scale: dict) -> dict[str, torch.Tensor]:

@@ -86,9 +86,9 @@ def golden(folder: str, case: int):
 def test_official_output(folder, case):
     config, tensors, given, io = golden(folder, case)
     assert sum(p.numel() for p in WanTransformer(config).parameters()) == sum(t.numel() for t in tensors.values())
-    assert rel(forward(built(config, tensors, "wan", torch.float32), *given), io["output"]) <= 3e-6
+    assert rel(forward(built(config, tensors, "wan", torch.float32), *given), io["output"]) <= 1e-5
     assert rel(forward(built(config, tensors, "diffusers", torch.float32), *given), io["output"]) <= 1e-5
-    assert rel(wan(tensors, config.num_heads, *given), io["output"]) <= 3e-6  # the yardstick itself
+    assert rel(wan(tensors, config.num_heads, *given), io["output"]) <= 1e-5  # the yardstick itself
 
 
 @pytest.mark.parametrize(("folder", "case"), CASES)
@@ -117,7 +117,7 @@ def test_float32(name):
     config, tensors, given = configured(name), weights(name), inputs(name)
     output = forward(built(config, tensors, "wan", torch.float32), *given)
     assert output.dtype == torch.float32
-    assert rel(output, wan(tensors, config.num_heads, *given)) <= 3e-6
+    assert rel(output, wan(tensors, config.num_heads, *given)) <= 1e-5
 
 
 # --- diffusers
@@ -127,7 +127,7 @@ def test_float32(name):
 def test_diffusers_in_float32(name, tmp_path):
     config, tensors, given = configured(name), weights(name), inputs(name)
     expected = forward_theirs(theirs(config, tensors, tmp_path / "transformer", torch.float32), *given)
-    assert rel(forward(built(config, tensors, "diffusers", torch.float32), *given), expected) <= 3e-6
+    assert rel(forward(built(config, tensors, "diffusers", torch.float32), *given), expected) <= 1e-5
     assert rel(forward(built(config, tensors, "wan", torch.float32), *given), expected) <= 1e-5
 
 
