@@ -13,7 +13,7 @@ from ditkit.checkpoints.kinds.kind import KINDS
 from ditkit.checkpoints.kinds.wan import transformer_keys
 from ditkit.checkpoints.kinds.wan_vae import vae_keys
 from ditkit.checkpoints.views.key_table import rename
-from ditkit.models import encoders
+from ditkit.models import umt5
 from ditkit.models.wan import WanConfig, WanTransformer
 from ditkit.models.wan_vae import WanVAE, WanVAEConfig
 
@@ -43,7 +43,7 @@ def write(folder: Path, name: str) -> Path:
     """The model called ``name`` in ``folder``; diffusers' WanPipeline.from_pretrained loads it too."""
     config, vae_dim, _ = SIZES[name]
     vae_config = WanVAEConfig(dim=vae_dim)
-    text = encoders.UMT5Config(
+    text = umt5.UMT5Config(
         vocab_size=128, d_model=config.text_dim, d_kv=8, d_ff=2 * config.text_dim, num_layers=2, num_heads=4
     )
     write_part(
@@ -53,7 +53,7 @@ def write(folder: Path, name: str) -> Path:
         transformer_keys(config.num_layers).to_other,
     )
     write_vae(folder / "vae", vae_config)
-    encoder = randomise(encoders.build_umt5(text).to_empty(device="cpu"), 3).state_dict()
+    encoder = randomise(umt5.build_umt5(text).to_empty(device="cpu"), 3).state_dict()
     encoder.pop("encoder.embed_tokens.weight")
     folders.write_component(
         folder / "text_encoder",

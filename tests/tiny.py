@@ -19,14 +19,14 @@ from training import folders
 from ditkit.checkpoints.kinds.kind import KINDS
 from ditkit.checkpoints.kinds.wan_vae import vae_keys
 from ditkit.checkpoints.views.key_table import rename
-from ditkit.models import encoders
+from ditkit.models import umt5
 from ditkit.models.wan import WanConfig, WanTransformer
 from ditkit.models.wan_vae import WanVAE, WanVAEConfig
 from ditkit.nn.dtype_policy import dtype_policy
 
 TRANSFORMER = WanConfig(dim=64, ffn_dim=112, num_heads=2, num_layers=2, text_dim=32, freq_dim=32)
 VAE = WanVAEConfig(dim=4)
-TEXT = encoders.UMT5Config(vocab_size=128, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+TEXT = umt5.UMT5Config(vocab_size=128, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
 VAE22 = MappingProxyType({"dim": 4, "dec_dim": 6, "z_dim": 48})
 CLIP = MappingProxyType(
     {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 1, "image_size": 56,
@@ -89,8 +89,8 @@ def built(sizes: WanConfig, tensors: dict[str, torch.Tensor], policy: str, dtype
     return model
 
 
-def text_encoder(seed: int = 3, config: encoders.UMT5Config = TEXT) -> torch.nn.Module:
-    return randomise(encoders.build_umt5(config).to_empty(device="cpu"), seed)
+def text_encoder(seed: int = 3, config: umt5.UMT5Config = TEXT) -> torch.nn.Module:
+    return randomise(umt5.build_umt5(config).to_empty(device="cpu"), seed)
 
 
 def write_tokenizer(folder: Path) -> None:

@@ -19,8 +19,9 @@ from ditkit.checkpoints.model.manifest import Manifest
 from ditkit.checkpoints.views.key_table import rename
 from ditkit.checkpoints.views.mapped import Mapped
 from ditkit.errors import LoadError
-from ditkit.models.encoders import UMT5Config, UMT5TextEncoder
+from ditkit.models.encoders import UMT5TextEncoder
 from ditkit.models.text import WanTokenizer
+from ditkit.models.umt5 import UMT5Config
 from ditkit.models.wan import WanConfig, WanTransformer
 from ditkit.models.wan_vae import WanVAE, WanVAEConfig
 

@@ -1,6 +1,8 @@
 """Our UMT5 against the official outputs (golden) and against transformers' own loading and padding."""
 
 import json
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -14,7 +16,8 @@ from ditkit.checkpoints.kinds.umt5 import UMT5_ALIASES, umt5_keys
 from ditkit.checkpoints.views.mapped import Mapped
 from ditkit.contracts import TextEncoder
 from ditkit.errors import LoadError, RequestError
-from ditkit.models.encoders import UMT5Config, UMT5TextEncoder, build_umt5
+from ditkit.models.encoders import UMT5TextEncoder
+from ditkit.models.umt5 import UMT5Config, build_umt5
 
 GOLDEN = Path(__file__).parents[1] / "data/golden/umt5"
 
@@ -102,6 +105,41 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> UMT5TextEncoder:
 
 
 IDS = [5, 77, 3, 3, 98, 60, 12, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("large", [1.0, 300.0])
+def test_every_length_and_dtype_has_the_bits_of_transformers(saved, dtype, large, tmp_path):
+    """Also where float16 leaves its range and comes back."""
+    from transformers import UMT5EncoderModel
+
+    theirs = UMT5EncoderModel.from_pretrained(saved, dtype=torch.float32, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for block in theirs.encoder.block:
+            block.layer[0].SelfAttention.o.weight.mul_(large)
+            block.layer[1].DenseReluDense.wi_1.weight.mul_(large)
+    theirs.save_pretrained(tmp_path / "large")
+    theirs = UMT5EncoderModel.from_pretrained(tmp_path / "large", dtype=dtype, attn_implementation="eager").eval()
+    (tmp_path / "large/config.json").write_text((saved / "config.json").read_text())
+    ours = load(tmp_path / "large", dtype)
+    for length in (1, 2, 7, 60, 130, 300, 512):
+        ids = torch.randint(0, 99, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+        with torch.no_grad():
+            expected = theirs(input_ids=torch.tensor([ids])).last_hidden_state[0]
+        assert ours(ids).dtype == expected.dtype
+        assert torch.equal(ours(ids), expected), length
+
+
+def test_a_model_opens_and_encodes_without_transformers_and_without_torchs_compiler(tiny_model):
+    """Each costs seconds of a short run."""
+    code = f"""
+import sys, ditkit
+pipe = ditkit.load({str(tiny_model)!r})
+pipe("a red circle", steps=1)
+sys.exit(" ".join(sys.modules.keys() & {{"transformers", "torch._dynamo", "diffusers", "sympy"}}) or None)
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

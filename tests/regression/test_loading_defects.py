@@ -35,7 +35,7 @@ from ditkit.checkpoints.views.mapped import Mapped
 from ditkit.checkpoints.views.source import Facts, View
 from ditkit.cli.weights import examine
 from ditkit.errors import DitkitError, LoadError
-from ditkit.models import encoders
+from ditkit.models import encoders, umt5
 from ditkit.models.published import OFFICIAL
 from ditkit.models.wan import WanConfig, WanTransformer
 from ditkit.models.wan_vae import WanVAE, WanVAE22, WanVAE22Config, WanVAEConfig
@@ -261,9 +261,9 @@ def test_f12_both_vaes_in_one_file(name, layout, prefix, tmp_path):
 def test_k4_both_encoders_at_full_size(layout, tmp_path):
     for module, table, wanted, kind in (
         (
-            encoders.build_umt5(encoders.UMT5Config()),
-            KINDS["umt5"].keys(asdict(encoders.UMT5Config())),
-            asdict(encoders.UMT5Config()),
+            umt5.build_umt5(umt5.UMT5Config()),
+            KINDS["umt5"].keys(asdict(umt5.UMT5Config())),
+            asdict(umt5.UMT5Config()),
             "umt5",
         ),
         (

@@ -19,7 +19,7 @@ from ditkit.checkpoints.kinds.wan_vae import vae22_keys, vae_keys
 from ditkit.checkpoints.model.find import locate
 from ditkit.checkpoints.model.manifest import Manifest
 from ditkit.errors import LoadError, OutputError
-from ditkit.models.encoders import UMT5Config, build_umt5
+from ditkit.models.umt5 import UMT5Config, build_umt5
 from ditkit.models.wan_vae import WanVAE, WanVAEConfig
 
 transformer_config = partial(KINDS["wan"].read_config, "diffusers")

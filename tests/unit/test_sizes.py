@@ -13,7 +13,7 @@ from ditkit.checkpoints.kinds.wan_vae import taehv_sizes, vae_sizes
 from ditkit.checkpoints.views.mapped import Mapped
 from ditkit.checkpoints.views.source import Facts, View
 from ditkit.errors import LoadError
-from ditkit.models import encoders
+from ditkit.models import encoders, umt5
 from ditkit.models.published import OFFICIAL
 from ditkit.models.taehv import TAEHV, TAEHVConfig
 from ditkit.models.wan import WanConfig, WanTransformer
@@ -84,13 +84,13 @@ def test_vaes_of_2_2(layout, config):
 
 @pytest.mark.parametrize("layout", ["native", "transformers"])
 def test_umt5_xxl(layout):
-    config = encoders.UMT5Config()
-    source = Shapes(encoders.build_umt5(config))
+    config = umt5.UMT5Config()
+    source = Shapes(umt5.build_umt5(config))
     if layout == "native":
         source.tensors = without(source.tensors, "encoder.embed_tokens.weight")
         source = Mapped(source, KINDS["umt5"].keys(asdict(config)), "native")
     found = KINDS["umt5"].read_config(layout, None, source.tensors)
-    assert encoders.UMT5Config(**found) == config
+    assert umt5.UMT5Config(**found) == config
 
 
 def test_the_official_image_encoder_and_its_smaller_relatives():

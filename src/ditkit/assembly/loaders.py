@@ -51,7 +51,8 @@ def load_tokenizer(part: Part, how: LoadOptions) -> Any:
 
 
 def load_umt5(part: Part, how: LoadOptions) -> Any:
-    from ditkit.models.encoders import UMT5Config, UMT5TextEncoder
+    from ditkit.models.encoders import UMT5TextEncoder
+    from ditkit.models.umt5 import UMT5Config
 
     assert part.source is not None
     config = UMT5Config(**part.config)

@@ -23,7 +23,8 @@ from ditkit.checkpoints.load import fit, identify_weights, read, two_names_diffe
 from ditkit.checkpoints.views.source import TensorSource
 from ditkit.errors import MissingDependency, SetupError
 from ditkit.mlx import BITS, exact_name
-from ditkit.models.encoders import UMT5Config, check_ids
+from ditkit.models.encoders import check_ids
+from ditkit.models.umt5 import UMT5Config, buckets_of
 
 try:
     import mlx.core as mx
@@ -104,17 +105,6 @@ def is_linear(name: str) -> bool:
     """Whether a tensor is the weight of a linear layer: those are packed; the embedding, the norms and the tables of
     relative positions are not."""
     return name.split(".")[-2] in ("q", "k", "v", "o", "wi_0", "wi_1", "wo")
-
-
-def buckets_of(distance: Tensor, buckets: int, reach: int) -> Tensor:
-    """Which row of the table a distance (key minus query, int64) has: T5's rule for both directions.
-
-    Half of the rows are for keys ahead. Of each half, the first half counts single tokens, the rest grows with the
-    logarithm up to ``reach``. In float32, as it was trained: the logarithm decides at the borders."""
-    half, ahead = buckets // 2, (distance > 0).long() * (buckets // 2)
-    exact, away = half // 2, distance.abs()
-    grown = torch.log(away.clamp(min=1).float() / exact) / math.log(reach / exact) * (half - exact)
-    return ahead + torch.where(away < exact, away, (exact + grown.long()).clamp(max=half - 1))
 
 
 class Network:

@@ -1,8 +1,8 @@
 """The encoders of Wan: UMT5 for token ids, CLIP for the pictures of Wan 2.1 image-to-video.
 
-Both networks are transformers', built empty and filled by our own strict loader; transformers is imported only when an
-encoder is built. Leaves out: tokenizing (text.py), padding (the transformer's own business), CLIP's text half and its
-projection, and all about files.
+UMT5's network is our own (``umt5.py``), CLIP's that of transformers, which is imported only when one is built. Both are
+built empty and filled by our own strict loader. Leaves out: tokenizing (text.py), padding (the transformer's own
+business), CLIP's text half and its projection, and all about files.
 Sources: Wan2.1 ``wan/modules/t5.py`` (umt5-xxl) and ``wan/modules/clip.py`` (ViT-H/14 of XLM-RoBERTa CLIP),
 transformers ``modeling_clip.py``."""
 
@@ -13,13 +13,14 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ditkit.checkpoints.kinds.umt5 import UMT5_ALIASES
 from ditkit.checkpoints.load import Device, identify_weights, load_into
 from ditkit.checkpoints.views.source import TensorSource
 from ditkit.contracts import Swap
 from ditkit.errors import LoadError, RequestError, nearest
+from ditkit.models.umt5 import build_umt5
 
 ACTIVATIONS = ("gelu", "quick_gelu")
 PROCESSINGS = ("wan", "diffusers")
@@ -27,21 +28,6 @@ PROCESSINGS = ("wan", "diffusers")
 # Of the pictures that CLIP was trained on, R G B in [0, 1] (openai/CLIP ``clip/clip.py``).
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
-
-
-@dataclass(frozen=True)
-class UMT5Config:
-    """Sizes under transformers' names; the defaults are umt5-xxl (5,680,910,336 parameters)."""
-
-    vocab_size: int = 256384
-    d_model: int = 4096
-    d_kv: int = 64
-    d_ff: int = 10240
-    num_layers: int = 24
-    num_heads: int = 64
-    relative_attention_num_buckets: int = 32
-    relative_attention_max_distance: int = 128
-    layer_norm_epsilon: float = 1e-6
 
 
 @dataclass(frozen=True)
@@ -65,17 +51,6 @@ class CLIPConfig:
         return (self.image_size // self.patch_size) ** 2 + 1
 
 
-def build_umt5(config: UMT5Config) -> nn.Module:
-    """transformers' encoder on the meta device, in eval mode, with plain (eager) attention."""
-    from transformers import UMT5Config as TheirConfig
-    from transformers import UMT5EncoderModel
-
-    settings: dict[str, Any] = asdict(config) | {"feed_forward_proj": "gated-gelu", "attn_implementation": "eager"}
-    theirs = TheirConfig(**settings)
-    with torch.device("meta"):
-        return UMT5EncoderModel(theirs).eval().requires_grad_(False)
-
-
 def build_clip(config: CLIPConfig) -> Any:
     """transformers' vision model on the meta device, in eval mode. Raises LoadError for an activation unknown here."""
     from transformers import CLIPVisionConfig, CLIPVisionModel
@@ -93,7 +68,7 @@ def build_clip(config: CLIPConfig) -> Any:
 
 
 class Encoder:
-    """``model`` is a filled network of transformers, ``identify`` tells what stands for its weights, its sizes and its
+    """``model`` is a filled network, ``identify`` tells what stands for its weights, its sizes and its
     dtype. Threads may share an encoder."""
 
     build: ClassVar[Any]
@@ -153,7 +128,7 @@ class UMT5TextEncoder(Encoder):
         check_ids(ids, self.model.config.vocab_size)
         with torch.no_grad():
             batch = torch.tensor([list(ids)], dtype=torch.long, device=self.device)
-            return self.model(input_ids=batch).last_hidden_state[0]
+            return self.model(batch)[0]
 
 
 class CLIPImageEncoder(Encoder):

@@ -99,7 +99,7 @@ UMT5 = Kind(
                                model_types=("umt5",), file="model", library="transformers"),
     },
     umt5_sizes, lambda fields: umt5_keys(fields["num_layers"]), own="other", aliases=UMT5_ALIASES,
-    config_class="ditkit.models.encoders:UMT5Config", module="ditkit.models.encoders:build_umt5",
+    config_class="ditkit.models.umt5:UMT5Config", module="ditkit.models.umt5:build_umt5",
     load="ditkit.assembly.loaders:load_umt5",
     get="Take models_t5_umt5-xxl-enc-bf16.pth of a native Wan repository or text_encoder/ of a -Diffusers one",
     tell=_tell, check=_check,
