@@ -1,5 +1,6 @@
 """The CLIP image encoder against the official code's stored outputs and transformers' own classes."""
 
+import copy
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,7 +18,8 @@ from ditkit.checkpoints.kinds.clip import clip_keys
 from ditkit.checkpoints.views.mapped import Mapped
 from ditkit.contracts import ImageEncoder
 from ditkit.errors import LoadError, RequestError
-from ditkit.models.encoders import MEAN, STD, CLIPConfig, CLIPImageEncoder, build_clip, check_processor, preprocess
+from ditkit.models.clip import CLIPConfig, build_clip
+from ditkit.models.encoders import MEAN, STD, CLIPImageEncoder, check_processor, preprocess
 
 GOLDEN = Path(__file__).parents[1] / "data/golden/clip"
 NATIVE = GOLDEN / "models_clip_open-clip-xlm-roberta-large-vit-huge-14.safetensors"
@@ -108,7 +110,11 @@ def test_transformers_features(name, tmp_path):
     expected = other(pixels, output_hidden_states=True).hidden_states[-2]
     found = encoder(pixels)
     assert found.shape == (3, config.tokens, config.hidden_size)
-    assert rel(found, expected) <= 1e-5
+    assert torch.equal(found, expected)
+    for dtype in (torch.bfloat16, torch.float16):
+        narrow = CLIPImageEncoder.load(config, written(other, tmp_path), dtype)(pixels)
+        halved = copy.deepcopy(other).to(dtype)(pixels.to(dtype), output_hidden_states=True).hidden_states[-2]
+        assert torch.equal(narrow, halved)
     assert len(encoder.model.encoder.layers) == config.num_hidden_layers - 1  # the last block is not even kept
     if config.num_hidden_layers > 1:
         swapped = replace(config, hidden_act="gelu" if config.hidden_act == "quick_gelu" else "quick_gelu")

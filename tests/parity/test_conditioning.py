@@ -21,7 +21,8 @@ from ditkit.conditioning.condition import control_context, image_condition
 from ditkit.conditioning.images import pad_on_white, resize_exact, signed, video_pixels
 from ditkit.conditioning.sizes import size_i2v, size_ti2v
 from ditkit.execution.stage_list import StageList
-from ditkit.models.encoders import CLIPConfig, CLIPImageEncoder
+from ditkit.models.clip import CLIPConfig
+from ditkit.models.encoders import CLIPImageEncoder
 from ditkit.models.wan_vae import WanVAE, WanVAE22, WanVAE22Config, WanVAEConfig
 from ditkit.request import Request
 from ditkit.stages.encode import EncodeCondition, EncodeControl, EncodeFirstFrame, EncodeImage

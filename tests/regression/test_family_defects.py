@@ -23,7 +23,7 @@ from ditkit.checkpoints.kinds.kind import KINDS
 from ditkit.checkpoints.kinds.wan import VACE_LAYERS
 from ditkit.checkpoints.model.find import locate
 from ditkit.errors import LoadError, RequestError
-from ditkit.models import encoders, taehv, umt5
+from ditkit.models import clip, encoders, taehv, umt5
 from ditkit.models.published import OFFICIAL
 from ditkit.models.wan_vae import WanVAE22Config, WanVAEConfig
 from ditkit.request import Request
@@ -305,9 +305,9 @@ def test_constants_of_pictures_and_text():
     assert tuple(processor.image_mean) == encoders.MEAN
     assert tuple(processor.image_std) == encoders.STD
     assert asdict(umt5.UMT5Config())["vocab_size"] == 256384
-    assert encoders.CLIPConfig().tokens == 257
-    assert OFFICIAL["wan2.1-flf2v-14b"].config.image_tokens == 2 * encoders.CLIPConfig().tokens
-    assert OFFICIAL["wan2.1-i2v-14b"].config.image_dim == encoders.CLIPConfig().hidden_size
+    assert clip.CLIPConfig().tokens == 257
+    assert OFFICIAL["wan2.1-flf2v-14b"].config.image_tokens == 2 * clip.CLIPConfig().tokens
+    assert OFFICIAL["wan2.1-i2v-14b"].config.image_dim == clip.CLIPConfig().hidden_size
     assert {config.z_dim for config in (taehv.TAEHVConfig(), WanVAEConfig())} == {16}
 
 

@@ -35,7 +35,7 @@ from ditkit.checkpoints.views.mapped import Mapped
 from ditkit.checkpoints.views.source import Facts, View
 from ditkit.cli.weights import examine
 from ditkit.errors import DitkitError, LoadError
-from ditkit.models import encoders, umt5
+from ditkit.models import clip, umt5
 from ditkit.models.published import OFFICIAL
 from ditkit.models.wan import WanConfig, WanTransformer
 from ditkit.models.wan_vae import WanVAE, WanVAE22, WanVAE22Config, WanVAEConfig
@@ -267,9 +267,9 @@ def test_k4_both_encoders_at_full_size(layout, tmp_path):
             "umt5",
         ),
         (
-            encoders.build_clip(encoders.CLIPConfig()),
-            KINDS["clip"].keys(asdict(encoders.CLIPConfig())),
-            asdict(encoders.CLIPConfig()),
+            clip.build_clip(clip.CLIPConfig()),
+            KINDS["clip"].keys(asdict(clip.CLIPConfig())),
+            asdict(clip.CLIPConfig()),
             "clip",
         ),
     ):

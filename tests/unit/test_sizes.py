@@ -13,7 +13,7 @@ from ditkit.checkpoints.kinds.wan_vae import taehv_sizes, vae_sizes
 from ditkit.checkpoints.views.mapped import Mapped
 from ditkit.checkpoints.views.source import Facts, View
 from ditkit.errors import LoadError
-from ditkit.models import encoders, umt5
+from ditkit.models import clip, umt5
 from ditkit.models.published import OFFICIAL
 from ditkit.models.taehv import TAEHV, TAEHVConfig
 from ditkit.models.wan import WanConfig, WanTransformer
@@ -94,16 +94,16 @@ def test_umt5_xxl(layout):
 
 
 def test_the_official_image_encoder_and_its_smaller_relatives():
-    config = encoders.CLIPConfig()
-    source = Shapes(encoders.build_clip(config))
-    assert encoders.CLIPConfig(**KINDS["clip"].read_config("transformers", None, source.tensors)) == config
+    config = clip.CLIPConfig()
+    source = Shapes(clip.build_clip(config))
+    assert clip.CLIPConfig(**KINDS["clip"].read_config("transformers", None, source.tensors)) == config
     native = Mapped(source, KINDS["clip"].keys(asdict(config)), "native")
-    assert encoders.CLIPConfig(**KINDS["clip"].read_config("native", None, native.tensors)) == config
-    large = encoders.CLIPConfig(1024, 4096, 24, 16, 224, 14, "quick_gelu")
-    sizes = clip_sizes(Shapes(encoders.build_clip(large)).tensors)
+    assert clip.CLIPConfig(**KINDS["clip"].read_config("native", None, native.tensors)) == config
+    large = clip.CLIPConfig(1024, 4096, 24, 16, 224, 14, "quick_gelu")
+    sizes = clip_sizes(Shapes(clip.build_clip(large)).tensors)
     assert sizes.fields | sizes.assumed == without(asdict(large), "hidden_act", "layer_norm_eps")
     with pytest.raises(LoadError, match="shapes do not tell hidden_act, and there is no config"):
-        KINDS["clip"].read_config("transformers", None, Shapes(encoders.build_clip(large)).tensors)
+        KINDS["clip"].read_config("transformers", None, Shapes(clip.build_clip(large)).tensors)
 
 
 @pytest.mark.parametrize("config", [

@@ -67,7 +67,8 @@ def load_umt5(part: Part, how: LoadOptions) -> Any:
 
 
 def load_clip(part: Part, how: LoadOptions) -> Any:
-    from ditkit.models.encoders import CLIPConfig, CLIPImageEncoder
+    from ditkit.models.clip import CLIPConfig
+    from ditkit.models.encoders import CLIPImageEncoder
 
     assert part.source is not None
     return CLIPImageEncoder.load(CLIPConfig(**part.config), part.source, **how.place)

@@ -1,13 +1,9 @@
 """The encoders of Wan: UMT5 for token ids, CLIP for the pictures of Wan 2.1 image-to-video.
 
-UMT5's network is our own (``umt5.py``), CLIP's that of transformers, which is imported only when one is built. Both are
-built empty and filled by our own strict loader. Leaves out: tokenizing (text.py), padding (the transformer's own
-business), CLIP's text half and its projection, and all about files.
-Sources: Wan2.1 ``wan/modules/t5.py`` (umt5-xxl) and ``wan/modules/clip.py`` (ViT-H/14 of XLM-RoBERTa CLIP),
-transformers ``modeling_clip.py``."""
+The networks (``umt5.py``, ``clip.py``) are built empty and filled by our own strict loader. Leaves out: tokenizing
+(text.py), padding (the transformer's own business), and all about files."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -20,51 +16,14 @@ from ditkit.checkpoints.load import Device, identify_weights, load_into
 from ditkit.checkpoints.views.source import TensorSource
 from ditkit.contracts import Swap
 from ditkit.errors import LoadError, RequestError, nearest
+from ditkit.models.clip import build_clip
 from ditkit.models.umt5 import build_umt5
 
-ACTIVATIONS = ("gelu", "quick_gelu")
 PROCESSINGS = ("wan", "diffusers")
 
 # Of the pictures that CLIP was trained on, R G B in [0, 1] (openai/CLIP ``clip/clip.py``).
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
-
-
-@dataclass(frozen=True)
-class CLIPConfig:
-    """Sizes under transformers' names; the defaults are Wan's ViT-H/14 (630,766,080 parameters without projection).
-
-    ``hidden_act``: "gelu" is the exact one, "quick_gelu" that of OpenAI's own ViT-B and ViT-L."""
-
-    hidden_size: int = 1280
-    intermediate_size: int = 5120
-    num_hidden_layers: int = 32
-    num_attention_heads: int = 16
-    image_size: int = 224
-    patch_size: int = 14
-    hidden_act: str = "gelu"
-    layer_norm_eps: float = 1e-5
-
-    @property
-    def tokens(self) -> int:
-        """Rows of features for one picture."""
-        return (self.image_size // self.patch_size) ** 2 + 1
-
-
-def build_clip(config: CLIPConfig) -> Any:
-    """transformers' vision model on the meta device, in eval mode. Raises LoadError for an activation unknown here."""
-    from transformers import CLIPVisionConfig, CLIPVisionModel
-
-    if config.hidden_act not in ACTIVATIONS:
-        found = f"hidden_act is {config.hidden_act!r}{nearest(config.hidden_act, ACTIVATIONS)}"
-        raise LoadError("building a CLIP image encoder", found, f"Use {' or '.join(ACTIVATIONS)}")
-    settings: dict[str, Any] = asdict(config) | {"attn_implementation": "sdpa"}
-    theirs = CLIPVisionConfig(**settings)
-    with torch.device("meta"):
-        model: Any = CLIPVisionModel(theirs).eval().requires_grad_(False)
-    model = getattr(model, "vision_model", model)  # where transformers 5.1 has what is the model itself in later ones
-    model.embeddings.position_ids = torch.arange(config.tokens).unsqueeze(0)  # in no file, so it must not be meta
-    return model
 
 
 class Encoder:
@@ -160,7 +119,7 @@ class CLIPImageEncoder(Encoder):
         if pixel_values.shape[1:] != (3, side, side):
             do = f"Give [B, 3, {side}, {side}], normalised"
             raise RequestError("encoding a picture", f"it is {list(pixel_values.shape)}", do)
-        return self.model(pixel_values=pixel_values.to(self.device, self.dtype)).last_hidden_state
+        return self.model(pixel_values.to(self.device, self.dtype))
 
 
 def preprocess(images: Tensor, size: int, processing: str) -> Tensor:

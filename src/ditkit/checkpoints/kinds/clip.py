@@ -139,7 +139,7 @@ CLIP = Kind(
     },
     clip_sizes, lambda fields: clip_keys(fields["num_hidden_layers"]), own="other",
     file_keys=lambda fields, layout: clip_keys(fields["num_hidden_layers"], prefixed=layout != "native"),
-    config_class="ditkit.models.encoders:CLIPConfig", module="ditkit.models.encoders:build_clip",
+    config_class="ditkit.models.clip:CLIPConfig", module="ditkit.models.clip:build_clip",
     load="ditkit.assembly.loaders:load_clip",
     get="Take models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth of a native Wan 2.1 image-to-video repository or "
     "image_encoder/ of a -Diffusers one",

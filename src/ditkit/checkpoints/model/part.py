@@ -35,7 +35,7 @@ def main_of(parts: Mapping[str, T]) -> T | None:
 @dataclass(frozen=True)
 class Part:
     """One component. ``config``: keywords of the kind's config class. ``source``: tensors under the names of our
-    module (transformers' own for umt5 and clip), without scales; None for a tokenizer. ``layout`` is the file's.
+    module, without scales; None for a tokenizer. ``layout`` is the file's.
     ``notes``: what was left out or chosen on the way, in plain words.
 
     A part that lies at a host has the host's address as its ``place``, no source, and in ``told`` what that host says
