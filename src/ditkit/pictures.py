@@ -78,16 +78,15 @@ def check_control(counts: Mapping[str, int], frames: int) -> None:
         raise RequestError(asked, "there is nothing to be kept", "Give control_video as well")
     for name, count in counts.items():
         if count != frames:
-            raise RequestError(f"{name} of {count} frames", f"the run makes {frames}", _advice(count, frames))
+            do = _advice(count, frames, count if count % STRIDE == 1 else frames)
+            raise RequestError(f"{name} of {count} frames", f"the run makes {frames}", do)
 
 
-def _advice(count: int, frames: int, name: str = "it") -> str:
-    """What to do with a video that gives ``count`` frames where ``frames`` are made. The number that is named is one
-    that a model makes: 4n + 1."""
-    usable = count - (count - 1) % STRIDE
+def _advice(count: int, frames: int, usable: int, name: str = "it") -> str:
+    """What to do with ``count`` frames where ``frames`` are made; a run that makes ``usable`` would take them."""
     cut = f"Cut {name} to what the run makes" if count > frames else ""
     ask = f"ask for {usable} frames" if usable != frames else ""
-    return f"{cut}, or {ask}" if cut and ask else cut or ask.capitalize()
+    return f"{cut}, or {ask}" if cut and ask else cut or ask.capitalize() or f"Give {frames}"
 
 
 def tensors(pictures: Mapping[str, Any], clips: int, request: Request) -> dict[str, Tensor]:
@@ -191,11 +190,10 @@ def _frames(name: str, path: str, request: Request | None, told: dict[str, str])
         by_time = timing == "time" or (timing == "auto" and clip.count != frames)
         fps = request.fps if by_time else None
         given = clip.lasts(fps)
-        same = given == clip.count
-        # Of another rate hardly a file has just as many as are made: less than one step of the model is left aside.
-        if given < frames or given - frames >= (1 if same else STRIDE):
-            advice = _advice(given, frames, file)
-            do = advice if same else f"At {fps} a second {file} gives {given}: {advice[0].lower()}{advice[1:]}"
+        if not 0 <= given - frames < STRIDE:  # fewer than that no longer run could use
+            advice = _advice(given, frames, given - (given - 1) % STRIDE, file)
+            do = f"At {fps} a second {file} gives {given}: {advice[0].lower()}{advice[1:]}"
+            do = advice if given == clip.count else do
             raise RequestError(f"{name} of {clip.count} frames", f"the run makes {frames}", do)
         pixels, taken = clip.take(frames, fps)
         if remark := _remark(clip, taken, request):
@@ -205,6 +203,8 @@ def _frames(name: str, path: str, request: Request | None, told: dict[str, str])
 
 def _remark(clip: Clip, taken: list[int], request: Request) -> str:
     """What is to be said of frames that do not play as their file does."""
+    if taken == [*range(len(taken))] and len(taken) < clip.count <= len(taken) + STRIDE:
+        return f"has {clip.count} frames: the last {clip.count - len(taken)} are left aside"
     if taken != [*range(clip.count)]:
         some = ", ".join(map(str, taken[:6])) + (", ..." if len(taken) > 6 else "")
         has = f"has {clip.count} frames" + (f", {clip.rate:.4g} a second" if clip.rate else "")

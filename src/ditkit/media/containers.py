@@ -97,6 +97,9 @@ def video(stream: BinaryIO, size: int, asked: str) -> Iterator[Clip]:
         meant = moving(container, asked)
         if meant.codec_context is None:
             raise StateError(asked, "its codec is not known", "Save it as H.264, such as by ffmpeg -i IN OUT.mp4")
+        wide, high = meant.codec_context.width, meant.codec_context.height
+        if wide and high:
+            check_frame(wide, high, asked, StateError)
         hidden = meant.codec_context.name in _HIDDEN
         times, seconds, begin = times_of(container, meant, asked)
     with demuxed(stream, asked) as container:

@@ -4,6 +4,7 @@ Decided here: a camera's rotation tag (EXIF) is applied; what is transparent lie
 code; 16-bit grey is scaled to 8 bits; a picture of more than PICTURE_WHOLE pixels is brought down by a whole factor.
 Leaves out: colour profiles (numbers are taken as sRGB), and resizing to a size that is asked for."""
 
+import os
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -48,7 +49,7 @@ def image_and_remark(path: str | Path) -> tuple[np.ndarray, str]:
             wide, high = picture.size
             if (factor := _factor(wide, high)) > 1:
                 picture.draft(None, (wide // factor, high // factor))  # a jpg is decoded small; others stay as they are
-            pixels = _from_pil(picture, asked)
+            pixels = _from_pil(picture, asked, os.fstat(stream.fileno()).st_size)
     if pixels.shape[0] * pixels.shape[1] == wide * high:
         return pixels, ""
     return pixels, f"{path} has {wide * high:,} pixels and is read at {pixels.shape[1]} x {pixels.shape[0]}"
@@ -109,9 +110,10 @@ def flat(picture: Any) -> np.ndarray:
     return np.array(picture.convert("RGB"))
 
 
-def _from_pil(picture: Any, asked: str) -> np.ndarray:
+def _from_pil(picture: Any, asked: str, size: int = 0) -> np.ndarray:
     if picture.format not in _NOT_MOVING and getattr(picture, "is_animated", False):
-        raise RequestError(asked, f"it has {picture.n_frames} frames", "Give one frame of it as a picture")
+        count = picture.n_frames if size <= limits.COUNTED else "many"
+        raise RequestError(asked, f"it has {count} frames", "Give one frame of it as a picture")
     check_size(picture, asked)
     picture = upright(picture)
     if picture.mode not in _COLOURS and not picture.mode.startswith("I;16"):

@@ -34,7 +34,7 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     path, asked = _there(path), f"reading the manifest of {path}"
     with _opened(path, asked) as (kind, stream), guarded(asked, StateError, found=_DAMAGED):
         card = _card(path, kind, stream, asked)
-    if card is None or card["manifest"] is None:
+    if card is None or card.get("manifest") is None:
         do = "Name a clip that ditkit wrote, or its .json"
         raise StateError(asked, "the file carries none", do)
     manifest: dict[str, Any] = card["manifest"]
@@ -119,10 +119,10 @@ def _card(path: Path, kind: Kind, stream: BinaryIO | None, asked: str) -> Card |
     if kind == "npz":
         with zipfile.ZipFile(stream) as archive:
             return cards.parse(stored.text(archive, "card", asked), asked)
+    if kind == "text" or path.suffix.lower() == ".json":
+        return cards.parse(read_bytes(path, asked, StateError), asked)
     if kind == "video":
         return cards.parse(containers.card_text(stream, asked, cards.KEY), asked)
-    if kind == "text":
-        return cards.parse(read_bytes(path, asked, StateError), asked)
     return None
 
 
