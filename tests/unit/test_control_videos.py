@@ -167,6 +167,7 @@ def model(tmp_path_factory) -> Path:
 SMALL = {"frames": 5, "width": 32, "height": 32, "steps": 1}
 
 
+@pytest.mark.slow
 def test_what_was_taken_is_said_and_stands_in_clip_and_receipt(model, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     at(tmp_path / "c.mp4", 9, 30)

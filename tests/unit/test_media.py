@@ -92,7 +92,7 @@ def test_equal_frames_give_equal_mp4s_each_time(crf):
         for t in range(13)
     ]
     video = np.stack(frames).clip(0, 255).astype(np.uint8)
-    kinds = {hashlib.sha256(write.mp4(video, {"fps": 16, "frames": 13}, crf)).hexdigest() for _ in range(25)}
+    kinds = {hashlib.sha256(write.mp4(video, {"fps": 16, "frames": 13}, crf)).hexdigest() for _ in range(15)}
     assert len(kinds) == 1
 
 

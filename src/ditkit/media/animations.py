@@ -23,6 +23,14 @@ _PILLOW = {"gif": "GIF", "apng": "PNG", "avif": "AVIF", "webp": "WEBP"}
 _DELAY = 100  # ms: what viewers make of none
 
 
+def known(kind: str) -> bool:
+    """Does Pillow have a reader? Avif came late; ffmpeg shows it, without its transparency."""
+    from PIL import Image
+
+    Image.init()
+    return _PILLOW[kind] in Image.OPEN
+
+
 @contextmanager
 def animation(stream: BinaryIO, size: int, kind: str, asked: str) -> Iterator[Clip]:
     """Raises StateError, and whatever Pillow says of a damaged file."""

@@ -25,7 +25,6 @@ FORMATS = (
 )  # fmt: skip
 _UNKNOWN = "its format is not known, or it is damaged"
 USE = "Use an mp4, mov, mkv, webm, avi, gif, webp, apng, npz or a folder of numbered pictures"
-_HIDDEN = ("vp8",)  # codecs with packets that show nothing
 
 
 def _refused(*_: Any) -> Any:
@@ -66,8 +65,11 @@ def times_of(container: Any, stream: Any, asked: str) -> tuple[list[float], floa
     """When each frame comes up, in seconds after the first; when the last one goes; and the first one's own time.
     Nothing is decoded. Raises StateError for more than FRAMES."""
     found: list[tuple[int | None, int]] = []
+    hides = (
+        stream.codec_context is not None and stream.codec_context.name == "vp8"
+    )  # frames that are only looked back at
     for packet in container.demux(stream):
-        if packet.size and not packet.is_discard:
+        if packet.size and not packet.is_discard and not (hides and not memoryview(packet)[0] & 0x10):
             found.append((packet.dts if packet.pts is None else packet.pts, packet.duration or 0))
             if len(found) > limits.FRAMES:
                 raise StateError(asked, f"it has more than {limits.FRAMES:,} frames", "Cut it to what is needed")
@@ -100,12 +102,7 @@ def video(stream: BinaryIO, size: int, asked: str) -> Iterator[Clip]:
         wide, high = meant.codec_context.width, meant.codec_context.height
         if wide and high:
             check_frame(wide, high, asked, StateError)
-        hidden = meant.codec_context.name in _HIDDEN
         times, seconds, begin = times_of(container, meant, asked)
-    with demuxed(stream, asked) as container:
-        meant = moving(container, asked)
-        if hidden:
-            times = [0.0 for _ in _decoded(container, meant)]
     with demuxed(stream, asked) as container:
         meant = moving(container, asked)
         decoded = _decoded(container, meant)

@@ -66,7 +66,7 @@ def open_clip(path: str | Path) -> Iterator[Clip]:
         if kind == "npz":
             with stored.arrays(stream, size, asked) as clip:
                 yield clip
-        elif kind == "video":
+        elif kind == "video" or not animations.known(kind):
             with containers.video(stream, size, asked) as clip:
                 yield clip
         else:
