@@ -86,6 +86,8 @@ ROWS = (
              "why": "str"}),
     EventRow("travel", "a stage ran elsewhere: bytes, seconds on the way and at work", {"stage": "str", "place": "str",
              "seconds": "float", "sent": "int", "received": "int", "worked": "float"}),
+    EventRow("picture.note", "a picture or control video is not taken as its file has it", {"field": "str",
+             "text": "str"}),
     EventRow("run.note", "what a run found in its folder", {"run": "str", "text": "str"}),
 )  # fmt: skip
 

@@ -8,16 +8,18 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ditkit.errors import DitkitError, RequestError
+from ditkit.errors import RequestError
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from ditkit.media.clip import Clip
     from ditkit.request import Request
 
 FIELDS = ("image", "last_image", "control_video", "control_mask", "reference_images")
 CONTROL = ("control_video", "control_mask")
+STRIDE = 4  # frames are made in fours, after a first one
 IN_MEMORY = "sha256:"  # how a request names pixels that came from no file
 
 
@@ -48,18 +50,20 @@ def placed(request: Request) -> Request:
     return request.model_copy(update=places)
 
 
-def read(request: Request, pixels: Mapping[str, Any]) -> dict[str, Any]:
+def read(request: Request, pixels: Mapping[str, Any], told: dict[str, str] | None = None) -> dict[str, Any]:
     """The pictures of ``request`` as arrays, those of files read now: image and last_image uint8 [H, W, 3],
-    reference_images a list of such, control_video uint8 [T, H, W, 3], control_mask float32 [T or 1, H, W]."""
+    reference_images a list of such, control_video uint8 [T, H, W, 3], control_mask float32 [T or 1, H, W]. ``told`` is
+    given, by field, what was taken otherwise than the file has it. Raises RequestError, StateError."""
     found: dict[str, Any] = {}
+    told = {} if told is None else told
     for name in FIELDS:
         value, own = getattr(request, name), pixels.get(name)
         if name == "reference_images" and value:
             if own is not None and len(own) != len(value):
                 raise RequestError(f"{len(own)} pictures as {name}", f"the request has {len(value)}", "Give as many")
-            found[name] = [*own] if own is not None else [_load(name, path) for path in value]
+            found[name] = [*own] if own is not None else [_load(name, path, request, told) for path in value]
         elif value:
-            found[name] = _load(name, value) if own is None else own
+            found[name] = _load(name, value, request, told) if own is None else own
     counts = {name: len(found[name]) for name in CONTROL if name in found}
     if counts.get("control_mask") == 1:  # it serves for all frames
         counts["control_mask"] = request.frames
@@ -74,8 +78,15 @@ def check_control(counts: Mapping[str, int], frames: int) -> None:
         raise RequestError(asked, "there is nothing to be kept", "Give control_video as well")
     for name, count in counts.items():
         if count != frames:
-            do = f"Cut it, or ask for {count} of them"
+            do = _advice(count, frames, count if count % STRIDE == 1 else frames)
             raise RequestError(f"{name} of {count} frames", f"the run makes {frames}", do)
+
+
+def _advice(count: int, frames: int, usable: int, name: str = "it") -> str:
+    """What to do with ``count`` frames where ``frames`` are made; a run that makes ``usable`` would take them."""
+    cut = f"Cut {name} to what the run makes" if count > frames else ""
+    ask = f"ask for {usable} frames" if usable != frames else ""
+    return f"{cut}, or {ask}" if cut and ask else cut or ask.capitalize() or f"Give {frames}"
 
 
 def tensors(pictures: Mapping[str, Any], clips: int, request: Request) -> dict[str, Tensor]:
@@ -99,11 +110,12 @@ def tensors(pictures: Mapping[str, Any], clips: int, request: Request) -> dict[s
     return {name: repeat(value) for name, value in fields.items()}
 
 
-def pixels_of(name: str, value: Any) -> Any:
-    """What a file, or a picture in memory, given as ``name`` shows: an array, or a list of them."""
+def pixels_of(name: str, value: Any, request: Request | None = None) -> Any:
+    """What a file, or a picture in memory, given as ``name`` shows: an array, or a list of them. ``request`` says which
+    frames of a file are taken."""
     if name == "reference_images" and isinstance(value, list | tuple):
-        return [_pixels(name, item) for item in value]
-    return _pixels(name, value)
+        return [_pixels(name, item, request) for item in value]
+    return _pixels(name, value, request)
 
 
 def _is_path(value: Any) -> bool:
@@ -118,14 +130,14 @@ def _name(pixels: np.ndarray) -> str:
     return IN_MEMORY + found.hexdigest()
 
 
-def _pixels(name: str, value: Any) -> Any:
+def _pixels(name: str, value: Any, request: Request | None = None) -> Any:
     """What was handed over as ``name``, as an array of its kind. Raises RequestError."""
     import numpy as np
 
     from ditkit.media import as_image
 
     if _is_path(value):
-        return _load(name, str(value))
+        return _load(name, str(value), request, {})
     if name not in CONTROL:
         return as_image(value)
     if hasattr(value, "detach"):  # a tensor of any device and kind; so nothing of torch is imported here
@@ -143,22 +155,61 @@ def _pixels(name: str, value: Any) -> Any:
     raise RequestError(f"{name} of {array.dtype} {list(array.shape)}", "it is of another form", f"Give {wanted}")
 
 
-def _load(name: str, path: str) -> np.ndarray:
-    import numpy as np
-
-    from ditkit.media import read_image, read_video
+def _load(name: str, path: str, request: Request | None, told: dict[str, str]) -> np.ndarray:
+    from ditkit.media import image_and_remark, is_picture
 
     if path.startswith(IN_MEMORY):
         raise RequestError(f"{name}={path}", "these pixels came from no file", f"Hand {name} over again")
-    if name == "control_video":
-        return read_video(path)[0]
-    if name != "control_mask":
-        return read_image(path)
-    try:  # a mask is a picture for all frames, or a video; what the file holds says which
-        mask = read_image(path)[None]
-    except RequestError as no_picture:
-        try:
-            mask = read_video(path)[0]
-        except DitkitError:
-            raise no_picture from None
-    return mask.mean(-1).astype(np.float32) / 255
+    if name == "control_video" or (name == "control_mask" and not is_picture(path)):
+        frames = _frames(name, path, request, told)
+        return frames if name == "control_video" else _levels(frames)
+    pixels, remark = image_and_remark(path)
+    if remark:
+        told[name] = f"{told[name]}; {remark}" if name in told else remark
+    return _levels(pixels[None]) if name == "control_mask" else pixels
+
+
+def _levels(frames: np.ndarray) -> np.ndarray:
+    """uint8 [T, H, W, 3] -> float32 [T, H, W] from 0 to 1, frame by frame: the mean is made in float64."""
+    import numpy as np
+
+    mask = np.empty(frames.shape[:3], np.float32)
+    for index, frame in enumerate(frames):
+        mask[index] = frame.mean(-1).astype(np.float32) / 255
+    return mask
+
+
+def _frames(name: str, path: str, request: Request | None, told: dict[str, str]) -> np.ndarray:
+    """The frames of a file that the run looks at; whether it has enough of them is known before one is decoded."""
+    from ditkit.media import open_clip
+
+    with open_clip(path) as clip:
+        if request is None or (name == "control_mask" and clip.count == 1):  # one frame serves for all
+            return clip.take(clip.count)[0]
+        frames, timing, file = request.frames, request.control_timing, os.path.basename(path)
+        by_time = timing == "time" or (timing == "auto" and clip.count != frames)
+        fps = request.fps if by_time else None
+        given = clip.lasts(fps)
+        if not 0 <= given - frames < STRIDE:  # fewer than that no longer run could use
+            advice = _advice(given, frames, given - (given - 1) % STRIDE, file)
+            do = f"At {fps} a second {file} gives {given}: {advice[0].lower()}{advice[1:]}"
+            do = advice if given == clip.count else do
+            raise RequestError(f"{name} of {clip.count} frames", f"the run makes {frames}", do)
+        pixels, taken = clip.take(frames, fps)
+        if remark := _remark(clip, taken, request):
+            told[name] = f"{file} {remark}"
+        return pixels
+
+
+def _remark(clip: Clip, taken: list[int], request: Request) -> str:
+    """What is to be said of frames that do not play as their file does."""
+    if taken == [*range(len(taken))] and len(taken) < clip.count <= len(taken) + STRIDE:
+        return f"has {clip.count} frames: the last {clip.count - len(taken)} are left aside"
+    if taken != [*range(clip.count)]:
+        some = ", ".join(map(str, taken[:6])) + (", ..." if len(taken) > 6 else "")
+        has = f"has {clip.count} frames" + (f", {clip.rate:.4g} a second" if clip.rate else "")
+        return f"{has}: taken are those on screen at {request.fps} a second ({some})"
+    if clip.rate and abs(clip.rate - request.fps) > 0.01 * request.fps:
+        how = "slower" if clip.rate > request.fps else "faster"
+        return f"has {clip.rate:.4g} frames a second, and all are taken one by one: they play {how}, at {request.fps}"
+    return ""

@@ -117,10 +117,12 @@ class Pipeline:
         check_scheduler(self.seams, request)
         request = with_own_defaults(self.stages.stages, request)
         request = templates.placed(pictures.placed(request))
-        found = pictures.read(request, pixels or {})
+        remarks: dict[str, str] = {}
+        found = pictures.read(request, pixels or {}, remarks)
         request = self.model.fit(request, found)
         prompts, negatives, seeds = zip(*self.check(request), strict=True)
-        fields = {"prompt": list(prompts), "negative_prompt": list(negatives), "seed": list(seeds)}
+        fields: dict[str, Any] = {"prompt": list(prompts), "negative_prompt": list(negatives), "seed": list(seeds)}
+        fields |= {"remarks": remarks} if remarks else {}
         model = model_field(self.setup.model, self.model)
         seen = pictures.tensors(found, len(prompts), request)
         return State({**fields, **seen, "request": request.model_dump(), "model": model})
@@ -160,6 +162,8 @@ class Pipeline:
         check_asked(self.stages, state, start, until)
         recorder = recorder or Recorder()
         events, parts = Events(*self.listeners, *listeners, recorder), self.components
+        for name, text in state.get("remarks", {}).items():
+            events.emit("picture.note", field=name, text=text)
         components = parts.listening(events) if isinstance(parts, Components) else parts
         places = self.places.of_run(self.stages, components, self.seams, lambda: self.steps(asked))
         check_agree(self.model, self.places, planned, places, self.seams, state["request"])

@@ -33,6 +33,7 @@ class Recorder:
         self.retries: list[dict[str, Any]] = []
         self.loads: dict[str, float] = {}
         self.truncated: list[dict[str, Any]] = []
+        self.pictures: dict[str, str] = {}
         self.noted: list[dict[str, Any]] = []
         self.plugs: dict[str, dict[str, int]] = {}
         self.steps: list[dict[str, Any]] = []
@@ -63,6 +64,8 @@ class Recorder:
             case "prompt.truncated":
                 cut = {"field": event["field"], "tokens_cut": event["tokens"], "prompt": event["prompt"]}
                 self.truncated.append(cut)
+            case "picture.note":
+                self.pictures[event["field"]] = event["text"]
             case "load.note":
                 self.noted.append(dict(event.values))
             case "plug" | "memory.dropped":

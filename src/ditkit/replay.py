@@ -104,7 +104,8 @@ def begin(script: Script, pipe: Pipeline, images: Mapping[str, Any], allow: Coll
             found = f"it was made with the {name} {value}, and a file does not decide which picture is read"
             do = f"Name it: --picture {name}=FILE, or --allow-from-file {PICTURES} if the clip is yours"
             raise StateError(f"replaying {script.file}", found, do)
-    pixels = {n: pictures.pixels_of(n, [*v] if n == "reference_images" else v) for n, v in images.items()}
+    given = {n: [*v] if n == "reference_images" else v for n, v in images.items()}
+    pixels = {n: pictures.pixels_of(n, v, script.request) for n, v in given.items()}
     state = pipe.begin(script.request, pixels)
     for name, recorded in script.manifest.get("inputs", {}).items():
         if name not in state or digest(state[name]) != recorded:

@@ -125,6 +125,10 @@ class Request(Settings):
                                        "a video or picture file, white where the model shall make pixels (VACE)")
     reference_images: list[str] = default([], "none", "a list of picture files of what shall appear (VACE)")
     control_scale: Scale = default(1.0, "Wan2.1 vace.py context_scale", "how much the control counts, 0 for nothing")
+    control_timing: Literal["auto", "time", "frames"] = default(
+        "auto", "ditkit; the official VACE code goes by time where a video is faster",
+        "time (of control_video and control_mask what is on screen when a frame of the run is), frames (one by one), "
+        "or auto: frames where there are as many as the run makes, else time")
     size_from: Literal["request", "image"] = default(
         "request", "ditkit; the official image-to-video code takes it from the image",
         "image for the image's proportions on the area of width x height, or request")

@@ -62,6 +62,7 @@ FIELDS: dict[str, Field] = {
         Field("control_video", "tensor", "uint8", "B T Y X 3", "0..255", "the caller", "frames that steer (VACE)"),
         Field("control_mask", "tensor", "float32", "B T y x", "0..1", "the caller", "1 where the model makes pixels"),
         Field("reference_images", "tensor", "uint8", "B N U V 3", "0..255", "the caller", "what shall appear (VACE)"),
+        Field("remarks", "plain", "dict", "", "", "the caller", "which pictures are not as their files, and how"),
         Field("request", "plain", "dict", "", "", "the caller", "the resolved Request, all defaults filled in"),
         Field("model", "plain", "dict", "", "", "the caller", "name and identity of the model that it was begun with"),
         Field("weights", "plain", "dict", "", "", "the pipeline", "fingerprint of each component that worked on it"),

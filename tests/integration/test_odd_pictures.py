@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 import ditkit
 from ditkit import Seams
-from ditkit.conditioning.images import pad_on_white, resize_to_fit
+from ditkit.conditioning.images import pad_on_white, resize_and_crop, resize_to_fit, video_pixels
 from ditkit.errors import RequestError
 from ditkit.media import as_image
 from ditkit.replay import read, replay
@@ -45,6 +45,14 @@ def noise(*shape: int) -> np.ndarray:
 def test_a_last_picture_that_is_all_length(first, last):
     cut = resize_to_fit(torch.zeros(1, *last, 3, dtype=torch.uint8), *first)
     assert min(cut.shape[1:3]) == 1
+
+
+@pytest.mark.parametrize("shape", [(1, 20_000), (20_000, 1)])
+def test_a_picture_that_is_all_length_is_not_blown_up(shape):
+    picture = torch.zeros(1, *shape, 3, dtype=torch.uint8)
+    for resize in (resize_and_crop, lambda *size: video_pixels(size[0], *size[1:])):
+        with pytest.raises(RequestError, match="Cut it to the proportions"):
+            resize(picture, 480, 832)
 
 
 def test_a_reference_that_diffusers_has_no_size_for():

@@ -80,6 +80,22 @@ def test_the_same_frames_give_the_same_bytes(tmp_path, clip, suffix):
     assert fresh == content("a"), "another process makes the same file"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("crf", [16, 40])
+def test_equal_frames_give_equal_mp4s_each_time(crf):
+    """Sizes and movement at which x264 gave eight kinds of forty."""
+    rows, columns = np.mgrid[0:96, 0:160]
+    grain = np.random.default_rng(1)
+    frames = [
+        np.stack([columns * 3 + 5 * t, rows * 2 + 3 * t, (columns + rows) * 2 - 7 * t], -1) % 256
+        + grain.integers(-9, 9, (96, 160, 3))
+        for t in range(13)
+    ]
+    video = np.stack(frames).clip(0, 255).astype(np.uint8)
+    kinds = {hashlib.sha256(write.mp4(video, {"fps": 16, "frames": 13}, crf)).hexdigest() for _ in range(15)}
+    assert len(kinds) == 1
+
+
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_a_manifest_of_200_kilobytes(tmp_path, clip, suffix):
     manifest = {"graph": [f"节点 {i} é" for i in range(12_000)]}

@@ -1,12 +1,20 @@
 """Pictures of every kind that people bring, and those that are refused."""
 
+import struct
+import zlib
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from ditkit import limits
 from ditkit.errors import RequestError
-from ditkit.media import as_image, read_image
+from ditkit.media import as_image, image_and_remark, read_image
+
+AVIF = pytest.param(
+    "avif", marks=pytest.mark.skipif("AVIF" not in Image.registered_extensions().values(), reason="old")
+)
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +148,7 @@ def test_no_file(tmp_path, pixels):
             read_image(tmp_path / "cut.png")
 
 
-@pytest.mark.parametrize("kind", ["gif", "webp", "png", "tiff"])
+@pytest.mark.parametrize("kind", ["gif", "webp", "png", "tiff", AVIF])
 def test_a_moving_picture(tmp_path, kind):
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue", "green")]
     frames[0].save(tmp_path / "a", format=kind, save_all=True, append_images=frames[1:])
@@ -152,4 +160,78 @@ def test_too_many_pixels(tmp_path, monkeypatch):
     Image.new("L", (64, 64)).save(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(RequestError, match="too large"):
+        read_image(tmp_path / "a.png")
+
+
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+@pytest.mark.parametrize("extra", [
+    chunk(b"iCCP", b"display\0\0" + zlib.compress(bytes(1_200_000))),
+    chunk(b"zTXt", b"workflow\0\0" + zlib.compress(b"{}" * 600_000)),
+    chunk(b"iTXt", b"workflow\0\1\0\0\0" + zlib.compress(b"{}" * 600_000)),
+    chunk(b"tEXt", b"workflow\0" + b"{}" * 600_000),
+    chunk(b"tEXt", b"workflow\0" + b"{}" * 1_000_000) * 40,
+    chunk(b"zTXt", b"workflow\0\0" + b"no zlib"), chunk(b"iTXt", b"no end"),
+], ids=["iCCP", "zTXt", "iTXt", "tEXt", "80 MB", "damaged", "no name"])  # fmt: skip
+def test_a_png_with_a_workflow_or_a_large_profile(tmp_path, pixels, extra):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    plain = (tmp_path / "a.png").read_bytes()
+    for at in (33, plain.index(b"IEND") - 4):
+        (tmp_path / "a.png").write_bytes(plain[:at] + extra + plain[at:])
+        np.testing.assert_array_equal(read_image(tmp_path / "a.png"), np.rot90(pixels, -1))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["jpeg", "webp", "tiff", AVIF])
+def test_every_format_is_turned(tmp_path, kind, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    colours = np.zeros((32, 48, 3), np.uint8)
+    colours[:16, :24], colours[:16, 24:], colours[16:, :24] = (250, 10, 10), (10, 250, 10), (10, 10, 250)
+    Image.fromarray(colours).save(tmp_path / "a.png", exif=exif)
+    Image.fromarray(colours).save(tmp_path / "a", kind, exif=exif, quality=95)
+    found, right = (read_image(tmp_path / name).astype(int) for name in ("a", "a.png"))
+    assert found.shape == right.shape
+    assert np.abs(found - right).mean() < 6
+
+
+def test_a_photo_of_a_hundred_megapixels_is_read_small(tmp_path, monkeypatch):
+    """The limit is low here; a real one takes a second."""
+    monkeypatch.setattr(limits, "PICTURE_WHOLE", 1000)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    colours = np.random.default_rng(0).integers(0, 256, (8, 12, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+    means = np.rot90(colours.reshape(16, 4, 24, 4, 3).mean((1, 3)), -1)
+    for kind, most in {"png": 1, "tiff": 1, "webp": 2, "jpeg": 40}.items():
+        Image.fromarray(colours).save(tmp_path / "a", kind, exif=exif, quality=100, lossless=True)
+        found, remark = image_and_remark(tmp_path / "a")
+        assert found.shape == (24, 16, 3)
+        assert np.abs(found - means).max() <= most
+        assert remark == f"{tmp_path / 'a'} has 6,144 pixels and is read at 16 x 24"
+    clear = np.dstack([colours, np.full((64, 96), 255, np.uint8)])
+    clear[:32, :, 3] = 0
+    Image.fromarray(clear).save(tmp_path / "b.png")
+    assert (read_image(tmp_path / "b.png")[:8] == 255).all()
+    assert as_image(Image.fromarray(colours)).shape == (16, 24, 3)
+    monkeypatch.setattr(limits, "PICTURE", 6143)
+    with pytest.raises(RequestError, match=r"too large \(96 x 64 are more than 6,143 pixels"):
+        read_image(tmp_path / "b.png")
+
+
+@pytest.mark.slow
+def test_a_photo_of_108_megapixels_says_nothing_of_bombs(tmp_path, recwarn, capfd):
+    Image.new("RGB", (12000, 9000), (9, 9, 9)).save(tmp_path / "a.jpg", quality=10)
+    assert read_image(tmp_path / "a.jpg").shape == (4500, 6000, 3)
+    assert not recwarn
+    assert capfd.readouterr() == ("", "")
+
+
+def test_no_other_program_draws_a_picture(tmp_path):
+    """Pillow gives Encapsulated PostScript to Ghostscript."""
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png", "EPS")
+    with pytest.raises(RequestError, match="not a picture of a known format"):
         read_image(tmp_path / "a.png")

@@ -195,8 +195,9 @@ class Model:
             check_processor(self.processor, self.known["image_encoder"].config["image_size"])
         if request.size_from == "image" and "image" not in task.inputs:
             raise RequestError(f"{asked} with size_from=image", "its model takes no image", "Give width and height")
-        if request.control_scale != 1 and "control_video" not in task.inputs:
-            raise RequestError(f"{asked} with control_scale", "its model takes no control", "Leave it out")
+        for name, neutral in (("control_scale", 1), ("control_timing", "auto")):
+            if getattr(request, name) != neutral and "control_video" not in task.inputs:
+                raise RequestError(f"{asked} with {name}", "its model takes no control", "Leave it out")
 
 
 def model_field(name: str, model: Model) -> dict[str, Any]:

@@ -132,8 +132,8 @@ def _check_files(state: State, goal: RunOptions, makes_video: bool) -> None:
 
 
 def note(event: Event) -> None:
-    """What a run found in its folder."""
-    if event.name in ("run.note", "plug.changed"):
+    """What a run found in its folder and in pictures."""
+    if event.name in ("run.note", "plug.changed", "picture.note"):
         say(event["text"])
 
 

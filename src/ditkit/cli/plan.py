@@ -33,7 +33,8 @@ def plan(given: RawSettings, prompt: Prompt = None) -> None:
     """Show the resolved request, setup, stages and steps of a run; nothing is computed."""
     pipe, request, settled = open_pipe(given)
     pipe.check(request)
-    seen = pictures.read(request, {})
+    remarks: dict[str, str] = {}
+    seen = pictures.read(request, {}, remarks)
     fitted = pipe.model.fit(request, seen)
     by_image = {key: f"image {request.image}" for key in ("width", "height") if request.size_from == "image" and seen}
     request = fitted.model_copy(update={"size_from": request.size_from})
@@ -44,6 +45,8 @@ def plan(given: RawSettings, prompt: Prompt = None) -> None:
             for key in type(settings).model_fields
         ]
         out.print(show.section(title, show.table(("setting", "value", "from"), rows)))
+    if remarks:
+        out.print(show.section("Pictures", show.table(("picture", "how it is taken"), list(remarks.items()))))
     devices = [(name, *device_of(pipe, name)) for name in known]
     out.print(show.section("Components", show.table(("component", "device", "dtype"), devices)))
     where = pipe.places.of_run(pipe.stages, pipe.components, pipe.seams, lambda: pipe.steps(request))

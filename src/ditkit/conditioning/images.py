@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ditkit import limits
 from ditkit.errors import RequestError
 
 
@@ -27,9 +28,13 @@ def _pil(pixels: Tensor, width: int, height: int) -> Tensor:
 
 
 def _cover(rows: int, columns: int, height: int, width: int) -> tuple[int, int, int, int]:
-    """The size that just covers H x W, and where the centre H x W begins in it: (rows, columns, top, left)."""
+    """The size that just covers H x W, and where the centre H x W begins in it: (rows, columns, top, left). Raises
+    RequestError for a picture that is so narrow that this would be larger than any."""
     scale = max(width / columns, height / rows)
+    asked = f"covering {width} x {height} with a picture of {columns} x {rows} pixels"
     rows, columns = round(scale * rows), round(scale * columns)
+    if rows * columns > limits.PICTURE:
+        raise RequestError(asked, f"it would be resized to {columns} x {rows}", "Cut it to the proportions first")
     return rows, columns, (rows - height) // 2, (columns - width) // 2
 
 

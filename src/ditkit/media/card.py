@@ -4,15 +4,20 @@ It is one line of canonical ASCII JSON, so that any container takes it unharmed.
 lies beside the clip as ``NAME.json``. Leaves out: what a manifest says."""
 
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ditkit.errors import OutputError
+from ditkit import limits
+from ditkit.errors import OutputError, StateError
+from ditkit.reading import check_value, open_ordinary, read_bytes
 
+from . import png
+from .guard import guarded
 from .pixels import frames_sha256
 
 KEY = "ditkit"
@@ -45,13 +50,48 @@ def pretty(card: Card) -> bytes:
     return (json.dumps(card, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
-def parse(text: str | bytes | None) -> Card | None:
-    """None when there is no card, or when the text is somebody else's."""
+def parse(text: str | bytes | None, asked: str) -> Card | None:
+    """None when there is no card, or when the text is somebody else's. Raises StateError for a card whose entries are
+    not what ``make_card`` writes; what the manifest says is not looked at."""
     try:
-        card = json.loads(text) if text else None
+        if not text or len(text) > limits.TEXT:
+            return None
+        card = json.loads(text.removeprefix("\ufeff") if isinstance(text, str) else text)
+        check_value(card)
     except (ValueError, RecursionError):
         return None
-    return card if isinstance(card, dict) and card.get(_VERSION) == 1 else None
+    if not isinstance(card, dict) or type(card.get(_VERSION)) is not int or card[_VERSION] != 1:
+        return None
+    for key, right in _RIGHT.items():
+        if not right(card.get(key)):
+            raise StateError(asked, f"its card has no usable {key!r}", "Use an untouched file")
+    return card
+
+
+def _is_rate(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
+
+
+_RIGHT: dict[str, Callable[[Any], bool]] = {
+    "fps": _is_rate,
+    "frames": lambda value: type(value) is int and 0 < value <= limits.FRAMES,
+    "manifest": lambda value: value is None or isinstance(value, dict),
+}
+
+
+def of_picture(path: Path, asked: str) -> Card | None:
+    """The card in a still or moving picture. Raises StateError, also where it is damaged."""
+    from PIL import Image, UnidentifiedImageError
+
+    with guarded(asked, StateError), open_ordinary(path) as stream:
+        whole = png.lean(stream, KEY) if stream.read(8) == png.SIGNATURE else stream
+        whole.seek(0)
+        try:
+            with Image.open(whole, formats=["PNG", "GIF"]) as picture:
+                text = picture.info.get(KEY) or picture.info.get("comment")
+        except UnidentifiedImageError:
+            return None
+    return parse(text if isinstance(text, str | bytes) else None, asked)
 
 
 def check_sidecar(path: Path) -> None:
@@ -59,7 +99,8 @@ def check_sidecar(path: Path) -> None:
     person's own file."""
     beside, found = path.with_suffix(".json"), "which is something else"
     try:
-        card = parse(beside.read_bytes())
+        asked = f"writing {path}"
+        card = parse(read_bytes(beside, asked, OutputError), asked)
         if card is not None:
             other = _clip_of(path, card)
             if other == path or not other.exists():
@@ -67,7 +108,7 @@ def check_sidecar(path: Path) -> None:
             found = f"which is that of {other}"
     except FileNotFoundError:
         return
-    except OSError:  # a folder, or not for us to read
+    except (OutputError, StateError):  # a folder, not for us to read, or a card that is no more
         pass
     raise OutputError(f"writing {path}", f"its manifest goes to {beside}, {found}", "Choose another file name")
 

@@ -1,114 +1,147 @@
-"""Clips back into frames, and the manifests that they carry."""
+"""Clips back into frames, and the manifests that they carry. What a file is, its first bytes tell, not its name."""
 
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from ditkit.errors import DitkitError, StateError
+from ditkit.errors import StateError
+from ditkit.reading import open_ordinary, read_bytes
 
+from . import animations, containers, stored
 from . import card as cards
 from .card import Card
+from .clip import Clip, Timed
+from .guard import check_clip, guarded, said
+from .kinds import Kind, kind_of
+
+_DAMAGED = "it is damaged, or not what it says"
+_NO_CLIP = {
+    "picture": "it is a single picture",
+    "npy": "it is a single array",
+    "text": "it is a text",
+    "empty": "it is empty",
+}
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
-    """The manifest inside an mp4, gif, npz, png or folder of frames; or of the ``.json`` beside a clip, if that is
+    """The manifest inside a clip, its first frame or a folder of frames; or of the ``.json`` beside a clip, if that is
     what ``path`` names. Raises StateError where there is no such file, or it is not readable or carries no manifest."""
-    card = _read(path, _READ_CARD)
-    if card is None or card["manifest"] is None:
+    path, asked = _there(path), f"reading the manifest of {path}"
+    with _opened(path, asked) as (kind, stream), guarded(asked, StateError, found=_DAMAGED):
+        card = _card(path, kind, stream, asked)
+    if card is None or card.get("manifest") is None:
         do = "Name a clip that ditkit wrote, or its .json"
-        raise StateError(f"reading the manifest of {path}", "the file carries none", do)
-    return card["manifest"]
+        raise StateError(asked, "the file carries none", do)
+    manifest: dict[str, Any] = card["manifest"]
+    return manifest
 
 
 def read_video(path: str | Path) -> tuple[np.ndarray, float]:
-    """uint8 [T, H, W, 3] and frames per second, of an mp4, gif, npz or a folder of frames (``NAME`` or ``NAME.png``).
+    """uint8 [T, H, W, 3] and frames per second, of any video that PyAV decodes, a gif, webp, avif, apng, npz or a
+    folder of frames (``NAME`` or ``NAME.png``).
 
-    A gif of another program has the mean rate of its delays. Raises StateError, as ``read_manifest``."""
-    return _read(path, _READ_VIDEO)
+    An animation of another program has the mean rate of its delays; a folder of one has none, which is 0. Raises
+    StateError for what is missing, no clip, damaged, or larger than ``limits`` allow."""
+    with open_clip(path) as clip:
+        return clip.take(clip.count)[0], clip.rate or 0.0
 
 
-def _read(path: str | Path, readers: Mapping[str, Callable[[Path], Any]]) -> Any:
+@contextmanager
+def open_clip(path: str | Path) -> Iterator[Clip]:
+    """The clip in a file or folder; a frame is decoded when it is taken. Raises StateError, as ``read_video``."""
+    path, asked = _there(path), f"reading {path}"
+    with _opened(path, asked) as (kind, stream), guarded(asked, StateError, found=_DAMAGED):
+        if stream is None:
+            with stored.folder(path, asked) as clip:
+                yield clip
+            return
+        size = path.stat().st_size
+        if kind in _NO_CLIP:
+            raise StateError(asked, f"its format is not known as that of a clip: {_NO_CLIP[kind]}", containers.USE)
+        if kind == "npz":
+            with stored.arrays(stream, size, asked) as clip:
+                yield clip
+        elif kind == "video" or not animations.known(kind):
+            with containers.video(stream, size, asked) as clip:
+                yield clip
+        else:
+            with animations.animation(stream, size, kind, asked) as clip:
+                card = cards.of_picture(path, asked) if kind == "gif" else None
+                yield clip if card is None else _spread(clip, card)
+
+
+def is_picture(path: str | Path) -> bool:
+    """Is it to be read as one picture? Raises StateError where there is no such file, or the animation is damaged."""
+    path, asked = _there(path), f"reading {path}"
+    with _opened(path, asked) as (kind, _):
+        pass
+    if kind in ("gif", "webp", "avif"):
+        with open_clip(path) as clip:
+            return clip.count == 1
+    return kind == "picture"
+
+
+def _there(path: str | Path) -> Path:
     path = Path(path)
     if path.suffix.lower() == ".png" and not path.exists() and path.with_suffix("").is_dir():
-        path = path.with_suffix("")
-    asked, kind = f"reading {path}", "folder" if path.is_dir() else path.suffix.lower()
-    if not path.exists():
-        raise StateError(asked, "there is no such file", "Check the path")
-    if kind not in readers:
-        raise StateError(asked, "its format is not known", f"Use {', '.join(readers)}")
+        return path.with_suffix("")
+    return path
+
+
+@contextmanager
+def _opened(path: Path, asked: str) -> Iterator[tuple[Kind, BinaryIO | None]]:
     try:
-        return readers[kind](path)
-    except DitkitError:
-        raise
-    except (OSError, ValueError, KeyError, IndexError, EOFError, SyntaxError, zipfile.BadZipFile) as error:
-        raise StateError(asked, f"it is damaged or not a {kind} ({error})", "Write it again") from error
+        stream = None if path.is_dir() else open_ordinary(path)
+    except FileNotFoundError:
+        found = "it is a link to what is not there" if path.is_symlink() else "there is no such file"
+        raise StateError(asked, found, "Check the path") from None
+    except (OSError, ValueError) as e:
+        raise StateError(asked, f"it cannot be read ({said(e).lower()})", "Check the path") from None
+    try:
+        yield kind_of(path, stream), stream
+    finally:
+        if stream is not None:
+            stream.close()
 
 
-def _mp4(path: Path) -> tuple[np.ndarray, float]:
-    import av
-
-    with av.open(path) as container:
-        stream = container.streams.video[0]
-        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
-        return np.stack(frames), float(stream.average_rate or stream.guessed_rate or 0)
-
-
-def _mp4_card(path: Path) -> Card | None:
-    import av
-
-    with av.open(path) as container:
-        return cards.parse(container.metadata.get(cards.KEY))
-
-
-def _gif(path: Path) -> tuple[np.ndarray, float]:
-    from PIL import Image, ImageSequence
-
-    with Image.open(path) as image:
-        card = cards.parse(image.info.get("comment"))
-        shown = [(np.array(f.convert("RGB")), f.info.get("duration", 0)) for f in ImageSequence.Iterator(image)]
-    frames = np.stack([frame for frame, _ in shown])
-    ends = np.cumsum([duration for _, duration in shown])
-    if card is None:
-        return frames, 1000 * len(frames) / ends[-1] if ends[-1] else 10.0  # what viewers make of no delay
-    # Equal neighbours were stored once, with the sum of their delays.
-    begins = np.rint(np.arange(card["frames"]) * 100 / card["fps"]) * 10
-    return frames[np.searchsorted(ends, begins, side="right")], float(card["fps"])
+def _card(path: Path, kind: Kind, stream: BinaryIO | None, asked: str) -> Card | None:
+    if kind == "folder":
+        frames = stored.frames_in(path)
+        return cards.of_picture(frames[0], asked) if frames else None
+    assert stream is not None
+    if kind in ("picture", "gif", "apng"):
+        return cards.of_picture(path, asked)
+    if kind == "npz":
+        with zipfile.ZipFile(stream) as archive:
+            return cards.parse(stored.text(archive, "card", asked), asked)
+    if kind == "text" or path.suffix.lower() == ".json":
+        return cards.parse(read_bytes(path, asked, StateError), asked)
+    if kind == "video":
+        return cards.parse(containers.card_text(stream, asked, cards.KEY), asked)
+    return None
 
 
-def _image_card(path: Path) -> Card | None:
-    from PIL import Image
+def _spread(clip: Clip, card: Card) -> Clip:
+    """A gif of ditkit's: equal neighbours were stored once, with the sum of their delays."""
+    count, fps = card["frames"], float(card["fps"])
+    check_clip(count, clip.width, clip.height, clip.size, clip.asked, StateError)
 
-    with Image.open(path) as image:
-        return cards.parse(image.info.get(cards.KEY) or image.info.get("comment"))
+    def timed() -> Timed:
+        stored, shown = iter(clip.timed), None
+        following = next(stored, None)
+        for index in range(count):
+            begins = round(index * 100 / fps) / 100
+            if clip.seconds is None or begins > clip.seconds - 0.001:
+                found = f"it has fewer frames than the {count} that its card says"
+                raise StateError(clip.asked, found, "Write it again")
+            while following is not None and following[0] <= begins + 0.001:
+                shown, following = following[1], next(stored, None)
+            assert shown is not None
+            yield index / fps, shown
 
-
-def _folder(path: Path) -> tuple[np.ndarray, float]:
-    from PIL import Image
-
-    files = sorted(path.glob("*.png"), key=lambda file: (len(file.name), file.name))
-    card = _image_card(files[0]) if files else None
-    if card is None or card["frames"] != len(files):
-        found = f"{len(files)} frames and {'no card' if card is None else 'a card for ' + str(card['frames'])}"
-        raise StateError(f"reading the frames in {path}", found, "Name a folder that ditkit wrote")
-    return np.stack([np.array(Image.open(file).convert("RGB")) for file in files]), float(card["fps"])
-
-
-def _npz(path: Path) -> tuple[np.ndarray, float]:
-    with np.load(path, allow_pickle=False) as arrays:
-        return arrays["video"], float(arrays["fps"])
-
-
-def _npz_card(path: Path) -> Card | None:
-    with np.load(path, allow_pickle=False) as arrays:
-        return cards.parse(str(arrays["card"])) if "card" in arrays else None
-
-
-_READ_VIDEO = {".mp4": _mp4, ".gif": _gif, ".npz": _npz, "folder": _folder}
-_READ_CARD = {
-    ".mp4": _mp4_card, ".gif": _image_card, ".png": _image_card, ".npz": _npz_card,
-    "folder": lambda path: _image_card(path / "0000.png"),
-    ".json": lambda path: cards.parse(path.read_bytes()),
-}  # fmt: skip
+    return replace(clip, count=count, rate=fps, seconds=count / fps, timed=timed())

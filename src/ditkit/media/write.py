@@ -128,7 +128,9 @@ def mp4(video: np.ndarray, card: Card, crf: int = CRF) -> bytes:
         stream = container.add_stream("libx264", rate=Fraction(card["fps"]).limit_denominator(1001))
         stream.height, stream.width = video.shape[1:3]
         stream.pix_fmt = "yuv420p"
-        stream.options = {"crf": str(crf), "preset": "medium"}
+        # Without cpu-independent, x264's macroblock tree rounds otherwise from one call to the next where the processor
+        # has AVX-512: equal frames then give other bytes, and other pixels.
+        stream.options = {"crf": str(crf), "preset": "medium", "x264-params": "cpu-independent=1"}
         codec = stream.codec_context
         codec.thread_count = 1  # the number of threads changes the bits
         codec.colorspace = codec.color_primaries = codec.color_trc = 1  # BT.709

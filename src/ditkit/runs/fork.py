@@ -154,7 +154,11 @@ def _asked(old: State, begun: State, changed: Mapping[str, Any]) -> State:
     resized = not {*SHAPES, "image_processing"}.isdisjoint(changed)
     same = {n for n in pictures.FIELDS if n in old and n in begun and n not in changed and not resized}
     fresh = {n: begun[n] for n in (*CALLERS, *pictures.FIELDS) if n in begun and n not in same}
-    return old.without(*(n for n in pictures.FIELDS if n not in begun)).with_fields(fresh)
+    kept = {name: text for name, text in old.get("remarks", {}).items() if name in same}
+    if remarks := kept | begun.get("remarks", {}):
+        fresh["remarks"] = remarks
+    gone = [n for n in (*pictures.FIELDS, "remarks") if n not in begun and n not in fresh]
+    return old.without(*gone).with_fields(fresh)
 
 
 def _kept_where_it_fits(pipe: Pipeline, state: State, computes_anew: bool, end: int | None) -> State:
