@@ -14,6 +14,7 @@ from ditkit.cli.opening import model_name
 from ditkit.cli.show import seconds
 from ditkit.errors import SetupError
 from ditkit.events import Event
+from ditkit.keys import token_in, token_of
 from ditkit.request import Request
 from ditkit.setup import Setup
 
@@ -43,7 +44,6 @@ def host(
 ) -> int:
     """Offer stages of a model over HTTP, until Ctrl-C. Prints its address when it listens."""
     from ditkit.events import Events
-    from ditkit.placement.http.client import token_in, token_of
     from ditkit.placement.http.host import Host, Limits, bind
     from ditkit.placement.worker import load_all, worker_of
 
