@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import shlex
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -68,7 +67,7 @@ def carried_out(pipe: Pipeline, state: State, goal: RunOptions) -> Iterator[Job]
             waiting = samples.split(state)[len(e.finished) + 1 :] if several else []
             raise kept([*e.finished, e.state, *waiting], e.stage, goal, pipe) from None
         if goal.run is not None:
-            say(f"the run is kept; once that is mended, go on with:\n  {go_on(goal.run, goal)}")
+            show.say("the run is kept; once that is mended, go on with:", go_on(goal.run, goal))
         raise
     except KeyboardInterrupt:  # outside the stages: before the first, or while the results were written
         raise kept([job.result.state if job and job.result else state], None, goal, pipe) from None
@@ -134,14 +133,10 @@ def _check_files(state: State, goal: RunOptions, makes_video: bool) -> None:
 def note(event: Event) -> None:
     """What a run found in its folder and in pictures."""
     if event.name in ("run.note", "plug.changed", "picture.note"):
-        say(event["text"])
+        show.say(event["text"])
 
 
 note.ignores = frozenset({"prediction", "frames"})  # type: ignore[attr-defined]
-
-
-def say(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr)
 
 
 def write(result: Result, goal: RunOptions, makes_video: bool) -> dict[str, list[Path]]:

@@ -12,6 +12,7 @@ import ditkit
 from ditkit.cli import bench, cache, doctor, expand, host, plan, run, show, weights
 from ditkit.cli.terminal import interruptible
 from ditkit.errors import DitkitError
+from ditkit.hiding import hidden, printable
 from ditkit.request import OLD_NAMES
 
 INTERRUPTED = 130
@@ -84,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "--debug" in arguments or os.environ.get("DITKIT_DEBUG", "0").lower() not in ("0", "false"):
             import traceback
 
-            traceback.print_exception(e)
+            print(printable(hidden("".join(traceback.format_exception(e))), keep="\n"), file=sys.stderr)
         print(f"error: {e}", file=sys.stderr)
         return e.exit_code
     except BrokenPipeError:  # whoever read our output has gone
@@ -96,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except Exception as e:
         if hasattr(e, "format_message") and hasattr(e, "exit_code"):  # click's usage errors, or typer's
-            message = e.format_message().rstrip(".")
+            message = printable(hidden(e.format_message())).rstrip(".")
             print(f"error: {message}{'' if message.endswith('?') else '.'}", file=sys.stderr)
             return int(e.exit_code)
         if type(e).__name__ != "Abort":

@@ -6,7 +6,6 @@ With ``--run`` a run keeps its States in a folder and goes on from there with ``
 from __future__ import annotations
 
 import itertools
-import sys
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from ditkit.cli.flags import PathArgument, PathOption, RawSettings, RunOptions, 
 from ditkit.cli.opening import load, model_name, open_pipe, open_run, open_state, settle
 from ditkit.config import Layer, Settled
 from ditkit.errors import RequestError, SetupError, StateError
+from ditkit.hiding import printable
 from ditkit.setup import Setup
 from ditkit.trust import check_allowed
 
@@ -55,7 +55,7 @@ def demo(
     pipe, request, _ = open_pipe(RawSettings({"prompt": [prompt], "seed": [str(seed)], "model": [model]}))
     assert out is not None
     if not quiet:
-        print(f'"{request.prompt}", seed {request.seed}, model {model}', flush=True)
+        print(printable(f'"{request.prompt}", seed {request.seed}, model {model}'), flush=True)
     goal = RunOptions(out, sheet_for(out, None, False), quiet=quiet)
     with job.carried_out(pipe, pipe.begin(request), goal) as made:
         made.result = made.run()
@@ -153,7 +153,7 @@ def fork(
         request |= {"steps": before["steps"], "shift": before["shift"]}
     goal = RunOptions(path, None, quiet=quiet, json=as_json)
     try:
-        state, origin = prepared(parent, request, pipe, at_step, clip, {}, [show.warn_of_truncation], job.say)
+        state, origin = prepared(parent, request, pipe, at_step, clip, {}, [show.warn_of_truncation], show.say)
         if not quiet:
             where = "" if origin.step is None else f" at step {origin.step}"
             changes = [f"       {k} {show.value(old)} -> {show.value(new)}" for k, (old, new) in origin.changed.items()]
@@ -233,7 +233,7 @@ def replay(
         media.check_writable(out, width=request.width, height=request.height, fps=request.fps)
     pipe = replays.prepare(script, None if model is None else model_name(model), here, plugs or (), allow)
     for difference in [*replays.plug_differences(script, pipe), *replays.machine_differences(script.manifest)]:
-        print(f"note: {difference}", file=sys.stderr)
+        show.say(difference)
     console = show.console()
     with show.view(console, quiet, pipe.look(), request.frames) as listeners:
         replayed = replays.replay(script, pipe, listeners, named_pictures(picture or []), allow)
