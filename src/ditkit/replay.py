@@ -18,6 +18,7 @@ from ditkit.errors import DitkitError, LoadError, StateError
 from ditkit.events import Listener
 from ditkit.pipeline import Pipeline, Result, load
 from ditkit.placement.remote_parts import address, files_at
+from ditkit.prompting import templates
 from ditkit.receipt import machine
 from ditkit.registry import PlugSpec
 from ditkit.request import Request
@@ -95,6 +96,9 @@ def replay(
 
 def begin(script: Script, pipe: Pipeline, images: Mapping[str, Any], allow: Collection[str] = ()) -> State:
     """The State of the run's beginning, with the same pixels in it. Raises StateError."""
+    if templates.is_file(template := script.request.expand_template):
+        found = f"its expand_template {template} is a file, and a file does not decide what is read"
+        raise StateError(f"replaying {script.file}", found, "Use an untouched file")
     for name in pictures.FIELDS:
         value, known = getattr(script.request, name), script.manifest.get("inputs", {})
         if value and name not in known:

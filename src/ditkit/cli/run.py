@@ -6,6 +6,7 @@ With ``--run`` a run keeps its States in a folder and goes on from there with ``
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ditkit import pictures
 from ditkit.cli import expand, flags, job, show
 from ditkit.cli.flags import PathArgument, PathOption, RawSettings, RunOptions, default_out, sheet_for, with_settings
 from ditkit.cli.opening import load, model_name, open_pipe, open_run, open_state, settle
@@ -20,11 +22,11 @@ from ditkit.config import Layer, Settled
 from ditkit.errors import RequestError, SetupError, StateError
 from ditkit.hiding import printable
 from ditkit.setup import Setup
-from ditkit.trust import check_allowed
+from ditkit.trust import OUT, PICTURES, check_allowed, check_named
 
 if TYPE_CHECKING:
     from ditkit.pipeline import Pipeline
-    from ditkit.runs import Parent
+    from ditkit.runs import Parent, Run
     from ditkit.state import State
 
 
@@ -95,7 +97,9 @@ def run(
     goal = RunOptions(out or Path(), None, save_state, start, until, stop_at_step, quiet=quiet, json=as_json)
     if resume is not None:
         kept, settled = open_run(resume, given)
-        pipe, state, out = kept.pipe, kept.state(), out or kept.out
+        pipe, state = kept.pipe, kept.state()
+        check_results(kept, out is not None, no_sheet or sheet is not None, given.allowed)
+        out = out or kept.out
         chosen = sheet_for(out, sheet, no_sheet) if no_sheet or sheet else job.run_sheet(kept, out)
         goal = replace(goal, out=out, sheet=chosen, setup=settled.of(Setup), run=kept, kept=True)
     else:
@@ -149,11 +153,12 @@ def fork(
     keeping = {"every": about.every, "keep_steps": about.keep_steps, **given_of(every=every, keep_steps=keep_steps)}
     check_new(path, **keeping)
     pipe, request = load(opened), settled.request().model_dump()
+    named = pictures.FIELDS if PICTURES in given.allowed else given.named()
     if before["sigmas"] is not None and request["sigmas"] == before["sigmas"]:
         request |= {"steps": before["steps"], "shift": before["shift"]}
     goal = RunOptions(path, None, quiet=quiet, json=as_json)
     try:
-        state, origin = prepared(parent, request, pipe, at_step, clip, {}, [show.warn_of_truncation], show.say)
+        state, origin = prepared(parent, request, pipe, at_step, clip, {}, [show.warn_of_truncation], show.say, named)
         if not quiet:
             where = "" if origin.step is None else f" at step {origin.step}"
             changes = [f"       {k} {show.value(old)} -> {show.value(new)}" for k, (old, new) in origin.changed.items()]
@@ -165,6 +170,16 @@ def fork(
         raise job.InterruptedRun(f"forking {source}", found, "Fork it again.") from None
     with job.carried_out(pipe, state, goal) as made:
         made.result = made.run()
+
+
+def check_results(kept: Run, out: bool, sheet: bool, allowed: Sequence[str]) -> None:
+    """Raise StateError where the run's folder alone says that something outside of it is written. ``out``, ``sheet``:
+    whether the person named them."""
+    asked, places = f"going on with the run {kept.path}", {"--out": "" if out else kept.description.out}
+    places["--sheet"] = "" if sheet or isinstance(kept.description.sheet, bool) else kept.description.sheet
+    for flag, place in places.items():
+        if place and not kept.decides(place):
+            check_named(OUT, flag, place, allowed, asked)
 
 
 def next_to(parent: Path) -> Path:
@@ -252,13 +267,11 @@ def replay(
 
 def named_pictures(texts: list[str]) -> dict[str, str | list[str]]:
     """``image=a.png`` and the like; several of ``reference_images`` are a list. Raises RequestError."""
-    from ditkit.pictures import FIELDS
-
     found: dict[str, str | list[str]] = {}
     for text in texts:
         name, equals, file = text.partition("=")
-        if not equals or name not in FIELDS:
-            do = f"Write NAME=FILE with one of {', '.join(FIELDS)}"
+        if not equals or name not in pictures.FIELDS:
+            do = f"Write NAME=FILE with one of {', '.join(pictures.FIELDS)}"
             raise RequestError(f"--picture {text}", "it does not name a picture", do)
         found[name] = [*found.get(name, []), file] if name == "reference_images" else file
     return found
