@@ -74,7 +74,7 @@ class HTTPChannel:
                 raise self.stranger(response)
             while True:
                 message = unpack(exactly(response), self.address)
-                self.check_silent(_words(message))
+                self.check_silent(words_of(message))
                 yield message
                 if message.last:
                     return
@@ -171,7 +171,7 @@ class HTTPChannel:
         return PlaceError(self.asked, f"it answers, but not as a ditkit host does ({kind})", ADDRESS)
 
 
-def _words(message: Message) -> str:
+def words_of(message: Message) -> str:
     """What a message says but for its tensors. An error has no place here: errors hold no secrets."""
     if message.kind not in ("event", "kept", "outcome"):
         return ""
