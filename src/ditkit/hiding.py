@@ -31,7 +31,7 @@ DUMMIES = ("none", "null", "empty", "dummy", "test", "ollama", "token", "secret"
 _REMEMBERED = set[str]()
 _NAME = r"[\w.-]*(?:token|key|secret|passw(?:or)?d|passwd|pwd|credential|signature|authorization|\bsig|\bauth)[\w.-]*"
 _FORMS = (
-    (re.compile(r"(?<=://)[^\s'\"]*@"), f"{MASK}@"),  # user:password@
+    (re.compile(r"(?<=\w\w://)[^\s'\"]*@"), f"{MASK}@"),  # user:password@
     (re.compile(rf"([?&;#]{_NAME}=)[^&\s#'\"]+", re.IGNORECASE), rf"\1{MASK}"),
     (re.compile(r"(\bauthorization[\"']?\s*[:=]\s*[\"']?(?:(?:bearer|basic|token)\s+)?)[^\s\"',}*]+", re.IGNORECASE),
      rf"\1{MASK}"),

@@ -66,7 +66,8 @@ def test_all_else_stays(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "none")
     text = "the token is too long: none of 3; https://host:80/v1?x=1 hf:a/b@main a@b.example key=steps tokens=512"
     assert hidden(text) == text
-    assert not holds_secret("hf:OWNER/NAME@REVISION")
+    for name in ("hf:OWNER/NAME@REVISION", "C://models/a@b", "/models/token=x/a@b", "FILE.py:NAME:key=1"):
+        assert not holds_secret(name)
     monkeypatch.setenv("DITKIT_HOST_TOKEN", f"http://127.0.0.1:8700 {PLAIN}")
     assert hidden(f"http://127.0.0.1:8700 {PLAIN}") == "http://127.0.0.1:8700 ***"
 
