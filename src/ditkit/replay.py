@@ -14,6 +14,7 @@ from typing import Any
 from ditkit import pictures
 from ditkit.assembly import MODELS, Components
 from ditkit.assembly.plugs import plug_facts
+from ditkit.checkpoints.model.manifest import check_fetches
 from ditkit.errors import DitkitError, LoadError, StateError
 from ditkit.events import Listener
 from ditkit.pipeline import Pipeline, Result, load
@@ -197,6 +198,7 @@ def prepare(
     asks = not {*ExpandPrompt.writes} <= {*script.manifest.get("expanded", {})}  # else its words are there
     own = ({} if model is None else {"model": model}) | ({} if asks else {"expander": None})
     check_places({**kept, **places}, own, allow, asked, ", or run all of it here with --here")
+    check_fetches(folder, own, allow, asked)
     pipe = load(**{**kept, **places})
     then, now = _plain(script.manifest["seams"]), _plain(pipe.seams.describe())
     if then != now:

@@ -224,3 +224,28 @@ def test_places_of_odd_spelling():
         assert is_away(away), away
     for here in ("a.safetensors", "transformer=a.safetensors:0.5", "/abs/hf", "process:cuda:1", "chf:a"):
         assert not is_away(here), here
+
+
+@pytest.mark.parametrize("way", ["resume", "fork", "state", "clip", "python"])
+def test_a_model_that_a_file_names_downloads_nothing(call, model, tmp_path, monkeypatch, way):
+    """The model lies beside what was sent, and its parts are said to lie in a repository."""
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    shutil.copytree(model, "m")
+    words = ["--model", "m", "--quiet", "--no-sheet", "--steps", 1]
+    begun = ["--until", "encode_text", "--save-state", "s.safetensors"]
+    assert call("run", PROMPT, *words, *begun, "--run", "a").code == 0
+    assert call("generate", PROMPT, *words, "--out", "a.npz").code == 0
+    (tmp_path / "m" / "ditkit.toml").write_text('[components]\nvae = "hf:stranger/model/vae@main"\n')
+    commands = {"resume": ["run", "--resume", "a"], "fork": ["fork", "a"], "state": ["run", "--from", "s.safetensors"],
+                "clip": ["replay", "a.npz"]}  # fmt: skip
+    found = (
+        f"its model {tmp_path / 'm'} names hf:stranger/model/vae@main, and a file does not decide what is downloaded"
+    )
+    if way == "python":
+        with pytest.raises(StateError, match="does not decide what is downloaded"):
+            Run.open("a").go()
+        return
+    said = call(*commands[way])
+    assert (said.code, f"{found}. Name it yourself if it is meant: --model " in said.err) == (2, True)
+    assert found not in call(*commands[way], "--model", "m").err
+    assert found not in call(*commands[way], "--allow-from-file", "model").err

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from ditkit.assembly.plugs import check_trusted
+from ditkit.checkpoints.model.manifest import check_fetches
 from ditkit.errors import OutputError, StateError
 from ditkit.request import Request, renamed
 from ditkit.setup import Setup
@@ -281,6 +282,7 @@ class RunFolder:
 
             check_trusted(self.description.setup.get("plugs", []), f"opening the run {self.path}")
             check_places(self.description.setup, {}, (), f"opening the run {self.path}", ", or open it with pipe=")
+            check_fetches(str(self.description.setup.get("model", "")), (), (), f"opening the run {self.path}")
             self._pipe = ditkit.load(**self.description.setup)
         return self._pipe
 
