@@ -8,6 +8,7 @@ import re
 import sys
 from pathlib import Path
 
+import pytest
 import tiny
 import torch
 from safetensors.torch import save_file
@@ -37,6 +38,7 @@ def changed(file: Path, **values) -> None:
     file.write_text(json.dumps(about))
 
 
+@pytest.mark.slow
 def test_runs_and_forks(call, model, tmp_path):
     said = call("run", EVIL, "--model", model, "--run", "a", *SHORT)
     assert said.code == 0, said.err
