@@ -20,6 +20,10 @@ class DecodeLatents(BaseStage):
     writes = ("video",)
     components = ("vae",)
 
+    def __post_init__(self) -> None:
+        if not 0 < self.frames_per_chunk < 1 << 31:
+            raise ValueError("it decodes one latent frame at once, or more")
+
     @torch.inference_mode()
     def run(self, inputs: Mapping[str, Any], ctx: Context) -> Mapping[str, Any]:
         vae = ctx.components["vae"]
