@@ -72,6 +72,9 @@ class Limits:
             raise PlaceError(asked, found, f"Have its owner start it with --max-bytes {size}")
 
 
+UNLIMITED = Limits.unlimited()
+
+
 def cells_of(sizes: Mapping[str, int], request: Request, mine: Strides, asked: Strides) -> int:
     """Pixels that the largest latents of a job stand for: those that came (``sizes``, by the letters of the field
     table) and those that are made by the strides ``asked`` for. ``mine``: the strides of the model here."""

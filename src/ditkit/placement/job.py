@@ -161,7 +161,11 @@ def state_to_outcome(state: State) -> tuple[StageResult, float]:
     """The outcome and the seconds that it took. Raises StateError for a State that holds none."""
     about: Any = state.get("outcome")
     whole = isinstance(about, dict) and all(k in about and isinstance(about[k], t) for k, t in _OUTCOME.items())
-    if not whole or not math.isfinite(about["seconds"]) or not all(_are_texts(plugs) for plugs in (about["plugs"] or {}).values()):
+    if (
+        not whole
+        or not math.isfinite(about["seconds"])
+        or not all(_are_texts(plugs) for plugs in (about["plugs"] or {}).values())
+    ):
         raise StateError("reading the outcome of a stage", "it does not say what it came from", "Run the stage again")
     *told, seconds = (about[name] for name in _OUTCOME)
     return StageResult({k: v for k, v in state.items() if k != "outcome"}, *told), seconds
@@ -230,7 +234,7 @@ def error_message(error: BaseException) -> Message:
     return Message("error", json.dumps(about).encode())
 
 
-def _printable(text: Any) -> str:
+def printable(text: Any) -> str:
     """What a terminal may be shown of somebody else's words: not too many letters, none of which steers it."""
     return "".join(letter if letter.isprintable() else " " for letter in str(text)[: limits.MESSAGE])
 
@@ -241,7 +245,7 @@ def error_of(payload: bytes | bytearray | memoryview, place: str) -> DitkitError
         about = json.loads(bytes(payload))
         kind = getattr(errors, about["kind"], PlaceError)
         cls = kind if isinstance(kind, type) and issubclass(kind, DitkitError) else PlaceError
-        asked, found, do = (_printable(about[part]) for part in ("asked", "found", "do"))
+        asked, found, do = (printable(about[part]) for part in ("asked", "found", "do"))
         return cls(f"{asked} (at {place})", found, do)
     except (ValueError, TypeError, KeyError, RecursionError):
         return PlaceError(f"running a stage at {place}", "it failed, and its error is damaged", LOG)

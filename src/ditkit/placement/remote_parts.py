@@ -18,11 +18,12 @@ from ditkit.contracts import Seams
 from ditkit.errors import PlaceError, SetupError
 from ditkit.execution.place import Place, Segment
 from ditkit.execution.stage_list import Stage, StageList
-from ditkit.placement.job import SAME
+from ditkit.placement.job import SAME, printable
 from ditkit.placement.places import Places, uses
 from ditkit.placement.remote import Remote
 from ditkit.placement.spec import Spec, address
 from ditkit.registry import FILES, PlugSpec
+from ditkit.request import Request
 from ditkit.schedulers import SCHEDULERS
 
 
@@ -72,8 +73,8 @@ def part_of(name: str, told: Any, place: str) -> Part:
         config = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
         if row.config_class:
             row.config(config)
-    except (KeyError, TypeError, ValueError, AttributeError) as e:
-        found = f"it describes it in a way that is not known here ({e})"
+    except Exception as e:  # whatever a kind of somebody's makes of another one's words
+        found = f"it describes it in a way that is not known here ({printable(e):.200})"
         raise PlaceError(f"asking {place} for its {name}", found, SAME) from None
     notes = tuple(map(str, told.get("notes", ())))
     layout, quantization = str(told.get("layout")), told.get("quantization")
@@ -116,6 +117,9 @@ def check_agree(
                 do = f"Use the same files, or write parts = {{{name} = {spec.text!r}}} if the one there is meant"
                 raise PlaceError(asked, f"its {name} is another one than the one here", do)
     for stage in stages:
+        for place in (segment.place for segment in where.get(stage.name, ())):
+            if isinstance(place, Remote):
+                place.check_limits(stage, request, _at_once(stage, request))
         _check_code(stage, [segment.place for segment in where.get(stage.name, ())], _needed(stage, seams, request))
 
 
@@ -138,6 +142,12 @@ def facts_of(places: Places, ran: Mapping[str, Iterable[str]], weights: Mapping[
                     facts = {k: v for k, v in told.items() if k not in ("kind", "config", "identity")}
                     found.setdefault(name, {**facts, "place": place})
     return found
+
+
+def _at_once(stage: Stage, request: Mapping[str, Any]) -> int:
+    """The clips that come to a stage together."""
+    asked = Request.of(request)
+    return len(asked.samples()) if asked.batched or stage.together else 1
 
 
 def _check_code(stage: Stage, places: Iterable[Place], needed: Iterable[tuple[str, str, str]]) -> None:

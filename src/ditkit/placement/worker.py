@@ -22,7 +22,7 @@ from ditkit.errors import DitkitError, Lost, PlaceError, RequestError, SetupErro
 from ditkit.events import SILENT, Event, Events
 from ditkit.execution.place import Here, StageCall, StageResult, checked, fingerprint_in
 from ditkit.execution.stage import Stage, readable, settings_of
-from ditkit.placement.allowed import Limits, cells_of
+from ditkit.placement.allowed import UNLIMITED, Limits, cells_of
 from ditkit.placement.job import TICK, WIRE, Job, Message, error_message, event_message, made_by, outcome_to_state
 from ditkit.placement.spec import Target
 from ditkit.receipt import machine, versions
@@ -33,7 +33,6 @@ from ditkit.shared import Shared
 from ditkit.state import FIELDS, SCHEMA, State
 
 Send = Callable[[Message], None]
-UNLIMITED = Limits.unlimited()
 
 
 class Worker:
