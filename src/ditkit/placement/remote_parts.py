@@ -10,9 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ditkit import options
 from ditkit.assembly import PLUGS, STAGES, Model, calls_of
 from ditkit.assembly.plugs import START_WITH, texts_of
-from ditkit.checkpoints.kinds.kind import KINDS
+from ditkit.checkpoints.kinds.kind import KINDS, Kind
 from ditkit.checkpoints.model.part import Part, Scope, component_names
 from ditkit.contracts import Seams
 from ditkit.errors import PlaceError, SetupError
@@ -22,7 +23,7 @@ from ditkit.placement.job import SAME, printable
 from ditkit.placement.places import Places, uses
 from ditkit.placement.remote import Remote
 from ditkit.placement.spec import Spec, address
-from ditkit.registry import FILES, PlugSpec
+from ditkit.registry import FILES, PlugSpec, resolve
 from ditkit.request import Request
 from ditkit.schedulers import SCHEDULERS
 
@@ -71,14 +72,26 @@ def part_of(name: str, told: Any, place: str) -> Part:
         if name not in row.components or not isinstance(identity, str):
             raise ValueError(f"kind {row.name!r}")
         config = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
-        if row.config_class:
-            row.config(config)
+        _try(row, config)
     except Exception as e:  # whatever a kind of somebody's makes of another one's words
         found = f"it describes it in a way that is not known here ({printable(e):.200})"
         raise PlaceError(f"asking {place} for its {name}", found, SAME) from None
     notes = tuple(map(str, told.get("notes", ())))
     layout, quantization = str(told.get("layout")), told.get("quantization")
     return Part(name, row.name, Path(name), config, None, layout, quantization, None, notes, place, told)
+
+
+def _try(row: Kind, config: Mapping[str, Any]) -> None:
+    """Raises whatever the kind makes of sizes that are none."""
+    row.task(config)
+    row.needs(config)
+    if row.config_class:
+        cls, what = resolve(row.config_class), f"a {row.name}"
+        sizes = row.config({**config, **(options.typed(cls, config, what) if options.fields_of(cls) else {})})
+        row.ports(sizes)
+        for of in (row.strides, row.patch):
+            if of is not None and not all(0 < n <= 1024 for n in of(sizes)):
+                raise ValueError("its strides")
 
 
 def _told(places: Places, spec: Spec) -> Mapping[str, Any]:

@@ -37,13 +37,15 @@ Send = Callable[[Message], None]
 
 class Worker:
     """``stages``: those that it offers. ``components``: what they call. ``about``: plain facts to announce, or
-    what tells them when somebody asks. ``strides`` of the model: pixels to latents."""
+    what tells them when somebody asks. ``strides`` of the model: pixels to latents;
+    ``patch``: latents to tokens."""
 
     def __init__(
         self, stages: Mapping[str, Stage], components: Mapping[str, Any], about: Mapping[str, Any],
-        strides: tuple[int, int, int] = (4, 8, 8),
+        strides: tuple[int, int, int] = (4, 8, 8), patch: tuple[int, int, int] = (1, 1, 1),
     ):  # fmt: skip
-        self.stages, self.components, self.about, self.strides = dict(stages), components, dict(about), strides
+        self.stages, self.components, self.about = dict(stages), components, dict(about)
+        self.strides, self.patch = strides, patch
         # of a field that another end's stage describes only the name may be known here
         self._table = FIELDS | {f.name: f for stage in stages.values() for f in stage.fields}
         self._turn = threading.Lock()
@@ -111,6 +113,8 @@ class Worker:
             raise StateError(asked, f"the State has no {', '.join(absent)}", "Run the stages before it first")
         if stage.loop:
             check_counts(inputs, asked)
+            if "request" in inputs and hasattr(stage, "strides"):
+                request.check_size(stage.strides[1] * self.patch[1], stage.strides[0])
         for name in stage.needs(inputs, job.stop_at_step):
             if name not in self.components:
                 raise PlaceError(asked, f"there is no {name} here", "Run these steps where it is")
@@ -218,7 +222,7 @@ def worker_of(setup: Setup, stages: Sequence[str] | None = None, shared: Shared 
     components = Components(model, setup, tuple(s for s in swaps if not {*s.components} <= elsewhere), shared)
     about = {"model": model.describe()["model"], "parts": partial(parts_of, components), "code": known_code()}
     stages_here = {name: known.get(name) or stage_of(name, model, setup) for name in names}
-    return Worker(stages_here, components, about, model.strides)
+    return Worker(stages_here, components, about, model.strides, model.patch)
 
 
 def _called(targets: Sequence[Target]) -> list[str]:

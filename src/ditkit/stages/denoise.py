@@ -133,6 +133,12 @@ class Denoise(BaseStage):
         shape = transformer.latent_channels, (s.frames - 1) // t + 1, s.height // h, s.width // w
         if "control" in inputs:  # reference pictures are frames before the video
             shape = (shape[0], inputs["control"].shape[2], *shape[2:])
+        for name, sizes in (("condition", shape[1:]), ("control", shape[1:]), ("clean_latents", shape[2:])):
+            if name in inputs and inputs[name].shape[-len(sizes) :] != sizes:
+                found = (
+                    f"its {name} is for latents of {list(inputs[name].shape[2:])}, its request needs {list(shape[1:])}"
+                )
+                raise StateError("denoising a State", found, "Encode its pictures once more")
         if "latents" in inputs:
             if inputs["latents"].shape != (len(inputs["seed"]), *shape):
                 has, needs = list(inputs["latents"].shape), [len(inputs["seed"]), *shape]

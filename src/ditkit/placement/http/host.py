@@ -183,7 +183,7 @@ def job_of(text: str, worker: Worker, name: str) -> Job:
     except (PlaceError, ValueError, TypeError, RecursionError):
         raise Refused(400, asked, found, "Send {} or a whole one") from None
     if job.stage != name:
-        raise Refused(400, asked, f"the job is for {job.stage!r}", "Name one stage")
+        raise Refused(400, asked, f"the job is for {job.stage!r:.100}", "Name one stage")
     return job
 
 

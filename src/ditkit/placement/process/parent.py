@@ -149,7 +149,8 @@ def _born(setup: Setup, stages: Sequence[str], name: str) -> Child:
     sweep()
     folder, token = Path(tempfile.mkdtemp(prefix=PREFIX)), secrets.token_urlsafe(32)
     leave = contextlib.ExitStack()
-    leave.callback(os.close, held(folder))
+    with contextlib.suppress(OSError):  # a disk that knows no locks is not swept
+        leave.callback(os.close, held(folder))
     leave.callback(shutil.rmtree, folder, ignore_errors=True)
     address, asked = folder / "child", f"starting a child process for {name}"
     process, words, nurse = _spawned()
