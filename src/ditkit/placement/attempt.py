@@ -20,7 +20,7 @@ from ditkit.execution.place import StageCall, StageResult, checked
 from ditkit.execution.stage import known_settings
 from ditkit.identify import forgets
 from ditkit.placement.allowed import UNLIMITED, Limits
-from ditkit.placement.job import LOG, TICK, Channel, Job, Message, error_of, event_of, state_to_outcome
+from ditkit.placement.job import LOG, TICK, Channel, Job, Message, error_of, event_of, printable, state_to_outcome
 
 
 @contextlib.contextmanager
@@ -171,7 +171,8 @@ class Attempt:
         try:
             yield
         except (StateError, PipelineError) as e:
-            raise PlaceError(e.asked, e.found, f"{self.place} sent that; look at its log") from None
+            do = f"{self.place} sent that; look at its log"
+            raise PlaceError(printable(e.asked), printable(e.found), do) from None
 
 
 def check_outcome(task: StageCall, outcome: StageResult, place: str, final: bool) -> None:

@@ -11,7 +11,7 @@ from typing_extensions import TypedDict
 
 from ditkit.errors import PlaceError
 from ditkit.placement.allowed import Limits
-from ditkit.placement.job import SAME, WIRE
+from ditkit.placement.job import SAME, WIRE, printable
 from ditkit.state import SCHEMA
 
 Strict = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
@@ -85,7 +85,7 @@ def checked_description(said: Mapping[str, Any], place: str) -> dict[str, Any]:
         Limits.told(said.get("limits", {}))
     except ValidationError as e:
         fault = e.errors(include_url=False, include_input=False)[0]
-        where, why = ".".join(str(each) for each in fault["loc"])[:100], fault["msg"]
+        where, why = printable(".".join(str(each) for each in fault["loc"]))[:100], fault["msg"]
         raise PlaceError(asked, f"its answer is damaged ({where}: {why[:1].lower()}{why[1:]})", SAME) from None
     except ValueError as e:
         raise PlaceError(asked, f"its answer is damaged ({e})", SAME) from None

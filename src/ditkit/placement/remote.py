@@ -21,7 +21,7 @@ from ditkit.execution.stage import Stage
 from ditkit.placement.allowed import Limits
 from ditkit.placement.attempt import Attempt, plugged
 from ditkit.placement.description import checked_description, checked_probe
-from ditkit.placement.job import SAME, Channel, made_by
+from ditkit.placement.job import SAME, Channel, made_by, printable
 from ditkit.receipt import versions
 from ditkit.request import Request
 
@@ -126,7 +126,7 @@ class Remote:
         """What it says of a stage. Raises PlaceError."""
         stages = self.description["stages"]
         if stage.name not in stages:
-            found = f"it offers {', '.join(stages) or 'nothing'}{nearest(stage.name, stages)}"
+            found = printable(f"it offers {', '.join(stages) or 'nothing'}{nearest(stage.name, stages)}")
             raise PlaceError(self._running(stage), found, "Start it with --stages that name this one")
         return stages[stage.name]
 
@@ -141,7 +141,7 @@ class Remote:
                 found = f"its version of the stage is {theirs['version']}, ours is {stage.version}"
                 raise PlaceError(running, found, SAME)
             if theirs.get("made_by") != mine:
-                found = f"the stage there is {theirs.get('made_by')}, the one here {mine}"
+                found = f"the stage there is {printable(theirs.get('made_by')):.200}, the one here {mine}"
                 raise PlaceError(running, found, "Run it here, or offer the same one there")
             wanted = self.expected.get(stage.name, "")
             found = self.probe(stage.name) if wanted else ""

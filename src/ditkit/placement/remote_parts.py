@@ -14,6 +14,7 @@ from ditkit import options
 from ditkit.assembly import PLUGS, STAGES, Model, calls_of
 from ditkit.assembly.plugs import START_WITH, texts_of
 from ditkit.checkpoints.kinds.kind import KINDS, Kind
+from ditkit.checkpoints.kinds.sizes import LARGEST
 from ditkit.checkpoints.model.part import Part, Scope, component_names
 from ditkit.contracts import Seams
 from ditkit.errors import PlaceError, SetupError
@@ -89,6 +90,8 @@ def _try(row: Kind, config: Mapping[str, Any]) -> None:
         cls, what = resolve(row.config_class), f"a {row.name}"
         sizes = row.config({**config, **(options.typed(cls, config, what) if options.fields_of(cls) else {})})
         row.ports(sizes)
+        if any(isinstance(n, int) and abs(n) > LARGEST for n in vars(sizes).values()):
+            raise ValueError("its sizes")
         for of in (row.strides, row.patch):
             if of is not None and not all(0 < n <= 1024 for n in of(sizes)):
                 raise ValueError("its strides")

@@ -72,7 +72,7 @@ def check_names(scope: Any, any_name: bool) -> None:
     if parts is None or int(parts[2] or 0) > 65535 or (name.startswith("[") and number_of(parts[1][1:-1]) is None):
         found = f"its header Host is {name!r:.100}" if len(hosts) == 1 else f"it has {len(hosts)} headers Host"
         raise Refused(400, "a request", found, "Send one name or address of this machine, with a port")
-    number = number_of(parts[1].strip("[]"))
+    number = number_of(parts[1].strip("[]").lower())
     if not any_name and (number is None or not number.is_loopback):
         found = f"it is for {parts[1]}, a name that anybody can give to this machine"
         raise Refused(401, "a request", found, "Ask 127.0.0.1 or localhost, or give the host a token")

@@ -79,6 +79,7 @@ class Straight(HttpToolsProtocol):
         self.known, self.dropped, self.whole = False, False, True
         self.made = self.taken = self.loop.time()
         self.untaken, self.pace = 0, Pace()
+        self.ending: asyncio.TimerHandle | None = None
         self._await_head()
         self.watch = self.loop.call_later(STALLED / 4, self._watch)
         self._make_room()
@@ -123,7 +124,7 @@ class Straight(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         self.known = False
         if not self.whole:  # it was refused before it was sent; who goes on sending may do so for a while
-            self.loop.call_later(PATIENCE, self._end_body, self.cycle)
+            self.ending = self.loop.call_later(PATIENCE, self._end_body, self.cycle)
         super().on_response_complete()
 
     def _end_body(self, cycle: Any) -> None:
@@ -137,6 +138,8 @@ class Straight(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self.deadline.cancel()
         self.watch.cancel()
+        if self.ending is not None:
+            self.ending.cancel()
         super().connection_lost(exc)
         self.parser = None  # type: ignore[assignment]  # which holds us
 
