@@ -144,6 +144,7 @@ def hurry(monkeypatch):
     """Budgets of tests."""
     for name, value in {"MESSAGES": 2000, "AT_WORK": 0.5, "RESTART": 0.5}.items():
         monkeypatch.setattr(limits, name, value)
+    monkeypatch.setattr("ditkit.placement.http.client.MOST_WORDS", 1 << 18)
 
 
 @pytest.fixture(scope="module")
@@ -287,9 +288,9 @@ def test_a_step_that_comes_twice(pipe, said):
         def __call__(self, state):
             pass
 
-    with server(answer(json.dumps(said).encode()), endless(chunk(kept), OPEN)) as (url, _):
-        with pytest.raises(PlaceError, match="step 2 after step 2"):
-            run_at(pipe, url, stage="denoise", state=text, timeout=5, keep=Keep())
+    lies = server(answer(json.dumps(said).encode()), endless(chunk(kept), OPEN))
+    with lies as (url, _), pytest.raises(PlaceError, match="step 2 after step 2"):
+        run_at(pipe, url, stage="denoise", state=text, timeout=5, keep=Keep())
 
 
 # --- a host that is started again

@@ -27,7 +27,7 @@ class Limits:
     queue: int = 4
     alive: float = 2.0
     max_pixels: int = 250_000_000  # eight clips of 480p, or one of 720p with 270 frames
-    max_steps: int = 1_000
+    max_steps: int = 500  # ten times the official number
     max_tokens: int = 262_144  # 512 prompts of full length
     max_seconds: float = 86_400.0
 

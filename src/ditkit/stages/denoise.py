@@ -60,7 +60,8 @@ class Denoise(BaseStage):
         if self.timestep_scale is not None and not 0 < self.timestep_scale < math.inf:
             raise ValueError("its timestep_scale is no number above 0")
         if why := ATTENTION[self.attention].lacks():
-            raise SetupError(f"attention={self.attention!r}", why, "Install what it needs, or choose another kernel")
+            name = self.attention.partition("@")[0]
+            raise SetupError(f"attention={name!r}", why, "Install what it needs, or choose another kernel")
 
     @property
     def components(self) -> tuple[str, ...]:  # type: ignore[override]
