@@ -1,5 +1,5 @@
 """Many requests of all kinds to a host in a process of its own: sound, garbage, without a token, vanishing clients.
-It prints memory, descriptors and threads of the host before and after: ``python tools/strain_host.py MODEL [COUNT]``."""
+Prints memory, descriptors and threads of the host before and after: ``python tools/strain_host.py MODEL [COUNT]``."""
 
 import http.client
 import os
