@@ -7,9 +7,9 @@ from ditkit.placement.http.host import Host, bind
 
 
 @contextlib.contextmanager
-def in_thread(worker, **options):
+def in_thread(worker, port=0, **options):
     listening = threading.Event()
-    host = Host(worker, bind(token=options.get("token")), announce=lambda url: listening.set(), **options)
+    host = Host(worker, bind(port=port, token=options.get("token")), announce=lambda url: listening.set(), **options)
     thread = threading.Thread(target=host.serve_here, name="host", daemon=True)
     thread.start()
     try:

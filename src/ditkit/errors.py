@@ -82,9 +82,11 @@ class PlaceError(DitkitError):
 
 
 class Lost(PlaceError):
-    """A place was not reached, or stopped answering. What it was doing can be done again, ``after`` so many seconds."""
+    """A place was not reached, or stopped answering. What it was doing can be done again, ``after`` so many seconds.
+    ``absent``: nobody is there who could answer, as while a host is started again."""
 
     after = 0.0
+    absent = False
 
 
 def needed(module: str, asked: str, extra: str) -> Any:

@@ -20,3 +20,21 @@ COUNTED = 1 << 20  # bytes of a moving picture whose frames are counted only to 
 CLIP = 3 << 28  # bytes of frames that any file may unpack to: 129 of 1920 x 1080
 CLIP_MOST = 1 << 31  # bytes of frames that a larger file may unpack to, up to CLIP_RATIO times its own: 86 of 4K
 CLIP_RATIO = 512  # video that shows something is some 10 to 200 times smaller than its frames
+
+# --- what goes over a network
+
+HEAD = 64 << 10  # bytes of the head of a request or an answer; ours have under one thousand, with a job some more
+PATIENCE = 20.0  # seconds in which the head of a request has to be complete
+SLOWEST = 10_000  # bytes a second that a body has to come with, after PATIENCE; a telephone's line has ten times that
+STALLED = 60.0  # seconds after which a client that takes nothing of its answer counts as gone
+CONNECTIONS = 100  # that a host keeps for those it does not know; the oldest of them goes when one more comes
+BACKLOG = 64  # connections that wait to be taken
+ANSWER = 4 << 20  # bytes of an answer that is no stream: a model of a thousand files needs a twentieth of it
+WORDS_OF_EVENT = 1 << 30  # bytes of a message that is no State: an event may hold frames
+STATE_OF_HOST = 1 << 34  # bytes of a State in a message: a hundred clips of 480p
+WAITING = 1 << 28  # bytes of messages that wait to be looked at, and
+MESSAGES_WAITING = 256  # how many
+MESSAGES = 1_000_000  # of one job; a run of a thousand steps with a chatty plug sends a tenth of it
+AT_WORK = 21_600.0  # seconds in which a host has to tell more than that it is at work
+COME_AGAIN = 300.0  # seconds that a host may ask a client to wait
+RESTART = 60.0  # seconds that a client waits for a host that it has known to be there again

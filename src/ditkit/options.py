@@ -92,7 +92,7 @@ def toml_values(text: str) -> list[Any]:
     try:
         parsed = tomllib.loads(f"value = {text}")
         return [parsed["value"]] if len(parsed) == 1 else []
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         with suppress(ValueError, RecursionError):
             return [json.loads(text)] if text.startswith(("[", "{")) else []
         return []
@@ -108,7 +108,7 @@ def _fitting(name: str, annotation: Any, values: tuple[Any, ...], what: str, err
         except PydanticSchemaGenerationError:
             fault = "its type cannot be written as a text"
     do = f"Give {getattr(annotation, '__name__', annotation)}"
-    raise error(f"{name}={values[-1]!r} of {what}", fault[:1].lower() + fault[1:], do)
+    raise error(f"{name}={values[-1]!r:.200} of {what}", fault[:1].lower() + fault[1:], do)
 
 
 @cache

@@ -211,8 +211,10 @@ class State(Mapping[str, Any]):
         try:
             tensors, metadata = _read(data)
             text = metadata.get("ditkit.state")
+        except MemoryError:
+            raise StateError(asked, "there is no room for what it claims to hold", again) from None
         except (struct.error, ValueError, TypeError, KeyError, AttributeError, RuntimeError, OverflowError) as e:
-            raise StateError(asked, f"it is not a complete safetensors file ({e})", again) from None
+            raise StateError(asked, f"it is not a complete safetensors file ({e!s:.200})", again) from None
         if text is None:
             found = "it is a safetensors file without a ditkit State in it"
             raise StateError(asked, found, "Pass a file that `ditkit run --save-state` wrote")

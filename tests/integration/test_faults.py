@@ -366,12 +366,13 @@ def test_killed_in_the_middle_and_started_again(pipe, tiny_model):
     assert again[0] > 0, "it does not begin anew"
 
 
-def test_a_host_that_stays_dead_is_named_at_last(pipe, tiny_model):
+def test_a_host_that_stays_dead_is_named_at_last(pipe, tiny_model, monkeypatch):
+    monkeypatch.setattr("ditkit.limits.RESTART", 0.3)
     with in_thread(worker_of(Setup(model=str(tiny_model)))) as host:
         url = host.url
         remote = Remote(url, HTTPChannel(url, 10), retries=1)
         remote.prepare(pipe.stages["encode_text"], ["text_encoder"], ditkit.Events())
-    with pytest.raises(PlaceError, match=r"refused \(2 times\)") as e:
+    with pytest.raises(PlaceError, match=r"refused \(2 times\), and it was not there again in 0.3 s") as e:
         pipe.stages.run(begin(pipe), pipe.components, places={"encode_text": [Segment(remote)]})
     assert url in str(e.value)
     assert e.value.exit_code == 1

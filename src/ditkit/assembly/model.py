@@ -19,7 +19,7 @@ from ditkit.checkpoints.model.find import at_host, find
 from ditkit.checkpoints.model.part import ModelParts, Part, Scope, main_of
 from ditkit.conditioning.sizes import size_i2v, size_ti2v
 from ditkit.contracts import EXPERTS
-from ditkit.errors import LoadError, RequestError, StateError
+from ditkit.errors import DitkitError, LoadError, RequestError, StateError
 from ditkit.execution.stage_list import Stage, StageList
 from ditkit.pictures import FIELDS as PICTURES
 from ditkit.registry import resolve
@@ -63,8 +63,14 @@ class Model:
     @classmethod
     def at(cls, address: str, about: Mapping[str, Any], setup: Setup, scope: Scope) -> Self:
         """The model that the host at ``address`` speaks of; ``about`` is the ``model`` of its description. Raises
-        LoadError."""
-        return cls._of(address, at_host(address, about, setup, scope), setup)
+        LoadError, also for what nobody can make a model of."""
+        try:
+            return cls._of(address, at_host(address, about, setup, scope), setup)
+        except DitkitError:
+            raise
+        except Exception as e:
+            asked, found = f"taking the model from {address}", f"what it says of it is damaged ({type(e).__name__})"
+            raise LoadError(asked, found, "Use the same version of ditkit on both machines") from None
 
     @classmethod
     def _of(cls, name: str, found: ModelParts, setup: Setup | None) -> Self:

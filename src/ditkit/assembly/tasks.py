@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from ditkit.errors import SetupError
 from ditkit.execution.stage import Stage
 from ditkit.registry import Registry, Row
 
@@ -112,11 +111,8 @@ def calls_of(stage: str) -> tuple[str, ...]:
 
 
 def _denoise(model: Any, setup: Any) -> Mapping[str, Any]:
-    """Raises SetupError for a kernel that is not there."""
     from ditkit.nn.attention import ATTENTION
 
-    if why := ATTENTION[setup.attention].lacks():
-        raise SetupError(f"attention={setup.attention!r}", why, "Install what it needs, or choose another kernel")
     network, kernel = model.network, ATTENTION.pinned(setup.attention)
     return {"strides": model.strides, "attention": kernel, "cache_text_kv": setup.cache_text_kv, "cfg": network.cfg,
             "experts": model.experts, "timestep_scale": network.timestep_scale,

@@ -1,10 +1,11 @@
 """``ditkit host``: offer stages of a model to other machines."""
 
 import contextlib
+import os
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,8 +18,16 @@ from ditkit.errors import SetupError
 from ditkit.events import Event
 from ditkit.hiding import printable
 from ditkit.keys import token_in, token_of
+from ditkit.placement.allowed import Limits
 from ditkit.request import Request
 from ditkit.setup import Setup
+
+LIMITS = Limits()
+
+
+def most(what: str) -> Any:
+    return typer.Option(help=what, min=1)
+
 
 KEYS = tuple(name for name in Setup.model_fields if name not in ("placement", "expected_probes"))
 """The settings that a host has a use for: requests come with the jobs, and what it offers runs there."""
@@ -35,8 +44,14 @@ def host(
         str, typer.Option("--host", help="An address of this machine; others than loopback need a token.")
     ] = "127.0.0.1",
     token_file: Annotated[Path | None, PathOption(metavar="FILE", help="The token; else DITKIT_HOST_TOKEN.")] = None,
-    max_bytes: Annotated[int, typer.Option(help="How large a State may be that comes in.", min=1)] = 2_000_000_000,
-    queue: Annotated[int, typer.Option(help="How many jobs may wait.", min=0)] = 4,
+    max_bytes: Annotated[int, most("How large a State may be that comes in.")] = LIMITS.max_bytes,
+    max_pixels: Annotated[
+        int, most("Width x height x frames of a job, of all clips that it makes at once.")
+    ] = LIMITS.max_pixels,
+    max_steps: Annotated[int, most("Steps of a run.")] = LIMITS.max_steps,
+    max_tokens: Annotated[int, most("Tokens of text of a job, of all its prompts.")] = LIMITS.max_tokens,
+    max_seconds: Annotated[float, most("How long one job may work; within a step it ends.")] = LIMITS.max_seconds,
+    queue: Annotated[int, typer.Option(help="How many jobs may wait.", min=0)] = LIMITS.queue,
     lazy: Annotated[bool, typer.Option("--lazy", help="Load parts when they are first needed.")] = False,
     backend: Annotated[
         str | None, typer.Option(help="What computes the text encoder: torch, mlx, mlx-8bit or mlx-4bit.")
@@ -46,7 +61,7 @@ def host(
 ) -> int:
     """Offer stages of a model over HTTP, until Ctrl-C. Prints its address when it listens."""
     from ditkit.events import Events
-    from ditkit.placement.http.host import Host, Limits, bind
+    from ditkit.placement.http.host import Host, bind
     from ditkit.placement.worker import load_all, worker_of
 
     if (ssl_keyfile is None) != (ssl_certfile is None):
@@ -61,16 +76,29 @@ def host(
             load_all(worker, Events(tell_loads))
             worker.describe()  # fingerprints, which read all files once
 
+        limits = Limits(
+            max_bytes, queue, max_pixels=max_pixels, max_steps=max_steps, max_tokens=max_tokens, max_seconds=max_seconds
+        )  # fmt: skip
+
         def announce(url: str) -> None:
-            print(printable(f"{url} offers {', '.join(worker.stages)}"), flush=True)
+            offered = f"{url} offers {', '.join(worker.stages)}; a job may have at most {limits.in_words()}"
+            print(printable(offered), flush=True)
 
         server = Host(
-            worker, listener, token, Limits(max_bytes, queue), announce=announce,
-            ssl_keyfile=ssl_keyfile, ssl_certfile=ssl_certfile,
+            worker, listener, token, limits, announce=announce, ended=leave, ssl_keyfile=ssl_keyfile,
+            ssl_certfile=ssl_certfile,
         )  # fmt: skip
         with contextlib.suppress(KeyboardInterrupt):  # uvicorn has ended in order, and hands the signal on
             server.serve_here()
     return 0
+
+
+def leave(work: bool) -> None:
+    """Where a step goes on that nothing can stop, its thread must not see Python end: torch would abort."""
+    if work:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def setup_of(given: RawSettings, backend: str | None) -> Setup:

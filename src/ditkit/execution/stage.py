@@ -68,6 +68,12 @@ class BaseStage(Stage):
     settings: type | None = None
 
 
+def check_strides(strides: tuple[int, int, int]) -> None:
+    """Raises ValueError for what is no (frames, height, width), pixels to latents."""
+    if len(strides) != 3 or not all(0 < stride <= 1024 for stride in strides):
+        raise ValueError("strides are three whole numbers from 1 on: frames, height, width")
+
+
 def writes_of(stage: Stage) -> tuple[str, ...]:
     return *stage.writes, *stage.may_write
 

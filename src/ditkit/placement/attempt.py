@@ -11,13 +11,16 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+from ditkit import limits
 from ditkit.cancel import Cancel
 from ditkit.checking import check_counts, fault_of
 from ditkit.errors import Lost, PipelineError, PlaceError, StateError
 from ditkit.events import Relay
 from ditkit.execution.place import StageCall, StageResult, checked
 from ditkit.execution.stage import known_settings
+from ditkit.hiding import printable
 from ditkit.identify import forgets
+from ditkit.placement.allowed import UNLIMITED, Limits
 from ditkit.placement.job import LOG, TICK, Channel, Job, Message, error_of, event_of, state_to_outcome
 
 
@@ -26,19 +29,30 @@ def reading(submit: Callable[[], Iterator[Message]], asked: str) -> Iterator[Cal
     """What gives the next message of a channel. They are read by a thread of their own: a Ctrl-C while waiting breaks
     nothing, and it can be called again. It raises what reading raised, Lost after the last message, and
     KeyboardInterrupt on ``cancel``."""
-    found: queue.Queue[Message | BaseException] = queue.Queue()
-    left = threading.Event()
+    found: queue.Queue[Message | BaseException] = queue.Queue(limits.MESSAGES_WAITING)
+    left, told, seen = threading.Event(), [0], [0]  # bytes that were read, and that were looked at
+
+    def put(what: Message | BaseException, size: int = 0) -> None:
+        """Waits for room."""
+        told[0] += size
+        while not left.is_set():
+            with contextlib.suppress(queue.Full):
+                if told[0] - seen[0] - size <= limits.WAITING:
+                    return found.put(what, timeout=TICK)
+                left.wait(TICK)
 
     def read() -> None:
         try:
             with contextlib.closing(submit()) as messages:  # type: ignore[type-var]
-                for message in messages:
+                for count, message in enumerate(messages):
                     if left.is_set():
                         return
-                    found.put(message)
+                    if count == limits.MESSAGES:
+                        raise PlaceError(asked, f"it sent more than {count:,} messages and no outcome", LOG)
+                    put(message, message.nbytes)
             raise Lost(asked, "it sent no outcome", LOG)
         except BaseException as e:
-            found.put(e)
+            put(e)
 
     def following(cancel: Cancel | None) -> Message:
         while True:
@@ -48,6 +62,7 @@ def reading(submit: Callable[[], Iterator[Message]], asked: str) -> Iterator[Cal
                 message = found.get(timeout=None if cancel is None else TICK)
                 if isinstance(message, BaseException):
                     raise message
+                seen[0] += message.nbytes
                 return message
 
     threading.Thread(target=read, daemon=True).start()
@@ -58,11 +73,11 @@ def reading(submit: Callable[[], Iterator[Message]], asked: str) -> Iterator[Cal
 
 
 class Attempt:
-    """``place`` is how the place is called. ``reached``: how far it came, None if nothing was kept; a later ``run``
-    goes on from there."""
+    """``place`` is how the place is called, ``limits`` are its own. ``reached``: how far it came, None if nothing was
+    kept; a later ``run`` goes on from there."""
 
-    def __init__(self, place: str, channel: Channel, call: StageCall):
-        self.place, self.channel, self.call = place, channel, call
+    def __init__(self, place: str, channel: Channel, call: StageCall, limits: Limits = UNLIMITED):
+        self.place, self.channel, self.call, self.limits = place, channel, call, limits
         self.asked = f"running stage {call.stage.name!r} at {place}"
         self.reached: StageResult | None = None
         self.outcome: StageResult | None = None
@@ -77,12 +92,14 @@ class Attempt:
         self.job, self.relay = Job.of(call), Relay(call.events, self.place)
         self.received, self.cancelled = 0, False
         act = {"event": self.on_event, "kept": self.on_kept, "outcome": self.on_outcome, "error": self.on_error}
-        self.begun = time.perf_counter()
+        self.begun = self.news = time.perf_counter()
+        self.limits.check_bytes(sum(map(len, self.inputs.buffers())), self.asked)
         with self.relay, reading(lambda: self.channel.submit(self.job, self.inputs), self.asked) as following:
             while self.outcome is None:
                 try:
                     message = following(None if self.cancelled else call.cancel)
                     self.received += message.nbytes
+                    self._check_news(message)
                     if message.kind in act:
                         act[message.kind](message)
                 except Lost:
@@ -94,6 +111,14 @@ class Attempt:
         # It may have been done before it heard of the Ctrl-C; the run ends here all the same.
         return replace(self.outcome, stopped=self.cancelled)
 
+    def _check_news(self, message: Message) -> None:
+        """Raises PlaceError for a host that says for hours that it is at work and nothing else."""
+        now = time.perf_counter()
+        if message.kind != "alive":
+            self.news = now
+        elif now - self.news > limits.AT_WORK:
+            raise PlaceError(self.asked, f"for {limits.AT_WORK:,.0f} s it has said only that it is at work", LOG)
+
     def on_event(self, message: Message) -> None:
         with self._theirs():
             event = event_of(message)
@@ -101,7 +126,11 @@ class Attempt:
         self.relay.send(event)
 
     def on_kept(self, message: Message) -> None:
-        self._keep(self._result(message)[0])
+        outcome = self._result(message)[0]
+        step, before = (each.get("step", 0) for each in (outcome.written, self.reached.written if self.reached else {}))
+        if self.reached is not None and "step" in outcome.written and step <= before:
+            raise PlaceError(self.asked, f"it sent step {step} after step {before}", LOG)
+        self._keep(outcome)
 
     def on_outcome(self, message: Message) -> None:
         outcome, seconds = self._result(message)
@@ -143,7 +172,8 @@ class Attempt:
         try:
             yield
         except (StateError, PipelineError) as e:
-            raise PlaceError(e.asked, e.found, f"{self.place} sent that; look at its log") from None
+            do = f"{self.place} sent that; look at its log"
+            raise PlaceError(printable(e.asked), printable(e.found), do) from None
 
 
 def check_outcome(task: StageCall, outcome: StageResult, place: str, final: bool) -> None:

@@ -5,17 +5,18 @@ A Message is a kind and a payload: ``event`` (JSON, or a State where it holds te
 carries the bytes: HTTP, the pipe to a child process, Ray. Leaves out: how bytes travel."""
 
 import json
+import math
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any, Literal, Protocol, Self
+from typing import Annotated, Any, Literal, Protocol, Self
 
-from pydantic import ConfigDict, NonNegativeInt, PositiveInt, TypeAdapter
+from pydantic import ConfigDict, NonNegativeInt, PositiveInt, StringConstraints, TypeAdapter
 from pydantic.dataclasses import dataclass as checked_dataclass
 
-from ditkit import errors
+from ditkit import errors, options
 from ditkit.assembly.plugs import texts_of
 from ditkit.contracts import Step
 from ditkit.errors import DitkitError, PlaceError, StateError
@@ -42,7 +43,7 @@ class Job:
     events that nobody listens to. ``made_by``: the stage's class; empty takes the one there.
     ``plugs``: what is in the seams, as texts (``assembly/plugs.py``)."""
 
-    id: str
+    id: Annotated[str, StringConstraints(min_length=1, max_length=100)]
     stage: str
     options: Mapping[str, Any] = field(default_factory=dict)
     weights: Mapping[str, str] = field(default_factory=dict)
@@ -72,9 +73,8 @@ class Job:
             raise PlaceError(asked, found, f"Run it where it is defined, or {SAME[0].lower()}{SAME[1:]}")
         if {*self.options} != {*known}:
             wanted, has = (", ".join(sorted(names)) or "none" for names in (self.options, known))
-            raise PlaceError(f"{asked} with the options {wanted}", f"it has {has}", SAME)
-        given: Any = offered
-        return replace(given, **{k: _tuples(v) for k, v in self.options.items()}) if known else offered
+            raise PlaceError(f"{asked} with the options {wanted:.200}", f"it has {has}", SAME)
+        return options.made(type(offered), self.options, f"stage {self.stage!r}", StateError) if known else offered
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -149,10 +149,6 @@ def options_to_send(stage: Any) -> dict[str, Any]:
     return {f.name: getattr(stage, f.name) for f in fields(stage)} if is_dataclass(stage) else {}
 
 
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
-
-
 _OUTCOME: Mapping[str, Any] = {
     "settings": dict, "plugs": dict | None, "stopped": bool, "cacheable": bool, "seconds": float,
 }  # fmt: skip
@@ -165,11 +161,20 @@ def outcome_to_state(outcome: StageResult, seconds: float = 0.0) -> State:
 
 def state_to_outcome(state: State) -> tuple[StageResult, float]:
     """The outcome and the seconds that it took. Raises StateError for a State that holds none."""
-    about = state.get("outcome")
-    if not isinstance(about, dict) or not all(isinstance(about.get(k), t) for k, t in _OUTCOME.items()):
+    about: Any = state.get("outcome")
+    whole = isinstance(about, dict) and all(k in about and isinstance(about[k], t) for k, t in _OUTCOME.items())
+    if (
+        not whole
+        or not math.isfinite(about["seconds"])
+        or not all(_are_texts(plugs) for plugs in (about["plugs"] or {}).values())
+    ):
         raise StateError("reading the outcome of a stage", "it does not say what it came from", "Run the stage again")
     *told, seconds = (about[name] for name in _OUTCOME)
     return StageResult({k: v for k, v in state.items() if k != "outcome"}, *told), seconds
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(each, str) for each in value)
 
 
 _ABOUT = {"name": "str", "seconds": "float", "span": "int", "parent": "int"}

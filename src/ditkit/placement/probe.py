@@ -22,14 +22,14 @@ FIXED = ("tokenizer", "text_encoder", "image_encoder", "vae")  # they and transf
 SEED, ROWS, SIGMAS = 7, 5, [0.75, 0.0]
 
 
-def probe_of(worker: Worker, name: str) -> dict[str, Any]:
+def probe_of(worker: Worker, name: str, cancelled: threading.Event | None = None) -> dict[str, Any]:
     """``hash`` over all that the stage writes, and of each tensor its dtype, shape, root mean square and first values.
     Raises PlaceError for a stage whose fixed input is not known."""
     stage, written = worker.stages[name], list[dict[str, Any]]()
     for inputs in cases(stage, worker.components):
         frames = list[Message]()
         job = Job("probe", name, options_to_send(stage), ignore=("prediction", "frames"))
-        worker.run(job, inputs, frames.append, threading.Event())
+        worker.run(job, inputs, frames.append, cancelled or threading.Event())
         if frames[-1].kind != "outcome":
             raise error_of(frames[-1].payload, "the probe")
         outcome, _ = state_to_outcome(frames[-1].state("the probe"))

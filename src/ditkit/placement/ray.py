@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from ditkit.errors import DitkitError, Lost, MissingDependency, PlaceError, SetupError
-from ditkit.placement.job import Job, Message, Question, error_message, error_of
+from ditkit.placement.job import SAME, Job, Message, Question, error_message, error_of
+from ditkit.reading import parse_json
 from ditkit.setup import Setup
 from ditkit.state import State
 
@@ -82,6 +83,8 @@ class Actor:
 
     def take(self, job: str) -> list[Answer]:
         """What has come since the last turn; nothing after ``TURN`` seconds without news."""
+        if job not in self.running:
+            return [("error", bytes(error_message(PlaceError("asking for a job", "it is not here", SAME)).payload))]
         messages, found = self.running[job][0], list[Answer]()
         with contextlib.suppress(queue.Empty):
             while job in self.running:
@@ -127,7 +130,7 @@ class RayChannel:
         ended = False
         try:
             while not ended:
-                found = self._get(asked, actor.take.remote(job.id))
+                found = _answers(self._get(asked, actor.take.remote(job.id)), asked)
                 for message in (Message(kind, payload) for kind, payload in found or [("alive", b"")]):
                     ended = message.last
                     yield message
@@ -186,10 +189,13 @@ class RayChannel:
         return self._value(asked, answer)
 
     def _value(self, asked: str, answer: Any) -> dict[str, Any]:
-        kind, payload = self._get(asked, answer)
+        [(kind, payload)] = _answers([self._get(asked, answer)], asked)
         if kind == "error":
             raise error_of(payload, self.name)
-        return json.loads(payload)
+        value = parse_json(payload, asked, PlaceError, do=SAME)
+        if kind != "value" or not isinstance(value, dict):
+            raise PlaceError(asked, "its answer is damaged", SAME)
+        return value
 
     def _get(self, asked: str, answer: Any, timeout: float | None = None) -> Any:
         """Raises Lost for an actor that has died or is silent; the next one who asks starts another."""
@@ -205,6 +211,16 @@ class RayChannel:
             found, do = f"its actor died ({_first_line(e)})", "Look at Ray's log"
         self._forget()
         raise Lost(asked, found, do) from None
+
+
+def _answers(given: Any, asked: str) -> list[Answer]:
+    """Raises PlaceError for what an actor of this version does not answer."""
+    whole = isinstance(given, list) and all(
+        isinstance(each, tuple | list) and list(map(type, each)) == [str, bytes] for each in given
+    )
+    if not whole:
+        raise PlaceError(asked, "its answer is damaged", SAME)
+    return [(kind, payload) for kind, payload in given]
 
 
 def _first_line(error: BaseException) -> str:

@@ -5,21 +5,26 @@ Leaves out: what travels (``job.py``), one sending (``attempt.py``), and the fix
 """
 
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
+from ditkit import limits
 from ditkit.assembly.plugs import texts_of
 from ditkit.cancel import Cancel
 from ditkit.errors import Lost, PlaceError, nearest
 from ditkit.events import SILENT, Events
 from ditkit.execution.place import Call, StageCall, StageResult
 from ditkit.execution.stage import Stage
+from ditkit.hiding import printable
+from ditkit.placement.allowed import Limits
 from ditkit.placement.attempt import Attempt, plugged
-from ditkit.placement.job import SAME, WIRE, Channel, made_by
+from ditkit.placement.description import checked_description, checked_probe
+from ditkit.placement.job import SAME, Channel, made_by
 from ditkit.receipt import versions
-from ditkit.state import SCHEMA
+from ditkit.request import Request
 
 COMPUTES = ("ditkit", "torch", "transformers")  # packages whose version may change the last bits of a result
 T = TypeVar("T")
@@ -55,7 +60,10 @@ class Remote:
 
     def run(self, task: StageCall) -> StageResult:
         self.check(task.stage, task.events)
-        attempt = Attempt(self.name, self.channel, task)
+        if "request" in task.inputs:
+            clips = len(task.inputs.get("seed", task.inputs.get("prompt", [0])))
+            self.check_limits(task.stage, task.inputs["request"], clips)
+        attempt = Attempt(self.name, self.channel, task, self.limits)
         if texts_of(task.seams) is None and task.stage.loop:
             raise plugged(attempt.asked, task)
         try:
@@ -69,16 +77,28 @@ class Remote:
 
     def _patiently(self, act: Callable[[], T], stage: str, events: Events, cancel: Cancel | None = None) -> T:
         """What ``act`` gives, once more where the other end was lost: after as long as that asks for, or a little
-        longer each time. Raises the last Lost, and KeyboardInterrupt on ``cancel``."""
-        for attempt in range(self.retries + 1):
+        longer each time. One that was known and takes no connection now may be starting again; RESTART seconds are
+        waited for that, and do not count. Raises the last Lost, and KeyboardInterrupt on ``cancel``."""
+        attempt, cancel, until = 0, cancel or Cancel(), 0.0
+        while True:
             try:
                 return act()
             except Lost as e:
-                if attempt == self.retries:
-                    raise Lost(e.asked, f"{e.found} ({attempt + 1} times)" if attempt else e.found, e.do) from None
-                events.emit("place.retry", place=self.name, stage=stage, attempt=attempt + 1, why=str(e))
-                (cancel or Cancel()).wait(max(e.after, min(0.1 * 2**attempt, 5.0)))
-        raise AssertionError
+                now, lost = time.monotonic(), e
+            away = lost.absent and bool(self.described) and self.retries > 0
+            if away and not until:
+                until = now + limits.RESTART
+            elif not away:
+                until = 0.0
+            if attempt >= self.retries and now >= until:
+                times = f" ({attempt + 1} times)" if attempt else ""
+                more = f", and it was not there again in {limits.RESTART:g} s" if until else ""
+                raise Lost(lost.asked, f"{lost.found}{times}{more}", lost.do)
+            if attempt < self.retries:
+                attempt += 1
+                waits = f" It is waited for, {limits.RESTART:g} s." if until else ""
+                events.emit("place.retry", place=self.name, stage=stage, attempt=attempt, why=f"{lost}{waits}")
+            cancel.wait(max(lost.after, min(0.1 * 2**attempt, 2.0)))
 
     @property
     def description(self) -> dict[str, Any]:
@@ -89,26 +109,25 @@ class Remote:
         """``events`` hears of attempts that failed."""
         with self._lock:
             if not self.described:
-                self.described = self._patiently(lambda: self._sound(self.channel.ask("describe")), "", events)
+                self.described = self._patiently(self._heard, "", events)
             return self.described
 
-    def _sound(self, said: dict[str, Any]) -> dict[str, Any]:
-        asked = f"asking {self.name} who it is"
-        for what, mine in (("wire", WIRE), ("schema", SCHEMA)):
-            if said.get(what) != mine:
-                raise PlaceError(asked, f"its {what} version is {said.get(what)!r}, ours is {mine}", SAME)
-        stages = said.get("stages")
-        facts = [said.get(key) or {} for key in ("versions", "machine", "model", "parts")]
-        sound = all(isinstance(known, dict) for known in facts) and all(isinstance(x, dict) for x in facts[3].values())
-        if not sound or not isinstance(stages, dict) or not all(map(_is_description, stages.values())):
-            raise PlaceError(asked, "its answer is damaged", "Check the address")
-        return said
+    @property
+    def limits(self) -> Limits:
+        return Limits.told(self.description.get("limits", {}))
+
+    def _heard(self) -> dict[str, Any]:
+        return checked_description(self.channel.ask("describe"), self.name)
+
+    def check_limits(self, stage: Stage, request: Mapping[str, Any], clips: int) -> None:
+        """Raises RequestError for more than that place does. Nothing is sent for that."""
+        self.limits.check(Request.of(request), self._running(stage), clips, stage.together)
 
     def _told(self, stage: Stage) -> dict[str, Any]:
         """What it says of a stage. Raises PlaceError."""
         stages = self.description["stages"]
         if stage.name not in stages:
-            found = f"it offers {', '.join(stages) or 'nothing'}{nearest(stage.name, stages)}"
+            found = printable(f"it offers {', '.join(stages) or 'nothing'}{nearest(stage.name, stages)}")
             raise PlaceError(self._running(stage), found, "Start it with --stages that name this one")
         return stages[stage.name]
 
@@ -123,7 +142,7 @@ class Remote:
                 found = f"its version of the stage is {theirs['version']}, ours is {stage.version}"
                 raise PlaceError(running, found, SAME)
             if theirs.get("made_by") != mine:
-                found = f"the stage there is {theirs.get('made_by')}, the one here {mine}"
+                found = f"the stage there is {printable(str(theirs.get('made_by'))):.200}, the one here {mine}"
                 raise PlaceError(running, found, "Run it here, or offer the same one there")
             wanted = self.expected.get(stage.name, "")
             found = self.probe(stage.name) if wanted else ""
@@ -135,14 +154,7 @@ class Remote:
 
     def probe(self, stage: str) -> str:
         """The hash of what it makes of the stage's fixed input."""
-        return str(self.channel.ask("probe", stage).get("hash"))
+        return checked_probe(self.channel.ask("probe", stage), self.name)
 
     def _running(self, stage: Stage) -> str:
         return f"running stage {stage.name!r} at {self.name}"
-
-
-def _is_description(stage: Any) -> bool:
-    if not isinstance(stage, dict) or not isinstance(stage.get("version"), int):
-        return False
-    parts = stage.get("components")
-    return isinstance(parts, dict) and all(isinstance(x, str) for pair in parts.items() for x in pair)

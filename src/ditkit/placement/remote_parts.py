@@ -10,19 +10,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ditkit import options
 from ditkit.assembly import PLUGS, STAGES, Model, calls_of
 from ditkit.assembly.plugs import START_WITH, texts_of
-from ditkit.checkpoints.kinds.kind import KINDS
+from ditkit.checkpoints.kinds.kind import KINDS, Kind
+from ditkit.checkpoints.kinds.sizes import LARGEST
 from ditkit.checkpoints.model.part import Part, Scope, component_names
 from ditkit.contracts import Seams
 from ditkit.errors import PlaceError, SetupError
 from ditkit.execution.place import Place, Segment
 from ditkit.execution.stage_list import Stage, StageList
+from ditkit.hiding import printable
 from ditkit.placement.job import SAME
 from ditkit.placement.places import Places, uses
 from ditkit.placement.remote import Remote
 from ditkit.placement.spec import Spec, address
-from ditkit.registry import FILES, PlugSpec
+from ditkit.registry import FILES, PlugSpec, resolve
+from ditkit.request import Request
 from ditkit.schedulers import SCHEDULERS
 
 
@@ -70,14 +74,28 @@ def part_of(name: str, told: Any, place: str) -> Part:
         if name not in row.components or not isinstance(identity, str):
             raise ValueError(f"kind {row.name!r}")
         config = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
-        if row.config_class:
-            row.config(config)
-    except (KeyError, TypeError, ValueError, AttributeError) as e:
-        found = f"it describes it in a way that is not known here ({e})"
+        _try(row, config)
+    except Exception as e:  # whatever a kind of somebody's makes of another one's words
+        found = f"it describes it in a way that is not known here ({printable(str(e)):.200})"
         raise PlaceError(f"asking {place} for its {name}", found, SAME) from None
     notes = tuple(map(str, told.get("notes", ())))
     layout, quantization = str(told.get("layout")), told.get("quantization")
     return Part(name, row.name, Path(name), config, None, layout, quantization, None, notes, place, told)
+
+
+def _try(row: Kind, config: Mapping[str, Any]) -> None:
+    """Raises whatever the kind makes of sizes that are none."""
+    row.task(config)
+    row.needs(config)
+    if row.config_class:
+        cls, what = resolve(row.config_class), f"a {row.name}"
+        sizes = row.config({**config, **(options.typed(cls, config, what) if options.fields_of(cls) else {})})
+        row.ports(sizes)
+        if any(isinstance(n, int) and abs(n) > LARGEST for n in vars(sizes).values()):
+            raise ValueError("its sizes")
+        for of in (row.strides, row.patch):
+            if of is not None and not all(0 < n <= 1024 for n in of(sizes)):
+                raise ValueError("its strides")
 
 
 def _told(places: Places, spec: Spec) -> Mapping[str, Any]:
@@ -116,6 +134,9 @@ def check_agree(
                 do = f"Use the same files, or write parts = {{{name} = {spec.text!r}}} if the one there is meant"
                 raise PlaceError(asked, f"its {name} is another one than the one here", do)
     for stage in stages:
+        for place in (segment.place for segment in where.get(stage.name, ())):
+            if isinstance(place, Remote):
+                place.check_limits(stage, request, _at_once(stage, request))
         _check_code(stage, [segment.place for segment in where.get(stage.name, ())], _needed(stage, seams, request))
 
 
@@ -138,6 +159,12 @@ def facts_of(places: Places, ran: Mapping[str, Iterable[str]], weights: Mapping[
                     facts = {k: v for k, v in told.items() if k not in ("kind", "config", "identity")}
                     found.setdefault(name, {**facts, "place": place})
     return found
+
+
+def _at_once(stage: Stage, request: Mapping[str, Any]) -> int:
+    """The clips that come to a stage together."""
+    asked = Request.of(request)
+    return len(asked.samples()) if asked.batched or stage.together else 1
 
 
 def _check_code(stage: Stage, places: Iterable[Place], needed: Iterable[tuple[str, str, str]]) -> None:

@@ -7,19 +7,22 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
+from ditkit import options
 from ditkit.assembly import STAGES, Components, Model, calls_of, pipeline_of, placed, stage_of
 from ditkit.assembly.plugs import plugged, received
 from ditkit.cancel import Cancel
-from ditkit.checking import fault_of
+from ditkit.checking import check_counts, fault_of
 from ditkit.checkpoints.model.part import Scope
 from ditkit.contracts import Seams
-from ditkit.errors import DitkitError, Lost, PlaceError, SetupError, StateError, nearest
+from ditkit.errors import DitkitError, Lost, PlaceError, RequestError, SetupError, StateError, nearest
 from ditkit.events import SILENT, Event, Events
 from ditkit.execution.place import Here, StageCall, StageResult, checked, fingerprint_in
-from ditkit.execution.stage import Stage, readable
+from ditkit.execution.stage import Stage, readable, settings_of
+from ditkit.placement.allowed import UNLIMITED, Limits, cells_of
 from ditkit.placement.job import TICK, WIRE, Job, Message, error_message, event_message, made_by, outcome_to_state
 from ditkit.placement.spec import Target
 from ditkit.receipt import machine, versions
@@ -34,10 +37,15 @@ Send = Callable[[Message], None]
 
 class Worker:
     """``stages``: those that it offers. ``components``: what they call. ``about``: plain facts to announce, or
-    what tells them when somebody asks."""
+    what tells them when somebody asks. ``strides`` of the model: pixels to latents;
+    ``patch``: latents to tokens."""
 
-    def __init__(self, stages: Mapping[str, Stage], components: Mapping[str, Any], about: Mapping[str, Any]):
+    def __init__(
+        self, stages: Mapping[str, Stage], components: Mapping[str, Any], about: Mapping[str, Any],
+        strides: tuple[int, int, int] = (4, 8, 8), patch: tuple[int, int, int] = (1, 1, 1),
+    ):  # fmt: skip
         self.stages, self.components, self.about = dict(stages), components, dict(about)
+        self.strides, self.patch = strides, patch
         # of a field that another end's stage describes only the name may be known here
         self._table = FIELDS | {f.name: f for stage in stages.values() for f in stage.fields}
         self._turn = threading.Lock()
@@ -64,12 +72,13 @@ class Worker:
             "components": {name: fingerprint_in(self.components, name) for name in parts},
         }  # fmt: skip
 
-    def run(self, job: Job, inputs: State, send: Send, cancelled: threading.Event) -> None:
-        """Sends events, what is kept on the way, and at last one outcome or one error. Raises what ``send`` raises."""
+    def run(self, job: Job, inputs: State, send: Send, cancelled: threading.Event, limits: Limits = UNLIMITED) -> None:
+        """Sends events, what is kept on the way, and at last one outcome or one error. Raises what ``send`` raises, and
+        once it has sent it what is no error of ditkit's."""
         try:
             stage = self._stage(job)
-            self._check(stage, job, inputs)
-            outcome, seconds = self._carry_out(stage, job, inputs, send, cancelled)
+            inputs = self._checked(stage, job, inputs, limits)
+            outcome, seconds = self._carry_out(stage, job, inputs, send, cancelled, limits.max_seconds)
         except KeyboardInterrupt:  # cancelled where nothing can be kept
             send(error_message(Lost(f"running stage {job.stage!r}", "it was ended there", "Look at its log")))
         except Exception as e:
@@ -86,7 +95,8 @@ class Worker:
             raise PlaceError(asked, found, f"Offered are {', '.join(self.stages)}")
         return job.stage_of(self.stages[job.stage])
 
-    def _check(self, stage: Stage, job: Job, inputs: State) -> None:
+    def _checked(self, stage: Stage, job: Job, inputs: State, limits: Limits) -> State:
+        """``inputs`` with all settings in their request."""
         asked = f"running stage {stage.name!r}"
         table, sizes = self._table, dict[str, int]()
         for name, value in inputs.items():
@@ -95,9 +105,16 @@ class Worker:
             if fault := fault_of(table[name], value, sizes) if name in table else None:
                 raise StateError(asked, f"its field {name!r} is damaged: {fault}", "Take an untouched State")
         if "request" in inputs:
-            Request.parse(inputs["request"], "the State's request", StateError)
+            request = Request.parse(inputs["request"], "the State's request", StateError)
+            inputs = inputs.with_fields({"request": _filled(stage, request, inputs["request"])})
+            cells = cells_of(sizes, request, self.strides, getattr(stage, "strides", self.strides))
+            limits.check(request, asked, sizes.get("B", 1), stage.together, cells)
         if absent := [name for name in stage.reads if name not in inputs]:
             raise StateError(asked, f"the State has no {', '.join(absent)}", "Run the stages before it first")
+        if stage.loop:
+            check_counts(inputs, asked)
+            if "request" in inputs and hasattr(stage, "strides"):
+                request.check_size(stage.strides[1] * self.patch[1], stage.strides[0])
         for name in stage.needs(inputs, job.stop_at_step):
             if name not in self.components:
                 raise PlaceError(asked, f"there is no {name} here", "Run these steps where it is")
@@ -105,9 +122,10 @@ class Worker:
             if job.weights.get(name, mine) != mine:
                 found = f"its {name} is {mine[:16]}, and the caller knows {job.weights[name][:16]}"
                 raise StateError(asked, found, "Start it with the weights, dtype and dtype_policy of that time")
+        return inputs
 
     def _carry_out(
-        self, stage: Stage, job: Job, inputs: State, send: Send, cancelled: threading.Event
+        self, stage: Stage, job: Job, inputs: State, send: Send, cancelled: threading.Event, max_seconds: float
     ) -> tuple[StageResult, float]:
         def listen(event: Event) -> None:
             if event.name not in job.ignore:
@@ -119,13 +137,23 @@ class Worker:
         cancel, events = Cancel(cancelled), Events(listen)
         listening = getattr(self.components, "listening", None)
         components = self.components if listening is None else listening(events)
-        with self._my_turn(cancel):
+        with self._my_turn(cancel), _ended_after(max_seconds, cancelled) as late:
             begun = time.perf_counter()
             task = StageCall(
                 stage, inputs, job.weights, events, received(job.plugs), job.stop_at_step,
                 keep=keep if job.keep_every else None, keep_every=job.keep_every or 1, cancel=cancel,
             )  # fmt: skip
-            outcome = Here(components).run(task)
+            try:
+                outcome = Here(components).run(task)
+            except KeyboardInterrupt:
+                if not late.is_set():
+                    raise
+                outcome = None
+            if late.is_set() and (outcome is None or outcome.stopped):
+                found = f"it took longer than the {max_seconds:g} s that this host allows a job"
+                do = "Ask for less, or have its owner start it with a larger --max-seconds"
+                raise PlaceError(f"running stage {stage.name!r}", found, do)
+            assert outcome is not None
             return (outcome if outcome.stopped else checked(stage, outcome)), time.perf_counter() - begun
 
     @contextlib.contextmanager
@@ -137,6 +165,35 @@ class Worker:
             yield
         finally:
             self._turn.release()
+
+
+@contextlib.contextmanager
+def _ended_after(seconds: float, cancelled: threading.Event) -> Iterator[threading.Event]:
+    """Sets ``cancelled`` after so many seconds, and what it gives."""
+    late = threading.Event()
+
+    def end() -> None:
+        late.set()
+        cancelled.set()
+
+    timer = threading.Timer(min(seconds, threading.TIMEOUT_MAX), end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield late
+    finally:
+        timer.cancel()
+
+
+def _filled(stage: Stage, request: Request, given: Mapping[str, Any]) -> dict[str, Any]:
+    """``given`` with the defaults of what it leaves out; ``request`` is made of it. Our clients leave out nothing.
+    Raises RequestError for a setting of the stage's own."""
+    own = given.get("stage_settings", {})
+    if cls := settings_of(stage):
+        mine = own.get(stage.name, {})
+        made = options.made(cls, mine, f"the settings of stage {stage.name!r}", RequestError)
+        own = {**own, stage.name: {**asdict(made), **mine}}
+    return {**request.model_dump(), **given, "stage_settings": own}
 
 
 def worker_of(setup: Setup, stages: Sequence[str] | None = None, shared: Shared | None = None) -> Worker:
@@ -164,7 +221,8 @@ def worker_of(setup: Setup, stages: Sequence[str] | None = None, shared: Shared 
     elsewhere = {*PARTS} - {*model.known}
     components = Components(model, setup, tuple(s for s in swaps if not {*s.components} <= elsewhere), shared)
     about = {"model": model.describe()["model"], "parts": partial(parts_of, components), "code": known_code()}
-    return Worker({name: known.get(name) or stage_of(name, model, setup) for name in names}, components, about)
+    stages_here = {name: known.get(name) or stage_of(name, model, setup) for name in names}
+    return Worker(stages_here, components, about, model.strides, model.patch)
 
 
 def _called(targets: Sequence[Target]) -> list[str]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ditkit.contracts import History, Step
-from ditkit.errors import PipelineError, RequestError, nearest
+from ditkit.errors import PipelineError, RequestError, StateError, nearest
 from ditkit.schedulers.sigmas import grid
 
 Past = list[tuple[float, Tensor]]
@@ -73,7 +73,12 @@ def recall(history: History, x: Tensor) -> Past:
     """The past that ``remember`` wrote, on x's device."""
     past: Past = []
     while (sigma := history.get(f"sigma_{len(past) + 1}")) is not None:
-        past.append((float(sigma), history[f"x0_{len(past) + 1}"].to(x.device)))
+        x0 = history.get(f"x0_{len(past) + 1}")
+        if sigma.numel() != 1 or x0 is None or x0.shape != x.shape:
+            raise StateError(
+                "going on from a State", "its scheduler's history is of another run", "Take an untouched State"
+            )
+        past.append((float(sigma), x0.to(x.device)))
     return past
 
 

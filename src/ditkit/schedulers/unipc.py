@@ -71,7 +71,7 @@ class UniPC(Multistep):
         """The step that led to ``sigma`` once more, now that the x0 prediction at its end is known. It is of the order
         of that step, which the number of earlier predictions gives; only the step before the last had a lower one than
         that, and nothing comes of the correction after it: the last step goes to x0, whatever x is."""
-        if "sample" not in history:
+        if "sample" not in history or history["sample"].shape != x0.shape:
             found = "what was remembered of the earlier steps comes from a scheduler without one"
             do = "Go on with the scheduler and options that began the run"
             raise StateError("unipc with its corrector", found, do)

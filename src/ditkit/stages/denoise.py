@@ -4,6 +4,7 @@ It can stop after any step and go on from the State, bit for bit: the sample, th
 and what plugs remember are all that it remembers. Leaves out: what the transformer makes of its conditioning
 (``models/``), how plugs are put around it (``seams.py``), and making it (``assembly``)."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ditkit.contracts import Predict, Step
-from ditkit.errors import StateError
-from ditkit.execution.stage import BaseStage, Context
+from ditkit.contracts import EXPERTS, Predict, Step
+from ditkit.errors import SetupError, StateError
+from ditkit.execution.stage import BaseStage, Context, check_strides
 from ditkit.guidance.cfg import classifier_free_guidance
 from ditkit.nn.attention import ATTENTION
 from ditkit.schedulers import make
@@ -50,6 +51,17 @@ class Denoise(BaseStage):
     writes = ("latents", "sigmas", "step", "history")
     may_write = ("memory",)
     loop = ("latents", "sigmas", "step", "history", "memory")
+
+    def __post_init__(self) -> None:
+        """A job from elsewhere may bring any values. Raises SetupError for a kernel that is not there, ValueError."""
+        check_strides(self.strides)
+        if self.experts not in (EXPERTS[:1], EXPERTS[1:], EXPERTS):
+            raise ValueError(f"its experts are {', '.join(EXPERTS)} or one of them")
+        if self.timestep_scale is not None and not 0 < self.timestep_scale < math.inf:
+            raise ValueError("its timestep_scale is no number above 0")
+        if why := ATTENTION[self.attention].lacks():
+            name = self.attention.partition("@")[0]
+            raise SetupError(f"attention={name!r}", why, "Install what it needs, or choose another kernel")
 
     @property
     def components(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -122,6 +134,12 @@ class Denoise(BaseStage):
         shape = transformer.latent_channels, (s.frames - 1) // t + 1, s.height // h, s.width // w
         if "control" in inputs:  # reference pictures are frames before the video
             shape = (shape[0], inputs["control"].shape[2], *shape[2:])
+        for name, sizes in (("condition", shape[1:]), ("control", shape[1:]), ("clean_latents", shape[2:])):
+            if name in inputs and inputs[name].shape[-len(sizes) :] != sizes:
+                found = (
+                    f"its {name} is for latents of {list(inputs[name].shape[2:])}, its request needs {list(shape[1:])}"
+                )
+                raise StateError("denoising a State", found, "Encode its pictures once more")
         if "latents" in inputs:
             if inputs["latents"].shape != (len(inputs["seed"]), *shape):
                 has, needs = list(inputs["latents"].shape), [len(inputs["seed"]), *shape]

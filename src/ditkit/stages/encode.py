@@ -11,7 +11,7 @@ from torch import Tensor
 from ditkit.conditioning import images
 from ditkit.conditioning.condition import Encode, control_context, image_condition, per_clip
 from ditkit.errors import RequestError
-from ditkit.execution.stage import BaseStage, Context
+from ditkit.execution.stage import BaseStage, Context, check_strides
 from ditkit.pictures import CONTROL, check_control
 
 
@@ -91,6 +91,9 @@ class EncodeCondition(BaseStage):
     components = ("vae",)
     triggers = ("image",)
 
+    def __post_init__(self) -> None:
+        check_strides(self.strides)
+
     @torch.no_grad()
     def run(self, inputs: Mapping[str, Any], ctx: Context) -> Mapping[str, Any]:
         (encode, size, processing), frames = _tools(ctx), ctx.settings.frames
@@ -148,6 +151,9 @@ class EncodeControl(BaseStage):
     optional = ("control_video", "control_mask", "reference_images")
     writes = ("control",)
     components = ("vae",)
+
+    def __post_init__(self) -> None:
+        check_strides(self.strides)
 
     @torch.no_grad()
     def run(self, inputs: Mapping[str, Any], ctx: Context) -> Mapping[str, Any]:

@@ -7,23 +7,27 @@ is in no setting, log or manifest. Leaves out: the other end (``host.py``), retr
 import contextlib
 import http.client
 import json
+import math
 import socket
 import ssl
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+from ditkit import limits
 from ditkit.errors import DitkitError, Lost, PlaceError
-from ditkit.hiding import echoes
+from ditkit.hiding import echoes, printable
 from ditkit.keys import read
 from ditkit.network import certificates
 from ditkit.placement.http.framing import MEDIA_TYPE, checksum, fresh, pieces, unpack
+from ditkit.placement.http.paced import Answer, TooMuch
 from ditkit.placement.job import LOG, Job, Message, Question, error_of
+from ditkit.reading import parse_json
 from ditkit.state import State
 
 JOB, CRC = "X-Ditkit-Job", "X-Ditkit-Crc32"
 
 CONNECT = 5.0  # seconds after which a host that does not take a connection counts as not there
-MOST_WORDS = 1 << 26  # bytes of an answer that is no stream: a model of a thousand files needs a hundredth of it
+MOST_WORDS = limits.ANSWER
 ADDRESS = "Check the address"
 
 ANSWERS = {
@@ -87,8 +91,9 @@ class HTTPChannel:
     def close(self) -> None:
         """Nothing stays open between two requests."""
 
-    def words(self, response: http.client.HTTPResponse) -> bytes:
+    def words(self, response: Answer) -> bytes:
         """All of an answer that is no stream. Raises PlaceError where it has no end."""
+        response.paced.expect(MOST_WORDS)
         data = response.read(MOST_WORDS + 1)
         if len(data) > MOST_WORDS:
             raise PlaceError(self.asked, f"its answer is larger than {MOST_WORDS} bytes", ADDRESS)
@@ -110,16 +115,36 @@ class HTTPChannel:
     @contextlib.contextmanager
     def answer(
         self, method: str, path: str, headers: dict[str, str], body: Iterable[memoryview] | None = None
-    ) -> Iterator[http.client.HTTPResponse]:
-        """All of ``body`` goes out before anything comes back. Faults are as ``faults`` says, here and in the block."""
+    ) -> Iterator[Answer]:
+        """All of ``body`` goes out before anything comes back, or as much of it as the host takes. Faults are as
+        ``faults`` says, here and in the block."""
         token = {} if self._token is None else {"Authorization": f"Bearer {self._token}"}
         path = f"{self._parts.path}{path}"
         with self.faults(), contextlib.closing(self.connection()) as connection:
-            connection.connect()
+            try:
+                connection.connect()
+            except (TimeoutError, ConnectionError) as e:
+                raise self.absent(e.strerror or f"it takes no connection in {CONNECT:g} s") from None
+            except UnicodeError:
+                raise PlaceError(self.asked, "that is no name of a machine", ADDRESS) from None
             connection.sock.settimeout(self.timeout)
-            connection.request(method, path, body, {"Host": self._parts.netloc, **headers, **token})
-            with contextlib.closing(connection.getresponse()) as response:  # it holds the socket of a host that closed
+            refused: OSError | None = None
+            try:
+                connection.request(method, path, body, {"Host": self._parts.netloc, **headers, **token})
+            except ConnectionError as e:  # it may have said why before it closed
+                refused = e
+            with contextlib.closing(Answer(connection.sock, method=method, timeout=self.timeout)) as response:
+                try:
+                    response.begin()
+                except (OSError, http.client.HTTPException) as e:
+                    raise refused or e from None
                 yield response
+
+    def absent(self, why: str) -> Lost:
+        """Nobody takes a connection there."""
+        lost = Lost(self.asked, why.lower(), f"{ADDRESS}, and whether the host runs")
+        lost.absent = True
+        return lost
 
     @contextlib.contextmanager
     def faults(self) -> Iterator[None]:
@@ -136,6 +161,8 @@ class HTTPChannel:
             if e.reason != "WRONG_VERSION_NUMBER":
                 raise Lost(asked, f"TLS failed ({e.reason or e})".lower(), LOG) from None
             raise PlaceError(asked, "it does not speak TLS", "Write http://, or give it a certificate") from None
+        except TooMuch:
+            raise PlaceError(asked, "it sends more than any answer has", ADDRESS) from None
         except TimeoutError:
             raise Lost(asked, f"it gave no sign of life in {self.timeout:g} s", LOG) from None
         except (http.client.IncompleteRead, http.client.RemoteDisconnected, EOFError):
@@ -143,31 +170,30 @@ class HTTPChannel:
         except http.client.HTTPException as e:
             raise PlaceError(asked, f"it answers, but not in HTTP ({type(e).__name__})", ADDRESS) from None
         except ValueError as e:  # half a line of a chunk's size
-            raise PlaceError(asked, f"its answer is garbage ({e})", ADDRESS) from None
+            raise PlaceError(asked, f"its answer is garbage ({printable(str(e)):.100})", ADDRESS) from None
         except OSError as e:
             raise Lost(asked, (e.strerror or str(e)).lower(), f"{ADDRESS}, and whether the host runs") from None
 
     def check(self, response: http.client.HTTPResponse, data: bytes = b"") -> None:
         """Raises what an answer other than 200 means."""
-        status, what = response.status, f"it answers {response.status} {response.reason}"
+        status, what = response.status, f"it answers {response.status} {printable(response.reason):.100}".rstrip()
         if status == 200:
             return
         if 300 <= status < 400:
             where = response.headers.get("Location", "nowhere")
-            raise PlaceError(self.asked, f"it sends us on to {where!r}", "Give the address itself")
+            raise PlaceError(self.asked, f"it sends us on to {where!r:.200}", "Give the address itself")
         ours = {"kind", "asked", "found", "do"} <= {*(_object(data) or ())}  # an error as our hosts tell them
         if status in (502, 503, 504):
             said = error_of(data, self.address).found if ours else what
             lost = Lost(self.asked, said, "Try again later")
-            with contextlib.suppress(ValueError):
-                lost.after = float(response.headers.get("Retry-After", "0"))
+            lost.after = _seconds(response.headers.get("Retry-After", "0"))
             raise lost
         if ours:
             raise error_of(data, self.address)
         raise PlaceError(self.asked, *ANSWERS.get(status, (what, LOG)))
 
     def stranger(self, response: http.client.HTTPResponse) -> PlaceError:
-        kind = response.headers.get("Content-Type", "no type")
+        kind = f"{printable(response.headers.get('Content-Type', 'no type')):.100}"
         return PlaceError(self.asked, f"it answers, but not as a ditkit host does ({kind})", ADDRESS)
 
 
@@ -192,10 +218,20 @@ class _Unix(http.client.HTTPConnection):
         self.sock.connect(self._file)
 
 
-def exactly(response: http.client.HTTPResponse) -> Callable[[int], bytearray | memoryview]:
+def _seconds(text: str) -> float:
+    """That a host asks us to wait; none for what is no such number, and never longer than COME_AGAIN."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        return 0.0
+    return min(max(seconds, 0.0), limits.COME_AGAIN) if not math.isnan(seconds) else 0.0
+
+
+def exactly(response: Answer) -> Callable[[int], bytearray | memoryview]:
     """Reads exactly so many bytes of the body. Raises EOFError where it ends before."""
 
     def read(size: int) -> bytearray | memoryview:
+        response.paced.expect(size)
         data = fresh(size)
         view, at = memoryview(data), 0
         while at < size:
@@ -211,7 +247,7 @@ def exactly(response: http.client.HTTPResponse) -> Callable[[int], bytearray | m
 def _object(data: bytes) -> dict[str, Any] | None:
     """The JSON object that it is, if it is one."""
     try:
-        found = json.loads(data)
-    except (ValueError, RecursionError):
+        found = parse_json(data, "an answer")
+    except DitkitError:
         return None
     return found if isinstance(found, dict) else None

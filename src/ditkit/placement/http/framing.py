@@ -13,6 +13,7 @@ try:
 except ModuleNotFoundError:
     from zlib import crc32
 
+from ditkit import limits
 from ditkit.errors import PlaceError
 from ditkit.placement.job import KINDS, LOG, Message
 
@@ -20,7 +21,8 @@ MEDIA_TYPE = "application/x-ditkit-frames"
 HEAD, TAIL = struct.Struct("<BQ"), struct.Struct("<I")
 FRAMING = HEAD.size + TAIL.size  # bytes of a message besides its payload
 PIECE = 1 << 20  # bytes that are handed to a socket at once
-LARGEST = 1 << 36  # bytes of a payload beyond which a length is taken for garbage
+LARGEST = limits.STATE_OF_HOST
+MOST = {"event": limits.WORDS_OF_EVENT, "error": limits.TEXT, "alive": 0}  # bytes of a payload; of others LARGEST
 Buffer = bytes | bytearray | memoryview
 
 
@@ -60,7 +62,7 @@ def unpack(read: Callable[[int], bytearray | memoryview], source: str) -> Messag
     """The next message; ``read`` gives exactly so many bytes. Raises PlaceError for bytes that are none,
     and where there is no room for them."""
     asked, (kind, length) = f"reading what {source} sent", HEAD.unpack(read(HEAD.size))
-    if kind >= len(KINDS) or length > LARGEST:
+    if kind >= len(KINDS) or length > MOST.get(KINDS[kind], LARGEST):
         raise PlaceError(asked, "it is no message", LOG)
     try:
         payload = read(length)  # at once: in pieces, each checked while it is in the cache, takes longer

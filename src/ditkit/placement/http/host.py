@@ -8,17 +8,19 @@ Leaves out: what a job does (``worker.py``)."""
 import asyncio
 import contextlib
 import hmac
-import ipaddress
 import itertools
 import json
 import socket
 import threading
+import time
 import uuid
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Annotated, Any
 
-from ditkit.errors import DitkitError, MissingDependency, PlaceError, SetupError, StateError, UserError
+from ditkit.errors import DitkitError, Lost, MissingDependency, PlaceError, SetupError, StateError, UserError
+from ditkit.limits import BACKLOG
+from ditkit.placement.allowed import Limits
 from ditkit.placement.http.client import CRC, JOB
 from ditkit.placement.http.framing import FRAMING, MEDIA_TYPE, PIECE, crc32, fresh, pack
 from ditkit.placement.job import TICK, Job, Message, error_message, error_of, options_to_send
@@ -28,43 +30,33 @@ from ditkit.state import State
 try:
     import uvicorn
     from fastapi import Depends, FastAPI, Header, Request
+    from fastapi.exceptions import RequestValidationError
     from fastapi.responses import Response
     from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 except ModuleNotFoundError as e:
     do = 'Install it: pip install "ditkit[remote]"'
     raise MissingDependency("offering stages over HTTP", f"{e.name} is not installed", do) from None
 
-from ditkit.placement.http.zero_copy import Straight, connection_of
+from ditkit.placement.http.guard import ERRORS, Guard, Refused, number_of
+from ditkit.placement.http.page import POLICY, page_of
+from ditkit.placement.http.zero_copy import Pace, Straight, connection_of
 
 BEARER = HTTPBearer(auto_error=False, description="the host's token")
 GONE = 60_000  # milliseconds after which a client that confirms nothing that was sent to it counts as gone (Linux)
 FAREWELL = 5  # seconds that jobs have to end when the host ends
+HOW: Mapping[str, Any] = MappingProxyType({
+    "http": Straight, "ws": "none", "lifespan": "off", "log_level": "error", "backlog": BACKLOG,
+    "timeout_graceful_shutdown": FAREWELL,
+})  # fmt: skip
+"""uvicorn's options. What strangers send fills no log."""
 
 
-class Refused(PlaceError):
-    """A request that is not taken: 400 it means nothing, 401 who asks is not known, 404 there is no such thing, 413 a
-    State is too large, 503 too many jobs wait."""
-
-    def __init__(self, status: int, asked: str, found: str, do: str):
-        super().__init__(asked, found, do)
-        self.status = status
-
-
-def answer_to(error: DitkitError, message: Message) -> Response:
-    """An error as JSON in its three parts."""
-    status = getattr(error, "status", 400 if isinstance(error, UserError) else 500)
+def answer_to(error: DitkitError, failed: bool = False) -> Response:
+    """An error as JSON in its three parts. ``failed``: by no fault of the client."""
+    known = 400 if isinstance(error, UserError) else 503 if isinstance(error, Lost) else 409
+    status = getattr(error, "status", 500 if failed or not isinstance(error, UserError | PlaceError) else known)
     more = {503: {"Retry-After": "5"}, 401: {"WWW-Authenticate": "Bearer"}}.get(status)
-    return Response(bytes(message.payload), status, more, "application/json")
-
-
-@dataclass(frozen=True)
-class Limits:
-    """``max_bytes``: of a State that comes in. ``queue``: jobs that may be there besides the one at work. ``alive``:
-    seconds after which a silent job says that it is at work."""
-
-    max_bytes: int = 2_000_000_000
-    queue: int = 4
-    alive: float = 2.0
+    return Response(bytes(error_message(error).payload), status, more, "application/json")
 
 
 class Jobs:
@@ -74,62 +66,71 @@ class Jobs:
     def __init__(self, limits: Limits):
         self.limits, self.flags = limits, dict[str, threading.Event]()
 
-    def admit(self, job_id: str) -> threading.Event:
-        """What is set to cancel it. Raises Refused, PlaceError."""
+    @contextlib.contextmanager
+    def admitted(self, job_id: str) -> Iterator[threading.Event]:
+        """What is set to cancel it, until the block ends. Raises Refused."""
         if len(self.flags) > self.limits.queue:
             raise Refused(503, "offering a stage", f"{len(self.flags)} jobs are waiting already", "Try again later")
         if job_id in self.flags:
-            raise PlaceError(f"taking job {job_id}", "it is here already", "Give each job an id of its own")
-        return self.flags.setdefault(job_id, threading.Event())
+            raise Refused(409, f"taking job {job_id!r:.100}", "it is here already", "Give each job an id of its own")
+        flag = self.flags[job_id] = threading.Event()
+        try:
+            yield flag
+        finally:
+            del self.flags[job_id]
 
 
-def app_of(worker: Worker, *, token: str | None = None, limits: Limits | None = None) -> FastAPI:
+def app_of(worker: Worker, *, token: str | None = None, limits: Limits | None = None) -> Guard:
     """``token``: without it only names of this machine are answered to, so that no page of a browser reaches it by a
     name of its own; and nothing but questions is taken without our header, which such a page may not send."""
     from ditkit import __version__
 
     jobs = Jobs(limits or Limits())
-    app = FastAPI(title="ditkit host", version=__version__, description="Stages of a diffusion pipeline.")
-    app.state.jobs = jobs
-    app.exception_handler(DitkitError)(lambda request, error: answer_to(error, error_message(error)))
+    app = FastAPI(
+        title="ditkit host", version=__version__, description="Stages of a diffusion pipeline.", docs_url=None,
+        redoc_url=None, redirect_slashes=False,
+    )  # fmt: skip
+    app.exception_handler(DitkitError)(lambda request, error: answer_to(error))
+    app.exception_handler(RequestValidationError)(lambda request, error: answer_to(_misses(error)))
     known = Depends(_knows(token))
     _questions(app, worker, jobs, known)
     _work(app, worker, jobs, known)
-    return app
+    return Guard(app, jobs, any_name=token is not None)
+
+
+def _misses(error: RequestValidationError) -> Refused:
+    where = error.errors()[0]["loc"][-1]
+    return Refused(422, "a request", f"it lacks {where}, or holds another thing in it", f"Send {where} (see /docs)")
 
 
 def _knows(token: str | None) -> Callable[..., Any]:
     async def check(
         request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(BEARER)]
     ) -> None:
-        if token is None and number_of(request.url.hostname or "") is None:
-            found = f"it is for {request.url.hostname}, a name that anybody can give to this machine"
-            raise Refused(401, "a request", found, "Ask 127.0.0.1 or localhost, or give the host a token")
         given = credentials.credentials if credentials else ""
         if token is not None and not hmac.compare_digest(given.encode(), token.encode()):
             found = "it came without a token" if credentials is None else "its token is another one"
             raise Refused(401, "a request", found, "Put the host's token into DITKIT_HOST_TOKEN")
+        if (connection := connection_of(request.scope)) is not None:
+            connection.known = True
 
     return check
 
 
-def number_of(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """The IP address that a name is, with no DNS in between; None for any other name but localhost."""
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address("127.0.0.1" if name == "localhost" else name)
-    return None
-
-
 def _questions(app: FastAPI, worker: Worker, jobs: Jobs, known: Any) -> None:
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        return Response(page_of(app.openapi()), 200, POLICY, "text/html; charset=utf-8")
+
     @app.get("/health")
-    def health() -> dict[str, Any]:
+    async def health() -> dict[str, Any]:
         """That it is there, and how many jobs are; needs no token."""
         return {"ditkit": app.version, "jobs": len(jobs.flags)}
 
     @app.get("/stages", dependencies=[known])
     def stages() -> dict[str, Any]:
         """What it offers: stages with their fields, parts with their fingerprints, versions, device."""
-        return {**worker.describe(), "max_bytes": jobs.limits.max_bytes}
+        return {**worker.describe(), "limits": jobs.limits.to_tell()}
 
     @app.get("/stages/{name}/probe", dependencies=[known])
     def probe(name: str, asked: Annotated[str, Header(alias=JOB)]) -> dict[str, Any]:
@@ -137,7 +138,8 @@ def _questions(app: FastAPI, worker: Worker, jobs: Jobs, known: Any) -> None:
         from ditkit.placement.probe import probe_of
 
         _offered(worker, name)
-        return probe_of(worker, name)
+        with jobs.admitted(f"probe {uuid.uuid4().hex}") as cancelled:
+            return probe_of(worker, name, cancelled)
 
 
 def _work(app: FastAPI, worker: Worker, jobs: Jobs, known: Any) -> None:
@@ -146,15 +148,14 @@ def _work(app: FastAPI, worker: Worker, jobs: Jobs, known: Any) -> None:
         """Run a stage. The header is a job as JSON; of ``{}`` everything is filled in. The body is a State with what
         the stage reads; the answer is its outcome, or messages to whoever accepts them."""
         parsed = job_of(job, worker, name)
-        cancelled = jobs.admit(parsed.id)
         with contextlib.ExitStack() as leave:
-            leave.callback(jobs.flags.pop, parsed.id)
+            cancelled = leave.enter_context(jobs.admitted(parsed.id))
             data = await read_body(request, jobs.limits.max_bytes)
             admission = leave.pop_all()
 
         def work(send: Send) -> None:
             with admission:
-                worker.run(parsed, State.from_buffer(data, "the caller"), send, cancelled)
+                worker.run(parsed, State.from_buffer(data, "the caller"), send, cancelled, jobs.limits)
 
         begun = RunningJob(work, f"job {parsed.id}", cancelled, jobs.limits.alive)
         if MessageStream.media_type in request.headers.get("accept", ""):
@@ -162,7 +163,7 @@ def _work(app: FastAPI, worker: Worker, jobs: Jobs, known: Any) -> None:
         return await plain_response(begun, request)
 
     @app.post("/jobs/{job_id}/cancel", dependencies=[known])
-    def cancel(job_id: str, asked: Annotated[str, Header(alias=JOB)]) -> dict[str, Any]:
+    async def cancel(job_id: str, asked: Annotated[str, Header(alias=JOB)]) -> dict[str, Any]:
         """Stop a job at its next event; what it has is still sent. One that has ended is not missed."""
         if flag := jobs.flags.get(job_id):
             flag.set()
@@ -182,7 +183,7 @@ def job_of(text: str, worker: Worker, name: str) -> Job:
     except (PlaceError, ValueError, TypeError, RecursionError):
         raise Refused(400, asked, found, "Send {} or a whole one") from None
     if job.stage != name:
-        raise Refused(400, asked, f"the job is for {job.stage!r}", "Name one stage")
+        raise Refused(400, asked, f"the job is for {job.stage!r:.100}", "Name one stage")
     return job
 
 
@@ -198,13 +199,16 @@ async def read_body(request: Request, limit: int) -> bytearray | memoryview:
     size = int(told) if told and told.isdigit() else 0
     if size > limit:
         raise Refused(413, asked, f"it has {size} bytes and {limit} are allowed", do)
-    data, at, crc, connection = fresh(size), 0, 0, connection_of(request.scope)
+    data, at, crc, connection, pace = fresh(size), 0, 0, connection_of(request.scope), Pace()
+    if connection is not None:
+        connection.pace = pace
 
     def hear(piece: bytes | memoryview) -> None:
         nonlocal crc
+        pace.received += len(piece)
         crc = crc32(piece, crc)
 
-    async for piece in request.stream():
+    async for piece in _in_time(request.stream(), pace):
         if at + len(piece) > limit:
             raise Refused(413, asked, f"it has more than {limit} bytes", do)
         data[at : at + len(piece)] = piece
@@ -217,24 +221,47 @@ async def read_body(request: Request, limit: int) -> bytearray | memoryview:
     return data
 
 
+async def _in_time(pieces: AsyncIterator[bytes], pace: Pace) -> AsyncIterator[bytes]:
+    """Raises Refused for a body that comes too slowly."""
+    while True:
+        try:
+            async with asyncio.timeout(pace.left()):
+                piece = await anext(pieces, None)
+        except TimeoutError:
+            raise Refused(408, "taking a State", "it comes too slowly", "Look at the network") from None
+        if piece is None:
+            return
+        yield piece
+
+
 class RunningJob:
     """``work`` in a thread of its own, which is given what takes its messages. ``cancelled`` is set when nobody waits
     for them any more; ``alive``: seconds of silence between signs of life. Made in the event loop that hears of it."""
 
     def __init__(self, work: Callable[[Send], None], name: str, cancelled: threading.Event, alive: float):
         self.work, self.cancelled, self.alive = work, cancelled, alive
+        self.failed = False  # by no fault of the client
         self._left, self._loop = threading.Event(), asyncio.get_running_loop()
+        self._ended = False
         self._messages: asyncio.Queue[Message | None] = asyncio.Queue(4)
         threading.Thread(target=self._work, name=name, daemon=True).start()
 
     def _work(self) -> None:
         with contextlib.suppress(_Left):
             try:
-                self.work(self._send)
-            except StateError as e:
-                self._send(error_message(e))
+                self.work(self._told)
+            except Exception as e:
+                self.failed = not isinstance(e, DitkitError)
+                if self.failed:
+                    ERRORS.error("a job failed", exc_info=e)
+                if not self._ended:
+                    self._send(error_message(e))
             finally:
                 self._send(None)
+
+    def _told(self, message: Message) -> None:
+        self._ended = message.last
+        self._send(message)
 
     def _send(self, message: Message | None) -> None:
         """Waits for room. Raises _Left when nobody takes messages any more."""
@@ -318,7 +345,7 @@ async def plain_response(begun: RunningJob, request: Request) -> Response:
         async for message in messages:
             last = message
     if last.kind == "error":
-        return answer_to(error_of(last.payload, "the host"), last)
+        return answer_to(error_of(last.payload, "the host"), begun.failed)
     return Response(bytes(last.payload), 200, None, "application/octet-stream")
 
 
@@ -345,16 +372,17 @@ def bind(address: str = "127.0.0.1", port: int = 0, token: str | None = None) ->
 
 
 class Host(uvicorn.Server):
-    """``announce`` is told its URL once it listens. Options are uvicorn's own, such as ssl_keyfile."""
+    """``announce`` is told its URL once it listens, ``ended`` whether it leaves work that does not end. Options are
+    uvicorn's own, such as ssl_keyfile."""
 
     def __init__(
         self, worker: Worker, listener: socket.socket, token: str | None = None, limits: Limits | None = None,
-        announce: Callable[[str], Any] = lambda url: None, **options: Any,
+        announce: Callable[[str], Any] = lambda url: None, ended: Callable[[bool], Any] = lambda left: None,
+        **options: Any,
     ):  # fmt: skip
         app = app_of(worker, token=token, limits=limits)
-        self.jobs, self.listener, self.announce = app.state.jobs, listener, announce
-        more = {"http": Straight, "log_level": "warning", "timeout_graceful_shutdown": FAREWELL, **options}
-        super().__init__(uvicorn.Config(app, **more))
+        self.jobs, self.listener, self.announce, self.ended = app.jobs, listener, announce, ended
+        super().__init__(uvicorn.Config(app, **HOW, **options))
 
     @property
     def url(self) -> str:
@@ -372,6 +400,19 @@ class Host(uvicorn.Server):
             self.announce(self.url)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Jobs are told to end, and what they have is still sent. One whose step takes longer than FAREWELL is left."""
+        for server in self.servers:
+            server.close()
         for flag in [*self.jobs.flags.values()]:
             flag.set()
+        end = time.monotonic() + FAREWELL
+        while self.server_state.tasks and time.monotonic() < end:
+            await asyncio.sleep(TICK / 2)
+        left = bool(self.server_state.tasks)
+        for connection in [*self.server_state.connections]:
+            connection.transport.abort() if left else connection.shutdown()
+        await asyncio.sleep(TICK / 2)
+        for task in [*self.server_state.tasks]:
+            task.cancel()
+        self.ended(left)
         await super().shutdown(sockets)

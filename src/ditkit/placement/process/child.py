@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 PARENT_DEATH = 1  # PR_SET_PDEATHSIG of Linux's prctl: the signal that comes when the parent has died
-MANY = 1 << 50  # the one caller is trusted: nothing is too large, and as many may wait as it has threads
 
 
 def end_with_parent() -> None:
@@ -57,14 +56,15 @@ def opened(told: dict[str, Any]) -> Any:
     """The app over a Worker. Raises LoadError, SetupError."""
     import torch
 
-    from ditkit.placement.http.host import Limits, app_of
+    from ditkit.placement.allowed import Limits
+    from ditkit.placement.http.host import app_of
     from ditkit.placement.worker import worker_of
     from ditkit.setup import Setup
 
     torch.set_num_threads(told["threads"])
     worker = worker_of(Setup(**told["setup"]), told["stages"])
     worker.describe()  # files are hashed now, when nobody counts the seconds
-    return app_of(worker, token=told["token"], limits=Limits(MANY, MANY, told["alive"]))
+    return app_of(worker, token=told["token"], limits=Limits.unlimited(told["alive"]))
 
 
 def main() -> None:
@@ -93,9 +93,9 @@ def main() -> None:
 
     import uvicorn
 
-    from ditkit.placement.http.zero_copy import Straight
+    from ditkit.placement.http.host import HOW
 
-    uvicorn.Server(uvicorn.Config(app, http=Straight, log_level="warning")).run(sockets=[listener])
+    uvicorn.Server(uvicorn.Config(app, **HOW)).run(sockets=[listener])
 
 
 if __name__ == "__main__":
