@@ -6,6 +6,8 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Self
 
+from ditkit import limits
+
 
 class DitkitError(Exception):
     """Base of all errors that ditkit raises on purpose. ``exit_code`` is what the command line exits with."""
@@ -13,11 +15,17 @@ class DitkitError(Exception):
     exit_code = 1
 
     def __init__(self, asked: str, found: str, do: str):
+        asked, found, do = shortened(asked), shortened(found), shortened(do)
         super().__init__(f"{asked}: {found}. {do}.")
         self.asked, self.found, self.do = asked, found, do
 
     def __reduce__(self) -> tuple[type[Self], tuple[str, str, str]]:  # survives pickling between processes
         return type(self), (self.asked, self.found, self.do)
+
+
+def shortened(text: str, limit: int = limits.MESSAGE) -> str:
+    """``text`` without its middle where it is longer than ``limit``: what a file or a host claims may be."""
+    return text if len(text) <= limit else f"{text[: limit * 3 // 4]} [...] {text[-(limit // 5) :]}"
 
 
 @contextmanager
