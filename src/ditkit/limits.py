@@ -20,6 +20,7 @@ COUNTED = 1 << 20  # bytes of a moving picture whose frames are counted only to 
 CLIP = 3 << 28  # bytes of frames that any file may unpack to: 129 of 1920 x 1080
 CLIP_MOST = 1 << 31  # bytes of frames that a larger file may unpack to, up to CLIP_RATIO times its own: 86 of 4K
 CLIP_RATIO = 512  # video that shows something is some 10 to 200 times smaller than its frames
+
 NAME = 200  # characters of one name in a list of names
 AXES = 16  # of one tensor; torch's own operations take no more than 64, and no weight here has more than 5
 NUMBER = 2**63  # an axis, a place or a size is below it
