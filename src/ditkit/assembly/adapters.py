@@ -3,7 +3,6 @@ Leaves out: file formats and arithmetic (``checkpoints/lora/read.py``, ``nn/lora
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,11 +12,15 @@ from typing import TYPE_CHECKING, Any
 from ditkit.checkpoints.model.part import Part
 from ditkit.contracts import EXPERTS, Swap
 from ditkit.errors import LoadError, SetupError
+from ditkit.reading import check_path
 from ditkit.registry import PlugSpec
 from ditkit.setup import Setup
 
 if TYPE_CHECKING:
     from ditkit.checkpoints.lora.read import Adapter
+
+
+LARGEST = 3e38  # of a strength: float32 has no more
 
 
 def named_expert(text: str) -> tuple[str | None, str]:
@@ -37,17 +40,19 @@ class Wanted:
 
     @classmethod
     def parse(cls, text: str) -> Wanted:
-        """``FILE``, ``FILE:STRENGTH`` or ``EXPERT=FILE:STRENGTH``. Raises SetupError."""
+        """``FILE``, ``FILE:STRENGTH`` or ``EXPERT=FILE:STRENGTH``; a file of the whole name comes first. Raises
+        SetupError."""
+        check_path(text, f"loras={text!r:.200}", SetupError)
         expert, place = named_expert(text)
         file, colon, last = place.rpartition(":")
         try:
-            strength = float(last if colon else "")
+            strength = float(last if colon and not os.path.lexists(os.path.expanduser(place)) else "")
         except ValueError:
             file, strength = place, 1.0
         path = Path(os.path.expanduser(file)).absolute()
-        if not math.isfinite(strength):
+        if not abs(strength) <= LARGEST:
             raise SetupError(f"loras={text!r}", f"its strength is {strength}", "Give a finite number")
-        if not path.exists():
+        if not os.path.exists(path):
             raise SetupError(f"loras={text!r}", f"there is no file {path}", "Check the path")
         return cls(text, path, strength, expert)
 

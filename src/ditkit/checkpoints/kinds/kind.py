@@ -4,7 +4,7 @@ Files are recognised, opened, converted and held against each other by rows alon
 Classes of higher rooms are named (``ditkit.models.wan:WanConfig``) and imported when they are needed.
 Leaves out: loading itself (``ditkit.assembly.loaders``), and what is known of a task (``ditkit.assembly.tasks``)."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -48,7 +48,7 @@ class Layout:
         named = config.get("_class_name") in self.classes or config.get("model_type") in self.model_types
         return named and self.mine(config)
 
-    def fits(self, names: Collection[str]) -> bool:
+    def fits(self, names: Container[str]) -> bool:
         whole = any(all(name in names for name in wanted) for wanted in self.has)
         return whole and not any(name in names for name in self.lacks)
 
@@ -98,6 +98,7 @@ class Kind(Row):
 
     ``layouts``: by name, ``native`` and one other. ``sizes``: tensors, layout -> sizes. ``keys``: fields -> the table
     between the two layouts; ``own``: the side whose names the module has; ``aliases``: its second names of tensors;
+    ``reshaped``: tensors -> those that some programs store in another shape, and the shapes that are meant;
     ``optional_keys``: not every network has all names of its table; ``file_keys``: fields, layout -> the table for
     writing, where that is another one.
     ``config_class``, ``module``, ``load``: class of the config, what makes the module of it, and the loader.
@@ -119,6 +120,7 @@ class Kind(Row):
     own: Side = "native"
     aliases: Mapping[str, str] = field(default_factory=dict)
     optional_keys: bool = False
+    reshaped: Callable[[Tensors], Mapping[str, tuple[int, ...]]] = lambda tensors: {}
     file_keys: Callable[[Fields, str], KeyTable] | None = None
     config_class: str = ""
     module: str = ""
