@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from ditkit.assembly.adapters import Adapters
 from ditkit.assembly.loaders import LoadOptions
 from ditkit.assembly.model import Model, vocabulary
-from ditkit.checkpoints.files.stored import hash_of
 from ditkit.checkpoints.files.text import readable
 from ditkit.checkpoints.model.part import Part
 from ditkit.contracts import EXPERTS, Swap, identify
@@ -185,6 +184,8 @@ class Components(Mapping[str, Any]):
         Of files with one name in different folders the second is ``NAME (2)``."""
         part = self.model.parts[name]
         if part.source is None:
+            from ditkit.checkpoints.files.stored import hash_of  # needs torch
+
             return {vocabulary(part).name: hash_of(vocabulary(part))}
         found = dict(part.source.sha256)
         for adapter, _ in self.adapters.by_expert.get(name, ()):
