@@ -38,3 +38,14 @@ MESSAGES = 1_000_000  # of one job; a run of a thousand steps with a chatty plug
 AT_WORK = 21_600.0  # seconds in which a host has to tell more than that it is at work
 COME_AGAIN = 300.0  # seconds that a host may ask a client to wait
 RESTART = 60.0  # seconds that a client waits for a host that it has known to be there again
+
+# --- what weights and their settings claim
+
+NAME = 200  # characters of one name in a list of names
+AXES = 16  # of one tensor; torch's own operations take no more than 64, and no weight here has more than 5
+NUMBER = 2**63  # an axis, a place or a size is below it
+HEADER = 16 << 20  # bytes before the data of a file of weights; 1,100 tensors take 0.2 MB
+VOCABULARY = 32 << 20  # bytes before the data of a GGUF file; the largest in use, with 256,000 words, have 12 MB
+PICKLE = 4 << 20  # bytes that say what a checkpoint of torch holds; 1,100 tensors and their optimizer take 0.5 MB
+ENTRIES = 1 << 16  # tensors or fields of one file, dictionaries of one checkpoint
+PATTERNS = 256  # of a LoRA's settings that are more than a name

@@ -304,7 +304,7 @@ def test_truncated_and_empty_files(tmp_path):
     save_file(some_tensors(), file)
     whole = file.read_bytes()
     for length, part in (
-        (0, "it has only 0 bytes"),
+        (0, "it is empty (0 bytes)"),
         (5, "it has only 5 bytes"),
         (8, "too few for a header"),
         (100, "too few for a header"),

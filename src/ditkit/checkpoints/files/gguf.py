@@ -3,7 +3,8 @@
 Tensors of a quantised type are given as the bytes that are stored; ``numbers_of`` turns them into numbers with the
 ``gguf`` library (``pip install "ditkit[gguf]"``), and the view ``Dequantized`` does so while streaming. The header is
 read here, because the library's reader maps the file and takes seconds and hundreds of MB for a vocabulary of 256 000
-words. Shapes are those of torch: GGUF writes them in reverse. Leaves out: writing, big-endian files, version 1, the
+words. Which names its tensors have is told by them, not by ``general.architecture``, which every converter spells in
+its own way. Shapes are those of torch: GGUF writes them in reverse. Leaves out: writing, big-endian files, version 1, the
 i-quants and the 4-bit float types, the vocabulary in ``tokenizer.ggml.*``.
 Sources: the library; the specification (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md); ComfyUI-GGUF
 ``loader.py`` and ``tools/convert.py`` (names, ``comfy.gguf.orig_shape``); llama.cpp ``tensor_mapping.py`` (t5)."""
@@ -21,9 +22,11 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from ditkit import limits
 from ditkit.checkpoints.files.stored import StoredTensors, TensorInfo
 from ditkit.checkpoints.files.text import AGAIN, readable
-from ditkit.errors import LoadError, check_known, needed
+from ditkit.errors import LoadError, needed
+from ditkit.reading import open_ordinary
 
 PLAIN = ("F32", "F16", "BF16")
 BLOCKS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
@@ -49,8 +52,7 @@ T5_NAMES: Mapping[str, str] = MappingProxyType({
 })  # fmt: skip
 """Whole names of a t5 file -> transformers' names. A name that fits none is kept, so a strict load refuses it."""
 
-ARCHITECTURES: Mapping[str, Mapping[str, str]] = MappingProxyType({"wan": {}, "t5": T5_NAMES, "t5encoder": T5_NAMES})
-"""``general.architecture`` -> the names that its files use instead of the usual ones."""
+T5_BEGIN = ("enc.", "token_embd.")  # no other network that is used here has such names
 
 
 def _library() -> Any:
@@ -62,21 +64,21 @@ class GGUFFile(StoredTensors):
 
     ``tensors`` says ``F32``, ``F16``, ``BF16`` or the type of the blocks (``Q4_K``), and the shape of the numbers.
     Reading a tensor of blocks gives its bytes, uint8 [n]. ``metadata``: the fields, long lists left out.
-    Raises LoadError for damaged files, and for architectures and types that are not supported."""
+    Raises LoadError for damaged files, and for types that are not supported."""
 
     def __init__(self, path: str | Path):
         path = Path(path)
         asked = f"opening {path}"
-        with readable(asked), path.open("rb") as stream:
+        _library()
+        with readable(asked), open_ordinary(path) as stream:
             try:
                 header = _Header(stream)
             except ValueError as error:
                 raise LoadError(asked, f"it cannot be read as GGUF ({error})", AGAIN) from None
-        architecture = str(header.fields.get("general.architecture"))
-        check_known(architecture, ARCHITECTURES, asked, f"its architecture is {architecture!r}", LoadError)
+        names = T5_NAMES if any(name.startswith(T5_BEGIN) for name, *_ in header.tensors) else {}
         tensors: dict[str, TensorInfo] = {}
         for tensor in header.tensors:
-            name = _translate(tensor[0], ARCHITECTURES[architecture])
+            name = _translate(tensor[0], names)
             if name in tensors:
                 raise LoadError(asked, f"two tensors would be {name}", "Use another file")
             tensors[name] = _info(path, header, *tensor)
@@ -98,8 +100,8 @@ class _Header:
         if (version := self._number("I")) not in (2, 3):
             raise ValueError(f"its version is {version}, or it is big-endian")
         tensors, fields = self._number("Q"), self._number("Q")
-        pairs = [self._field() for _ in range(self._left(fields))]  # each takes a byte at least
-        self.tensors = [self._tensor() for _ in range(self._left(tensors))]
+        pairs = [self._field() for _ in self._few(fields, "fields")]
+        self.tensors = [self._tensor() for _ in self._few(tensors, "tensors")]
         self.fields = {name: value for name, value in pairs if value is not None}
         for kind, rows in ("field", pairs), ("tensor", self.tensors):
             if len({name for name, *_ in rows}) < len(rows):
@@ -110,10 +112,18 @@ class _Header:
         self.data = -(-stream.tell() // align) * align
 
     def _left(self, count: int) -> int:
-        """``count``, where so many bytes are left."""
-        if count > self.size - self.stream.tell():
+        """``count``, where so many bytes are left, and not too many."""
+        here = self.stream.tell()
+        if count > self.size - here:
             raise ValueError("it ends too early")
+        if here + count > limits.VOCABULARY:
+            raise ValueError(f"what stands before the data has more than {limits.VOCABULARY:,} bytes")
         return count
+
+    def _few(self, count: int, what: str) -> range:
+        if count > limits.ENTRIES:
+            raise ValueError(f"it says that it has {count:,} {what}")
+        return range(self._left(count))  # each takes a byte at least
 
     def _take(self, count: int) -> bytes:
         return self.stream.read(self._left(count))
@@ -156,6 +166,8 @@ class _Header:
         if axes > 8:
             raise ValueError(f"{name} has {axes} axes")
         shape = tuple(self._number("Q") for _ in range(axes))
+        if max(shape, default=0) >= limits.NUMBER:
+            raise ValueError(f"{name} has an axis of {max(shape)}")
         return name, shape[::-1], self._number("I"), self._number("Q")
 
 
@@ -167,8 +179,7 @@ def _translate(name: str, names: Mapping[str, str]) -> str:
 def _info(path: Path, header: _Header, name: str, shape: tuple[int, ...], code: int, offset: int) -> TensorInfo:
     """Where a tensor lies, in the shape that it has in torch."""
     asked = f"opening {path}"
-    kinds = {int(kind): kind.name for kind in _library().GGML_QUANT_SIZES}
-    kind = kinds.get(code, f"type {code}")
+    kind = _kinds().get(code, f"type {code}")
     if kind not in (*PLAIN, *BLOCKS):
         known = ", ".join((*PLAIN, *BLOCKS))
         raise LoadError(asked, f"{name} is stored as {kind}", f"Use a file with types among {known}")
@@ -188,6 +199,12 @@ def _info(path: Path, header: _Header, name: str, shape: tuple[int, ...], code: 
 
 
 @functools.cache
+def _kinds() -> Mapping[int, str]:
+    """The numbers of all types, as the library knows them -> their names."""
+    return {int(kind): kind.name for kind in _library().GGML_QUANT_SIZES}
+
+
+@functools.cache
 def keep_heap() -> None:
     """Lets malloc keep what it got for the library's temporary arrays. As it starts, it gives them back to the system
     after each piece, and new pages take longer than the arithmetic. Freeing something large is how glibc learns better
@@ -195,6 +212,7 @@ def keep_heap() -> None:
     torch.empty(2**24, dtype=torch.uint8)
 
 
+@functools.cache
 def block_bytes(kind: str) -> tuple[int, int]:
     """(numbers, bytes) of a block of the type ``kind``."""
     library = _library()

@@ -3,9 +3,9 @@ quantisation and prefixes (views)."""
 
 from pathlib import Path
 
-from ditkit.checkpoints.files.formats import chosen, kind_of, split_entry
+from ditkit.checkpoints.files.formats import INDEX, chosen, kind_of, split_entry
 from ditkit.checkpoints.files.gguf import GGUFFile
-from ditkit.checkpoints.files.pickles import PickleFile
+from ditkit.checkpoints.files.pickles import PickleFile, PickleShards
 from ditkit.checkpoints.files.safetensors import TensorFiles
 from ditkit.checkpoints.files.stored import StoredTensors
 from ditkit.errors import LoadError
@@ -28,4 +28,6 @@ def open_source(path: str | Path, variant: str | None = None, entry: str | None 
         raise LoadError(f"opening {path}", f"entry {entry!r} was given with a file that has no entries", "Leave it out")
     if kind == "gguf":
         return GGUFFile(path)
+    if (index := INDEX.fullmatch(path.name)) and index[2] == ".bin":
+        return PickleShards(path)
     return TensorFiles(path)

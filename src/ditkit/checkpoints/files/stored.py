@@ -12,10 +12,9 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from io import BufferedReader
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -23,6 +22,7 @@ from torch import Tensor
 from ditkit.checkpoints.files.text import readable
 from ditkit.checkpoints.views.source import Facts, Inspect, TensorSource, no_inspection
 from ditkit.errors import LoadError
+from ditkit.reading import open_ordinary
 from ditkit.state import CODES
 from ditkit.store.hashes import HASHES
 
@@ -78,7 +78,7 @@ class StoredTensors(TensorSource):
             return
         buffer = torch.empty(min(size, info.size), dtype=torch.uint8)
         raw = bytes_of(buffer)
-        with info.file.open("rb") as stream:
+        with readable(f"reading {name} from {info.file}"), open_ordinary(info.file) as stream:
             stream.seek(info.start)
             for begin in range(0, info.size, size):
                 count = min(size, info.size - begin)
@@ -117,7 +117,7 @@ def read(name: str, info: TensorInfo, look: Inspect = no_inspection) -> Tensor:
     tensor = new(info.shape, known) if known else new((info.size,), torch.uint8)
     flat = tensor.reshape(-1)
     raw, items = bytes_of(flat), PIECE // flat.itemsize
-    with info.file.open("rb") as stream:
+    with readable(f"reading {name} from {info.file}"), open_ordinary(info.file) as stream:
         stream.seek(info.start)
         for begin in range(0, flat.numel(), items):
             part = flat[begin : begin + items]
@@ -166,14 +166,14 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data  # as bytes, because numpy has no bfloat16
 
 
-def _fill(stream: BufferedReader, view: memoryview, name: str, info: TensorInfo) -> None:
+def _fill(stream: BinaryIO, view: memoryview, name: str, info: TensorInfo) -> None:
     if stream.readinto(view) < len(view):
         raise LoadError(f"reading {name} from {info.file}", "the file became shorter", "Download the file again")
 
 
 def file_sample(file: Path, count: int = 17, length: int = 2**14) -> str:
     """sha256 of a file's size and of ``count`` even samples of ``length`` bytes, the first and the last among them."""
-    with readable(f"reading {file}"), file.open("rb") as stream:
+    with readable(f"reading {file}"), open_ordinary(file) as stream:
         size = stream.seek(0, os.SEEK_END)
         digest = hashlib.sha256(str(size).encode())
         for n in range(count):
