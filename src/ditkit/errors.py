@@ -18,9 +18,8 @@ class DitkitError(Exception):
     exit_code = 1
 
     def __init__(self, asked: str, found: str, do: str):
-        asked, found = (printable(hidden(shortened(str(part)))) for part in (asked, found))
-        do = printable(hidden(shortened(str(do))), keep="
-")
+        asked, found = (printable(hidden(_short(str(part)))) for part in (asked, found))
+        do = printable(hidden(_short(str(do))), keep="\n")
         super().__init__(f"{asked}: {found}. {do}.")
         self.asked, self.found, self.do = asked, found, do
 
@@ -28,8 +27,12 @@ class DitkitError(Exception):
         return type(self), (self.asked, self.found, self.do)
 
 
+def _short(text: str) -> str:
+    return text if len(text) <= MESSAGE else f"{text[:MESSAGE]}..."
+
+
 def shortened(text: str, limit: int = MESSAGE) -> str:
-    """``text`` without its middle where it is longer than ``limit``: what a file or a host claims may be."""
+    """``text`` without its middle where it is longer than ``limit``: names and values that a file claims may be."""
     return text if len(text) <= limit else f"{text[: limit * 3 // 4]} [...] {text[-(limit // 5) :]}"
 
 

@@ -30,7 +30,7 @@ STRANGERS: tuple[tuple[re.Pattern[bytes], str, str], ...] = (
     (re.compile(rb"\x1f\x8b|BZh|\xfd7zXZ|7z\xbc\xaf|Rar!|\x28\xb5\x2f\xfd"), "it is a packed archive", "Unpack it"),
     (re.compile(rb"L\0\0\0\x01\x14\x02\0"), "it is a shortcut of Windows", "Give the file that it stands for"),
     (re.compile(rb"\0\x05\x16\x07"), "it is what macOS keeps beside a file on other disks", "Give the file itself"),
-    (re.compile(rb"\0{64}"), "it begins with zeros, as a download does that was not finished", "Download it again"),
+    (re.compile(rb"\0{64}"), "it begins with zeros, as a download does that was not finished", "Download the file again"),
 )  # fmt: skip
 """How a file begins that is something else than what its name says: what it is, and what to do."""
 UNFINISHED = (".aria2", ".incomplete", ".part", ".partial", ".crdownload", ".download", ".opdownload", ".!ut", ".!qb")
@@ -48,7 +48,7 @@ def is_litter(name: str) -> bool:
 def stranger(data: bytes) -> tuple[str, str] | None:
     """What a file that begins with ``data`` is instead of JSON, TOML or weights, and what to do about it; else None."""
     if not data:
-        return "it is empty (0 bytes)", "Download it again"
+        return "it is empty (0 bytes)", "Download the file again"
     return next(((what, do) for mark, what, do in STRANGERS if mark.match(data)), None)
 
 

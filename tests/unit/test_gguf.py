@@ -138,7 +138,7 @@ def test_a_text_encoder_has_transformers_names(tmp_path, architecture):
 def test_names_that_are_no_t5_stay_and_wan_is_not_renamed(tmp_path):
     tensors = {"dec.blk.0.attn_q.weight": ("F32", numbers(2)), "token_embd.weight.x": ("F32", numbers(2))}
     assert open_source(written(tmp_path / "x.gguf", tensors, "t5")).tensors.keys() == tensors.keys()
-    tensors = {"token_embd.weight": ("F32", numbers(2))}
+    tensors = {"token_embedding.weight": ("F32", numbers(2))}
     assert open_source(written(tmp_path / "y.gguf", tensors)).tensors.keys() == tensors.keys()
 
 

@@ -22,6 +22,7 @@ from ditkit.errors import LoadError, SetupError
 from ditkit.events import SILENT, Events
 from ditkit.mlx import exact_name
 from ditkit.prompting import open_expander
+from ditkit.reading import file_at
 from ditkit.registry import resolve
 from ditkit.setup import PARTS, Setup
 from ditkit.shared import Holder, Shared
@@ -146,7 +147,7 @@ class Components(Mapping[str, Any]):
         weights = part.source.files if part.source else (vocabulary(part),)
         config = (part.path if part.path.is_dir() else part.path.parent) / "config.json"
         loras = [file for adapter, _ in self.adapters.by_expert.get(name, ()) for file in adapter.source.files]
-        there = [file for file in (*weights, *loras, config) if file.exists()]
+        there = [file for file in (*weights, *loras, config) if file_at(file)]
         return {str(file): (stat.st_size, stat.st_mtime_ns) for file in there for stat in (file.stat(),)}
 
     def _key(self, name: str) -> Any:

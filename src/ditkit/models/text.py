@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ditkit.errors import LoadError
+from ditkit.reading import file_at, read_bytes, stranger
 from ditkit.state import digest
 from ditkit.store.hashes import HASHES
 
@@ -43,13 +44,16 @@ class WanTokenizer:
 
         file = Path(folder) / "tokenizer.json"
         asked = f"loading the tokenizer from {folder}"
-        if not file.is_file():
+        if not file_at(file, asked):
             if (file.parent / "spiece.model").is_file():
                 found = "it has only spiece.model and no tokenizer.json"
                 raise LoadError(asked, found, "Add the tokenizer.json of the same model")
             raise LoadError(asked, "it has no tokenizer.json", "Check the path, or download the model again")
+        data = read_bytes(file, asked, do="Download the file again")
+        if (found := stranger(data)) is not None:
+            raise LoadError(f"reading {file}", *found)
         try:
-            self._tokenizer = Tokenizer.from_file(str(file))
+            self._tokenizer = Tokenizer.from_buffer(data)
         except Exception as error:  # the library raises nothing narrower
             raise LoadError(asked, f"tokenizer.json cannot be read ({error})", "Download the file again") from None
         self._tokenizer.no_truncation()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ditkit.checkpoints.convert.folders import appearing, write_json
+from ditkit.checkpoints.files.formats import listed
 from ditkit.checkpoints.files.text import read_json, some
 from ditkit.checkpoints.files.writing import SHARD_BYTES, WANTED, total_bytes, write_pickle, write_set
 from ditkit.checkpoints.kinds.configs import of_class
@@ -26,6 +27,7 @@ from ditkit.checkpoints.model.place import NOTES
 from ditkit.checkpoints.views.mapped import Mapped
 from ditkit.checkpoints.views.source import TensorSource
 from ditkit.errors import LoadError, OutputError, SetupError, check_known
+from ditkit.reading import file_at, folder_at
 
 LAYOUTS = ("native", "diffusers")
 BESIDE = {"README.md", "LICENSE", "LICENSE.txt", "LICENSE.md", ".gitattributes", "config.json", INDEX}
@@ -149,7 +151,7 @@ def _write(
         else:
             write_set(place, form.file, source, dtype, limit, wrote)
     remarks += [f"{name} is no part and was left behind ({why})" for name, why in located.unused.items()]
-    if Path(located.path).is_dir() and (Path(located.path) / "ditkit.toml").is_file():
+    if folder_at(located.path) and file_at(Path(located.path) / "ditkit.toml"):
         remarks.append("ditkit.toml was left behind: write its defaults anew for the new folder")
     return remarks
 
@@ -181,8 +183,8 @@ def _named(part: Part, source: TensorSource, layout: str) -> TensorSource:
 def _copy_notes(folder: Path, place: Path) -> None:
     """A vocabulary and its settings; programs and pictures are never among them."""
     place.mkdir(parents=True, exist_ok=True)
-    for file in folder.iterdir():
-        if file.is_file() and NOTES.fullmatch(file.name):
+    for file in listed(folder):
+        if not file.is_dir() and NOTES.fullmatch(file.name) and file_at(file):
             shutil.copy(file, place)
 
 
@@ -197,9 +199,9 @@ def _write_index(located: ModelParts, index: dict[str, list[str]], folder: Path)
     for part in located.parts.values():
         for name, (library, cls, file, content) in part.row.beside(part.config, task).items():
             own = Path(located.path) / name
-            if located.layout == "diffusers" and own.is_dir():
+            if located.layout == "diffusers" and folder_at(own):
                 _copy_notes(own, folder / name)
-                cls = read_json(own / file).get("_class_name", cls) if (own / file).is_file() else cls
+                cls = read_json(own / file).get("_class_name", cls) if file_at(own / file) else cls
             else:
                 write_json(folder / name / file, content)
             whole[name] = [library, cls]

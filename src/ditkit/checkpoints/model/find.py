@@ -24,6 +24,7 @@ from ditkit.checkpoints.model.open_part import flow_shift, open_part, open_token
 from ditkit.checkpoints.model.part import EXPERTS, SIDE, WITHOUT_WEIGHTS, ModelParts, Options, Part, Scope, main_of
 from ditkit.checkpoints.model.place import place_of
 from ditkit.errors import LoadError, SetupError, check_known, nearest
+from ditkit.reading import check_path, file_at, folder_at
 from ditkit.setup import Setup
 
 ASSETS = Path(__file__).parents[2] / "assets"
@@ -62,7 +63,7 @@ def parts_of(path: Path, variant: str | None = None, *, verify: bool = False) ->
         for check in found.verify.values() if verify else ():
             check()
         return found
-    if variant is not None and not (path / INDEX).is_file():  # of a part's own folder
+    if variant is not None and not file_at(path / INDEX):  # of a part's own folder
         return locate(open_part(path, None, variant).path)
     return locate(path, variant)
 
@@ -90,6 +91,7 @@ def _options(setup: Setup, scope: Scope) -> tuple[Options, Hub]:
 
 
 def _path(name: str) -> Path:
+    check_path(name, f"model {name!r:.200}")
     place = os.path.expanduser(name)
     file = split_entry(Path(place))[0] if "\0" not in place else place
     if name not in MODELS and not (name and os.path.exists(file)):  # exists takes any text; Path.exists does not
@@ -103,6 +105,7 @@ def _place(where: str, hub: Hub, component: str) -> Path:
     """A part that the user names: a path, or a place in a repository."""
     if HubName.parse(where) is not None:
         return place_of(component, where).pin(hub).resolve(hub)
+    check_path(where, f"{component}={where!r:.200}")
     path = Path(os.path.expanduser(where)).absolute()
     if not split_entry(path)[0].exists():
         raise LoadError(f"{component}={where}", "there is nothing of that name", "Check the path")
@@ -112,7 +115,7 @@ def _place(where: str, hub: Hub, component: str) -> Path:
 def _of_manifest(manifest: Manifest, how: Options, hub: Hub) -> ModelParts:
     """The model of a manifest, or of an index of diffusers. Raises LoadError."""
     folder, scope = manifest.folder, how.scope
-    indexed = any((folder / one).is_file() for one in (INDEX, MODULAR))
+    indexed = any(file_at(folder / one) for one in (INDEX, MODULAR))
     named = {name: place for name, place in manifest.components.items() if name not in how.instead}
     lacks = {name for name, place in named.items() if indexed and place.absent}  # the model says what it lacks
     weights = [name for name in named if name not in WITHOUT_WEIGHTS]
@@ -147,21 +150,21 @@ def _located(path: Path, how: Options, values: Mapping[str, Any] = {}) -> ModelP
     """``values``: ``boundary_ratio``, ``expand_timesteps``, where no index gives them."""
     asked, scope = f"opening the model in {path}", how.scope
     path, entry = split_entry(path)
-    if not path.is_dir() and not path.is_file():
-        found = "it is neither a file nor a folder" if path.exists() else "there is no such file or folder"
-        raise LoadError(asked, found, "Check the path")
-    if (path / INDEX).is_file():
+    folder = folder_at(path, asked)
+    if not folder and not file_at(path, asked):
+        raise LoadError(asked, "there is no such file or folder", "Check the path")
+    if folder and file_at(path / INDEX, asked):
         return _of_manifest(Manifest.open(path / INDEX, lock=False), how, Hub(offline=True))
-    if (path / MODULAR).is_file():
+    if folder and file_at(path / MODULAR, asked):
         found = f"it has only {MODULAR}, which names parts in other places"
         raise LoadError(asked, found, "Open it as a manifest")
-    if own := {name: path / name for name in scope.only or () if (path / name).is_dir()}:  # some of a Diffusers model
+    if own := {name: path / name for name in scope.only or () if folder_at(path / name, asked)}:  # some of a Diffusers model
         parts = _opened({**own, **how.instead}, dict.fromkeys(own, how.variant), how)
         return model_parts(path, "diffusers", parts, values, scope=scope)
     if how.variant is not None:
         raise LoadError(asked, f"variant {how.variant!r} was given and it has no model_index.json", "Leave it out")
     others = _opened(how.instead, {}, how)
-    if path.is_file():
+    if not folder:
         part = opened(path, None, None, entry, how.rules)
         return model_parts(path, "file", {part.component: part, **others}, values, scope=scope)
     parts, unused = _native(path, others, how)
@@ -180,7 +183,7 @@ def _native(folder: Path, others: Mapping[str, Part], how: Options) -> tuple[dic
     """The parts of a native folder, weights beside one another and two experts in folders of their own, with
     ``others`` in their places; and the files that are none."""
     parts, unused, scope, asked = dict(others), {}, how.scope, f"opening the model in {folder}"
-    experts = [name for name, part in EXPERTS.items() if part not in others and (folder / name).is_dir()]
+    experts = [name for name, part in EXPERTS.items() if part not in others and folder_at(folder / name, asked)]
     for name in experts:
         if scope.opens(EXPERTS[name]):
             parts[EXPERTS[name]] = opened(folder / name, EXPERTS[name], rules=how.rules)
@@ -206,7 +209,7 @@ def _native(folder: Path, others: Mapping[str, Part], how: Options) -> tuple[dic
         else:
             parts[name] = part
     tokenizer = folder / NATIVE_TOKENIZER
-    if "tokenizer" not in parts and scope.opens("tokenizer") and (tokenizer / "tokenizer.json").is_file():
+    if "tokenizer" not in parts and scope.opens("tokenizer") and file_at(tokenizer / "tokenizer.json", asked):
         parts["tokenizer"] = open_tokenizer(tokenizer, how.rules)
     if not parts:
         why = f" ({some(f'{name}: {reason}' for name, reason in unused.items())})" if unused else ""

@@ -12,6 +12,7 @@ from ditkit.checkpoints.files.text import some
 from ditkit.checkpoints.kinds.kind import KINDS, Kind, Port, Published, kinds_of
 from ditkit.checkpoints.model.part import EXPERTS, WHOLE, ModelParts, Part, Scope, component_names, main_of
 from ditkit.errors import LoadError
+from ditkit.reading import folder_at
 
 NATIVE_TOKENIZER = Path("google", "umt5-xxl")
 USUAL = {"tokenizer": "tokenizer", "text_encoder": "umt5", "vae": "wan_vae", "transformer": "wan"}
@@ -26,7 +27,7 @@ def model_parts(
     """``parts`` as one model, with all that is wrong with it. ``path`` is what messages call it; ``values``: of its
     index or manifest (``boundary_ratio``, ``expand_timesteps``); ``promised``: components that its index names."""
     parts = {name: part for name, part in parts.items() if scope.opens(name)}
-    halves = layout == "native" and any((Path(path) / folder).is_dir() for folder in EXPERTS)
+    halves = layout == "native" and any(folder_at(Path(path) / folder) for folder in EXPERTS)
     needed, far = _needed(parts, halves or "transformer_2" in parts, (*promised, *scope.experts), scope)
     look = _Look(path, layout, {**parts, **far}, unused)
     main = main_of(look.parts)

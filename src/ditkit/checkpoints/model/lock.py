@@ -5,17 +5,17 @@ an error. Leaves out: what the files are."""
 
 import hashlib
 import json
-import tomllib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ditkit.checkpoints.files.text import readable
+from ditkit.checkpoints.files.text import ABSENT
 from ditkit.checkpoints.model.hub import Hub
 from ditkit.checkpoints.model.place import AGAIN, Location, Places, check_names, files_at
 from ditkit.errors import LoadError
+from ditkit.reading import file_at, open_ordinary, parse_toml, read_bytes
 
 INDEX = "index"
 ANEW = "Write it anew with `ditkit lock`"
@@ -37,13 +37,11 @@ P = TypeVar("P", bound=Places)
 
 def read_toml(file: Path, do: str) -> dict[str, Any]:
     """Raises LoadError."""
-    with readable(f"reading {file}"):
-        try:
-            return tomllib.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise LoadError(f"reading {file}", f"it is not valid TOML ({error})", do) from None
-        except RecursionError:
-            raise LoadError(f"reading {file}", "it is nested too deeply", do) from None
+    asked = f"reading {file}"
+    try:
+        return dict(parse_toml(read_bytes(file, asked), asked, do=do))
+    except FileNotFoundError:
+        raise LoadError(asked, *ABSENT) from None
 
 
 def lock_file(manifest: Places) -> Path:
@@ -54,7 +52,7 @@ def lock_file(manifest: Places) -> Path:
 
 def read_lock(file: Path) -> Lock:
     """Empty when there is no such file. Raises LoadError when it cannot be understood."""
-    if not file.is_file():
+    if not file_at(file):
         return {}
     raw, lock = read_toml(file, ANEW), {}
     try:
@@ -130,7 +128,7 @@ def _digests(files: Mapping[str, Path]) -> dict[str, str]:
 
 
 def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
+    with open_ordinary(file) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 

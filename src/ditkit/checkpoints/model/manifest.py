@@ -16,6 +16,7 @@ from ditkit.checkpoints.model.lock import read_toml, with_lock
 from ditkit.checkpoints.model.part import SIDE, WITHOUT_WEIGHTS, component_names
 from ditkit.checkpoints.model.place import Base, LocalBase, Location, Places, RemoteBase, location, short
 from ditkit.errors import LoadError, StateError, check_known
+from ditkit.reading import file_at, folder_at
 from ditkit.trust import is_away
 
 MODULAR, INDEX = "modular_model_index.json", "model_index.json"
@@ -52,8 +53,8 @@ class Manifest(Places):
     @staticmethod
     def at(path: Path) -> str | None:
         """The name of the manifest that ``path`` is or holds, if any."""
-        if path.is_dir():
-            return next((name for name in NAMES if (path / name).is_file()), None)
+        if folder_at(path):
+            return next((name for name in NAMES if file_at(path / name)), None)
         return path.name if path.suffix == ".toml" or path.name in NAMES else None
 
     @classmethod
@@ -64,10 +65,11 @@ class Manifest(Places):
         component for the first and as a whole for the other two. With ``lock``, what ``ditkit.lock`` pins is filled
         in. Raises LoadError."""
         path = Path(path)
-        if not path.exists():
-            raise LoadError(f"opening the manifest {path}", "there is no such file or folder", "Check the path")
-        folder = Path(os.path.abspath(path if path.is_dir() else path.parent))
-        found = _read(folder, None if path.is_dir() else path.name, LocalBase(folder))
+        whole, asked = folder_at(path), f"opening the manifest {path}"
+        if not whole and not file_at(path, asked):
+            raise LoadError(asked, "there is no such file or folder", "Check the path")
+        folder = Path(os.path.abspath(path if whole else path.parent))
+        found = _read(folder, None if whole else path.name, LocalBase(folder))
         return with_lock(found) if lock else found
 
     @classmethod
@@ -104,9 +106,9 @@ def check_fetches(model: str, named: Collection[str], allowed: Collection[str], 
 
 def _read(folder: Path, name: str | None, base: Base) -> Manifest:
     own = folder / (name or NAMES[0])
-    toml = own if own.suffix == ".toml" and own.is_file() else None
+    toml = own if own.suffix == ".toml" and file_at(own) else None
     indexes = [own] if name and not toml else [folder / MODULAR, folder / INDEX]
-    index = next((file for file in indexes if file.suffix == ".json" and file.is_file()), None)
+    index = next((file for file in indexes if file.suffix == ".json" and file_at(file)), None)
     components, values, unknown = _read_index(index, base) if index else ({}, {}, {})
     tables = read_toml(toml, "Correct it") if toml else {}
     for key, table in tables.items():

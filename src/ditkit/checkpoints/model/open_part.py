@@ -20,6 +20,7 @@ from ditkit.checkpoints.model.part import Part, component_names
 from ditkit.checkpoints.views.mapped import Mapped
 from ditkit.checkpoints.views.source import TensorSource
 from ditkit.errors import LoadError, check_known
+from ditkit.reading import file_at
 
 
 def open_part(
@@ -49,7 +50,7 @@ def opened(
 
     source = open_source(path, variant, entry)
     file = (path if path.is_dir() else source.path.parent) / "config.json"
-    said = read_json(file) if file.is_file() else None
+    said = read_json(file) if file_at(file, f"opening {source.path} with its config") else None
     asked = f"opening {source.path}" + (f" as {component}" if component else "")
     detected, view = recognise(source)
     if detected.kind not in KINDS or not KINDS[detected.kind].components:
@@ -99,12 +100,13 @@ def _config(
 def open_tokenizer(folder: Path, rules: Rules) -> Part:
     """Raises LoadError when there is no ``tokenizer.json``."""
     folder = folder.parent if folder.name == "tokenizer.json" else folder
-    if not (folder / "tokenizer.json").is_file():
+    asked = f"opening the tokenizer in {folder}"
+    if not file_at(folder / "tokenizer.json", asked):
         only = "it has only spiece.model and no tokenizer.json"
         found = only if (folder / "spiece.model").is_file() else "there is no tokenizer.json"
-        raise LoadError(f"opening the tokenizer in {folder}", found, KINDS["tokenizer"].get)
+        raise LoadError(asked, found, KINDS["tokenizer"].get)
     notes: list[str] = []
-    if (file := folder / "tokenizer_config.json").is_file():  # the vocabulary decides what a tokenizer does
+    if file_at(file := folder / "tokenizer_config.json", asked):  # the vocabulary decides what a tokenizer does
         keys = _keys(file, TOKENIZER, rules, notes)
         keys.only("do_lower_case", None, False)
         end = keys.any("eos_token", None)

@@ -14,6 +14,7 @@ from ditkit.checkpoints.files.formats import SHARD
 from ditkit.checkpoints.files.text import read_json, some
 from ditkit.checkpoints.model.hub import COMMIT, REPO, Hub, HubName, Listing, inside
 from ditkit.errors import LoadError, check_known
+from ditkit.reading import check_path, file_at, folder_at, is_litter
 
 AGAIN = "Lock the manifest again with `ditkit lock` if that is meant"
 KEYS = ("path", "repo", "subfolder", "revision", "variant", "file", "sha256")
@@ -51,7 +52,7 @@ class Location:
     @property
     def afar(self) -> bool:
         """It would have to be fetched, or is not there at all."""
-        return self.here is None or not self.here.exists()
+        return self.here is None or not there(self.here, self.component)
 
     @property
     def absent(self) -> bool:
@@ -126,12 +127,19 @@ class Places:
     locked: bool = False
 
 
+def there(path: Path, component: str) -> bool:
+    """Whether anything is at ``path``. Raises LoadError for a link to nothing, which is not the same as no part."""
+    asked = f"looking for the {component}"
+    return folder_at(path, asked) or file_at(path, asked)
+
+
 def files_at(place: Location, at: Path) -> dict[str, Path]:
     """The files that make the component that lies ``at`` a folder or file, under the names that a lock uses."""
-    if not at.is_file():
-        names = used([file.name for file in at.iterdir() if file.is_file()], place.variant, str(at))
-        return {place.prefix + name: at / name for name in names}
-    beside = ["config.json"] if (at.parent / "config.json").is_file() else []  # what a loader reads too
+    asked = f"looking at the {place.component} in {at}"
+    if folder_at(at, asked):
+        names = used([file.name for file in at.iterdir() if not file.is_dir()], place.variant, str(at))
+        return {place.prefix + name: at / name for name in names if file_at(at / name, asked)}
+    beside = ["config.json"] if file_at(at.parent / "config.json", asked) else []  # what a loader reads too
     if at.name.endswith(".index.json"):
         shards = sorted({str(name) for name in read_json(at).get("weight_map", {}).values()})
         if outside := [name for name in shards if PurePosixPath(name).name != name or "\\" in name]:
@@ -162,7 +170,7 @@ class LocalBase:
     folder: Path
 
     def place(self, component: str, path: str, subfolder: str | None) -> dict[str, Any]:
-        own = path == "." and subfolder is None and (self.folder / component).is_dir()
+        own = path == "." and subfolder is None and folder_at(self.folder / component)
         place = os.path.normpath(self.folder / (component if own else os.path.expanduser(path)))
         return {"path": Path(place), "subfolder": subfolder or ""}
 
@@ -216,6 +224,7 @@ def location(name: str, keys: Mapping[str, Any], asked: str, base: Base) -> Loca
         check_known(key, KEYS, asked, f"it has an unknown key {key!r}", LoadError)
         if not isinstance(value, str) or not value:
             raise LoadError(asked, f"{key} is {value!r}, not a text", "Correct it")
+        check_path(value, asked)
     if not isinstance(pins, dict) or not all(isinstance(v, str) and len(v) == 64 for v in pins.values()):
         raise LoadError(asked, "sha256 is not a table of files and their 64 digits", "Write it with `ditkit lock`")
     path, repo, subfolder, file = (keys.get(key, "") for key in ("path", "repo", "subfolder", "file"))
@@ -260,7 +269,7 @@ def used(names: Iterable[str], variant: str | None, where: str) -> tuple[str, ..
 
     ``names`` are the files of one folder, without paths. Raises LoadError when the variant is not there, and when
     several sets could be meant; ``where`` names the folder in it."""
-    names = sorted(names)
+    names = sorted(name for name in names if not is_litter(name))
     notes = [name for name in names if NOTES.fullmatch(name)]
     sets = {name: found for name in names if (found := _weights(name))}
     asked = f"choosing the weights in {where}" + (f" (variant {variant!r})" if variant else "")
