@@ -167,9 +167,9 @@ def from_text(text: str, annotation: Any, literal: bool = False) -> Any:
         return text == "1"
     if text.lower() == "none" and type(None) in typing.get_args(annotation):
         return None
-    if typing.get_origin(annotation) is list and not text.lstrip().startswith("["):  # its only entry
-        return [from_text(text, typing.get_args(annotation)[0], literal)]
     values = options.toml_values(text)
+    if typing.get_origin(annotation) is list and not (text.lstrip().startswith("[") and values):  # its only entry
+        return [from_text(text, typing.get_args(annotation)[0], literal)]
     meanings = [text, *values] if literal else [*values, text]
     for meaning in meanings:
         if _fits(meaning, annotation):

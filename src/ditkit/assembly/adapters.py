@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ditkit.checkpoints.model.part import Part
 from ditkit.contracts import EXPERTS, Swap
 from ditkit.errors import LoadError, SetupError
+from ditkit.reading import check_path
 from ditkit.registry import PlugSpec
 from ditkit.setup import Setup
 
@@ -37,17 +38,19 @@ class Wanted:
 
     @classmethod
     def parse(cls, text: str) -> Wanted:
-        """``FILE``, ``FILE:STRENGTH`` or ``EXPERT=FILE:STRENGTH``. Raises SetupError."""
+        """``FILE``, ``FILE:STRENGTH`` or ``EXPERT=FILE:STRENGTH``; a file of the whole name comes first. Raises
+        SetupError."""
+        check_path(text, f"loras={text!r:.200}", SetupError)
         expert, place = named_expert(text)
         file, colon, last = place.rpartition(":")
         try:
-            strength = float(last if colon else "")
+            strength = float(last if colon and not os.path.lexists(os.path.expanduser(place)) else "")
         except ValueError:
             file, strength = place, 1.0
         path = Path(os.path.expanduser(file)).absolute()
         if not math.isfinite(strength):
             raise SetupError(f"loras={text!r}", f"its strength is {strength}", "Give a finite number")
-        if not path.exists():
+        if not os.path.exists(path):
             raise SetupError(f"loras={text!r}", f"there is no file {path}", "Check the path")
         return cls(text, path, strength, expert)
 

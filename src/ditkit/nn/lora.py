@@ -59,8 +59,8 @@ class AdaptedLinear(nn.Module):
 
 
 def _joined(tensors: list[Tensor], axis: int) -> Tensor:
-    dtype = functools.reduce(torch.promote_types, {tensor.dtype for tensor in tensors})
-    dtype = torch.bfloat16 if dtype.itemsize < 2 else dtype
+    wide = [torch.bfloat16 if tensor.dtype.itemsize < 2 else tensor.dtype for tensor in tensors]
+    dtype = functools.reduce(torch.promote_types, wide)  # those of 8 bits have no common one
     return torch.cat([tensor.to(dtype) for tensor in tensors], axis)
 
 
@@ -143,6 +143,9 @@ def _pairs(name: str, adapters: Adapters) -> list[tuple[Tensor, Tensor, float]] 
             for down, up, _ in own:
                 _check_finite(name, down, up)
             found += [(down, up, factor * strength) for down, up, factor in own]
+            if any(abs(factor * strength) > torch.finfo(torch.float32).max for _, _, factor in own):
+                asked = f"putting a LoRA beside {name} at strength {strength}"
+                raise LoadError(asked, "its scale is beyond float32", "Use another LoRA or strength")
     return found
 
 

@@ -105,7 +105,10 @@ KINDS = {"lora": (("", "up", "down", ""),), "loha": _two("hada"), "lokr": _two("
 
 
 def form_of(shapes: Mapping[str, Shape]) -> Form | None:
-    """What factors of these roles and shapes make; None where they are incomplete or do not fit each other."""
+    """What factors of these roles and shapes make; None where they are incomplete, hold nothing, or do not fit each
+    other."""
+    if not all(len(shape) > 1 and min(shape) > 0 for shape in shapes.values()):
+        return None
     fitting = (kind for kind, parts in KINDS.items() if shapes.keys() <= {role for part in parts for role in part})
     kind = next(fitting, "")
     found = [form for part in KINDS.get(kind, ()) if (form := _matrix(kind, shapes, *part))]

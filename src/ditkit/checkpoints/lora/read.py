@@ -7,6 +7,7 @@ Leaves out: what is no addition to a weight (OFT, Control-LoRA, Stand-In, UniAni
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ditkit.checkpoints.files.stored import FLOATS
@@ -28,6 +30,8 @@ from ditkit.checkpoints.views.source import TensorSource
 from ditkit.contracts import EXPERTS
 from ditkit.errors import LoadError, check_known
 
+WHOLE = ("I64", "I32", "I16", "I8", "U8")  # an alpha may be a whole number
+LARGEST = torch.finfo(torch.float32).max
 PLAIN_PARAMETERS = ("modulation", "emb_pos")  # they belong to no layer of their own
 
 ALLOWANCES: Mapping[str, str] = MappingProxyType({
@@ -258,6 +262,9 @@ class _Survey:
             return
         stored_alpha = None if alpha is None else self._number(alpha)
         factor = self.scale.of(next(iter(rest.values())).spelled, form.rank, stored_alpha)
+        if abs(factor) > LARGEST:
+            self._fault(f"the scale of {name} is {factor:.3g}, beyond float32", keys)
+            return
         matrices = tuple(tuple(rest[role].text for role in matrix) for matrix in form.matrices)
         change, kind = Change(form.kind, self.source.__getitem__, matrices, factor), form.kind
         delta: Delta = change
@@ -284,11 +291,14 @@ class _Survey:
         self.kinds[kind] += 1
 
     def _number(self, key: Key) -> float:
-        tensor = self.source[key.text]
-        if tensor.numel() != 1 or not tensor.isfinite().all():
+        facts = self.source.tensors[key.text]
+        found = math.nan
+        if prod(facts.shape) == 1 and facts.dtype in (*FLOATS, *WHOLE):
+            found = float(self.source[key.text].reshape(()).to(torch.float64))
+        if not math.isfinite(found):
             self._fault(f"{key.text} is not one finite number", 1)
             return 1.0
-        return float(tensor)
+        return found
 
     def _dora_axis(self, key: Key, size: Shape) -> bool | None:
         """True for one magnitude for each output, False for each input, None for neither."""
@@ -309,7 +319,7 @@ class _Survey:
             return True
         rule: str | None = None
         text = f"{target} has {list(shape)} where the LoRA is made for {list(size)}"
-        if part == "patch_embedding" and size[0] == shape[0]:
+        if part == "patch_embedding" and size[:1] == shape[:1]:
             if prod(size) < prod(shape):
                 rule = part
             else:
@@ -360,5 +370,5 @@ class _Survey:
 
 def _same(size: Shape, shape: Shape) -> bool:
     """Equal up to axes of length 1, or as the matrix that a convolution's weight is."""
-    flat = (shape[0], prod(shape[1:]))
+    flat = (*shape[:1], prod(shape[1:]))
     return size == flat or [n for n in size if n > 1] == [n for n in shape if n > 1]

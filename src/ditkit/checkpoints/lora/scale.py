@@ -5,16 +5,18 @@ factor is 1. Whether the rank or its root divides it (rs-LoRA, arXiv:2312.03732)
 Leaves out: the strength that a person gives, which multiplies the whole change.
 Sources: peft ``LoraConfig``; diffusers ``loaders/lora_base.py`` (``lora_adapter_metadata``); LyCORIS ``modules/``."""
 
-import json
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ditkit.checkpoints.files.text import read_json
+from ditkit import limits
+from ditkit.checkpoints.files.text import json_object, read_json
+from ditkit.checkpoints.kinds.configs import is_number
+from ditkit.checkpoints.lora.patterns import CORRECT, Patterns
 from ditkit.checkpoints.views.source import TensorSource
 from ditkit.errors import LoadError
+from ditkit.reading import file_at
 
 CONFIG = "adapter_config.json"  # peft's own name
 METADATA = "lora_adapter_metadata"  # diffusers' own name
@@ -24,10 +26,13 @@ PEFT_KINDS = ("LORA", "LOHA", "LOKR")
 
 @dataclass(frozen=True)
 class Scale:
-    """``config``: peft's settings, {} where there are none. ``root``: alpha is divided by the root of the rank."""
+    """``config``: peft's settings, checked; {} where there are none. ``root``: alpha is divided by the root of the rank.
+    ``ranks`` and ``alphas``: what the settings say of single modules."""
 
     path: str
     config: Mapping[str, Any]
+    ranks: Patterns = Patterns()
+    alphas: Patterns = Patterns()
 
     @property
     def root(self) -> bool:
@@ -36,25 +41,21 @@ class Scale:
     def of(self, name: str, rank: int | None, alpha: float | None) -> float:
         """Of the module ``name`` (as the file spells it). ``alpha``: what stands beside the factors. ``rank``: None
         when nothing is factored; LyCORIS then gives alpha no meaning, and peft takes the rank of its settings."""
-        told = self._pattern("rank_pattern", name, self.config.get("r"))
-        if rank is not None and isinstance(told, int) and told != rank:
+        told = self.ranks.of(name, self.config.get("r"))
+        if rank is not None and told is not None and told != rank:
             found = f"its settings give {name} the rank {told}, and its factors have {rank}"
             do = "Use the settings that belong to the file, or move those away"
             raise LoadError(f"reading the LoRA {self.path}", found, do)
         rank = rank if rank is not None else told
         if alpha is None:
-            alpha = self._pattern("alpha_pattern", name, self.config.get("lora_alpha", self.config.get("alpha")))
+            usual = self.config.get("lora_alpha")
+            alpha = self.alphas.of(name, self.config.get("alpha") if usual is None else usual)
         if alpha is None or rank is None:
             if self.root and rank is not None:
                 asked = f"reading the LoRA {self.path} as rs-LoRA"
                 raise LoadError(asked, f"it has no alpha for {name}", "Write alpha into its settings")
             return 1.0
         return float(alpha) / (math.sqrt(rank) if self.root else rank)
-
-    def _pattern(self, table: str, name: str, default: Any) -> Any:
-        """peft's rule: the first pattern that is the end of the name, at a dot."""
-        patterns = self.config.get(table) or {}
-        return next((v for p, v in patterns.items() if re.fullmatch(rf"(.*\.)?({p})", name)), default)
 
     @property
     def text(self) -> str:
@@ -71,23 +72,48 @@ def read_scale(source: TensorSource, expert: str) -> Scale:
     config: dict[str, Any] = {}
     segments = {segment for name in source.tensors for segment in name.split(".")}
     if METADATA in source.metadata:
+        asked = f"reading {METADATA} of {source.path}"
+        told = source.metadata[METADATA]
+        if not isinstance(told, str):
+            raise LoadError(asked, "its shards differ in it", "Use shards of one LoRA")
         try:
-            config = _of_component(json.loads(source.metadata[METADATA]), expert)
-        except (ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise LoadError(asked, f"{METADATA} in the file is damaged ({error})", "Save the file again") from None
+            config = _of_component(json_object(told, asked), expert)
+        except ValueError as error:
+            if isinstance(error, LoadError):
+                raise
+            raise LoadError(asked, str(error), "Save the file again") from None
     elif segments & {"lora_A", "lora_B", "base_model"}:
         file = (source.path if source.path.is_dir() else source.path.parent) / CONFIG
-        config = read_json(file) if file.is_file() else {}
+        if file_at(file, asked):
+            asked, config = f"{asked} ({file})", read_json(file)
     kind, start = config.get("peft_type"), config.get("init_lora_weights")
     if kind not in (None, *PEFT_KINDS):
-        raise LoadError(asked, f"it is of the kind {kind}", f"Use one among {', '.join(PEFT_KINDS)}")
+        raise LoadError(asked, f"it is of the kind {kind!r:.200}", f"Use one among {', '.join(PEFT_KINDS)}")
     if isinstance(start, str) and start.lower().startswith(CHANGED_BASES):
         raise LoadError(asked, f"it began as {start}, which changed the base weights too", "Convert it to plain LoRA")
+    for switch in ("use_rslora", "use_dora", "fan_in_fan_out"):
+        if not isinstance(config.get(switch) or False, bool):
+            raise LoadError(asked, f"{switch} is {config[switch]!r:.200}, not true or false", CORRECT)
     if config.get("fan_in_fan_out") or config.get("layer_replication"):
         raise LoadError(asked, "it sets fan_in_fan_out or layer_replication", "Use a LoRA of plain linear layers")
     if config.get("use_dora") and not segments & {"lora_magnitude_vector", "dora_scale"}:
         raise LoadError(asked, "they say DoRA and the file has no magnitudes", "Save the file again, with them")
-    return Scale(str(source.path), config)
+    for key, check in (("r", _check_rank), ("lora_alpha", _check_alpha), ("alpha", _check_alpha)):
+        if config.get(key) is not None:
+            check(key, config[key], asked)
+    ranks = Patterns.read("rank_pattern", config.get("rank_pattern"), _check_rank, asked)
+    alphas = Patterns.read("alpha_pattern", config.get("alpha_pattern"), _check_alpha, asked)
+    return Scale(str(source.path), config, ranks, alphas)
+
+
+def _check_rank(key: str, value: Any, asked: str) -> None:
+    if type(value) is not int or not 0 < value < limits.NUMBER:
+        raise LoadError(asked, f"{key} is {value!r:.200}, not a whole number above 0", CORRECT)
+
+
+def _check_alpha(key: str, value: Any, asked: str) -> None:
+    if not is_number(value):
+        raise LoadError(asked, f"{key} is {value!r:.200}, not a finite number", CORRECT)
 
 
 def _of_component(raw: Mapping[str, Any], expert: str) -> dict[str, Any]:
