@@ -63,17 +63,18 @@ def examine(path: Path, variant: str | None = None, model: str | None = None) ->
     """The report, as plain values. Raises LoadError for what cannot be opened or recognised."""
     from ditkit.checkpoints.files.opening import open_source
     from ditkit.checkpoints.files.text import readable
-    from ditkit.checkpoints.kinds.detect import recognise
+    from ditkit.checkpoints.kinds.detect import networks, recognise
     from ditkit.checkpoints.model.find import parts_of
 
     with readable(f"inspecting {path}"):
         path = packaged(path)
         if path.is_file() and path.suffix != ".toml":
             source = open_source(path)
-            found, _ = recognise(source)
-            if found.kind == "lora":
+            first, *more = networks(source)
+            found = None if more else recognise(first)[0]
+            if found and found.kind == "lora":
                 return _lora(path, source, model)
-            if found.problems:
+            if found and found.problems:
                 return {"path": str(path), **_detected(found), "usable": False, "problems": list(found.problems)}
         if model is not None:
             raise LoadError(f"inspecting {path}", "--model was given and it is no LoRA", "Leave --model out")
@@ -102,7 +103,7 @@ def _whole_problems(path: Path, variant: str | None) -> list[str]:
         for check in model.verify.values():  # of a locked manifest: every byte is read
             check()
     except DitkitError as error:
-        return [f"{error.found}. {error.do}."]
+        return [str(error)]
     return []
 
 
@@ -140,7 +141,7 @@ def _part_problems(part: Part) -> list[str]:
         try:
             WanTokenizer(part.path)
         except DitkitError as error:
-            return [error.found]
+            return [str(error)]
         return []
     try:
         module = part.row.skeleton(part.config)

@@ -8,14 +8,15 @@ from ditkit.checkpoints.files.gguf import GGUFFile
 from ditkit.checkpoints.files.pickles import PickleFile, PickleShards
 from ditkit.checkpoints.files.safetensors import TensorFiles
 from ditkit.checkpoints.files.stored import StoredTensors
-from ditkit.errors import LoadError
+from ditkit.checkpoints.views.prefixes import Section
+from ditkit.checkpoints.views.source import TensorSource
 
 
-def open_source(path: str | Path, variant: str | None = None, entry: str | None = None) -> StoredTensors:
+def open_source(path: str | Path, variant: str | None = None, entry: str | None = None) -> TensorSource:
     """The tensors of a file of any known format, or of the one file or set of shards that ``path``, a folder, holds.
 
-    ``variant`` selects among the sets of a folder, ``entry`` among the state dicts of a training checkpoint of torch
-    (``FILE#ENTRY`` says the same).
+    ``variant`` selects among the sets of a folder, ``entry`` among the state dicts of a training checkpoint of torch,
+    or the networks of another file, by the prefix of their names (``FILE#ENTRY`` says the same).
     What is given holds what the file stores: quantised weights are quantised still (``Dequantized``), names have their
     prefixes (``Unprefixed``). Raises LoadError; MissingDependency for a GGUF file without the gguf library."""
     if entry is None:
@@ -24,10 +25,11 @@ def open_source(path: str | Path, variant: str | None = None, entry: str | None 
     kind = kind_of(path)
     if kind in ("torch", "old torch"):
         return PickleFile(path, entry)
-    if entry is not None:
-        raise LoadError(f"opening {path}", f"entry {entry!r} was given with a file that has no entries", "Leave it out")
+    source: StoredTensors
     if kind == "gguf":
-        return GGUFFile(path)
-    if (index := INDEX.fullmatch(path.name)) and index[2] == ".bin":
-        return PickleShards(path)
-    return TensorFiles(path)
+        source = GGUFFile(path)
+    elif (index := INDEX.fullmatch(path.name)) and index[2] == ".bin":
+        source = PickleShards(path)
+    else:
+        source = TensorFiles(path)
+    return source if entry is None else Section(source, f"{entry}.")

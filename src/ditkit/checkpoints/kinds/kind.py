@@ -98,6 +98,7 @@ class Kind(Row):
 
     ``layouts``: by name, ``native`` and one other. ``sizes``: tensors, layout -> sizes. ``keys``: fields -> the table
     between the two layouts; ``own``: the side whose names the module has; ``aliases``: its second names of tensors;
+    ``reshaped``: tensors -> those that some programs store in another shape, and the shapes that are meant;
     ``optional_keys``: not every network has all names of its table; ``file_keys``: fields, layout -> the table for
     writing, where that is another one.
     ``config_class``, ``module``, ``load``: class of the config, what makes the module of it, and the loader.
@@ -119,6 +120,7 @@ class Kind(Row):
     own: Side = "native"
     aliases: Mapping[str, str] = field(default_factory=dict)
     optional_keys: bool = False
+    reshaped: Callable[[Tensors], Mapping[str, tuple[int, ...]]] = lambda tensors: {}
     file_keys: Callable[[Fields, str], KeyTable] | None = None
     config_class: str = ""
     module: str = ""

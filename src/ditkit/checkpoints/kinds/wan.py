@@ -206,6 +206,17 @@ def _possible(variant: str | None, size: str | None, image: bool) -> tuple[tuple
     return (f"Wan {version}{task} {name}",), None, False
 
 
+def _patches(tensors: Tensors) -> dict[str, tuple[int, ...]]:
+    """Patch embeddings that are matrices, as in rCM and TurboDiffusion: columns are channel, frame, row, column of a
+    patch, in the order in which a convolution has them."""
+    found = {}
+    for name in ("patch_embedding.weight", "vace_patch_embedding.weight"):
+        shape = tensors[name].shape if name in tensors else ()
+        if len(shape) == 2 and shape[1] and shape[1] % math.prod(PATCH) == 0:
+            found[name] = (shape[0], shape[1] // math.prod(PATCH), *PATCH)
+    return found
+
+
 LONGEST_TEXT = 2**16  # rows of memory for each prompt
 IMAGE_CLAIM = "image_claim"
 TRANSFORMER_CLASS, VACE_CLASS = "WanTransformer3DModel", "WanVACETransformer3DModel"
@@ -309,7 +320,7 @@ WAN = Kind(
     transformer_sizes, _keys, config_class="ditkit.models.wan:WanConfig", module="ditkit.models.wan:WanTransformer",
     load="ditkit.assembly.loaders:load_wan",
     get="Give the transformer, or download a whole model such as Wan-AI/Wan2.1-T2V-1.3B",
-    tell=_tell, check=_check,
+    tell=_tell, check=_check, reshaped=_patches,
     claims={IMAGE_CLAIM: Claim(("image_dim", "image_tokens"), "set image_dim and added_kv_proj_dim to null in it")},
     task=task_of, tasks=TASKS, needs=_needs, ports=_ports, patch=lambda config: config.patch_size, beside=_scheduler,
     lora=LoraTargets(lambda n: transformer_keys(n, image=True, image_positions=True, vace=n), group=lora_group),

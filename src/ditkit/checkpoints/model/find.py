@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ditkit.checkpoints.files.formats import split_entry, weight_files
+from ditkit.checkpoints.files.formats import SHARD, add_index, split_entry, weight_files
 from ditkit.checkpoints.files.text import readable, some
 from ditkit.checkpoints.kinds.configs import STRICT, Rules
 from ditkit.checkpoints.kinds.kind import KINDS
@@ -20,7 +20,14 @@ from ditkit.checkpoints.model import lock
 from ditkit.checkpoints.model.fits import NATIVE_TOKENIZER, model_parts
 from ditkit.checkpoints.model.hub import Hub, HubName
 from ditkit.checkpoints.model.manifest import INDEX, MODULAR, Manifest
-from ditkit.checkpoints.model.open_part import flow_shift, open_part, open_tokenizer, opened, processor_config
+from ditkit.checkpoints.model.open_part import (
+    flow_shift,
+    open_part,
+    open_tokenizer,
+    opened,
+    opened_all,
+    processor_config,
+)
 from ditkit.checkpoints.model.part import EXPERTS, SIDE, WITHOUT_WEIGHTS, ModelParts, Options, Part, Scope, main_of
 from ditkit.checkpoints.model.place import place_of
 from ditkit.errors import LoadError, SetupError, check_known, nearest
@@ -165,8 +172,8 @@ def _located(path: Path, how: Options, values: Mapping[str, Any] = {}) -> ModelP
         raise LoadError(asked, f"variant {how.variant!r} was given and it has no model_index.json", "Leave it out")
     others = _opened(how.instead, {}, how)
     if not folder:
-        part = opened(path, None, None, entry, how.rules)
-        return model_parts(path, "file", {part.component: part, **others}, values, scope=scope)
+        there, faults = opened_all(path, None, None, entry, how.rules)
+        return model_parts(path, "file", {**_named(there, asked), **others}, values, faults, scope=scope)
     parts, unused = _native(path, others, how)
     return model_parts(path, "native", parts, values, unused, scope=scope)
 
@@ -179,6 +186,17 @@ def _opened(places: Mapping[str, Path], variants: Mapping[str, str | None], how:
     }
 
 
+def _named(parts: list[Part], asked: str) -> dict[str, Part]:
+    """The parts of one file, by component. Raises LoadError where two would be the same."""
+    named: dict[str, Part] = {}
+    for part in parts:
+        if (first := named.setdefault(part.component, part)) is not part:
+            told = some(one.detected.prefix for one in (first, part) if one.detected)
+            do = "Name one of them by its prefix: FILE#PREFIX"
+            raise LoadError(asked, f"it holds two networks for the {part.component}, under {told}", do)
+    return named
+
+
 def _native(folder: Path, others: Mapping[str, Part], how: Options) -> tuple[dict[str, Part], dict[str, str]]:
     """The parts of a native folder, weights beside one another and two experts in folders of their own, with
     ``others`` in their places; and the files that are none."""
@@ -188,24 +206,30 @@ def _native(folder: Path, others: Mapping[str, Part], how: Options) -> tuple[dic
         if scope.opens(EXPERTS[name]):
             parts[EXPERTS[name]] = opened(folder / name, EXPERTS[name], rules=how.rules)
     indices, loose = weight_files(folder)
+    found: list[tuple[Path, Part]] = []
     safe = {file.stem for file in loose if file.suffix == ".safetensors"}  # of two that differ in their ending only
     for file in [*indices, *(one for one in loose if one.suffix == ".safetensors" or one.stem not in safe)]:
+        if SHARD.search(file.name) and file not in indices:
+            unused[file.name] = f"it is a shard that no index names. {add_index(file.name)}"
+            continue
         try:
-            part = opened(file, None, rules=how.rules)
+            there, faults = opened_all(file, None, rules=how.rules)
+            found += [(file, part) for part in _named(there, asked).values()]
+            unused |= faults
         except LoadError as error:
             unused[file.name] = error.found
-            continue
+    for file, part in found:
         name = part.component
         if not scope.opens(name):
             unused[file.name] = f"the {name} is not used here"
         elif name in others:
             unused[file.name] = f"another {name} stands in for it"
         elif name == "transformer" and experts:
-            found = f"it has the transformer {file.name} and another one in {experts[0]}"
-            raise LoadError(asked, found, "Leave one of them, or name both in a manifest if they are two experts")
+            both = f"it has the transformer {file.name} and another one in {experts[0]}"
+            raise LoadError(asked, both, "Leave one of them, or name both in a manifest if they are two experts")
         elif name in parts:
-            found = f"both {parts[name].path.name} and {file.name} are its {name}"
-            raise LoadError(asked, found, "Leave one of them, or name one in a manifest")
+            both = f"both {parts[name].path.name} and {file.name} are its {name}"
+            raise LoadError(asked, both, "Leave one of them, or name one in a manifest")
         else:
             parts[name] = part
     tokenizer = folder / NATIVE_TOKENIZER

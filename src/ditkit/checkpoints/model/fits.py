@@ -105,14 +105,16 @@ class _Look:
         return KINDS[wanted[name]] if name in wanted else kinds_of(name)[0]
 
     def where(self, name: str) -> str:
-        places = {"diffusers": f"in {Path(self.path) / name}", "host": f"at {self.path}", "file": "in a single file"}
+        listed = some(f"{file}: {why}" for file, why in self.unused.items()) if self.unused else ""
+        listed = f" (not used: {listed})" if listed else ""
+        places = {"diffusers": f"in {Path(self.path) / name}", "host": f"at {self.path}",
+                  "file": f"in a single file{listed}"}  # fmt: skip
         if self.layout in places:
             return places[self.layout]
         folders = {part: folder for folder, part in EXPERTS.items()}
         if name == "tokenizer" or (name in folders and len(self.parts.keys() & folders) == 1):
             return f"in {Path(self.path) / folders.get(name, NATIVE_TOKENIZER)}"
-        listed = some(f"{file}: {why}" for file, why in self.unused.items()) if self.unused else ""
-        return f"among the files of {self.path}" + (f" (not used: {listed})" if listed else "")
+        return f"among the files of {self.path}{listed}"
 
     def experts(self, boundary: Any) -> Iterable[LoadError]:
         second = "transformer_2" in self.parts

@@ -12,15 +12,18 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from ditkit.checkpoints.files.text import read_json, readable
+from ditkit.checkpoints.files.text import read_json, readable, some
 from ditkit.checkpoints.kinds.configs import ConfigKeys, Rules, is_number
-from ditkit.checkpoints.kinds.detect import Detected, recognise
+from ditkit.checkpoints.kinds.detect import Detected, networks, recognise
 from ditkit.checkpoints.kinds.kind import KINDS, Kind, kind_of_config, kinds_of, side_of
 from ditkit.checkpoints.model.part import Part, component_names
 from ditkit.checkpoints.views.mapped import Mapped
 from ditkit.checkpoints.views.source import TensorSource
 from ditkit.errors import LoadError, check_known
 from ditkit.reading import file_at
+
+
+OF_ANOTHER = "its tensors are those of"
 
 
 def open_part(
@@ -43,12 +46,41 @@ def opened(
     """``open_part`` within a look at a whole model."""
     if component == "tokenizer":
         return open_tokenizer(path, rules)
+    found, _ = opened_all(path, component, variant, entry, rules)
+    if len(found) > 1:
+        asked = f"opening {path}" + (f" as {component}" if component else "")
+        told = some(part.detected.prefix for part in found if part.detected)
+        do = f"Name one of them by its prefix, such as {path.name}#{str(found[0].detected and found[0].detected.prefix)[:-1]}"
+        raise LoadError(asked, f"it holds {len(found)} networks of that kind, whose names begin with {told}", do)
+    return found[0]
+
+
+def opened_all(
+    path: Path, component: str | None, variant: str | None = None, entry: str | None = None, rules: Rules = ()
+) -> tuple[list[Part], dict[str, str]]:
+    """Every network in ``path`` that may be ``component``, nearly always one; and of those that stand beside it under
+    another prefix and cannot be opened, why. Raises LoadError where there is none."""
     if component is not None:
         asked = f"opening {path} as {component!r}"
         check_known(component, component_names(), asked, "there is no such component", LoadError)
     from ditkit.checkpoints.files.opening import open_source  # not before a file is opened
 
     source = open_source(path, variant, entry)
+    found = networks(source)
+    if len(found) == 1:
+        return [_opened(path, found[0], component, rules)], {}
+    parts, faults = list[Part](), dict[str, LoadError]()
+    for one in found:
+        try:
+            parts.append(_opened(path, one, component, rules))
+        except LoadError as error:
+            faults[f"{path.name}#{one.prefix[:-1]}"] = error
+    if not parts:  # one that is of the kind and damaged tells more than one of another kind
+        raise min(faults.values(), key=lambda error: error.found.startswith(OF_ANOTHER))
+    return parts, {name: error.found for name, error in faults.items()}
+
+
+def _opened(path: Path, source: TensorSource, component: str | None, rules: Rules) -> Part:
     file = (path if path.is_dir() else source.path.parent) / "config.json"
     said = read_json(file) if file_at(file, f"opening {source.path} with its config") else None
     asked = f"opening {source.path}" + (f" as {component}" if component else "")
@@ -59,7 +91,7 @@ def opened(
     row = KINDS[detected.kind]
     if component is not None and component not in row.components:
         names = " or ".join(kind.name for kind in kinds_of(component))
-        raise LoadError(asked, f"its tensors are those of {row.name}", f"Give {names}")
+        raise LoadError(asked, f"{OF_ANOTHER} {row.name}", f"Give {names}")
     if detected.problems:
         raise LoadError(asked, detected.problems[0], "Use a model of a supported kind")
     belongs, notes = kind_of_config(said or {}), list[str]()

@@ -1,11 +1,15 @@
 """What training code and other programs put in front of a network's names, taken away.
 
-A prefix counts only as whole segments of a name, and only when every tensor of the file has it. Wrappers of torch are
-removed wherever they stand. Leaves out: the names themselves (key_table.py), files of several networks, LoRA.
+A prefix counts only as whole segments of a name, and only when every tensor of the network has it. Wrappers of torch
+are removed wherever they stand. A file of several networks, each under a prefix of its own, is seen as one of them
+(``Section``); which prefixes those are is told by ``kinds/detect.py``. Leaves out: the names themselves (key_table.py),
+LoRA.
 Sources: Self-Forcing ``inference.py``, ComfyUI ``model_detection.py``, torch ``fully_sharded_data_parallel.py``,
 ``eval_frame.py`` (``_orig_mod``), ``checkpoint_wrapper.py``."""
 
-from collections.abc import Iterable
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
 from ditkit.checkpoints.files.text import some
@@ -43,7 +47,11 @@ class Unprefixed(View):
 
     def __init__(self, source: TensorSource):
         inner = {name: unwrapped(name) for name in source.tensors}
-        self.prefix = shared_prefix(inner.values())
+        self._remove(source, inner, shared_prefix(inner.values()))
+
+    def _remove(self, source: TensorSource, inner: Mapping[str, str], prefix: str) -> None:
+        """``inner``: name in the source -> that without wrappers, for the tensors that are seen."""
+        self.prefix = prefix
         names: dict[str, str] = {}
         for name, middle in inner.items():
             bare = middle.removeprefix(self.prefix)
@@ -51,11 +59,42 @@ class Unprefixed(View):
                 asked, both = f"removing the prefixes in {source.path}", some((name, names[bare]))
                 raise LoadError(asked, f"{both} would both be {bare}", "Use a file that holds one network once")
             names[bare] = name
-        wrappers = {part for name in source.tensors for part in name.split(".")} & WRAPPERS
+        wrappers = {part for name in inner for part in name.split(".")} & WRAPPERS
         away = (self.prefix, *sorted(wrappers))
-        super().__init__(source, tuple(f"{part} was removed from the names" for part in away if part))
+        View.__init__(self, source, tuple(f"{part} was removed from the names" for part in away if part))
         self._names = names
         self.tensors = MappingProxyType({bare: source.tensors[name] for bare, name in names.items()})
 
     def same(self, name: str) -> str:
         return self._names[name]
+
+
+class Section(Unprefixed):
+    """The tensors of ``source`` whose names begin with ``prefix``, without it: one of several networks in a file, or
+    the only one. ``others``: prefixes of the rest, which is not seen. Raises LoadError where nothing begins so."""
+
+    def __init__(self, source: TensorSource, prefix: str, others: Iterable[str] = ()):
+        deeper = tuple(other for other in others if other.startswith(prefix) and other != prefix)
+        names = {name: unwrapped(name) for name in source.tensors}
+        own = {name: inner for name, inner in names.items() if inner.startswith(prefix) and not inner.startswith(deeper)}
+        self.whole = all(name in own or name in MARKERS for name in names)
+        if self.whole:
+            own = names
+        if not own:
+            begin = ", ".join(sorted({name.split(".")[0] for name in names})[:6])
+            found = f"no name of its tensors begins with {prefix!r}; they begin with {begin}"
+            raise LoadError(f"opening {source.path}", found, "Name one of its networks by its prefix: FILE#PREFIX")
+        self._remove(source, own, prefix)
+        if not self.whole:
+            self.notes += (f"{len(names) - len(own)} other tensors of {source.path.name} belong to other networks",)
+
+    def _hash(self, base: str) -> str:
+        return base if self.whole else hashlib.sha256(json.dumps([base, self.prefix]).encode()).hexdigest()
+
+    @property
+    def fingerprint(self) -> str:
+        return self._hash(self.source.fingerprint)
+
+    @property
+    def sketch(self) -> str:
+        return self._hash(self.source.sketch)

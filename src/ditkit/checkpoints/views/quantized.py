@@ -20,7 +20,7 @@ from ditkit.checkpoints.files import gguf
 from ditkit.checkpoints.files.gguf import BLOCKS
 from ditkit.checkpoints.files.stored import DTYPES, converted
 from ditkit.checkpoints.files.text import json_object, some
-from ditkit.checkpoints.views.prefixes import MARKERS, shared_prefix, unwrapped
+from ditkit.checkpoints.views.prefixes import MARKERS, Section, shared_prefix, unwrapped
 from ditkit.checkpoints.views.source import Facts, Inspect, Stored, TensorSource, View
 from ditkit.errors import LoadError
 
@@ -185,8 +185,11 @@ class Dequantized(View):
             layers = json_object(text.encode(), f"reading {METADATA} of {self.path}").get("layers")
             if not isinstance(layers, dict) or not all(isinstance(setting, dict) for setting in layers.values()):
                 raise LoadError(self._asked, f"{METADATA} names no layers", "Download the file again")
-            prefix = shared_prefix(map(unwrapped, layers))
+            section = self.source if isinstance(self.source, Section) else None
+            prefix = section.prefix if section else shared_prefix(map(unwrapped, layers))
             for layer, setting in layers.items():
+                if section and not section.whole and not unwrapped(layer).startswith(prefix):
+                    continue  # of another network in the file
                 bare = unwrapped(layer).removeprefix(prefix)
                 yield (layer if f"{layer}.weight" in self.source.tensors else bare), setting
 
