@@ -9,8 +9,9 @@ import os
 import re
 import stat
 import tomllib
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from ditkit import limits
 from ditkit.errors import DitkitError, LoadError, shortened
@@ -30,7 +31,7 @@ STRANGERS: tuple[tuple[re.Pattern[bytes], str, str], ...] = (
     (re.compile(rb"\x1f\x8b|BZh|\xfd7zXZ|7z\xbc\xaf|Rar!|\x28\xb5\x2f\xfd"), "it is a packed archive", "Unpack it"),
     (re.compile(rb"L\0\0\0\x01\x14\x02\0"), "it is a shortcut of Windows", "Give the file that it stands for"),
     (re.compile(rb"\0\x05\x16\x07"), "it is what macOS keeps beside a file on other disks", "Give the file itself"),
-    (re.compile(rb"\0{64}"), "it begins with zeros, as a download does that was not finished", "Download the file again"),
+    (re.compile(rb"\0{64}"), "it begins with zeros, as an unfinished download does", "Download the file again"),
 )  # fmt: skip
 """How a file begins that is something else than what its name says: what it is, and what to do."""
 UNFINISHED = (".aria2", ".incomplete", ".part", ".partial", ".crdownload", ".download", ".opdownload", ".!ut", ".!qb")
@@ -79,6 +80,7 @@ def _mode(path: str | Path, asked: str, error: type[DitkitError], do: str) -> in
         return os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
         if (link := _to_nothing(Path(path))) is not None:
+            do = "Put there what it stands for, or remove the link"
             raise error(asked, f"{link} is a link to what is not there ({os.readlink(link)})", do) from None
         return None
     except (OSError, ValueError) as e:
@@ -101,7 +103,7 @@ def check_path(text: str, asked: str, error: type[DitkitError] = LoadError) -> N
         raise error(asked, f"there is {what} in the path {text[:200]!r}", do)
 
 
-def open_ordinary(file: str | Path) -> BinaryIO:
+def open_ordinary(file: str | Path) -> BufferedReader:
     """``file``, open for reading, if it is an ordinary one. Raises OSError; for a pipe, a device or a folder, too."""
     number = os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:

@@ -50,8 +50,8 @@ class WanTokenizer:
                 raise LoadError(asked, found, "Add the tokenizer.json of the same model")
             raise LoadError(asked, "it has no tokenizer.json", "Check the path, or download the model again")
         data = read_bytes(file, asked, do="Download the file again")
-        if (found := stranger(data)) is not None:
-            raise LoadError(f"reading {file}", *found)
+        if (other := stranger(data)) is not None:
+            raise LoadError(f"reading {file}", *other)
         try:
             self._tokenizer = Tokenizer.from_buffer(data)
         except Exception as error:  # the library raises nothing narrower

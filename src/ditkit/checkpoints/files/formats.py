@@ -57,7 +57,9 @@ def chosen(path: str | Path, variant: str | None) -> Path:
     if folder_at(path, f"opening {path}"):
         return _in_folder(path, variant)
     if path.suffix not in (".safetensors", ".json", *OTHERS) and not path.exists():
-        raise LoadError(f"loading weights from {path}", "there is no such folder", "Check the path, or download the model")
+        raise LoadError(
+            f"loading weights from {path}", "there is no such folder", "Check the path, or download the model"
+        )
     if variant is not None:
         raise LoadError(f"opening {path}", f"variant {variant!r} was given with a file", "Give its folder instead")
     return path

@@ -3,8 +3,8 @@
 Tensors of a quantised type are given as the bytes that are stored; ``numbers_of`` turns them into numbers with the
 ``gguf`` library (``pip install "ditkit[gguf]"``), and the view ``Dequantized`` does so while streaming. The header is
 read here, because the library's reader maps the file and takes seconds and hundreds of MB for a vocabulary of 256 000
-words. Which names its tensors have is told by them, not by ``general.architecture``, which every converter spells in
-its own way. Shapes are those of torch: GGUF writes them in reverse. Leaves out: writing, big-endian files, version 1, the
+words. Whose names they are is told by the tensors, not by ``general.architecture``, which converters spell in their own
+ways. Shapes are those of torch: GGUF writes them in reverse. Leaves out: writing, big-endian files, version 1, the
 i-quants and the 4-bit float types, the vocabulary in ``tokenizer.ggml.*``.
 Sources: the library; the specification (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md); ComfyUI-GGUF
 ``loader.py`` and ``tools/convert.py`` (names, ``comfy.gguf.orig_shape``); llama.cpp ``tensor_mapping.py`` (t5)."""

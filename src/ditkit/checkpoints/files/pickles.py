@@ -119,7 +119,7 @@ def _records(path: Path, asked: str) -> dict[int, int]:
     if kind != "torch":
         raise LoadError(asked, "it is no checkpoint of torch", "Give a file that torch.save wrote")
     try:
-        with open_ordinary(path) as stream, zipfile.ZipFile(_Careful(stream)) as archive:  # type: ignore[arg-type]
+        with open_ordinary(path) as stream, zipfile.ZipFile(_Careful(stream)) as archive:
             members, size = archive.infolist(), os.fstat(stream.fileno()).st_size
             inside = {member.filename.partition("/")[2]: member for member in members}
             if len(inside) < len(members) or len({member.filename.partition("/")[0] for member in members}) > 1:
@@ -189,7 +189,8 @@ def _skeleton(path: Path, asked: str) -> Any:
         needs = f"to run {match[1]}" if match else "more than tensors and names"
         raise LoadError(asked, f"it is a pickle that needs {needs} when it is opened", CONVERT) from None
     except Exception as error:  # the reader of a damaged or malicious pickle can fail in any way
-        found = f"its contents cannot be understood ({type(error).__name__}: {shortened(str(error).partition(chr(10))[0], limits.NAME)})"
+        told = shortened(str(error).partition("\n")[0], limits.NAME)
+        found = f"its contents cannot be understood ({type(error).__name__}: {told})"
         raise LoadError(asked, found, AGAIN) from None
 
 

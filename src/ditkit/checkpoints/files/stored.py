@@ -12,9 +12,10 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from io import BufferedReader
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -166,7 +167,7 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data  # as bytes, because numpy has no bfloat16
 
 
-def _fill(stream: BinaryIO, view: memoryview, name: str, info: TensorInfo) -> None:
+def _fill(stream: BufferedReader, view: memoryview, name: str, info: TensorInfo) -> None:
     if stream.readinto(view) < len(view):
         raise LoadError(f"reading {name} from {info.file}", "the file became shorter", "Download the file again")
 

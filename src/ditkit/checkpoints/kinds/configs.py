@@ -7,11 +7,13 @@ among the rules. Leaves out: which keys a config has (the files of the kinds).""
 
 import json
 import math
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
-from ditkit.errors import LoadError, nearest
+from ditkit.errors import LoadError, nearest, shortened
 
 REQUIRED: Any = object()
 UNSET: Any = object()
@@ -61,6 +63,26 @@ def _list(fits: Callable[[Any], bool], what: str, make: Callable[[Any], Any] = t
     return Check(lambda value: isinstance(value, list | tuple) and all(map(fits, value)), f"not a list of {what}", make)
 
 
+QUANTIZED: Mapping[str, tuple[str, ...]] = MappingProxyType({
+    **dict.fromkeys(("fp8", "fp8_scaled"), ("fp8", "float8", "e4m3", "e5m2", '"type": "float"')),
+    "int8": ("int8", '"type": "int"'), "gguf": ("gguf",),
+})  # fmt: skip
+"""How weights are stored -> words for it in a ``quantization_config`` (ModelOpt, compressed-tensors, diffusers)."""
+WITH_SCALES = ("modelopt", "compressed-tensors", "fbgemm")  # methods whose 8-bit weights always have scales
+
+
+def check_quantization(told: Any, stored: str, asked: str) -> None:
+    """Raise LoadError where a ``quantization_config`` says something else than the tensors, which are ``stored`` so."""
+    text = json.dumps(told, default=str, sort_keys=True).lower()
+    said = any(word in text for word in QUANTIZED[stored.split()[0]])
+    lost = stored == "fp8" and any(method in text for method in WITH_SCALES)
+    if not isinstance(told, dict) or not said or lost or re.search(r"fp4|int4|w4a|\"num_bits\": [1-7]\b", text):
+        shown = shortened(json.dumps(told, default=str), 200)
+        without = " without scales" if lost else ""
+        found = f"its quantization_config says {shown}, and the tensors are {stored}{without}"
+        raise LoadError(asked, found, "Use the config of these weights, or remove that key if it is not theirs")
+
+
 COUNT = Check(_is_count, "not a whole number of at least 1")
 MAYBE_COUNT = Check(lambda value: value is None or _is_count(value), "neither null nor a whole number above 0")
 COUNTS, BOOLS = _list(lambda x: type(x) is int, "whole numbers"), _list(lambda x: type(x) is bool, "true and false")
@@ -79,7 +101,7 @@ class ConfigKeys:
         self.known: list[str] = []
         self.names: dict[str, str] = {}
         if self.rest.get("quantization_config") is not None:  # it changes what the tensors mean
-            raise self.error("it has a quantization_config, and ditkit does not compute such weights")
+            raise self.error("it has a quantization_config, and its tensors are not quantised")
 
     def error(self, found: str, do: str = "Use a model of a supported kind") -> LoadError:
         return LoadError(self.asked, found, do)

@@ -64,8 +64,11 @@ def networks(source: TensorSource) -> tuple[Any, ...]:
                 prefix = name[: -len(first)]
                 if name.endswith(f".{first}") and form.fits(_Behind(prefix, names)):
                     found[prefix] = kind
-    found = {one: kind for one, kind in found.items()
-             if not any(one != other and one.startswith(other) and kind == found[other] for other in found)}
+    found = {
+        one: kind
+        for one, kind in found.items()
+        if not any(one != other and one.startswith(other) and kind == found[other] for other in found)
+    }
     sections = tuple(Section(source, prefix, found) for prefix in sorted(found))
     if len(sections) == 1 and not sections[0].whole:
         (prefix,) = found
@@ -100,8 +103,8 @@ def recognise(source: TensorSource) -> tuple[Detected, TensorSource]:
     if any(LORA.fullmatch(name) for name in source.tensors):
         return Detected("lora", ""), source
     from ditkit.checkpoints.views.prefixes import Unprefixed
-    from ditkit.checkpoints.views.reshaped import Reshaped
     from ditkit.checkpoints.views.quantized import Dequantized
+    from ditkit.checkpoints.views.reshaped import Reshaped
 
     first, *more = networks(source)
     if more:

@@ -4,7 +4,7 @@ Files are recognised, opened, converted and held against each other by rows alon
 Classes of higher rooms are named (``ditkit.models.wan:WanConfig``) and imported when they are needed.
 Leaves out: loading itself (``ditkit.assembly.loaders``), and what is known of a task (``ditkit.assembly.tasks``)."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -48,7 +48,7 @@ class Layout:
         named = config.get("_class_name") in self.classes or config.get("model_type") in self.model_types
         return named and self.mine(config)
 
-    def fits(self, names: Collection[str]) -> bool:
+    def fits(self, names: Container[str]) -> bool:
         whole = any(all(name in names for name in wanted) for wanted in self.has)
         return whole and not any(name in names for name in self.lacks)
 

@@ -11,6 +11,8 @@ from ditkit.checkpoints.views.key_table import KeyTable
 
 UMT5_ALIASES = {"encoder.embed_tokens.weight": "shared.weight"}
 """transformers' second name for the token embedding; a file may have either name or both."""
+DECODER = ("decoder.", "lm_head.", "dec.", "output.")
+"""The other half of a whole UMT5, in transformers' names and in those of GGUF; Wan uses the encoder alone."""
 BIAS = "encoder.block.{}.layer.0.SelfAttention.relative_attention_bias.weight"
 
 
@@ -28,7 +30,7 @@ def umt5_keys(num_layers: int) -> KeyTable:
             (f"{native}.ffn.fc1.weight", f"{feed}.DenseReluDense.wi_1.weight"),
             (f"{native}.ffn.fc2.weight", f"{feed}.DenseReluDense.wo.weight"),
         ]
-    return KeyTable.of(pairs, aliases=UMT5_ALIASES)
+    return KeyTable.of(pairs, aliases=UMT5_ALIASES, ignored_other=DECODER)
 
 
 def umt5_sizes(tensors: Tensors, layout: str = "transformers") -> Sizes:

@@ -209,7 +209,7 @@ def _possible(variant: str | None, size: str | None, image: bool) -> tuple[tuple
 def _patches(tensors: Tensors) -> dict[str, tuple[int, ...]]:
     """Patch embeddings that are matrices, as in rCM and TurboDiffusion: columns are channel, frame, row, column of a
     patch, in the order in which a convolution has them."""
-    found = {}
+    found: dict[str, tuple[int, ...]] = {}
     for name in ("patch_embedding.weight", "vace_patch_embedding.weight"):
         shape = tensors[name].shape if name in tensors else ()
         if len(shape) == 2 and shape[1] and shape[1] % math.prod(PATCH) == 0:

@@ -2,7 +2,7 @@
 
 peft takes their keys for regular expressions, and the first that is the whole name of a module, or its end at a dot,
 counts. Nearly all are plain names. A pattern of somebody else can keep Python's ``re`` busy for ever, so only what can
-be matched in one pass is understood: names, ``.``, ``\\d``, ``[0-9]``, ``\\w``, ``[^.]``, with ``*`` or ``+`` after one,
+be matched in one pass is understood: names, ``.``, ``\\d``, ``[0-9]``, ``\\w``, ``[^.]``, ``*`` or ``+`` after one,
 ``(a|b)``, and ``^`` and ``$`` at the ends. Leaves out: what the numbers mean (scale.py).
 Sources: peft ``utils/other.py`` (``get_pattern_key``); diffusers ``utils/peft_utils.py`` (whole names)."""
 
@@ -43,7 +43,7 @@ class Patterns:
         if not isinstance(told or {}, dict):
             raise LoadError(asked, f"{table} is {told!r:.200}, not a table", CORRECT)
         names: dict[str, tuple[int, Any]] = {}
-        others = []
+        others: list[tuple[int, bool, list[Atoms], Any]] = []
         for place, (pattern, value) in enumerate((told or {}).items()):
             check(f"{table} of {pattern:.200}", value, asked)
             if PLAIN.fullmatch(pattern):
@@ -98,12 +98,9 @@ def _matches(atoms: Atoms, name: str, starts: list[int]) -> bool:
     """Whether ``atoms`` are ``name`` from one of ``starts`` to its end: each is taken at all places at once."""
     places = set(starts)
     for fits, many in atoms:
-        after = {place + 1 for place in places if place < len(name) and fits(name[place])}
-        if many:
-            reached = set(places) if many == "*" else set()
-            while after - reached:
-                reached |= after
-                after = {place + 1 for place in after if place < len(name) and fits(name[place])}
-            after = reached
+        after = set(places) if many == "*" else set[int]()
+        for place, char in enumerate(name):
+            if (place in places or (many and place in after)) and fits(char):
+                after.add(place + 1)
         places = after
     return len(name) in places

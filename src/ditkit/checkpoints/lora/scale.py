@@ -26,13 +26,13 @@ PEFT_KINDS = ("LORA", "LOHA", "LOKR")
 
 @dataclass(frozen=True)
 class Scale:
-    """``config``: peft's settings, checked; {} where there are none. ``root``: alpha is divided by the root of the rank.
-    ``ranks`` and ``alphas``: what the settings say of single modules."""
+    """``config``: peft's settings, checked; {} where there are none. ``ranks`` and ``alphas``: what they say of single
+    modules. ``root``: alpha is divided by the root of the rank."""
 
     path: str
     config: Mapping[str, Any]
-    ranks: Patterns = Patterns()
-    alphas: Patterns = Patterns()
+    ranks: Patterns
+    alphas: Patterns
 
     @property
     def root(self) -> bool:

@@ -165,7 +165,9 @@ def _located(path: Path, how: Options, values: Mapping[str, Any] = {}) -> ModelP
     if folder and file_at(path / MODULAR, asked):
         found = f"it has only {MODULAR}, which names parts in other places"
         raise LoadError(asked, found, "Open it as a manifest")
-    if own := {name: path / name for name in scope.only or () if folder_at(path / name, asked)}:  # some of a Diffusers model
+    if own := {
+        name: path / name for name in scope.only or () if folder_at(path / name, asked)
+    }:  # some of a Diffusers model
         parts = _opened({**own, **how.instead}, dict.fromkeys(own, how.variant), how)
         return model_parts(path, "diffusers", parts, values, scope=scope)
     if how.variant is not None:

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ditkit.checkpoints.files.text import read_json, readable, some
-from ditkit.checkpoints.kinds.configs import ConfigKeys, Rules, is_number
+from ditkit.checkpoints.kinds.configs import ConfigKeys, Rules, check_quantization, is_number
 from ditkit.checkpoints.kinds.detect import Detected, networks, recognise
 from ditkit.checkpoints.kinds.kind import KINDS, Kind, kind_of_config, kinds_of, side_of
 from ditkit.checkpoints.model.part import Part, component_names
@@ -21,7 +21,6 @@ from ditkit.checkpoints.views.mapped import Mapped
 from ditkit.checkpoints.views.source import TensorSource
 from ditkit.errors import LoadError, check_known
 from ditkit.reading import file_at
-
 
 OF_ANOTHER = "its tensors are those of"
 
@@ -49,8 +48,8 @@ def opened(
     found, _ = opened_all(path, component, variant, entry, rules)
     if len(found) > 1:
         asked = f"opening {path}" + (f" as {component}" if component else "")
-        told = some(part.detected.prefix for part in found if part.detected)
-        do = f"Name one of them by its prefix, such as {path.name}#{str(found[0].detected and found[0].detected.prefix)[:-1]}"
+        prefixes = [part.detected.prefix for part in found if part.detected]
+        told, do = some(prefixes), f"Name one of them by its prefix, such as {path.name}#{prefixes[0][:-1]}"
         raise LoadError(asked, f"it holds {len(found)} networks of that kind, whose names begin with {told}", do)
     return found[0]
 
@@ -123,6 +122,9 @@ def _config(
         asked = f"reading the config of {row.name} weights in the {layout} layout"
         wrong = f"it is of {name!r}" if name else "it says no class"
         raise LoadError(asked, wrong, "Use the config.json of these weights")
+    if said.get("quantization_config") is not None and found.quantization:
+        check_quantization(said["quantization_config"], found.quantization, f"reading the config of {row.noun}")
+        said = {key: value for key, value in said.items() if key != "quantization_config"}
     if belongs[1] != layout and row.keys:  # native weights, the other's config
         layout = belongs[1]
         tensors = Mapped(view, row.keys(row.sizes(tensors, found.layout).guess), side_of(layout)).tensors

@@ -76,7 +76,9 @@ class Section(Unprefixed):
     def __init__(self, source: TensorSource, prefix: str, others: Iterable[str] = ()):
         deeper = tuple(other for other in others if other.startswith(prefix) and other != prefix)
         names = {name: unwrapped(name) for name in source.tensors}
-        own = {name: inner for name, inner in names.items() if inner.startswith(prefix) and not inner.startswith(deeper)}
+        own = {
+            name: inner for name, inner in names.items() if inner.startswith(prefix) and not inner.startswith(deeper)
+        }
         self.whole = all(name in own or name in MARKERS for name in names)
         if self.whole:
             own = names
