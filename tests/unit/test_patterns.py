@@ -39,7 +39,7 @@ def test_the_same_as_peft(told):
 ])  # fmt: skip
 def test_what_is_more_than_names_is_refused_at_once(pattern):
     begun = time.perf_counter()
-    with pytest.raises(LoadError, match="reading x: rank_pattern has .* more than names with wildcards"):
+    with pytest.raises(LoadError, match=r"reading x: rank_pattern has .* more than names with wildcards"):
         read({pattern: 4})
     assert time.perf_counter() - begun < 1
 
@@ -53,7 +53,7 @@ def test_wildcards_take_no_time():
 
 def test_a_table_is_a_table():
     for told in (["q"], "q", 5, True):
-        with pytest.raises(LoadError, match="rank_pattern is .*, not a table"):
+        with pytest.raises(LoadError, match=r"rank_pattern is .*, not a table"):
             read(told)
     assert read(None).of("q", 8) == 8
     with pytest.raises(LoadError, match="too many wildcards"):

@@ -3,7 +3,6 @@ Leaves out: file formats and arithmetic (``checkpoints/lora/read.py``, ``nn/lora
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,9 @@ from ditkit.setup import Setup
 
 if TYPE_CHECKING:
     from ditkit.checkpoints.lora.read import Adapter
+
+
+LARGEST = 3e38  # of a strength: float32 has no more
 
 
 def named_expert(text: str) -> tuple[str | None, str]:
@@ -48,7 +50,7 @@ class Wanted:
         except ValueError:
             file, strength = place, 1.0
         path = Path(os.path.expanduser(file)).absolute()
-        if not math.isfinite(strength):
+        if not abs(strength) <= LARGEST:
             raise SetupError(f"loras={text!r}", f"its strength is {strength}", "Give a finite number")
         if not os.path.exists(path):
             raise SetupError(f"loras={text!r}", f"there is no file {path}", "Check the path")

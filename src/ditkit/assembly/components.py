@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 from ditkit.assembly.adapters import Adapters
 from ditkit.assembly.loaders import LoadOptions
 from ditkit.assembly.model import Model, vocabulary
+from ditkit.checkpoints.files.stored import hash_of
+from ditkit.checkpoints.files.text import readable
 from ditkit.checkpoints.model.part import Part
 from ditkit.contracts import EXPERTS, Swap, identify
 from ditkit.errors import LoadError, SetupError
@@ -27,7 +29,6 @@ from ditkit.registry import resolve
 from ditkit.setup import PARTS, Setup
 from ditkit.shared import Holder, Shared
 from ditkit.store.cache import remember_hashes
-from ditkit.store.hashes import HASHES
 
 if TYPE_CHECKING:
     import torch
@@ -147,8 +148,9 @@ class Components(Mapping[str, Any]):
         weights = part.source.files if part.source else (vocabulary(part),)
         config = (part.path if part.path.is_dir() else part.path.parent) / "config.json"
         loras = [file for adapter, _ in self.adapters.by_expert.get(name, ()) for file in adapter.source.files]
-        there = [file for file in (*weights, *loras, config) if file_at(file)]
-        return {str(file): (stat.st_size, stat.st_mtime_ns) for file in there for stat in (file.stat(),)}
+        with readable(f"looking at the {name} of {self.model.name}"):
+            there = [file for file in (*weights, *loras, config) if file_at(file)]
+            return {str(file): (stat.st_size, stat.st_mtime_ns) for file in there for stat in (file.stat(),)}
 
     def _key(self, name: str) -> Any:
         """What two parts must have in common to be one object. Files count by place, size and time, so a copy of a file
@@ -156,7 +158,8 @@ class Components(Mapping[str, Any]):
         part = self.model.parts[name]
         source = self.source(part)
         files = source.files if source else [vocabulary(part)]
-        stats = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+        with readable(f"looking at the {name} of {self.model.name}"):
+            stats = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
         told = [part.row.pinned, dict(part.config), stats, source.sketch if source else "", *self._how(name)]
         if source:
             told += [*map(str, self.place(name)), self.setup.backend_of(name), identify(self.device_of)]
@@ -182,7 +185,7 @@ class Components(Mapping[str, Any]):
         Of files with one name in different folders the second is ``NAME (2)``."""
         part = self.model.parts[name]
         if part.source is None:
-            return {vocabulary(part).name: HASHES.of(vocabulary(part))}
+            return {vocabulary(part).name: hash_of(vocabulary(part))}
         found = dict(part.source.sha256)
         for adapter, _ in self.adapters.by_expert.get(name, ()):
             for file, sha256 in adapter.source.sha256.items():

@@ -14,7 +14,6 @@ from pathlib import Path
 from ditkit.errors import LoadError
 from ditkit.reading import file_at, read_bytes, stranger
 from ditkit.state import digest
-from ditkit.store.hashes import HASHES
 
 END = "</s>"
 
@@ -31,7 +30,9 @@ def tokenizer_fingerprint(file: Path) -> str:
     """Stands for the file and for the cleaning, which rests on ftfy and its version."""
     import ftfy
 
-    return digest(HASHES.of(file), "clean 1", ftfy.__version__)
+    from ditkit.checkpoints.files.stored import hash_of  # needs torch
+
+    return digest(hash_of(file), "clean 1", ftfy.__version__)
 
 
 class WanTokenizer:

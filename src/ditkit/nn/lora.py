@@ -121,7 +121,7 @@ def lora_swaps(adapters: Sequence[tuple[Adapter, float]]) -> tuple[Swap, ...]:
     finite number."""
     touching: dict[str, Adapters] = {}
     for adapter, strength in adapters:
-        if not math.isfinite(strength):
+        if not abs(strength) <= torch.finfo(torch.float32).max:
             raise SetupError(f"a LoRA strength of {strength}", "it is not a finite number", "Give one, such as 1.0")
         for top in dict.fromkeys(map(_top, adapter.deltas)) if strength else ():
             touching[top] = (*touching.get(top, ()), (adapter, float(strength)))
@@ -140,20 +140,27 @@ def _pairs(name: str, adapters: Adapters) -> list[tuple[Tensor, Tensor, float]] 
             own = adapter.low_rank(name)
             if own is None:
                 return None
-            for down, up, _ in own:
-                _check_finite(name, down, up)
             found += [(down, up, factor * strength) for down, up, factor in own]
-            if any(abs(factor * strength) > torch.finfo(torch.float32).max for _, _, factor in own):
-                asked = f"putting a LoRA beside {name} at strength {strength}"
-                raise LoadError(asked, "its scale is beyond float32", "Use another LoRA or strength")
+            for down, up, factor in own:
+                _check_finite(name, down, up)
+                most = _largest(down) * _largest(up) * len(down) * abs(factor * strength)
+                if max(most, abs(factor * strength)) > torch.finfo(torch.float32).max:
+                    asked = f"putting a LoRA beside {name} at strength {strength}"
+                    raise LoadError(asked, "what it adds is beyond float32", "Use another LoRA or strength")
     return found
 
 
 def _check_finite(name: str, *tensors: Tensor) -> None:
     """As the weights themselves are checked when they are loaded."""
-    if not all(bool(tensor.float().isfinite().all()) for tensor in tensors):
+    if not all(math.isfinite(_largest(tensor)) for tensor in tensors):
         found = "it holds infinite or undefined numbers for that"
         raise LoadError(f"putting a LoRA beside {name}", found, "Use another LoRA")
+
+
+def _largest(tensor: Tensor) -> float:
+    """The largest absolute value; undefined where one of them is."""
+    wide = tensor.float() if tensor.element_size() == 1 else tensor
+    return float(wide.abs().max()) if wide.numel() else 0.0
 
 
 def _layer(root: nn.Module, path: str, name: str) -> nn.Module:

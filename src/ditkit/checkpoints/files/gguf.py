@@ -82,6 +82,11 @@ class GGUFFile(StoredTensors):
             if name in tensors:
                 raise LoadError(asked, f"two tensors would be {name}", "Use another file")
             tensors[name] = _info(path, header, *tensor)
+        end, last = 0, ""
+        for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].size)):
+            if info.size and info.start < end:  # few bytes would stand for any number of tensors
+                raise LoadError(asked, f"{name} and {last} lie on one another", AGAIN)
+            end, last = max(end, info.start + info.size), name
         super().__init__(path, tensors, header.fields)
 
 

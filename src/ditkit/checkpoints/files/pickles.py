@@ -31,6 +31,7 @@ from ditkit.reading import open_ordinary
 
 NAMES = MappingProxyType({dtype: name for name, dtype in DTYPES.items()})
 _BYTEARRAY = re.compile(rb"c(__builtin__|builtins)\nbytearray\n")
+SPREAD = 1 << 24  # bytes of a tensor of which several numbers may be one (``Tensor.expand``)
 CONVERT = "Convert it to safetensors where you trust it"
 EMA = "generator_ema"
 """The entry that is taken when none is named, and beside it are a generator and perhaps its critic. Source:
@@ -220,6 +221,8 @@ def _info(path: Path, name: str, tensor: Tensor, records: Mapping[int, int], ask
     first = int(tensor.storage_offset())
     if begin not in records or min((first, *stride)) < 0 or (first + span) * width > records[begin]:
         raise LoadError(asked, f"the archive does not hold the data of {name}", AGAIN)
+    if tensor.numel() > span and tensor.numel() * width > SPREAD:
+        raise LoadError(asked, f"{name} {list(shape)} stands for more numbers than the archive holds of it", CONVERT)
     plain = span == math.prod(shape) and tensor.is_contiguous()
     start, size = begin + first * width, span * width
     return TensorInfo(NAMES[tensor.dtype], shape, path, start, size, None if plain else stride)

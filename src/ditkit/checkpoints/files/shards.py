@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ditkit import limits
 from ditkit.checkpoints.files.formats import read_shards
 from ditkit.checkpoints.files.stored import TensorInfo
 from ditkit.checkpoints.files.text import some
@@ -23,6 +24,8 @@ def sharded(index: Path, opened: Callable[[Path], Opened]) -> tuple[dict[str, Te
     shards = sorted(set(names.values()))
     asked = f"opening the {len(shards)} shards of {index}"
     again = "Download the folder again"
+    if len(shards) > limits.SHARDS:
+        raise LoadError(f"reading {index}", f"it names {len(shards):,} files", again)
     if absent := [shard for shard in shards if not file_at(index.parent / shard, asked)]:
         raise LoadError(asked, f"{len(absent)} of them are not there ({some(absent)})", again)
     headers = {shard: opened(index.parent / shard) for shard in shards}

@@ -89,7 +89,7 @@ class StoredTensors(TensorSource):
     @property
     def sha256(self) -> dict[str, str]:
         """Counted when asked for and remembered while the files stay as they are."""
-        return {file.name: HASHES.of(file) for file in self.files}
+        return {file.name: hash_of(file) for file in self.files}
 
     @cached_property
     def fingerprint(self) -> str:
@@ -170,6 +170,12 @@ def bytes_of(tensor: Tensor) -> memoryview:
 def _fill(stream: BufferedReader, view: memoryview, name: str, info: TensorInfo) -> None:
     if stream.readinto(view) < len(view):
         raise LoadError(f"reading {name} from {info.file}", "the file became shorter", "Download the file again")
+
+
+def hash_of(file: Path) -> str:
+    """sha256 of a file, remembered while it stays as it is. Raises LoadError."""
+    with readable(f"hashing {file}"):
+        return HASHES.of(file)
 
 
 def file_sample(file: Path, count: int = 17, length: int = 2**14) -> str:

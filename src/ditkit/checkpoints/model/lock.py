@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ditkit.checkpoints.files.text import ABSENT
+from ditkit.checkpoints.files.text import ABSENT, readable
 from ditkit.checkpoints.model.hub import Hub
 from ditkit.checkpoints.model.place import AGAIN, Location, Places, check_names, files_at
 from ditkit.errors import LoadError
@@ -59,7 +59,11 @@ def read_lock(file: Path) -> Lock:
         if raw.pop("version", None) != 1:
             raise ValueError("it is of another version")
         for name, entry in raw.get("components", {}).items():
-            files = {one: (int(of["size"]), str(of["sha256"])) for one, of in entry["files"].items()}
+            files = {one: (of["size"], of["sha256"]) for one, of in entry["files"].items()}
+            if not all(type(size) is int and isinstance(digest, str) for size, digest in files.values()):
+                raise ValueError(f"the size or the sha256 of a file of {name} is none")
+            if not isinstance(entry["place"], str) or not isinstance(entry.get("revision", ""), str):
+                raise ValueError(f"the place or the revision of {name} is no text")
             lock[name] = Entry(entry["place"], entry.get("revision"), files)
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise LoadError(f"reading {file}", f"it cannot be understood ({e})", ANEW) from None
@@ -128,7 +132,7 @@ def _digests(files: Mapping[str, Path]) -> dict[str, str]:
 
 
 def _digest(file: Path) -> str:
-    with open_ordinary(file) as stream:
+    with readable(f"hashing {file}"), open_ordinary(file) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
