@@ -13,6 +13,7 @@ from ditkit.errors import LoadError, SetupError
 from ditkit.events import SILENT, Events
 from ditkit.prompting.cleaning import split_reasoning
 from ditkit.prompting.server import shrunk
+from ditkit.reading import is_litter
 from ditkit.state import digest
 from ditkit.store.hashes import HASHES
 
@@ -34,7 +35,7 @@ class LocalExpander:
         """Of all files that decide what it says, and of its dtype; it is not loaded for that."""
         self._check()
         kinds = {".json", ".jinja", ".txt", ".model", ".safetensors", ".bin"}
-        files = sorted(f for f in self.folder.iterdir() if f.suffix in kinds)
+        files = sorted(f for f in self.folder.iterdir() if f.suffix in kinds and not is_litter(f.name))
         return digest("transformers", self._place()[0], {f.name: HASHES.of(f) for f in files})
 
     def _check(self) -> None:
