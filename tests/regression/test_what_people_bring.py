@@ -4,6 +4,7 @@ Each is read as what it is, or refused in one sentence that names its file and s
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -134,7 +135,12 @@ def lora_beside(folder: Path) -> Path:
 
 def adapted(folder: Path, *loras: object) -> Adapters:
     setup = Setup(model=str(folder), loras=[str(lora) for lora in loras])
-    return Adapters.open(setup, find(str(folder), setup).parts)
+    return Adapters.open(setup, parts_of(folder))
+
+
+@functools.cache
+def parts_of(folder: Path):
+    return find(str(folder)).parts
 
 
 def test_the_settings_of_a_lora_are_read_or_absent_for_sure(models, tmp_path):
