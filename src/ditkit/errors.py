@@ -19,7 +19,7 @@ class DitkitError(Exception):
 
     def __init__(self, asked: str, found: str, do: str):
         asked, found = (printable(hidden(shortened(str(part)))) for part in (asked, found))
-        do = printable(hidden(str(do)), keep="\n")
+        do = printable(hidden(shortened(str(do))), keep="\n")
         super().__init__(f"{asked}: {found}. {do}.")
         self.asked, self.found, self.do = asked, found, do
 

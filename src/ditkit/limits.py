@@ -39,7 +39,7 @@ AT_WORK = 21_600.0  # seconds in which a host has to tell more than that it is a
 COME_AGAIN = 300.0  # seconds that a host may ask a client to wait
 RESTART = 60.0  # seconds that a client waits for a host that it has known to be there again
 
-# --- weights
+# --- what weights and their settings claim
 
 NAME = 200  # characters of one name in a list of names
 AXES = 16  # of one tensor; torch's own operations take no more than 64, and no weight here has more than 5
