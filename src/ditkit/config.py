@@ -167,7 +167,7 @@ def from_text(text: str, annotation: Any, literal: bool = False) -> Any:
         return text == "1"
     if text.lower() == "none" and type(None) in typing.get_args(annotation):
         return None
-    values = options.toml_values(text)
+    values = options.toml_values(text.strip())  # a .env file of Windows leaves a return at the end of its lines
     if typing.get_origin(annotation) is list and not (text.lstrip().startswith("[") and values):  # its only entry
         return [from_text(text, typing.get_args(annotation)[0], literal)]
     meanings = [text, *values] if literal else [*values, text]

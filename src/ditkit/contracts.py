@@ -207,6 +207,7 @@ class Transformer(Protocol):
     def __call__(self, latents: Tensor, timestep: Tensor, conditioning: Any, *, run_blocks: RunBlocks, attend: Attend,
                  step: Step | None = None) -> Tensor:  # fmt: skip
         """``latents`` [B, C, F, h, w], ``timestep`` [B] -> velocity (noise minus data) of the latents' shape.
+        ``timestep`` is float64 on the latents' device, or on the CPU where that has no float64 (Apple's GPU).
 
         ``step`` changes nothing here; it is what seams B and D are told."""
 

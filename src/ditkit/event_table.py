@@ -78,6 +78,7 @@ ROWS = (
     EventRow("memory.dropped", "the State's memory of a plug has no use", {"plug": "str", "names": "list"}, BOTH),
     EventRow("load.note", "a component is loaded with a remark, such as an unknown key of its config",
              {"component": "str", "note": "str"}, BOTH),
+    EventRow("setup.note", "a component computes where or how it takes longer than it could", {"text": "str"}, BOTH),
     EventRow("cache.hit", "a result was in the cache", {"stage": "str", "why": "str"}),
     EventRow("cache.miss", "a result was not in the cache", {"stage": "str", "why": "str"}),
     EventRow("cache.refused", "a result is not kept", {"stage": "str", "why": "str"}),

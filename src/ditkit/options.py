@@ -16,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError
 
 from ditkit.errors import DitkitError, SetupError, UserError, nearest
+from ditkit.plain import plain, shown, whole
 
 _TOKEN = re.compile(r"""("(?:[^"\\]|\\.)*"|'[^']*'|.)""", re.S)
 
@@ -102,13 +103,14 @@ def _fitting(name: str, annotation: Any, values: tuple[Any, ...], what: str, err
     fault = ""
     for value in values:
         try:
-            return adapter(annotation).validate_json(json.dumps(value), strict=True)
-        except (ValidationError, TypeError) as e:
+            said = json.dumps(whole(plain(value), annotation))
+            return adapter(annotation).validate_json(said, strict=True)
+        except (ValidationError, TypeError, ValueError, RecursionError) as e:
             fault = fault or (e.errors()[0]["msg"] if isinstance(e, ValidationError) else str(e))
         except PydanticSchemaGenerationError:
             fault = "its type cannot be written as a text"
     do = f"Give {getattr(annotation, '__name__', annotation)}"
-    raise error(f"{name}={values[-1]!r:.200} of {what}", fault[:1].lower() + fault[1:], do)
+    raise error(f"{name}={shown(values[-1])} of {what}", fault[:1].lower() + fault[1:], do)
 
 
 @cache

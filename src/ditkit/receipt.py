@@ -66,7 +66,7 @@ class Recorder:
                 self.truncated.append(cut)
             case "picture.note":
                 self.pictures[event["field"]] = event["text"]
-            case "load.note":
+            case "load.note" | "setup.note":
                 self.noted.append(dict(event.values))
             case "plug" | "memory.dropped":
                 counts = self.plugs.setdefault(event["plug"], {})

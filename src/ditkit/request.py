@@ -1,5 +1,6 @@
 """Request: what to make. Every default says where it comes from; nothing here says how (``setup.py``)."""
 
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self
@@ -17,9 +18,14 @@ from pydantic import (
 
 from ditkit.errors import RequestError, UserError, nearest
 from ditkit.hiding import holds_secret
+from ditkit.plain import SHOWN, plain, shown, whole
+from ditkit.reading import check_value
 
-MAX_SEED = 2**63 - 1
+MAX_SEED = 2**64 - 1  # what torch takes, and ComfyUI gives
+DRAWN = 2**32  # seeds that are drawn lie below: torch's CPU generator tells no more than that apart
+CHANCE = (-1, "-1", "random")
 POSITIONS = 1024  # along each axis of the latents' tokens, in the networks' rotary embedding
+MOST = 2**31 - 1  # of anything that is counted
 MAX_STEPS = 10_000  # ten for each timestep that a Wan model was trained with; a host must not be asked for more
 
 OLD_NAMES: Mapping[str, str] = MappingProxyType({
@@ -71,7 +77,8 @@ class Settings(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _today(cls, values: Any) -> Any:
-        return {k: [*v] if isinstance(v, tuple) else v for k, v in renamed(values).items()}
+        fields = cls.model_fields
+        return {k: whole(plain(v), fields[k].annotation) if k in fields else v for k, v in renamed(values).items()}
 
     @field_validator("*")
     @classmethod
@@ -84,10 +91,23 @@ class Settings(BaseModel):
     def parse(cls, values: Mapping[str, Any], origin: str | Mapping[str, str], error: type[UserError]) -> Self:
         """Build from a mapping; the first fault becomes one sentence that names its ``origin``, or that of its
         setting."""
+        asked = f"the settings ({origin})" if isinstance(origin, str) else "the settings"
         try:
+            for key, value in values.items():
+                asked = f"{ascii(key)[:SHOWN]} ({origin if isinstance(origin, str) else origin.get(key, 'default')})"
+                check_value({key: value})  # a name too may be one that nobody can show
             return cls(**values)
         except ValidationError as e:
             raise sentence(cls, e, values, origin, error) from None
+        except UnicodeError:
+            found = "there is half of a character in it"
+        except ValueError as e:
+            found = f"it has {e}"
+        except TypeError:
+            found = "the name of a setting is no text"
+        except RecursionError:
+            found = "it has too many lists or tables within each other"
+        raise error(asked, found, "Correct it")
 
 
 def sentence(
@@ -99,14 +119,28 @@ def sentence(
     # Of a setting that may have several types, the fault that lies deepest is of the one that was meant.
     fault = max((f for f in e.errors() if f["loc"][:1] == first[:1]), key=lambda f: len(f["loc"]))
     key = str(first[0]) if first else ""
-    said = next((f"{name}={value!r}" for name, value in values.items() if OLD_NAMES.get(name, name) == key), key)
+    said = next((f"{name[:SHOWN]}={shown(v)}" for name, v in values.items() if OLD_NAMES.get(name, name) == key), key)
     asked = f"{said or 'the settings'} ({origin if isinstance(origin, str) else origin.get(key, 'default')})"
     if fault["type"] == "extra_forbidden":
-        hint, known = nearest(key, cls.model_fields), ", ".join(cls.model_fields)
-        return error(asked, f"there is no setting {key!r}{hint}", f"The known ones are: {known}")
+        hint, known = nearest(key[:SHOWN], cls.model_fields), ", ".join(cls.model_fields)
+        return error(asked, f"there is no setting {shown(key)}{hint}", f"The known ones are: {known}")
     message = str(fault["ctx"]["error"]) if fault["type"] == "value_error" else fault["msg"]
     do = f"Give {cls.model_fields[key].description}" if key else "Give it once, by today's name"
     return error(asked, message[:1].lower() + message[1:], do)
+
+
+def drawn(values: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` with a number in the place of each seed that is -1 or ``random``. It is drawn when somebody asks for a
+    run and never when a file is read, so that what is kept has the number."""
+
+    given = values.get("seed")
+    seeds = whole(plain(given))
+    each = seeds if isinstance(seeds, list) else [seeds]
+    chance = [(seed.strip().lower() if isinstance(seed, str) else seed) in CHANCE for seed in each]
+    if not any(chance):
+        return dict(values)
+    numbers = [secrets.randbelow(DRAWN) if by_chance else seed for seed, by_chance in zip(each, chance, strict=True)]
+    return {**values, "seed": numbers if isinstance(seeds, list) else numbers[0]}
 
 
 def one_of(names: Sequence[str], what: str) -> AfterValidator:
@@ -120,9 +154,10 @@ def one_of(names: Sequence[str], what: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-Float = Annotated[float, Field(allow_inf_nan=False)]
-Scale = Annotated[float, Field(allow_inf_nan=False, ge=0)]
-Level = Annotated[float, Field(allow_inf_nan=False, ge=0, le=1)]
+NO_SIGN = AfterValidator(lambda value: value + 0.0)  # -0.0 and 0.0 are one request
+Float = Annotated[float, Field(allow_inf_nan=False), NO_SIGN]
+Scale = Annotated[float, Field(allow_inf_nan=False, ge=0), NO_SIGN]
+Level = Annotated[float, Field(allow_inf_nan=False, ge=0, le=1), NO_SIGN]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 
 
@@ -136,11 +171,12 @@ class Request(Settings):
     negative_prompt: str | list[str] = default("", "diffusers' default; the official one is Wan's own list of defects",
                                                "a text to steer away from, or a list with one for each prompt")
     seed: Seed | list[Seed] = default(0, "ditkit; the official default is random, which cannot be repeated",
-                                      f"a whole number from 0 to {MAX_SEED}, or a list of them")
-    width: int = default(832, "Wan2.1 generate.py --size 832*480", "a width in pixels, a multiple of 16", ge=1)
-    height: int = default(480, "Wan2.1 generate.py --size 832*480", "a height in pixels, a multiple of 16", ge=1)
-    frames: int = default(81, "Wan2.1 generate.py --frame_num", "a number of frames of the form 4n + 1", ge=1)
-    fps: int = default(16, "Wan2.1 shared_config sample_fps", "frames for each second, 1 or more", ge=1)
+                                      f"a whole number from 0 to {MAX_SEED}, -1 or random to draw one, or a list")
+    width: int = default(832, "Wan2.1 generate.py --size 832*480", "a width in pixels, a multiple of 16", ge=1, le=MOST)
+    height: int = default(480, "Wan2.1 generate.py --size 832*480", "a height in pixels, a multiple of 16",
+                          ge=1, le=MOST)
+    frames: int = default(81, "Wan2.1 generate.py --frame_num", "a number of frames of the form 4n + 1", ge=1, le=MOST)
+    fps: int = default(16, "Wan2.1 shared_config sample_fps", "frames for each second, 1 or more", ge=1, le=MOST)
     steps: int = default(50, "Wan2.1 generate.py --sample_steps", f"a number of denoising steps, from 1 to {MAX_STEPS}",
                          ge=1, le=MAX_STEPS)
     guidance_scale: Scale = default(5.0, "Wan2.1 generate.py --sample_guide_scale",
@@ -167,7 +203,7 @@ class Request(Settings):
         "wan", "the official code", "wan or diffusers: how pictures are resized and cropped")
     scheduler: str = default("unipc", "Wan2.1 generate.py --sample_solver",
                              "the name of a scheduler, such as unipc, dpm++ or euler")
-    scheduler_options: dict[str, int | float | str | bool] = default(
+    scheduler_options: dict[str, int | Float | str | bool] = default(
         {}, "none", "options of that scheduler, such as {order = 3}")
     shift: Float = default(5.0, "Wan2.1 generate.py --sample_shift", "a finite number above 0", gt=0)
     convention: Literal["wan", "diffusers"] = default("wan", "the official code", "wan or diffusers")
@@ -185,9 +221,9 @@ class Request(Settings):
         "auto", "ditkit", "a template's name or file; auto goes by task and language of the prompt")
     expand_temperature: Scale = default(0.7, "Qwen2.5's own setting", "0 or more; 0 takes the likeliest word")
     expand_max_tokens: int = default(512, "Wan2.1 prompt_extend", "how many tokens an expansion may have, 1 or more",
-                                     ge=1)
+                                     ge=1, le=MOST)
     expand_attempt: int = default(0, "ditkit", "which of a seed's expansions: it is added to the seed, 0 or more",
-                                  ge=0)
+                                  ge=0, le=MOST)
     expand_fallback: bool = default(False, "ditkit", "true to go on with the raw prompt when expanding it fails")
     batched: bool = default(False, "ditkit", "true to run all samples in one batch, false for one after the other")
     # fmt: on
@@ -201,7 +237,8 @@ class Request(Settings):
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
-        request = cls.parse(values, "request", RequestError)
+        """What somebody asks for in Python; a seed that is to be drawn is drawn here. Raises RequestError."""
+        request = cls.parse(drawn(values), "request", RequestError)
         request.samples()
         return request
 

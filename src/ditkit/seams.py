@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ditkit.contracts import Step
-from ditkit.errors import PipelineError, RequestError
+from ditkit.devices import lacks
+from ditkit.errors import PipelineError, RequestError, StateError
 from ditkit.events import SILENT, Events
 from ditkit.state import CODES
 
@@ -76,6 +77,9 @@ class RunPlugs:
         self._memories: dict[str, Memory] = {}
         for name, t in (remembered or {}).items():
             owner, _, key = name.partition("/")
+            if device is not None and lacks(device, t.dtype):
+                found = f"{owner} remembers {str(t.dtype).removeprefix('torch.')}, which that device does not have"
+                raise StateError(f"going on from a State on {device}", found, "Go on where it was begun")
             self._memory(owner).data[key] = t.detach().to(device or t.device, copy=True)
 
     def wrap(self, inner: Any, seam: str, wrappers: Sequence[Callable[..., Any]], expert: str, branch: str = "") -> Any:

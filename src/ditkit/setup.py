@@ -6,9 +6,10 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import field_validator
 
 from ditkit import addresses
+from ditkit.devices import devices, lacks, slower, why_absent
 from ditkit.errors import SetupError, needed
 from ditkit.registry import PlugSpec
-from ditkit.request import Float, Settings, default, one_of
+from ditkit.request import MOST, Float, Settings, default, one_of
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 COMPONENTS = ("text_encoder", "image_encoder", "transformer", "transformer_2", "vae", "preview_decoder",
@@ -48,8 +49,10 @@ class Setup(Settings):
     attention: str = default("sdpa", "PyTorch", "the name of an attention kernel, such as sdpa or dense")
     plugs: list[str] = default(
         [], "none", "a list of plugs and stages, each NAME, FILE.py, FILE.py:NAME or module:NAME, with :OPTION=VALUE")
-    threads: int | None = default(None, "PyTorch's own choice", "a number of CPU threads, 1 or more", ge=1)
-    vae_frames_per_chunk: int = default(1, "Wan2.1 vae.py", "latent frames that are decoded at once, 1 or more", ge=1)
+    threads: int | None = default(
+        None, "PyTorch's own choice", "a number of CPU threads, from 1 to 4096", ge=1, le=4096)
+    vae_frames_per_chunk: int = default(
+        1, "Wan2.1 vae.py", "latent frames that are decoded at once, 1 or more", ge=1, le=MOST)
     cache_text_kv: bool = default(True, "ditkit", "true to keep each block's text keys and values during a run")
     backends: dict[Component, Backend] = default(
         {}, "none", "what computes single components, such as {text_encoder = 'mlx'}: torch, mlx, mlx-8bit or mlx-4bit")
@@ -57,7 +60,8 @@ class Setup(Settings):
         {}, "none", "where stages run, such as {encode_text = 'http://mac.local:8700', denoise = 'process:cuda:1'}")
     expected_probes: dict[str, str] = default(
         {}, "none", "probe hashes that hosts have to show, by stage, as `ditkit doctor --placement` prints them")
-    retries: int = default(2, "ditkit", "how often a stage is sent again to a host that was lost, 0 or more", ge=0)
+    retries: int = default(
+        2, "ditkit", "how often a stage is sent again to a host that was lost, 0 or more", ge=0, le=MOST)
     timeout: Float = default(60.0, "ditkit", "seconds without a sign of life after which a host counts as lost", gt=0)
     plain_http: bool = default(
         False, "ditkit", "true to send a token or key over http to another machine; anybody on the way can read it")
@@ -104,36 +108,52 @@ class Setup(Settings):
         return cls.parse(values, "setup", SetupError)
 
     def device_of(self, component: str) -> str:
-        """The device of ``component``, with ``auto`` resolved to what this machine has for its backend."""
+        """The device of ``component``, with ``auto`` resolved to what computes on this machine for its backend. Raises
+        SetupError."""
         asked, mlx = self.devices.get(component, self.device), self.backend_of(component) != "torch"
-        available = _mlx_devices() if mlx else _torch_devices()
+        known = dict.fromkeys(_mlx_devices(), "") if mlx else devices()
+        good = [name for name, fault in known.items() if not fault]
         if asked == "auto":
-            return "cuda:0" if "cuda:0" in available else available[-1]
-        if asked not in available:
+            return next((name for name in good if name.startswith("cuda:")), good[-1])
+        if asked not in good:
             who = "MLX computes it on" if mlx else "this machine has"
-            raise SetupError(f"device={asked!r} for {component}", f"{who} {', '.join(available)}", "Choose one of them")
+            why = known.get(asked) or ("" if mlx else why_absent(asked))
+            found = f"{who} {', '.join(good)}{why and f'; {why}'}"
+            raise SetupError(f"device={asked!r} for {component}", found, "Choose one of them")
         return "cuda:0" if asked == "cuda" else asked
 
     def backend_of(self, component: str) -> str:
         return self.backends.get(component, "torch")
 
     def dtype_of(self, component: str) -> str:
-        """The dtype of ``component``. ``auto``: bfloat16 on a GPU and float32 on a CPU; VAE and image encoder are
-        always float32, as in the official code (the VAE) and in diffusers' guides (both)."""
+        """The dtype of ``component``. ``auto``: bfloat16 on a GPU that has it, else float32; VAE and image encoder are
+        always float32, as in the official code (the VAE) and in diffusers' guides (both). Raises SetupError for one
+        that the device does not have."""
         asked = self.dtypes.get(component, self.dtype)
-        if asked != "auto":
-            return asked
-        wide = component in ("vae", "image_encoder", "preview_decoder") or self.device_of(component) == "cpu"
-        return "float32" if wide else "bfloat16"
+        if asked == "auto":
+            wide = component in ("vae", "image_encoder", "preview_decoder") or self.device_of(component) == "cpu"
+            return "float32" if wide or self._lacks(component, "bfloat16") else "bfloat16"
+        if asked in ("float64", "bfloat16") and self._lacks(component, asked):
+            found = "Apple's GPU does not have it" + (" before macOS 14" if asked == "bfloat16" else "")
+            raise SetupError(f"dtype={asked!r} for {component} on mps", found, "Choose float32, or another device")
+        return asked
 
+    def _lacks(self, component: str, dtype: str) -> bool:
+        import torch
 
-def _torch_devices() -> list[str]:
-    import torch
+        ours = self.backend_of(component) == "torch"
+        return ours and lacks(torch.device(self.device_of(component)), getattr(torch, dtype))
 
-    available = ["cpu"]
-    if torch.cuda.is_available():
-        available += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    return [*available, "mps"] if torch.backends.mps.is_available() else available
+    def notes_of(self, component: str) -> list[str]:
+        """What somebody should know who waits for ``component``: a GPU that is passed over, a dtype that is slow."""
+        if self.backend_of(component) != "torch":
+            return []
+        auto, dtype = self.devices.get(component, self.device) == "auto", self.dtype_of(component)
+        found = [f"{each} is not used: {why}" for each, why in devices().items() if auto and why and each != "cuda"]
+        narrow = dtype in ("float16", "bfloat16")  # who asks for float64 knows what it takes
+        why, better = slower(self.device_of(component), dtype) if narrow else ("", "")
+        name = f"dtypes.{component}" if component in self.dtypes else "dtype"
+        return [*found, f"{why}: {name}={better} is faster"] if why else found
 
 
 def _mlx_devices() -> list[str]:

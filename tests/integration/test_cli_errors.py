@@ -54,7 +54,7 @@ def check(said, *words: str, code: int = 2) -> None:
         (["x", "--guidance-scale", "-1"], ["guidance_scale=-1 (flag --guidance-scale)", "equal to 0"]),
         (["x", "--guidance-scale", "nan"], ["guidance_scale=nan", "finite"]),
         (["x", "--guidance-scale", "inf"], ["guidance_scale=inf", "finite"]),
-        (["x", "--seed", "-1"], ["seed=-1", "equal to 0"]),
+        (["x", "--seed", "-2"], ["seed=-2", "equal to 0"]),
         (["x", "--scheduler", "unicp"], ["scheduler 'unicp'", "did you mean 'unipc'"]),
         (["x", "--scheduler-options", "ordre=2"], ["option 'ordre'", "did you mean 'order'"]),
         (["x", "--scheduler-options", "ordre"], ["--scheduler-options ordre", "NAME=VALUE"]),

@@ -50,6 +50,7 @@ class Components(Mapping[str, Any]):
     ):  # fmt: skip
         self.model, self.setup, self.own_swaps, self.device_of = model, setup, swaps, device_of
         self._events = SILENT
+        self._told: set[str] = set()
         there = [name for name in model.known if name != "tokenizer"]
         for swap in swaps:
             named = {*swap.components}
@@ -83,6 +84,10 @@ class Components(Mapping[str, Any]):
                 component = self.holder[name]
             for note in self.model.parts[name].notes:
                 self._events.emit("load.note", component=name, note=note)
+            for text in self.setup.notes_of(name) if self.model.parts[name].source else ():
+                if text not in self._told:  # once, however many parts it is true of
+                    self._told.add(text)
+                    self._events.emit("setup.note", text=text)
             return component
 
     def __contains__(self, name: object) -> bool:  # a Mapping's own one would load it

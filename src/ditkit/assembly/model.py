@@ -23,7 +23,7 @@ from ditkit.errors import DitkitError, LoadError, RequestError, StateError
 from ditkit.execution.stage_list import Stage, StageList
 from ditkit.pictures import FIELDS as PICTURES
 from ditkit.registry import resolve
-from ditkit.request import Request, renamed
+from ditkit.request import Request, drawn, renamed
 from ditkit.setup import Setup
 from ditkit.state import State
 
@@ -162,6 +162,8 @@ class Model:
 
     def request(self, values: Mapping[str, Any]) -> Request:
         """A Request with this model's defaults, checked against its sizes and its task."""
+        values = drawn(values)
+        Request.parse(values, "request", RequestError)  # what follows from them is worked out with sound ones
         request = Request.of({**self.defaults_for(values), **values})
         if request.size_from == "request" or request.image is None:
             self.check_size(request)
@@ -251,7 +253,7 @@ def check_defaults(defaults: Mapping[str, Any], file: Path, multiple: int, tempo
     sides and frames are made of. Raises LoadError."""
     fitting = {"width": multiple, "height": multiple, "frames": 1}  # so that only a fault of the file is found
     try:
-        request = Request.parse({**fitting, **defaults}, str(file), LoadError)
+        request = Request.parse(drawn({**fitting, **defaults}), str(file), LoadError)
         request.samples()
         request.check_size(multiple, temporal)
     except RequestError as e:

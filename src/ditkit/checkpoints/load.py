@@ -20,6 +20,7 @@ from ditkit.checkpoints.files.stored import DTYPES
 from ditkit.checkpoints.files.text import some
 from ditkit.checkpoints.views.source import Stored, TensorSource, no_inspection
 from ditkit.contracts import Swap
+from ditkit.devices import lacks, put
 from ditkit.errors import LoadError, SetupError, noted
 
 Device = torch.device | str
@@ -60,7 +61,7 @@ def load_into(
         for place, (owner, leaf) in brought.items():
             old, where = getattr(owner, leaf), device(place)
             if "meta" not in (old.device.type, where.type) and old.device != where:
-                setattr(owner, leaf, _like(old, old.detach().to(where)))
+                setattr(owner, leaf, _like(old, put(old.detach(), where)))
         done: dict[str, tuple[SourceTensor, Tensor | None]] = {}
         for key in source.tensors:
             name = target[key]
@@ -114,6 +115,9 @@ class SourceTensor:
         """Codes, scales and format, on its device. Its numbers are looked at too, where that was asked for, which takes
         as long as to read them. Raises LoadError for what has no stored form, such as a weight with a LoRA merged."""
         self.used, found = True, self.source.stored(self.key)
+        if lacks(self.device, found.codes.dtype):
+            told = f"{self.device} does not have {str(found.codes.dtype).removeprefix('torch.')}"
+            raise LoadError(f"{self.asked}, {self.key} as it is stored", told, "Take its numbers, or another device")
         if self.check_finite:
             read(self.asked, self.source, self.key, self.dtype)
         return found.to(self.device)

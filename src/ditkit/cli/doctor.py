@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
-from ditkit import config
+from ditkit import config, devices
 from ditkit.cli import show
 from ditkit.cli.flags import RawSettings, kebab, with_settings
 from ditkit.cli.opening import model_name
@@ -68,12 +68,15 @@ def software() -> Iterator[Row]:
 def hardware() -> Iterator[Row]:
     import torch
 
-    gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
-    devices = ["cpu", *(f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in gpus)]
-    devices += ["mps"] if torch.backends.mps.is_available() else []
     yield True, ("platform", platform.platform())
-    yield True, ("devices", ", ".join(devices))
+    for name, fault in devices.devices().items():
+        if name != "cuda":
+            about = fault or (f"{torch.cuda.get_device_name(name)}" if name.startswith("cuda") else "")
+            yield not fault, (f"device {name}", about)
     yield True, ("threads", f"{torch.get_num_threads()} of {os.cpu_count()} processors")
+    base, others = devices.seconds("float32"), ("bfloat16", "float16", "float64")
+    said = ", ".join(f"{name} {devices.seconds(name) / base:.2g}" for name in others)
+    yield True, ("dtypes on the CPU", f"time of a product: float32 1, {said}")
     try:
         import av
     except ImportError:

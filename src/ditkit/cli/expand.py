@@ -21,6 +21,7 @@ import typer
 from ditkit import config
 from ditkit.cli import show, terminal
 from ditkit.cli.flags import Json, Prompt, Quiet, RawSettings, RunOptions, with_settings
+from ditkit.cli.opening import drawn_in, say_what_was_drawn
 from ditkit.errors import RequestError, SetupError
 from ditkit.events import Event, Events
 from ditkit.hiding import printable
@@ -51,7 +52,8 @@ def expand(given: RawSettings, prompt: Prompt = None, quiet: Quiet = False, as_j
     from ditkit.stages.expand_prompt import ExpandPrompt
     from ditkit.state import State
 
-    settled = config.settle(*given.layers())
+    settled = config.settle(*map(drawn_in, given.layers()))
+    say_what_was_drawn(settled)
     setup, request = settled.setup(), pictures.placed(templates.placed(settled.request()))
     if setup.expander is None:
         raise SetupError("expanding a prompt", "no language model is named", "Add --expander URL")

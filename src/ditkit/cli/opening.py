@@ -8,17 +8,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ditkit import config
+from ditkit.cli import show
 from ditkit.cli.flags import RawSettings, kebab, to_path
 from ditkit.config import Layer, Settled
 from ditkit.errors import LoadError, RequestError, SetupError, StateError
 from ditkit.prompting import templates
-from ditkit.request import Request
+from ditkit.request import Request, drawn
 from ditkit.trust import check_allowed, check_places
 
 if TYPE_CHECKING:
     from ditkit.pipeline import Opened, Pipeline
     from ditkit.runs import Run
     from ditkit.state import State
+
+DRAWN = ", drawn"
+"""Ends the origin of a seed that chance gave."""
 
 
 def model_name(text: str) -> str:
@@ -53,7 +57,7 @@ def settle(given: RawSettings, below: Layer | None = None) -> tuple[Settled, Ope
     from ditkit.execution.stage import with_own_defaults
     from ditkit.pipeline import open_model
 
-    upper = [_located(layer) for layer in (*([] if below is None else [below]), *given.layers())]
+    upper = [drawn_in(_located(layer)) for layer in (*([] if below is None else [below]), *given.layers())]
     asked = config.settle(*upper)
     setup = asked.setup()
     if below is None and given.allowed:
@@ -69,8 +73,9 @@ def settle(given: RawSettings, below: Layer | None = None) -> tuple[Settled, Ope
         check_fetches(setup.model, own, allowed, doing)
     opened = open_model(setup)
     model = opened.model
+    asked.request()  # what follows from the values is worked out with sound ones
     family = Layer.of(model.family_defaults_for(asked.values), f"model family (official, {model.task})")
-    settled = config.settle(family, Layer.of(model.own_defaults, f"model {opened.setup.model}"), *upper)
+    settled = config.settle(family, drawn_in(Layer.of(model.own_defaults, f"model {opened.setup.model}")), *upper)
     request = settled.request()  # a fault in a value is told with where the value comes from
     if request.stage_settings:
         with_own_defaults(pipeline_of(model, opened.setup).stages, request)
@@ -81,6 +86,19 @@ def settle(given: RawSettings, below: Layer | None = None) -> tuple[Settled, Ope
 def _located(layer: Layer) -> Layer:
     model = layer.values.get("model")
     return replace(layer, values={**layer.values, "model": model_name(model)}) if isinstance(model, str) else layer
+
+
+def drawn_in(layer: Layer) -> Layer:
+    """``layer`` with a number for a seed that it leaves to chance, so that all that is made of it has the same."""
+    values = drawn(layer.values)
+    if values.get("seed") is layer.values.get("seed"):
+        return layer
+    return Layer(values, {**layer.origins, "seed": layer.origins["seed"] + DRAWN})
+
+
+def say_what_was_drawn(settled: Settled) -> None:
+    if settled.origins.get("seed", "").endswith(DRAWN):
+        show.say(f"seed {settled.values['seed']} was drawn")
 
 
 def check_contradiction(settled: Settled, layers: Sequence[Layer]) -> None:
@@ -108,7 +126,9 @@ def open_pipe(given: RawSettings) -> tuple[Pipeline, Request, Settled]:
     """Everything settled and checked; no weights are loaded."""
     settled, opened = settle(given)
     request = opened.model.request(settled.of(Request))
-    return load(opened), request, settled
+    pipe = load(opened)
+    say_what_was_drawn(settled)
+    return pipe, request, settled
 
 
 def open_state(source: Path, given: RawSettings) -> tuple[Pipeline, State, Settled]:
@@ -154,7 +174,12 @@ def _goes_on(
     asked = templates.placed(settled.request())
     for key, value in request.items():
         said = settled.given.get(key, ())
-        if said and not said[-1][0].startswith("model ") and getattr(asked, key) != value:
+        if (
+            said
+            and not said[-1][0].endswith(DRAWN)
+            and not said[-1][0].startswith("model ")
+            and getattr(asked, key) != value
+        ):
             asked_for = f"{key}={getattr(asked, key)!r} ({settled.origins[key]}) with {flag}"
             raise RequestError(asked_for, f"{what} was begun with {value!r}", "Take that away, or begin a new run")
     return settled, opened

@@ -49,6 +49,8 @@ def plan(given: RawSettings, prompt: Prompt = None) -> None:
         out.print(show.section("Pictures", show.table(("picture", "how it is taken"), list(remarks.items()))))
     devices = [(name, *device_of(pipe, name)) for name in known]
     out.print(show.section("Components", show.table(("component", "device", "dtype"), devices)))
+    for text in dict.fromkeys(t for name in known if name in pipe.model.parts for t in pipe.setup.notes_of(name)):
+        out.print(f"note: {text}")
     where = pipe.places.of_run(pipe.stages, pipe.components, pipe.seams, lambda: pipe.steps(request))
     places: list[tuple[str, str, str]] = []
     for name in pipe.stages.names:

@@ -17,7 +17,7 @@ import typer
 from ditkit import pictures
 from ditkit.cli import expand, flags, job, show
 from ditkit.cli.flags import PathArgument, PathOption, RawSettings, RunOptions, default_out, sheet_for, with_settings
-from ditkit.cli.opening import load, model_name, open_pipe, open_run, open_state, settle
+from ditkit.cli.opening import load, model_name, open_pipe, open_run, open_state, say_what_was_drawn, settle
 from ditkit.config import Layer, Settled
 from ditkit.errors import RequestError, SetupError, StateError
 from ditkit.hiding import printable
@@ -153,6 +153,7 @@ def fork(
     keeping = {"every": about.every, "keep_steps": about.keep_steps, **given_of(every=every, keep_steps=keep_steps)}
     check_new(path, **keeping)
     pipe, request = load(opened), settled.request().model_dump()
+    say_what_was_drawn(settled)
     named = pictures.FIELDS if PICTURES in given.allowed else given.named()
     if before["sigmas"] is not None and request["sigmas"] == before["sigmas"]:
         request |= {"steps": before["steps"], "shift": before["shift"]}

@@ -15,6 +15,7 @@ from ditkit.execution.place import Call, Checkpointer, Here, Interrupted, Place,
 from ditkit.execution.records import code_of, fingerprints, record_of, replugged, skip_reason, wanted
 from ditkit.execution.stage import Stage, StageCall, known_settings, readable, writes_of
 from ditkit.identify import forgets
+from ditkit.plain import counted
 from ditkit.state import FIELDS, Field, State
 from ditkit.store.cache import Cache, StageResult
 from ditkit.store.reasons import CacheKey
@@ -45,10 +46,12 @@ class Execution:
     identities: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        stop = 0 if self.stop_at_step is None else self.stop_at_step
-        if type(stop) is not int or stop < 0:
-            found = "no step comes before the first" if isinstance(stop, int) else "it is no whole number"
-            raise PipelineError(f"stop_at_step={stop!r}", found, "Give a whole number, 0 or more")
+        if self.stop_at_step is not None:
+            self.stop_at_step = stop = counted(self.stop_at_step, "stop_at_step", PipelineError)
+            if stop < 0:
+                raise PipelineError(
+                    f"stop_at_step={stop}", "no step comes before the first", "Give a whole number, 0 or more"
+                )
         self.state = wanted(self.stages, self.state)
 
     def run(self) -> State:

@@ -131,7 +131,10 @@ def with_stage_settings(stages: Iterable[Stage], values: Mapping[str, Any]) -> d
     ``sharpness={"amount": 3}``."""
     own = {s.name: values[s.name] for s in stages if settings_of(s) and s.name in values}
     rest = {name: value for name, value in values.items() if name not in own}
-    return {**rest, "stage_settings": {**rest.get("stage_settings", {}), **own}} if own else rest
+    given = rest.get("stage_settings", {})
+    if own and isinstance(given, Mapping):
+        return {**rest, "stage_settings": {**given, **own}}
+    return rest  # what stands there is no table, which the check of the whole says
 
 
 def with_own_defaults(stages: Iterable[Stage], request: Request) -> Request:

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ditkit.nn.convolution import convolution
+from ditkit.nn.attention import attention
+from ditkit.nn.convolution import after_zeros, convolution
 from ditkit.nn.layers import Loaded
 
 FeatureCache = dict[nn.Module, Tensor]
@@ -70,7 +71,7 @@ class CausalConv3d(nn.Conv3d):
                 # The first frame sees nothing but zeros behind it: only the last tap of the kernel counts.
                 y = convolution(x[:, :, 0], self.weight[:, :, -1], self.bias, self.stride[1:], self.margins[1:])
                 return y.unsqueeze(2)
-            x = F.pad(known, (0, 0, 0, 0, missing, 0)) if missing else known
+            x = after_zeros(known, missing)
         return convolution(x, self.weight, self.bias, self.stride, self.margins)
 
 
@@ -110,7 +111,7 @@ class AttentionBlock(nn.Module):
 
     def _attended(self, x: Tensor) -> Tensor:
         q, k, v = self.to_qkv(self.norm(x)).flatten(2).transpose(1, 2).unsqueeze(1).chunk(3, dim=-1)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2).reshape(x.shape))
+        return self.proj(attention(q, k, v).squeeze(1).transpose(1, 2).reshape(x.shape))
 
 
 class Halve(nn.Module):

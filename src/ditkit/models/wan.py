@@ -243,7 +243,7 @@ class WanTransformer(Loaded):
         timestep, latents = conditioning.timesteps(timestep, latents), conditioning.latents(latents)
         grid = self._grid(latents)
         x = patchify(latents.to(policy.compute), self.patch_embedding)
-        time, modulation = self._time(timestep, grid)
+        time, modulation = self._time(timestep, grid, latents.device)
         rope = Rope(grid, self.config.head_dim, latents.device, policy.norm_dtype)
         control = self._control(conditioning, latents)
         tokens = {"video": slice(0, x.shape[1])}
@@ -284,17 +284,19 @@ class WanTransformer(Loaded):
             )
         return size[0] // patch[0], size[1] // patch[1], size[2] // patch[2]
 
-    def _time(self, timestep: Tensor, grid: tuple[int, int, int]) -> tuple[Modulation, Modulation]:
+    def _time(
+        self, timestep: Tensor, grid: tuple[int, int, int], device: torch.device
+    ) -> tuple[Modulation, Modulation]:
         """[B], [B, F] or [B, L]: a timestep for all, for each frame, for each token -> the modulations of the head and
-        of the blocks."""
+        of the blocks, on ``device``."""
         policy, token = self.policy, None
         if timestep.dim() == 2:
             frames, tokens = grid[0], grid[0] * grid[1] * grid[2]
             if timestep.shape[1] not in (frames, tokens):
                 raise ValueError(f"{timestep.shape[1]} timesteps were given for {frames} frames of {tokens} tokens")
             timestep, token = timestep.unique(return_inverse=True)
-            token = token.repeat_interleave(tokens // token.shape[1], dim=1)
-        sinusoid = timestep_embedding(timestep, self.config.freq_dim, policy.sinusoid).to(policy.norm_dtype)
+            token = token.repeat_interleave(tokens // token.shape[1], dim=1).to(device)
+        sinusoid = timestep_embedding(timestep, self.config.freq_dim, policy.sinusoid).to(policy.norm_dtype).to(device)
         time = self.time_embedding(sinusoid).to(policy.projection)
         blocks = self.time_projection(time).unflatten(-1, (6, -1))
         return Modulation(time.unsqueeze(1), token), Modulation(blocks, token)

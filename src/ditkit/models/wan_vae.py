@@ -16,11 +16,11 @@ from itertools import pairwise
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ditkit.checkpoints.kinds.wan_vae import WAN21_MEAN, WAN21_STD, WAN22_MEAN, WAN22_STD
 from ditkit.models.vae_layers import CausalConv3d, Chain, Double, FeatureCache, Halve, VideoVAE, head, middle, residuals
+from ditkit.nn.convolution import after_zeros
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def average_down(x: Tensor, out_dim: int, frames: int, pixels: int) -> Tensor:
 
     Each block of ``frames`` x ``pixels`` x ``pixels`` values becomes channels, ordered (C, frame, row, column), and as
     many neighbouring channels as needed are averaged. An odd first frame gets zeros in front, as a stream begins."""
-    x = F.pad(x, (0, 0, 0, 0, -x.shape[2] % frames, 0))
+    x = after_zeros(x, -x.shape[2] % frames)
     x = x.unflatten(4, (-1, pixels)).unflatten(3, (-1, pixels)).unflatten(2, (-1, frames))
     x = x.permute(0, 1, 3, 5, 7, 2, 4, 6).flatten(1, 4)
     return x.unflatten(1, (out_dim, -1)).mean(2)

@@ -30,9 +30,41 @@ def convolution(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, ...], padding: tuple[int, ...]
 ) -> Tensor:
     """``x`` [B, C, *sizes] with ``weight`` [C', C, *kernel]: what F.conv2d (two sizes) and F.conv3d (three) compute."""
+    if x.device.type == "mps":
+        return _on_metal(x, weight.contiguous(), bias, stride, padding)
     if takes_onednn(x, weight) and products(x, weight, stride) >= ENOUGH_PRODUCTS:
         return torch.ops.aten.mkldnn_convolution(x, weight, bias, padding, stride, (1,) * len(stride), 1)
     return (F.conv2d if x.dim() == 4 else F.conv3d)(x, weight, bias, stride, padding)
+
+
+def _on_metal(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, ...], padding: tuple[int, ...]
+) -> Tensor:
+    """On Apple's GPU, where F.conv3d is wrong in some versions of torch and macOS: as the sum of one F.conv2d for each
+    frame of the kernel, each with a weight of its own memory (views are read wrong too)."""
+    if x.dim() == 4:
+        return F.conv2d(x.contiguous(), weight, bias, stride, padding)
+    (every, *stride2), (margin, *padding2) = stride, padding
+    assert not margin  # whoever calls it brings the frames in front
+    frames = x.transpose(1, 2).contiguous()
+    count = (frames.shape[1] - weight.shape[2]) // every + 1
+    total: Tensor | None = None
+    for at in range(weight.shape[2]):
+        tap = frames[:, at : at + (count - 1) * every + 1 : every].flatten(0, 1)
+        y = F.conv2d(tap, weight[:, :, at].contiguous(), None if at else bias, stride2, padding2)
+        total = y if total is None else total.add_(y)
+    assert total is not None  # a kernel has at least one frame
+    return total.unflatten(0, (len(x), count)).transpose(1, 2)
+
+
+def after_zeros(x: Tensor, frames: int) -> Tensor:
+    """``x`` [B, C, T, H, W] with so many frames of zeros in front. On Apple's GPU not by F.pad, which writes wrong
+    numbers there from 65,536 pixels on."""
+    if not frames:
+        return x
+    if x.device.type == "mps":
+        return torch.cat((x.new_zeros(*x.shape[:2], frames, *x.shape[3:]), x), 2)
+    return F.pad(x, (0, 0, 0, 0, frames, 0))
 
 
 def takes_onednn(x: Tensor, weight: Tensor) -> bool:

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ditkit.devices import for_float64
+
 
 class Loaded(nn.Module):
     """A network whose weights come from files. They may lie on several devices or be held in other forms, so nothing is
@@ -111,8 +113,10 @@ class RMSNorm(nn.Module):
 def timestep_embedding(timestep: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
     """[...] -> [..., dim], cosines first: ``cos(t w_j), sin(t w_j)``, ``w_j = 10000^(-j / (dim / 2))``.
 
-    The official code makes the angles in float64, diffusers in float32 (3e-5 apart at t = 999)."""
+    The official code makes the angles in float64, diffusers in float32 (3e-5 apart at t = 999). Where the device of
+    ``timestep`` has no float64, the CPU makes them, and they stay there."""
     half = dim // 2
+    timestep = timestep.to(for_float64(timestep.device)) if dtype == torch.float64 else timestep
     frequency = torch.exp(-math.log(10000) / half * torch.arange(half, dtype=dtype, device=timestep.device))
     angle = timestep.to(dtype).unsqueeze(-1) * frequency
     return torch.cat((angle.cos(), angle.sin()), -1)

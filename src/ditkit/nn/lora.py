@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ditkit.contracts import Swap
+from ditkit.devices import put
 from ditkit.errors import LoadError, SetupError
 from ditkit.nn.layers import at_least_float32
 
@@ -48,8 +49,8 @@ class AdaptedLinear(nn.Module):
         self.base = base
         factors = torch.cat([torch.full((len(down),), factor, dtype=torch.float32) for down, _, factor in pairs])
         self.factors = nn.Parameter(factors.to(device), requires_grad=False)
-        self.down = nn.Parameter(_joined([down for down, _, _ in pairs], 0).to(device), requires_grad=False)
-        self.up = nn.Parameter(_joined([up for _, up, _ in pairs], 1).to(device), requires_grad=False)
+        self.down = nn.Parameter(put(_joined([down for down, _, _ in pairs], 0), device), requires_grad=False)
+        self.up = nn.Parameter(put(_joined([up for _, up, _ in pairs], 1), device), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.base(x)

@@ -93,7 +93,7 @@ class LocalExpander:
         length = inputs["input_ids"].shape[1]
         cards = [model.device] if model.device.type == "cuda" else []
         with _TURN, torch.inference_mode(), torch.random.fork_rng(devices=cards):
-            torch.manual_seed(wish.seed)
+            torch.manual_seed(wish.seed % 2**64)
             ids = model.generate(**inputs, generation_config=_sampling(model, wish))[0, length:].tolist()
         raw = reader.decode(ids, skip_special_tokens=True)
         text, thought = split_reasoning(raw)

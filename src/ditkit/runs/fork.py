@@ -16,6 +16,7 @@ from ditkit.execution.place import fingerprint_in
 from ditkit.execution.records import options_of
 from ditkit.execution.stage import Stage, readable, writes_of
 from ditkit.execution.stage_list import StageList
+from ditkit.plain import counted
 from ditkit.prompting import templates
 from ditkit.request import Request
 from ditkit.runs.folder import WHOLE, Parent, RunFolder, Tell, given
@@ -42,6 +43,8 @@ def prepared(
     whose files somebody named; no other file is opened because the parent names it.
 
     Raises RequestError, StateError for what cannot be put together."""
+    at_step = None if at_step is None else counted(at_step, "at_step", RequestError)
+    clip = None if clip is None else counted(clip, "clip", RequestError)
     source = Source(parent, pipe, which_clip(parent, clip), tuple(listeners), tell)
     old, before = source.newest(), request_of(parent, source.clip)
     request = pipe.request({**before, **changes})

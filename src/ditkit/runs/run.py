@@ -19,6 +19,7 @@ from ditkit.cancel import Cancel
 from ditkit.errors import OutputError, SetupError, StateError
 from ditkit.events import Events, Listener
 from ditkit.execution.place import Interrupted
+from ditkit.plain import counted
 from ditkit.request import Request
 from ditkit.runs.folder import (
     HERE,
@@ -70,7 +71,7 @@ class Run(RunFolder):
     ) -> Run:  # fmt: skip
         """A run that goes on from ``state``. ``setup``: the settings to open its model with next time; by default all
         of the pipe's that are not ditkit's defaults."""
-        folder = located(path)
+        folder, every = located(path), counted(every, "every", SetupError)
         check_new(folder, every, keep_steps)
         request = state["request"]
         description = Description(

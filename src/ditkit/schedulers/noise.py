@@ -15,7 +15,7 @@ from ditkit.errors import RequestError
 def initial_noise(seed: int, shape_without_batch: Sequence[int]) -> Tensor:
     """Standard normal noise of one sample, float32 on the CPU; the numbers of ``torch.randn`` with a CPU generator of
     that seed (what diffusers draws for a batch of one). torch's CPU generator uses the low 32 bits of a seed: two seeds
-    that agree there start alike. Raises RequestError for a seed outside 0 .. 2^63 - 1."""
+    that agree there start alike. Raises RequestError for a seed outside 0 .. 2^64 - 1."""
     return _normal(_checked(seed), shape_without_batch)
 
 
@@ -30,8 +30,8 @@ def step_noise(seed: int, step_index: int, shape: Sequence[int]) -> Tensor:
 
 
 def _checked(seed: int) -> int:
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise RequestError(f"seed {seed!r}", "not a whole number from 0 to 2^63 - 1", "Choose a seed in that range")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
+        raise RequestError(f"seed {seed!r}", "not a whole number from 0 to 2^64 - 1", "Choose a seed in that range")
     return seed
 
 

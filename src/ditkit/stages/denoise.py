@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ditkit.contracts import EXPERTS, Predict, Step
+from ditkit.devices import for_float64
 from ditkit.errors import SetupError, StateError
 from ditkit.execution.stage import BaseStage, Context, check_strides
 from ditkit.guidance.cfg import classifier_free_guidance
@@ -168,7 +169,7 @@ class Denoise(BaseStage):
             transformer, conditioning, run_blocks, attend = ready[key]
             if step.frames is not None:
                 conditioning = conditioning.frames(*step.frames)
-            timestep = torch.full((len(x),), step.timestep, dtype=torch.float64, device=x.device)
+            timestep = torch.full((len(x),), step.timestep, dtype=torch.float64, device=for_float64(x.device))
             velocity = transformer(x, timestep, conditioning, run_blocks=run_blocks, attend=attend, step=step)
             return velocity.to(x.dtype)
 
