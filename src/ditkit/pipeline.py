@@ -150,7 +150,8 @@ class Pipeline:
         """Run ``state`` through the pipeline or a slice of it. ``keep`` is given the State as it grows. ``begun``: of
         clips that are made one after the other, the States of those that an earlier run began or finished, by number.
         ``recorder``: that of the part of this run that came before; the receipt tells of both.
-        Raises Interrupted, with the State so far, on Ctrl-C and Cancel."""
+        Raises Interrupted, with the State so far, on Ctrl-C and Cancel; whatever else ends it is raised as it is and
+        carries an Interrupted with the State so far as its attribute ``so_far``."""
         asked = check_state(state, self.stages.table)
         self.model.check_size(asked)
         asked = with_own_defaults(self.stages.stages, asked)

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 import ditkit
+from ditkit import failures
 from ditkit.cli import bench, cache, doctor, expand, host, plan, run, show, weights
 from ditkit.cli.terminal import interruptible
 from ditkit.errors import DitkitError
@@ -68,39 +69,54 @@ def _today(argument: str) -> str:
     return flag.removesuffix(old) + name.replace("_", "-") + equals + value
 
 
+def _open_streams() -> None:
+    """A service, or ``pythonw``, has no stdout: then what is printed goes nowhere. Where the number of the stream is
+    free, the next file that is opened would get it, and whatever a library prints would go into that."""
+    for name in ("stdin", "stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8"))  # noqa: SIM115
+        elif name != "stdin" and isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a prompt's letters may be more than the terminal's
+
+
+def _failed(error: Exception, arguments: Sequence[str]) -> int:
+    """Tell of it; its exit code."""
+    if "--debug" in arguments or os.environ.get("DITKIT_DEBUG", "0").lower() not in ("0", "false"):
+        import traceback
+
+        traceback.print_exception(error)
+    if not isinstance(error, DitkitError):
+        named = [word for word in arguments[:2] if word in COMMANDS or word in GROUPS]
+        error = failures.told(error, " ".join(["ditkit", *named]))
+    print(f"error: {error}", file=sys.stderr)
+    return error.exit_code
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 1 (it failed), 2 (a mistake of the user's), 130 (interrupted).
 
-    An error of ditkit's is one sentence on stderr; with ``--debug`` or DITKIT_DEBUG its traceback comes too."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a prompt's letters may be more than the terminal's
-            stream.reconfigure(errors="replace")
+    An error is one sentence on stderr; with ``--debug`` or DITKIT_DEBUG its traceback comes too. That of an error that
+    is none of ditkit's is also written into a file, which the sentence names."""
+    _open_streams()
     arguments = [_today(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     try:
         with interruptible():
             code = app(args=arguments, prog_name="ditkit", standalone_mode=False)
         sys.stdout.flush()
-    except DitkitError as e:
-        if "--debug" in arguments or os.environ.get("DITKIT_DEBUG", "0").lower() not in ("0", "false"):
-            import traceback
-
-            traceback.print_exception(e)
-        print(f"error: {e}", file=sys.stderr)
-        return e.exit_code
-    except BrokenPipeError:  # whoever read our output has gone
-        show.silence(sys.stdout)
-        return 1
-    except OSError as e:  # ditkit's own files have errors of their own: what is left is the output
-        show.silence(sys.stdout)
-        print(f"error: the output: {(e.strerror or str(e)).lower()}. Print to a place that has room.", file=sys.stderr)
-        return 1
     except Exception as e:
+        if show.lost_output(e):
+            show.silence(sys.stdout)
+            if not isinstance(e, BrokenPipeError):  # else whoever read it has gone
+                why = (getattr(e, "strerror", None) or str(e)).lower()
+                print(f"error: the output: {why}. Print to a place that has room.", file=sys.stderr)
+            return 1
         if hasattr(e, "format_message") and hasattr(e, "exit_code"):  # click's usage errors, or typer's
             message = e.format_message().rstrip(".")
             print(f"error: {message}{'' if message.endswith('?') else '.'}", file=sys.stderr)
             return int(e.exit_code)
         if type(e).__name__ != "Abort":
-            raise
+            return _failed(e, arguments)
         code = INTERRUPTED
     if code == INTERRUPTED:
         print("error: interrupted", file=sys.stderr)

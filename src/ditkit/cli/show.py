@@ -49,6 +49,17 @@ def silence(stream: TextIO) -> None:
     os.close(nowhere)
 
 
+def lost_output(error: BaseException) -> bool:
+    """Whether ``error`` is that nothing can be printed any more: what could not be lies in the buffer still."""
+    if not isinstance(error, OSError):
+        return False
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        return True
+    return False
+
+
 def step_table(steps: Sequence[Step], whole: bool = False) -> Text:
     """``format_table`` with a heading that stands out; a long one without its middle, unless ``whole``."""
     from rich.text import Text

@@ -24,6 +24,7 @@ from ditkit.events import Event
 from ditkit.execution.place import StageCall, StageResult
 from ditkit.execution.records import code_of
 from ditkit.execution.stage import Stage
+from ditkit.failures import doing, explained, wants_memory
 from ditkit.state import State, kind_of
 
 WIRE = 2  # the version of all that is in this file; two ends of another version refuse each other
@@ -223,8 +224,9 @@ def error_message(error: BaseException) -> Message:
     """An error of ditkit's keeps its kind and its three parts; of any other only its text travels."""
     kind = type(error).__name__
     if not isinstance(error, DitkitError) or type(error).__reduce__ is not DitkitError.__reduce__:
-        asked = next(iter(getattr(error, "__notes__", ())), "running a stage")
-        kind, error = "PlaceError", PlaceError(asked, f"it failed with {kind}: {error}", LOG)
+        found, do = explained(error)
+        do = f"{do}, or look at its log" if wants_memory(error) else LOG
+        kind, error = "PlaceError", PlaceError(doing(error, "running a stage"), found, do)
     about = {"kind": kind, "asked": error.asked, "found": error.found, "do": error.do}
     return Message("error", json.dumps(about).encode())
 

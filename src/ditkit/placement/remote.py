@@ -51,11 +51,11 @@ class Remote:
         return {name: str(theirs.get(name)) for name in COMPUTES if theirs.get(name) != mine.get(name)}
 
     def call(self, task: StageCall) -> Call:
-        return Call(partial(self.run, task), lambda result: result)
-
-    def run(self, task: StageCall) -> StageResult:
-        self.check(task.stage, task.events)
         attempt = Attempt(self.name, self.channel, task)
+        return Call(partial(self._run, task, attempt), lambda result: result, reached=lambda: attempt.reached)
+
+    def _run(self, task: StageCall, attempt: Attempt) -> StageResult:
+        self.check(task.stage, task.events)
         if texts_of(task.seams) is None and task.stage.loop:
             raise plugged(attempt.asked, task)
         try:

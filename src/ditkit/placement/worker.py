@@ -125,7 +125,15 @@ class Worker:
                 stage, inputs, job.weights, events, received(job.plugs), job.stop_at_step,
                 keep=keep if job.keep_every else None, keep_every=job.keep_every or 1, cancel=cancel,
             )  # fmt: skip
-            outcome = Here(components).run(task)
+            call = Here(components).call(task)
+            try:
+                with call:
+                    call.take(call.run())
+            except Exception:
+                if (reached := call.reached()) is not None:  # the caller goes on from there, here or elsewhere
+                    keep(reached)
+                raise
+            outcome = call.result
             return (outcome if outcome.stopped else checked(stage, outcome)), time.perf_counter() - begun
 
     @contextlib.contextmanager

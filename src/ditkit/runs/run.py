@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
@@ -18,7 +18,7 @@ from ditkit import pictures, samples
 from ditkit.cancel import Cancel
 from ditkit.errors import OutputError, SetupError, StateError
 from ditkit.events import Events, Listener
-from ditkit.execution.place import Interrupted
+from ditkit.execution.place import further, so_far
 from ditkit.request import Request
 from ditkit.runs.folder import NAME, WHOLE, Description, Journal, Kept, Parent, RunFolder, Tell, clip, given, located
 from ditkit.runs.fork import prepared
@@ -86,7 +86,8 @@ class Run(RunFolder):
         """From where it stands to the end, or to a point before it. Bit-equal to a run that was never interrupted.
         The keywords are those of ``Pipeline.run``.
 
-        Raises Interrupted, after what was done is kept, and StateError while another process works on it."""
+        Raises Interrupted, or what else ended it, after what was done is kept, and StateError while another process
+        works on it."""
         part = {"until": until, "stop_at_step": stop_at_step, "recorder": recorder, "cancel": cancel}
         with self.going(listeners=listeners, **part) as run:
             result = run()
@@ -109,8 +110,15 @@ class Run(RunFolder):
             journal = Journal(self.states, description.every, description.keep_steps == "last")
             try:
                 yield partial(self.pipe.run, state, begun=begun, keep=journal, listeners=listeners, **part)
-            except Interrupted as e:
-                (journal if e.clip is None else journal.of_clip(e.clip))(e.state)
+            except Exception as e:
+                had = so_far(e)
+                if had is not None:
+                    keep = journal if had.clip is None else journal.of_clip(had.clip)
+                    if had is e:
+                        keep(had.state)
+                    elif further(had.state, state if had.clip is None else begun.get(had.clip, state)):
+                        with suppress(Exception):  # what stands in the way is what ended the run, or comes after it
+                            keep(had.state)
                 raise
 
     def with_parent(self, result: Result) -> Result:
