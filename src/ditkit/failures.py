@@ -12,13 +12,12 @@ from pathlib import Path
 import ditkit
 from ditkit import limits
 from ditkit.errors import DitkitError
-from ditkit.state import write_whole
 
 FILES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")  # read by libraries, which name none
 FOLDERS = ("HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME", "TMPDIR", "TEMP", "TMP")  # written by libraries
 _MEMORY = re.compile(r"out of memory|(can't|cannot) allocate memory|not enough memory|unable to allocate|alloc_failed",
                      re.IGNORECASE)  # fmt: skip
-_WANTED = re.compile(r"(?:tried|unable) to allocate ([\d.,]+) ?([KMGTP]?i?B|bytes)", re.IGNORECASE)
+_WANTED = re.compile(r"(?:tried|unable) to allocate ([\d.,]+) ?(bytes|[KMGTP]?i?B)", re.IGNORECASE)
 
 
 def told(error: BaseException, asked: str, beside: Path | None = None) -> DitkitError:
@@ -82,19 +81,16 @@ def doing(error: BaseException, otherwise: str) -> str:
 
 
 def written(error: BaseException, beside: Path | None) -> Path | None:
-    """The traceback in a new file, ``beside`` with a number where that is taken, or a temporary one; only its owner can
-    read it. None where none can be written."""
+    """The traceback in a new file, ``beside`` with a number where that is taken, or else a temporary one; only its
+    owner can read it. None where none can be written."""
     lines = [f"ditkit {ditkit.__version__}\n", *traceback.format_exception(error)]
-    data = "".join(lines).encode(errors="backslashreplace")
-    if beside is not None:
-        with suppress(OSError, DitkitError):
-            write_whole(path := unused(beside), [data], "writing a traceback", durable=False)
-            return path
-    with suppress(OSError):
-        number, name = tempfile.mkstemp(prefix="ditkit-", suffix=".traceback.txt")
-        with os.fdopen(number, "wb") as file:
-            file.write(data)
-        return Path(name)
+    for target in (beside, None):
+        with suppress(OSError):
+            folder, ends = (None, ("ditkit-", ".txt")) if target is None else (target.parent, (".ditkit-", ".part"))
+            number, name = tempfile.mkstemp(prefix=ends[0], suffix=ends[1], dir=folder)
+            with os.fdopen(number, "wb") as file:
+                file.write("".join(lines).encode(errors="backslashreplace"))
+            return Path(name) if target is None else Path(name).replace(unused(target))
     return None
 
 

@@ -96,7 +96,10 @@ def ended(error: Exception, state: State, result: Result | None, goal: RunOption
     if isinstance(error, Interrupted):
         return kept(states, stage, goal, pipe).interrupted()
     if computed or not told or goal.run is not None:
-        kept(states, stage, goal, pipe).say()
+        try:
+            kept(states, stage, goal, pipe).say()
+        except OutputError as e:
+            say(f"what was computed could not be kept ({e})")
     if told:
         return error
     beside = goal.out.with_name(goal.out.stem) if goal.run is None else goal.run.path / "run"
@@ -253,12 +256,12 @@ def kept(states: list[State], stage: str | None, goal: RunOptions, pipe: Pipelin
         start = ["--start", stage or goal.start] if goal.start else []
         setup = {**(goal.setup or {}), "model": pipe.setup.model}  # a config file may be gone or changed by then
         with undisturbed():
-            paths = saved(states, paths)
-            for path, out, sheet in zip(paths, outs, sheets, strict=True):
-                begin, own = ["--from", str(path), *start], replace(goal, sheet=sheet, state=goal.state and path)
+            found = saved(states, paths)
+            for at, path, out, sheet in zip(found, paths, outs, sheets, strict=True):
+                begin, own = ["--from", str(at), *start], replace(goal, sheet=sheet, state=goal.state and path)
                 commands.append(_command(begin, own, ["--out", str(out), *_sheet(own)], setup))
         reached = [f" after step {s['step']} of {len(s['sigmas']) - 1}" for s in states if "step" in s]
-        places, where = ", ".join(map(str, paths)), "".join([where, *reached[-1:]])
+        places, where = ", ".join(map(str, found)), "".join([where, *reached[-1:]])
     return Left(where, places, commands, goal.run is not None)
 
 
@@ -272,7 +275,7 @@ def saved(states: list[State], paths: list[Path]) -> list[Path]:
     with suppress(OSError):
         folder = Path(tempfile.mkdtemp(prefix="ditkit-kept-"))
         try:
-            return [state.save(folder / path.name) for state, path in zip(states, paths, strict=True)]
+            return [state.save(folder / f"{i}.state.safetensors") for i, state in enumerate(states)]
         except OutputError:
             shutil.rmtree(folder)
     raise failure

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 import ditkit
 from ditkit import failures
@@ -17,8 +18,21 @@ from ditkit.request import OLD_NAMES
 
 INTERRUPTED = 130
 
+
+class Foreign(Exception):
+    """Its cause, past click: that would take every broken pipe for stdout, and the end of any file for Ctrl-C."""
+
+
+class Commands(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (OSError, EOFError) as e:
+            raise Foreign from e
+
+
 app = typer.Typer(
-    name="ditkit", help="Runs diffusion transformers in pieces that you can move, swap and watch.",
+    name="ditkit", cls=Commands, help="Runs diffusion transformers in pieces that you can move, swap and watch.",
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )  # fmt: skip
@@ -104,7 +118,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         with interruptible():
             code = app(args=arguments, prog_name="ditkit", standalone_mode=False)
         sys.stdout.flush()
-    except Exception as e:
+    except Exception as caught:
+        e = caught.__cause__ if isinstance(caught, Foreign) else caught
+        assert isinstance(e, Exception)
         if show.lost_output(e):
             show.silence(sys.stdout)
             if not isinstance(e, BrokenPipeError):  # else whoever read it has gone
