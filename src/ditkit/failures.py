@@ -12,6 +12,7 @@ from pathlib import Path
 import ditkit
 from ditkit import limits
 from ditkit.errors import DitkitError
+from ditkit.filenames import free
 
 FILES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")  # read by libraries, which name none
 FOLDERS = ("HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME", "TMPDIR", "TEMP", "TMP")  # written by libraries
@@ -90,11 +91,5 @@ def written(error: BaseException, beside: Path | None) -> Path | None:
             number, name = tempfile.mkstemp(prefix=ends[0], suffix=ends[1], dir=folder)
             with os.fdopen(number, "wb") as file:
                 file.write("".join(lines).encode(errors="backslashreplace"))
-            return Path(name) if target is None else Path(name).replace(unused(target))
+            return Path(name) if target is None else Path(name).replace(free(target))
     return None
-
-
-def unused(path: Path) -> Path:
-    """``path``, or the first of NAME-1, NAME-2, ... that is not there."""
-    names = (path if i == 0 else path.with_name(f"{path.stem}-{i}{path.suffix}") for i in range(1 << 20))
-    return next(name for name in names if not os.path.lexists(name))

@@ -20,9 +20,11 @@ from typing import TYPE_CHECKING, Any
 from ditkit import failures
 from ditkit.cli import expand, show
 from ditkit.cli.flags import RunOptions, flag_of, numbered, sheet_for
+from ditkit.cli.naming import TRACEBACK, state_files
 from ditkit.cli.terminal import undisturbed
 from ditkit.errors import DitkitError, OutputError, PipelineError
 from ditkit.events import Event
+from ditkit.filenames import beside
 
 if TYPE_CHECKING:
     from ditkit.contracts import Step
@@ -102,9 +104,8 @@ def ended(error: Exception, state: State, result: Result | None, goal: RunOption
             say(f"what was computed could not be kept ({e})")
     if told:
         return error
-    beside = goal.out.with_name(goal.out.stem) if goal.run is None else goal.run.path / "run"
     doing = f"running stage {stage!r}" if stage else "writing what was made"
-    return failures.told(error, doing, beside.with_name(f"{beside.name}.traceback.txt"))
+    return failures.told(error, doing, beside(goal.out if goal.run is None else goal.run.path / "run", TRACEBACK))
 
 
 def check(pipe: Pipeline, state: State, goal: RunOptions) -> tuple[list[Step], bool]:
@@ -251,7 +252,7 @@ def kept(states: list[State], stage: str | None, goal: RunOptions, pipe: Pipelin
         places, commands = shown(goal.run.path), [go_on(goal.run, goal)]
     else:
         count = len(states)
-        paths = numbered(goal.state or goal.out.with_name(f"{goal.out.stem}.state.safetensors"), count)
+        paths = state_files(goal.out, states) if goal.state is None else numbered(goal.state, count)
         outs, sheets = numbered(goal.out, count), [None] * count if goal.sheet is None else goal.sheets(count)
         start = ["--start", stage or goal.start] if goal.start else []
         setup = {**(goal.setup or {}), "model": pipe.setup.model}  # a config file may be gone or changed by then

@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 import ditkit
 from ditkit import failures
 from ditkit.cli import bench, cache, doctor, expand, host, plan, run, show, weights
+from ditkit.cli.flags import PastClick
 from ditkit.cli.terminal import interruptible
 from ditkit.errors import DitkitError
 from ditkit.request import OLD_NAMES
@@ -19,16 +20,12 @@ from ditkit.request import OLD_NAMES
 INTERRUPTED = 130
 
 
-class Foreign(Exception):
-    """Its cause, past click: that would take every broken pipe for stdout, and the end of any file for Ctrl-C."""
-
-
 class Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except (OSError, EOFError) as e:
-            raise Foreign from e
+            raise PastClick from e
 
 
 app = typer.Typer(
@@ -119,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             code = app(args=arguments, prog_name="ditkit", standalone_mode=False)
         sys.stdout.flush()
     except Exception as caught:
-        e = caught.__cause__ if isinstance(caught, Foreign) else caught
+        e = caught.__cause__ if isinstance(caught, PastClick) else caught
         assert isinstance(e, Exception)
         if show.lost_output(e):
             show.silence(sys.stdout)

@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from ditkit.assembly.plugs import check_trusted
 from ditkit.errors import OutputError, StateError
+from ditkit.filenames import fault_of_path, shortened
 from ditkit.request import Request, renamed
 from ditkit.setup import Setup
 from ditkit.state import State, write_whole
@@ -38,8 +39,11 @@ Tell = Callable[[str], None]
 
 
 def located(name: str | os.PathLike[str]) -> Path:
-    """The folder of a run: a bare name lies in ``runs`` under the working folder, anything else is a path."""
+    """The folder of a run: a bare name lies in ``runs`` under the working folder, anything else is a path. Raises
+    StateError for what can be neither."""
     text = os.path.expanduser(os.fspath(name))
+    if fault := fault_of_path(text) or ("" if text.strip() else "that is no name"):
+        raise StateError(f"a run in the folder {shortened(text)!r}", fault, "Give a name or a path")
     bare = isinstance(name, str) and Path(text).name == text and text not in ("", ".", "..")
     return Path(FOLDER, text).absolute() if bare else Path(text).absolute()
 
