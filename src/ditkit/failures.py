@@ -43,6 +43,17 @@ def explained(error: BaseException) -> tuple[str, str]:
     return f"it failed with {short(error)}", "If you brought no code of your own, that is a fault of ditkit: report it"
 
 
+def certificates(error: OSError) -> tuple[str, str]:
+    """What kept a client from reading its certificates, and what to do: the error names neither file nor variable."""
+    given = {name: os.environ[name] for name in FILES if os.environ.get(name)}
+    gone = {name: value for name, value in given.items() if not os.path.exists(value)}
+    if not given:
+        return short(error), "Check the certificates of this machine"
+    why = "which is not there" if gone else f"which cannot be read ({short(error)})"
+    named = " and ".join(f"{name} names {value}" for name, value in (gone or given).items())
+    return f"{named}, {why}", f"Correct {' or '.join(gone or given)}, or unset it"
+
+
 def wants_memory(error: BaseException) -> bool:
     """Whether there was not enough memory, be it the machine's or a device's."""
     named = any(cls.__name__ in ("MemoryError", "OutOfMemoryError") for cls in type(error).__mro__)

@@ -29,7 +29,7 @@ from ditkit.placement import Places
 from ditkit.placement.remote_parts import address, check_agree, check_here, facts_of, model_at, scope_of
 from ditkit.prompting import templates
 from ditkit.receipt import Recorder, manifests
-from ditkit.request import Request
+from ditkit.request import Request, check_text
 from ditkit.schedulers import make
 from ditkit.schedulers.table import request_steps
 from ditkit.setup import Setup
@@ -216,6 +216,7 @@ def open_model(setup: Setup) -> Opened:
     ``setup`` with whole paths; and where the model is a host's, every stage is placed there for which nothing else
     is said. Raises LoadError, SetupError, and PlaceError or Lost where a host is asked."""
     setup = placed(setup)
+    check_text(setup.model_dump(), "with whole paths", SetupError)
     plugged_in = [plug.row.name for plug in stages_of(setup)]  # from now on all rows are known
     places, host = Places(setup), address(setup.model)
     if host is None:

@@ -1,5 +1,6 @@
 """Request: what to make. Every default says where it comes from; nothing here says how (``setup.py``)."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self
@@ -7,6 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ditkit.errors import RequestError, UserError, nearest
+from ditkit.reading import check_value
 
 MAX_SEED = 2**63 - 1
 POSITIONS = 1024  # along each axis of the latents' tokens, in the networks' rotary embedding
@@ -53,10 +55,28 @@ class Settings(BaseModel):
     def parse(cls, values: Mapping[str, Any], origin: str | Mapping[str, str], error: type[UserError]) -> Self:
         """Build from a mapping; the first fault becomes one sentence that names its ``origin``, or that of its
         setting."""
+        check_text(values, origin, error)
         try:
             return cls(**values)
         except ValidationError as e:
             raise sentence(cls, e, values, origin, error) from None
+
+
+def check_text(values: Mapping[str, Any], origin: str | Mapping[str, str], error: type[UserError]) -> None:
+    """Raise ``error`` for a value with bytes that are no UTF-8 (halves of characters, in Python): it could be computed
+    with, and then not be written down."""
+    for name, value in values.items():
+        try:
+            check_value([name, value])
+        except ValueError as e:
+            found, do = str(e), "Give another value"
+            if isinstance(e, UnicodeEncodeError):
+                found, do = "it holds bytes that are no UTF-8", "Write it in UTF-8"
+                if (encoding := sys.getfilesystemencoding()) != "utf-8":
+                    found = f"it holds letters that this locale ({encoding}) does not have"
+                    do = "Set PYTHONUTF8=1, or a locale with UTF-8 such as LC_ALL=C.UTF-8"
+            where = origin if isinstance(origin, str) else origin.get(name, "default")
+            raise error(f"{name}={value!a:.200} ({where})", found, do) from None
 
 
 def sentence(

@@ -4,7 +4,11 @@ bits, and the traceback is in a file."""
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import sys
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +18,11 @@ import torch
 import ditkit
 from ditkit import media, samples
 from ditkit.cli import show
+from ditkit.cli.main import main
 from ditkit.errors import PlaceError
 from ditkit.execution.place import so_far
 from ditkit.models.wan_vae import WanVAE
+from ditkit.runs.run import listed
 from ditkit.state import State
 
 PROMPT = "a red circle"
@@ -257,3 +263,84 @@ def test_bench_and_replay_say_one_sentence(call, model, tmp_path, monkeypatch):
         assert said.code == 1
         assert "running stage 'decode_latents': it wanted 9.50 GiB of memory" in said.err.splitlines()[-1]
         assert "Traceback" not in said.err
+
+
+def test_a_library_that_finds_no_certificates(call, model, monkeypatch):
+    pytest.importorskip("openai")
+    monkeypatch.setenv("SSL_CERT_FILE", "/nowhere.pem")
+    said = call("expand", PROMPT, "--expander", "http://127.0.0.1:1/v1", "--retries", "0")
+    assert said.code == 1
+    assert "SSL_CERT_FILE names /nowhere.pem, which is not there. Correct SSL_CERT_FILE, or unset it" in said.err
+    words = ["--model", model, "--steps", "1", "--no-sheet", "-q", "--out", "a.npz", "--expand", "yes"]
+    said = call("generate", PROMPT, *words, "--expander", "http://127.0.0.1:1/v1", "--expand-fallback")
+    assert said.code == 0
+    assert "SSL_CERT_FILE names /nowhere.pem" in said.err
+
+
+def test_an_error_from_outside_of_the_stages(call, model, tmp_path, monkeypatch):
+    """One sentence with the file that it is about, a traceback in a file, and no talk of the output."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for error, word in (
+        (PermissionError(13, "Permission denied", "/a/b"), "ditkit runs: /a/b: permission denied. Check the path"),
+        (EOFError("no more"), "it failed with EOFError: no more"),
+        (BrokenPipeError(32, "Broken pipe"), "ditkit runs: broken pipe"),
+        (RecursionError("too deep"), "it failed with RecursionError"),
+    ):
+
+        def raises(*_, error=error):
+            raise error
+
+        with monkeypatch.context() as patch:
+            patch.setattr("ditkit.runs.listed", raises)
+            said = call("runs")
+        assert said.code == 1
+        assert len(said.err.splitlines()) == 1
+        assert word in said.err
+        (file,) = tmp_path.glob("ditkit-*.txt")
+        assert str(file) in said.err
+        assert "Traceback" in file.read_text()
+        file.unlink()
+
+
+def test_a_working_folder_that_was_removed(call, model, tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    for words in (["runs"], ["run", PROMPT, "--model", model, "--run", "r"], ["generate", PROMPT, "--model", model]):
+        said = call(*words, *(() if words == ["runs"] else ("-q",)))
+        assert said.code in (1, 2)
+        assert len(said.err.splitlines()) == 1
+        assert "the output" not in said.err
+
+
+def test_a_folder_among_the_runs_that_cannot_be_looked_into(tmp_path, monkeypatch):
+    if os.geteuid() != 0:
+        pytest.skip("only root can become somebody else")
+    (tmp_path / "runs/closed").mkdir(parents=True)
+    (tmp_path / "runs/closed").chmod(0)
+    monkeypatch.chdir(tmp_path)
+    listed("runs")  # imports what it needs
+    os.seteuid(65534)
+    try:
+        (one,) = listed("runs")
+    finally:
+        os.seteuid(0)
+    assert (one.progress, one.fault) == ("damaged", "looking into runs/closed: permission denied")
+
+
+def test_a_process_without_streams(tmp_path, monkeypatch):
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    monkeypatch.chdir(tmp_path)
+    assert main(["stages"]) == 0
+    assert main(["nonsense"]) == 2
+    assert main(["runs", "nowhere"]) == 2
+
+
+def test_an_error_stream_that_takes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    full = open("/dev/full", "w", buffering=1)  # noqa: SIM115
+    monkeypatch.setattr(sys, "stderr", full)
+    assert main(["runs", "nowhere"]) == 2
+    with suppress(OSError):
+        full.close()

@@ -3,8 +3,9 @@
 import io
 import os
 import sys
-from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Any, TextIO, cast
 
 import typer
 from typer.core import TyperGroup
@@ -80,15 +81,22 @@ def _today(argument: str) -> str:
     return flag.removesuffix(old) + name.replace("_", "-") + equals + value
 
 
-def _open_streams() -> None:
-    """A service, or ``pythonw``, has no stdout: then what is printed goes nowhere. Where the number of the stream is
-    free, the next file that is opened would get it, and whatever a library prints would go into that."""
-    for name in ("stdin", "stdout", "stderr"):
-        stream = getattr(sys, name)
+@contextmanager
+def streams() -> Iterator[None]:
+    """Stdout and stderr as commands find them. A service, or ``pythonw``, has none: then what is printed goes nowhere.
+    (Where only the number is free, the next file that is opened would get it, and with it what a library prints.)"""
+    before = {name: getattr(sys, name) for name in ("stdin", "stdout", "stderr")}
+    for name, stream in before.items():
         if stream is None:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8"))  # noqa: SIM115
         elif name != "stdin" and isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a prompt's letters may be more than the terminal's
+    plain = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = cast("TextIO", show.Output(plain[0])), cast("TextIO", show.Errors(plain[1]))
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = plain
 
 
 def _failed(error: Exception, arguments: Sequence[str]) -> int:
@@ -109,7 +117,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     An error is one sentence on stderr; with ``--debug`` or DITKIT_DEBUG its traceback comes too. That of an error that
     is none of ditkit's is also written into a file, which the sentence names."""
-    _open_streams()
+    with streams():
+        return _run(argv)
+
+
+def _run(argv: Sequence[str] | None) -> int:
     arguments = [_today(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     try:
         with interruptible():

@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TextIO
 
 from ditkit.events import Event, Listener
@@ -49,15 +49,49 @@ def silence(stream: TextIO) -> None:
     os.close(nowhere)
 
 
-def lost_output(error: BaseException) -> bool:
-    """Whether ``error`` is that nothing can be printed any more: what could not be lies in the buffer still."""
-    if not isinstance(error, OSError):
-        return False
+class Output:
+    """Stdout, whose errors know that they are its own: a library's say nothing of the file that they are about."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        with _marked():
+            return self.stream.write(text)
+
+    def flush(self) -> None:
+        with _marked():
+            self.stream.flush()
+
+
+class Errors(Output):
+    """Stderr. That nobody hears what a run says is no reason to end it."""
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            return self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self.stream.flush()
+
+
+@contextmanager
+def _marked() -> Iterator[None]:
     try:
-        sys.stdout.flush()
-    except (OSError, ValueError):
-        return True
-    return False
+        yield
+    except OSError as e:
+        vars(e)["of_output"] = True
+        raise
+
+
+def lost_output(error: BaseException) -> bool:
+    """Whether ``error`` is that nothing can be printed any more."""
+    return vars(error).get("of_output", False)
 
 
 def step_table(steps: Sequence[Step], whole: bool = False) -> Text:

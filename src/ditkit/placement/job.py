@@ -25,6 +25,7 @@ from ditkit.execution.place import StageCall, StageResult
 from ditkit.execution.records import code_of
 from ditkit.execution.stage import Stage
 from ditkit.failures import doing, explained, wants_memory
+from ditkit.reading import check_value
 from ditkit.state import State, kind_of
 
 WIRE = 2  # the version of all that is in this file; two ends of another version refuse each other
@@ -202,6 +203,7 @@ def event_of(message: Message) -> Event:
         else:
             state = State.from_bytes(data, "an event")
             about, tensors = state["event"], {k[1:]: state[k] for k in state if k.startswith("@")}
+        check_value(about)
         values = {k: _step(v["@step"]) if isinstance(v, dict) and "@step" in v else v
                   for k, v in about["values"].items()}  # fmt: skip
         if wrong := [key for key, kind in _ABOUT.items() if not is_a(about[key], kind)]:

@@ -18,6 +18,7 @@ from ditkit.execution.place import Call, StageCall, StageResult
 from ditkit.execution.stage import Stage
 from ditkit.placement.attempt import Attempt, plugged
 from ditkit.placement.job import SAME, WIRE, Channel, made_by
+from ditkit.reading import check_value
 from ditkit.receipt import versions
 from ditkit.state import SCHEMA
 
@@ -97,6 +98,10 @@ class Remote:
         for what, mine in (("wire", WIRE), ("schema", SCHEMA)):
             if said.get(what) != mine:
                 raise PlaceError(asked, f"its {what} version is {said.get(what)!r}, ours is {mine}", SAME)
+        try:
+            check_value(said)  # it goes into the manifest
+        except ValueError:
+            raise PlaceError(asked, "its answer is damaged", "Check the address") from None
         stages = said.get("stages")
         facts = [said.get(key) or {} for key in ("versions", "machine", "model", "parts")]
         sound = all(isinstance(known, dict) for known in facts) and all(isinstance(x, dict) for x in facts[3].values())

@@ -14,6 +14,7 @@ from typing import Any
 from ditkit.contracts import Answer, Wish
 from ditkit.errors import PlaceError, needed
 from ditkit.events import SILENT, Events
+from ditkit.failures import certificates
 from ditkit.prompting.cleaning import split_reasoning
 from ditkit.state import digest
 
@@ -65,7 +66,11 @@ class ServerExpander:
     def _client(self) -> Any:
         openai = needed("openai", f"expanding prompts at {self.name}", "prompts")
         key = os.environ.get("OPENAI_API_KEY") or "none"  # local servers want some key, and look at none
-        return openai.OpenAI(base_url=self.name, api_key=key, timeout=self.timeout, max_retries=self.retries)
+        try:
+            return openai.OpenAI(base_url=self.name, api_key=key, timeout=self.timeout, max_retries=self.retries)
+        except OSError as e:
+            found, do = certificates(e)
+            raise PlaceError(f"expanding a prompt at {self.name}", found, do) from None
 
 
 def messages_of(wish: Wish) -> list[dict[str, Any]]:

@@ -110,8 +110,16 @@ class Description(BaseModel):
 
     def write(self, folder: Path) -> None:
         """Whole or not at all, and there for good. Raises OutputError."""
+        write_whole(folder / NAME, [self.encoded(folder)], f"writing {folder / NAME}")
+
+    def encoded(self, folder: Path) -> bytes:
+        """Raises OutputError for a path of it that is no UTF-8."""
         text = json.dumps(self.model_dump(), indent=1, ensure_ascii=False) + "\n"
-        write_whole(folder / NAME, [text.encode()], f"writing {folder / NAME}")
+        try:
+            return text.encode()
+        except UnicodeEncodeError as e:
+            found = f"it would hold bytes that are no UTF-8 ({text[max(0, e.start - 40) : e.end]!a})"
+            raise OutputError(f"writing {folder / NAME}", found, "Choose a path in UTF-8") from None
 
     @classmethod
     def read(cls, folder: Path) -> Description:

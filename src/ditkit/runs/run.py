@@ -65,6 +65,7 @@ class Run(RunFolder):
             clips=samples.count(state), steps=len(pipe.steps(Request(**request))), every=every, keep_steps=keep_steps,
             out=None if out is None else str(Path(out).absolute()), sheet=sheet, parent=parent,
         )  # fmt: skip
+        description.encoded(folder)
         run = cls(folder, description, pipe)
         try:
             run.states.folder.mkdir(parents=True, exist_ok=True)
@@ -171,17 +172,22 @@ class Listed:
 
 def listed(folder: str | Path) -> list[Listed]:
     """The runs right under ``folder``, oldest first, each followed by its forks. Raises StateError."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        do = "Name one, or begin a run with --run"
-        raise StateError(f"listing the runs in {folder}", "there is no such folder", do)
+    folder, asked = Path(folder), f"listing the runs in {folder}"
+    try:
+        paths = sorted(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        raise StateError(asked, "there is no such folder", "Name one, or begin a run with --run") from None
+    except OSError as e:
+        raise StateError(asked, (e.strerror or str(e)).lower(), "Check its permissions") from None
     runs, broken = list[Run](), []
-    for path in sorted(folder.iterdir()):
-        if (path / NAME).exists():
-            try:
+    for path in paths:
+        try:
+            if (path / NAME).exists():
                 runs.append(Run.open(path.absolute()))
-            except StateError as e:
-                broken.append(Listed(path, None, 0, "damaged", str(e)))
+        except StateError as e:
+            broken.append(Listed(path, None, 0, "damaged", str(e)))
+        except OSError as e:  # a folder that is not for this user
+            broken.append(Listed(path, None, 0, "damaged", f"looking into {path}: {(e.strerror or str(e)).lower()}"))
     return [*_ordered(runs), *broken]
 
 

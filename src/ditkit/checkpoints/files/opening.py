@@ -21,6 +21,10 @@ def open_source(path: str | Path, variant: str | None = None, entry: str | None 
     if entry is None:
         path, entry = split_entry(Path(path))
     path = chosen(path, variant)
+    try:
+        path.name.encode()  # it goes into the manifest
+    except UnicodeEncodeError:
+        raise LoadError(f"opening {path!a}", "its name holds bytes that are no UTF-8", "Rename it") from None
     kind = kind_of(path)
     if kind in ("torch", "old torch"):
         return PickleFile(path, entry)
