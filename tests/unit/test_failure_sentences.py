@@ -59,7 +59,7 @@ def test_the_traceback_replaces_nothing(tmp_path):
     except ValueError as e:
         error = e
     files = [written(error, tmp_path / "a.traceback.txt") for _ in range(2)]
-    assert [file.name for file in files] == ["a.traceback.txt", "a.traceback-1.txt"]
+    assert [file.name for file in files] == ["a.traceback.txt", "a.traceback_2.txt"]
     assert "ValueError: half \\ud800" in files[0].read_text()
     elsewhere = written(error, tmp_path / "a.traceback.txt" / "no.txt")
     assert stat.S_IMODE(os.stat(elsewhere).st_mode) == 0o600

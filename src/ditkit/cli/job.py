@@ -10,7 +10,7 @@ import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -264,6 +264,29 @@ def kept(states: list[State], stage: str | None, goal: RunOptions, pipe: Pipelin
         reached = [f" after step {s['step']} of {len(s['sigmas']) - 1}" for s in states if "step" in s]
         places, where = ", ".join(map(str, found)), "".join([where, *reached[-1:]])
     return Left(where, places, commands, goal.run is not None)
+
+
+@contextmanager
+def kept_for(words: Sequence[str], near: Path, begun: State | None) -> Iterator[None]:
+    """What was computed for the command ``words`` is kept, ``near`` that file, when it is interrupted or fails; with
+    ``--from`` it goes on. Raises InterruptedRun, and what ended it."""
+    from ditkit.execution.place import Interrupted, further, so_far
+
+    try:
+        yield
+    except Exception as e:
+        had, told = so_far(e), isinstance(e, DitkitError) or show.lost_output(e)
+        if had is None or (told and not isinstance(e, Interrupted) and not further(had.state, begun or {})):
+            raise
+        with undisturbed():
+            (path,) = saved([had.state], state_files(near, [had.state]))
+        left = Left(had.stage, str(path), [shlex.join(["ditkit", *words, "--from", str(path)])], False)
+        if isinstance(e, Interrupted):
+            raise left.interrupted() from None
+        left.say()
+        if told:
+            raise
+        raise failures.told(e, f"running stage {had.stage!r}", beside(near, TRACEBACK)) from e
 
 
 def saved(states: list[State], paths: list[Path]) -> list[Path]:

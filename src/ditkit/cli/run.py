@@ -232,6 +232,9 @@ def replay(
     here: Annotated[
         bool, typer.Option("--here", help="Run all stages here, though some ran at hosts or in other processes.")
     ] = False,
+    source: Annotated[
+        Path | None, PathOption("--from", metavar="FILE", help="Go on from the State of a replay that was cut off.")
+    ] = None,
     quiet: flags.Quiet = False,
     plugs: flags.Plugs = None,
     allowed: flags.Allowed = None,
@@ -239,6 +242,7 @@ def replay(
     """Make a clip again and compare: exit code 0 when every pixel is the same, 1 when not."""
     from ditkit import media
     from ditkit import replay as replays
+    from ditkit.state import State
 
     script, allow = replays.read(file), check_allowed(allowed or ())
     request = script.request
@@ -247,9 +251,13 @@ def replay(
     pipe = replays.prepare(script, None if model is None else model_name(model), here, plugs or (), allow)
     for difference in [*replays.plug_differences(script, pipe), *replays.machine_differences(script.manifest)]:
         print(f"note: {difference}", file=sys.stderr)
-    console = show.console()
-    with show.view(console, quiet, pipe.look(), request.frames) as listeners:
-        replayed = replays.replay(script, pipe, listeners, named_pictures(picture or []), allow)
+    console, begun = show.console(), None if source is None else State.load(source)
+    given = {"--picture": picture, "--plug": plugs, "--allow-from-file": allow, "--out": out, "--model": model}
+    words = [str(word) for flag, values in given.items() for value in _listed(values) for word in (flag, value)]
+    again = ["replay", str(file), *words, *(["--here"] if here else [])]
+    shown = show.view(console, quiet, pipe.look(), request.frames)
+    with job.kept_for(again, out or file, begun), shown as listeners:
+        replayed = replays.replay(script, pipe, listeners, named_pictures(picture or []), allow, begun)
     if out is not None:
         clip = replayed.result.manifests[script.clip]
         written = media.write_video(out, replayed.result.videos[script.clip], request.fps, clip)
@@ -261,6 +269,10 @@ def replay(
     for difference in replayed.differences:
         console.print(f"  {difference}")
     return 1
+
+
+def _listed(values: Any) -> list[Any]:
+    return [] if values is None else [values] if isinstance(values, str | Path) else [*values]
 
 
 def named_pictures(texts: list[str]) -> dict[str, str | list[str]]:

@@ -38,7 +38,7 @@ def failed(error: BaseException, stage: str, state: State) -> None:
     vars(error)["so_far"] = Interrupted(stage, state)
 
 
-def further(state: State, before: State) -> bool:
+def further(state: State, before: Mapping[str, Any]) -> bool:
     """Whether anything was computed between two States of one run."""
     return any(state.get(name) != before.get(name) for name in ("stages", "step"))
 
