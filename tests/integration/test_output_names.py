@@ -151,6 +151,7 @@ def test_a_folder_that_convert_cannot_write(call, model, tmp_path, name, more):
                                    ["generate", "a", "--model", "x" * 300], ["generate", "a", "--model", "a\0b"],
                                    ["generate", "a", "--config", "x" * 300], ["runs", "x" * 300],
                                    ["fork", "x" * 300], ["fork", "a\0b"],
+                                   ["generate", "a", "--cache", ""], ["generate", "a", "--cache", "x" * 300],
                                    ["generate", "a", "--image", "a\0b"]])  # fmt: skip
 def test_a_path_that_nothing_can_be_read_from(call, tmp_path, words):
     said = call(*words)
