@@ -56,6 +56,7 @@ def names_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+@pytest.mark.slow
 def test_a_loop_that_fails(call, model, tmp_path, monkeypatch):
     words = ["--model", model, "--scheduler", "dpm++", "--no-sheet"]
     whole = call("generate", PROMPT, *words, "--json", "--out", "whole.npz")
@@ -78,6 +79,7 @@ def test_a_loop_that_fails(call, model, tmp_path, monkeypatch):
     assert json.loads(resumed.out)["output_sha256"] == json.loads(whole.out)["output_sha256"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("part", "stage"), [("vae", "decode_latents"), ("text_encoder", "encode_text")])
 def test_a_part_that_fails(call, model, tmp_path, monkeypatch, part, stage):
     def boom(*_, **__):
@@ -102,6 +104,7 @@ def test_debug_shows_the_traceback_too(call, model, monkeypatch):
     assert said.err.splitlines()[-1].startswith("error: ")
 
 
+@pytest.mark.slow
 def test_of_several_clips_the_finished_ones_and_the_waiting_ones_are_kept(call, model, tmp_path, monkeypatch):
     seen = []
     with monkeypatch.context() as patch:
@@ -121,6 +124,7 @@ def test_of_several_clips_the_finished_ones_and_the_waiting_ones_are_kept(call, 
         np.testing.assert_array_equal(media.read_video(tmp_path / f"x-{i}.npz")[0], expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clips", [1, 2])
 def test_a_kept_run_goes_on_from_the_step_that_failed(call, model, tmp_path, monkeypatch, clips):
     """Also where fewer States are kept than steps are taken."""
@@ -142,6 +146,7 @@ def test_a_kept_run_goes_on_from_the_step_that_failed(call, model, tmp_path, mon
         assert media.read_manifest(clip)["output_sha256"] == expected.manifests[0]["output_sha256"]
 
 
+@pytest.mark.slow
 def test_going_on_and_forking_fail_in_the_same_way(call, model, tmp_path, monkeypatch):
     assert call("run", PROMPT, "--model", model, "--run", "r", "--keep-steps", "all", "-q").code == 0
     saved = call("run", PROMPT, "--model", model, "--stop-at-step", "1", "--save-state", "s.st", "-q")
@@ -262,6 +267,7 @@ def test_bench_says_one_sentence(call, model, monkeypatch):
     assert len(said.err.splitlines()) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError(MEMORY), KeyboardInterrupt()])
 def test_a_replay_goes_on_too(call, model, tmp_path, monkeypatch, error):
     assert call("generate", PROMPT, "--model", model, "--out", "a.npz", "--no-sheet", "-q").code == 0

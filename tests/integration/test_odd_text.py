@@ -50,7 +50,6 @@ def refused(said, *words) -> None:
 def test_settings(call, model, tmp_path, words, named):
     given = words if "--model" in words else [*words, "--model", model]
     (tmp_path / HALF).mkdir()
-    refused(call("generate", *given, *ONE), named)
     refused(call("run", *given, "--run", "r", *ONE), named)
     assert list(tmp_path.iterdir()) == [tmp_path / HALF]
 

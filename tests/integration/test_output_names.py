@@ -30,6 +30,7 @@ def interrupt(monkeypatch, error=KeyboardInterrupt) -> None:
     monkeypatch.setattr(show, "warn_of_truncation", listener)
 
 
+@pytest.mark.slow
 def test_the_default_name_replaces_nothing(call, model, tmp_path, monkeypatch):
     """Nor does a State that was cut off, a sheet alone, or a card whose clip is gone."""
     words = [PROMPT, "--model", model, "-q"]
@@ -55,8 +56,9 @@ def test_the_default_name_replaces_nothing(call, model, tmp_path, monkeypatch):
     assert {name: after[name] for name in before} == before
 
 
+@pytest.mark.slow
 def test_several_clips_and_a_demo_replace_nothing(call, model, tmp_path):
-    for command in (["generate", PROMPT, "--set", "seed=[3, 4]"], ["demo"]):
+    for command in (["generate", PROMPT, "--set", "seed=[3, 4]", "--steps", "1", "--no-sheet"], ["demo"]):
         words = [*command, "--model", model, "-q"]
         assert call(*words).code == 0
         before = held(tmp_path)
@@ -110,11 +112,11 @@ def test_a_new_run_in_a_folder_with_a_clip(call, model, tmp_path):
 ODD = [".", "..", "/", "", "x/", "a/..", "x" * 300 + ".mp4", "a\0b.mp4", "folder", "no-suffix", " "]
 
 
-@pytest.mark.parametrize("name", ODD)
-@pytest.mark.parametrize("flag", ["--out", "--save-state", "--sheet"])
-def test_a_path_that_can_be_no_file(call, model, tmp_path, name, flag):
-    if (flag, name) in (("--save-state", "no-suffix"), ("--save-state", "x" * 300 + ".mp4")):
-        name = "y" * 256
+OTHERS = [(flag, name) for flag in ("--save-state", "--sheet") for name in (".", "x/", "a\0b", "y" * 256, "folder")]
+
+
+@pytest.mark.parametrize(("flag", "name"), [*(("--out", name) for name in ODD), *OTHERS])
+def test_a_path_that_can_be_no_file(call, model, tmp_path, flag, name):
     (tmp_path / "folder").mkdir()
     said = call("run", PROMPT, "--model", model, flag, name, "-q")
     assert (said.code, said.out) == (2, "")

@@ -4,7 +4,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Annotated, Any, TextIO, cast
 
 import typer
@@ -85,18 +85,22 @@ def _today(argument: str) -> str:
 def streams() -> Iterator[None]:
     """Stdout and stderr as commands find them. A service, or ``pythonw``, has none: then what is printed goes nowhere.
     (Where only the number is free, the next file that is opened would get it, and with it what a library prints.)"""
-    before = {name: getattr(sys, name) for name in ("stdin", "stdout", "stderr")}
-    for name, stream in before.items():
-        if stream is None:
-            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8"))  # noqa: SIM115
-        elif name != "stdin" and isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a prompt's letters may be more than the terminal's
-    plain = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = cast("TextIO", show.Output(plain[0])), cast("TextIO", show.Errors(plain[1]))
-    try:
-        yield
-    finally:
-        sys.stdout, sys.stderr = plain
+    before = sys.stdin, sys.stdout, sys.stderr
+    with ExitStack() as opened:
+
+        def there(stream: TextIO | None, mode: str) -> TextIO:
+            if isinstance(stream, io.TextIOWrapper) and mode == "w":
+                stream.reconfigure(errors="replace")  # a prompt's letters may be more than the terminal's
+            if stream is not None:
+                return stream
+            return cast("TextIO", opened.enter_context(open(os.devnull, mode, encoding="utf-8")))
+
+        sys.stdin, out, err = there(sys.stdin, "r"), there(sys.stdout, "w"), there(sys.stderr, "w")
+        sys.stdout, sys.stderr = cast("TextIO", show.Output(out)), cast("TextIO", show.Errors(err))
+        try:
+            yield
+        finally:
+            sys.stdin, sys.stdout, sys.stderr = before
 
 
 def _failed(error: Exception, arguments: Sequence[str]) -> int:
