@@ -29,6 +29,12 @@ PROMPT = "a red circle"
 MEMORY = "CUDA out of memory. Tried to allocate 9.50 GiB. GPU 0 has a total capacity of 8.00 GiB"
 
 
+@pytest.fixture(autouse=True)
+def temporary(tmp_path_factory, monkeypatch) -> None:
+    """Tracebacks that have no other place."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("temporary")))
+
+
 def commands(text: str) -> list[list[str]]:
     """The lines after the one that says how to go on, up to the error."""
     lines = text.splitlines()
