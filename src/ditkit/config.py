@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 
 from ditkit import options
 from ditkit.errors import RequestError, SetupError, nearest
+from ditkit.hiding import KEY, TOKEN
 from ditkit.request import OLD_NAMES, Request, Settings, renamed
 from ditkit.setup import Setup
 
@@ -24,9 +25,6 @@ FIELDS: dict[str, FieldInfo] = {**Request.model_fields, **Setup.model_fields}
 """Every setting by its name. Request and Setup share none."""
 
 PREFIX = "DITKIT_"
-
-TOKEN = "DITKIT_HOST_TOKEN"
-"""No setting: settings are shown and written into manifests (``placement/http/client.py``)."""
 
 
 class Entries(dict[str, Any]):
@@ -124,7 +122,7 @@ def file_layer(path: str | Path) -> Layer:
 
 def environment_layer(environment: Mapping[str, str]) -> Layer:
     """``DITKIT_NAME=VALUE`` for every setting; any other name that begins so is refused."""
-    names = sorted(name for name in environment if name.startswith(PREFIX) and name != TOKEN)
+    names = sorted(name for name in environment if name.startswith(PREFIX) and name not in (TOKEN, KEY))
     return text_layer(
         (name.removeprefix(PREFIX).lower(), environment[name], f"environment {name}", False) for name in names
     )

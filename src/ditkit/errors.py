@@ -6,18 +6,29 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Self
 
+from ditkit.hiding import hidden, printable
+from ditkit.limits import MESSAGE
+
 
 class DitkitError(Exception):
-    """Base of all errors that ditkit raises on purpose. ``exit_code`` is what the command line exits with."""
+    """Base of all errors that ditkit raises on purpose. ``exit_code`` is what the command line exits with. Its words
+    hold no secret and nothing that steers a terminal, whoever they came from; what was asked and what was found are
+    one line each, of MESSAGE characters at most."""
 
     exit_code = 1
 
     def __init__(self, asked: str, found: str, do: str):
+        asked, found = (printable(hidden(_short(str(part)))) for part in (asked, found))
+        do = printable(hidden(str(do)), keep="\n")
         super().__init__(f"{asked}: {found}. {do}.")
         self.asked, self.found, self.do = asked, found, do
 
     def __reduce__(self) -> tuple[type[Self], tuple[str, str, str]]:  # survives pickling between processes
         return type(self), (self.asked, self.found, self.do)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= MESSAGE else f"{text[:MESSAGE]}..."
 
 
 @contextmanager

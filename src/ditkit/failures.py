@@ -13,6 +13,7 @@ import ditkit
 from ditkit import limits
 from ditkit.errors import DitkitError
 from ditkit.filenames import free
+from ditkit.hiding import hidden, printable
 
 FILES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")  # read by libraries, which name none
 FOLDERS = ("HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME", "TMPDIR", "TEMP", "TMP")  # written by libraries
@@ -43,17 +44,6 @@ def explained(error: BaseException) -> tuple[str, str]:
     return f"it failed with {short(error)}", "If you brought no code of your own, that is a fault of ditkit: report it"
 
 
-def certificates(error: OSError) -> tuple[str, str]:
-    """What kept a client from reading its certificates, and what to do: the error names neither file nor variable."""
-    given = {name: os.environ[name] for name in FILES if os.environ.get(name)}
-    gone = {name: value for name, value in given.items() if not os.path.exists(value)}
-    if not given:
-        return short(error), "Check the certificates of this machine"
-    why = "which is not there" if gone else f"which cannot be read ({short(error)})"
-    named = " and ".join(f"{name} names {value}" for name, value in (gone or given).items())
-    return f"{named}, {why}", f"Correct {' or '.join(gone or given)}, or unset it"
-
-
 def wants_memory(error: BaseException) -> bool:
     """Whether there was not enough memory, be it the machine's or a device's."""
     named = any(cls.__name__ in ("MemoryError", "OutOfMemoryError") for cls in type(error).__mro__)
@@ -82,7 +72,7 @@ def _explained_by_system(error: OSError) -> tuple[str, str]:
 
 def short(error: BaseException) -> str:
     """Its class and what it says: one line, nothing in it that steers a terminal."""
-    text = " ".join("".join(c if c.isprintable() else " " for c in str(error)[: limits.MESSAGE]).split())
+    text = " ".join(printable(str(error)[: limits.MESSAGE]).split())
     text = text if len(text) <= 200 else f"{text[:200]}..."
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
@@ -94,13 +84,13 @@ def doing(error: BaseException, otherwise: str) -> str:
 
 def written(error: BaseException, beside: Path | None) -> Path | None:
     """The traceback in a new file, ``beside`` with a number where that is taken, or else a temporary one; only its
-    owner can read it. None where none can be written."""
-    lines = [f"ditkit {ditkit.__version__}\n", *traceback.format_exception(error)]
+    owner can read it, and it holds no secret. None where none can be written."""
+    text = f"ditkit {ditkit.__version__}\n" + hidden("".join(traceback.format_exception(error)))
     for target in (beside, None):
         with suppress(OSError):
             folder, ends = (None, ("ditkit-", ".txt")) if target is None else (target.parent, (".ditkit-", ".part"))
             number, name = tempfile.mkstemp(prefix=ends[0], suffix=ends[1], dir=folder)
             with os.fdopen(number, "wb") as file:
-                file.write("".join(lines).encode(errors="backslashreplace"))
+                file.write(text.encode(errors="backslashreplace"))
             return Path(name) if target is None else Path(name).replace(free(target))
     return None

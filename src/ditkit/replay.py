@@ -14,11 +14,13 @@ from typing import Any
 from ditkit import pictures
 from ditkit.assembly import MODELS, Components
 from ditkit.assembly.plugs import plug_facts
+from ditkit.checkpoints.model.manifest import check_fetches
 from ditkit.errors import DitkitError, LoadError, StateError
 from ditkit.events import Listener
 from ditkit.execution.stage import with_own_defaults
 from ditkit.pipeline import Pipeline, Result, load
 from ditkit.placement.remote_parts import address, files_at
+from ditkit.prompting import templates
 from ditkit.receipt import machine
 from ditkit.registry import PlugSpec
 from ditkit.request import Request
@@ -98,6 +100,9 @@ def replay(
 
 def begin(script: Script, pipe: Pipeline, images: Mapping[str, Any], allow: Collection[str] = ()) -> State:
     """The State of the run's beginning, with the same pixels in it. Raises StateError."""
+    if templates.is_file(template := script.request.expand_template):
+        found = f"its expand_template {template} is a file, and a file does not decide what is read"
+        raise StateError(f"replaying {script.file}", found, "Use an untouched file")
     for name in pictures.FIELDS:
         value, known = getattr(script.request, name), script.manifest.get("inputs", {})
         if value and name not in known:
@@ -207,6 +212,7 @@ def prepare(
     asks = not {*ExpandPrompt.writes} <= {*script.manifest.get("expanded", {})}  # else its words are there
     own = ({} if model is None else {"model": model}) | ({} if asks else {"expander": None})
     check_places({**kept, **places}, own, allow, asked, ", or run all of it here with --here")
+    check_fetches(folder, own, allow, asked)
     pipe = load(**{**kept, **places})
     then, now = _plain(script.manifest["seams"]), _plain(pipe.seams.describe())
     if then != now:

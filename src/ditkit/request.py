@@ -1,13 +1,23 @@
 """Request: what to make. Every default says where it comes from; nothing here says how (``setup.py``)."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from ditkit.errors import RequestError, UserError, nearest
+from ditkit.hiding import holds_secret
 from ditkit.reading import check_value
 
 MAX_SEED = 2**63 - 1
@@ -40,6 +50,20 @@ def default(value: Any, source: str, text: str, **limits: Any) -> Any:
     return Field(value, description=text, json_schema_extra={"source": source}, **limits)
 
 
+PROSE = ("prompt", "negative_prompt", "expand_template")
+"""Settings whose text means nothing to a machine; all others may hold no secret."""
+
+KEYS = "keys belong into the environment (DITKIT_HOST_TOKEN, DITKIT_EXPANDER_KEY, OPENAI_API_KEY, HF_TOKEN)"
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for item in [*value, *value.values()] if isinstance(value, Mapping) else value:
+            yield from _texts(item)
+
+
 class Settings(BaseModel):
     """Base of Request and Setup: immutable, typed, and without room for unknown keys. A whole number may stand where a
     float is meant."""
@@ -50,6 +74,13 @@ class Settings(BaseModel):
     @classmethod
     def _today(cls, values: Any) -> Any:
         return {k: [*v] if isinstance(v, tuple) else v for k, v in renamed(values).items()}
+
+    @field_validator("*")
+    @classmethod
+    def _without_secrets(cls, value: Any, info: ValidationInfo) -> Any:
+        if info.field_name not in PROSE and any(map(holds_secret, _texts(value))):
+            raise ValueError(f"it holds a password or a key, which would stand in every clip; {KEYS}")
+        return value
 
     @classmethod
     def parse(cls, values: Mapping[str, Any], origin: str | Mapping[str, str], error: type[UserError]) -> Self:

@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import urlsplit
 
 from pydantic import field_validator
 
+from ditkit import addresses
 from ditkit.errors import SetupError, needed
 from ditkit.registry import PlugSpec
 from ditkit.request import Float, Settings, default, one_of
@@ -60,7 +60,7 @@ class Setup(Settings):
     retries: int = default(2, "ditkit", "how often a stage is sent again to a host that was lost, 0 or more", ge=0)
     timeout: Float = default(60.0, "ditkit", "seconds without a sign of life after which a host counts as lost", gt=0)
     plain_http: bool = default(
-        False, "ditkit", "true to send a host's token over http to another machine; anybody on the way can read it")
+        False, "ditkit", "true to send a token or key over http to another machine; anybody on the way can read it")
     cache: str | None = default(None, "none", "a folder for results of stages, or `default` for that of the user")
     cache_gigabytes: Float = default(20.0, "ditkit", "how large the cache may grow, in 10^9 bytes", gt=0)
     expander: str | None = default(
@@ -72,12 +72,15 @@ class Setup(Settings):
     @field_validator("expander")
     @classmethod
     def _expander(cls, value: str | None) -> str | None:
-        if value is not None:
-            url, kinds = urlsplit(value), ("http", "https", "transformers")
-            if url.scheme not in kinds or not (url.path if url.scheme == "transformers" else url.hostname):
-                raise ValueError("it is neither the URL of a server nor transformers:FOLDER")
-            if url.username or url.password or url.query:
-                raise ValueError("an address with a key in it would be written into every clip; set OPENAI_API_KEY")
+        if value is None:
+            return value
+        kind, _, rest = value.partition(":")
+        if kind == "transformers" and rest:
+            return value
+        if kind.lower() not in ("http", "https") or not rest.strip("/"):
+            raise ValueError("it is neither the URL of a server nor transformers:FOLDER")
+        if addresses.parse(value).query:
+            raise ValueError("it holds more than an address, such as http://127.0.0.1:8000/v1")
         return value
 
     @field_validator("plugs")

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import secrets
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -281,10 +282,10 @@ def _today(plain: dict[str, Any]) -> dict[str, Any]:
 def write_whole(path: Path, pieces: Iterable[bytes | memoryview], asked: str, durable: bool = True) -> None:
     """One file, complete or not at all; ``durable``: when this returns it outlives a loss of power too. Raises
     OutputError where the disk or the path does not allow it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")  # not to be foreseen: a link may lie there
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
+        with temporary.open("xb") as file:
             file.writelines(pieces)
             if durable:
                 file.flush()

@@ -4,13 +4,17 @@ A State, a clip's manifest and a run's folder may say to which address something
 something is written. That is shown, and followed only once the person names it again (command line, environment, own
 config, Python) or allows it. Leaves out: code (``assembly/plugs.py``) and pictures (``replay.py``)."""
 
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from ditkit.errors import SetupError, StateError, nearest
 
 PLACES = ("placement", "components", "model", "expander", "loras", "cache", "plain_http")
-PICTURES = "pictures"
+PICTURES, OUT = "pictures", "out"
+ALLOWED = (*PLACES, PICTURES, OUT)
+_AWAY = re.compile(r"://|^(\w+=)?hf:|^(\w+=)?(\\\\|//)")
+"""An address, a repository (of a LoRA also behind the expert that it is for), a share of another machine."""
 
 
 def placed_by(setup: Mapping[str, Any]) -> dict[str, dict[str, str]]:
@@ -28,8 +32,16 @@ def placed_by(setup: Mapping[str, Any]) -> dict[str, dict[str, str]]:
 
 
 def is_away(text: str) -> bool:
-    """Whether a place is an address, or a repository to be downloaded from."""
-    return "://" in text or text.startswith("hf:")
+    """Whether a place is an address, a share of another machine, or a repository to be downloaded from."""
+    return _AWAY.search(text) is not None
+
+
+def check_named(what: str, flag: str, value: str, allowed: Collection[str], asked: str) -> None:
+    """Raise StateError for a file or folder ``value`` that a file decides on, and that the person has not named with
+    ``flag``, unless they ``allowed`` it."""
+    if what not in allowed:
+        do = f"Name it yourself if it is meant: {flag} {value}; or --allow-from-file {what} if the file is yours"
+        raise StateError(asked, f"it names {value} for {flag}, and a file does not decide where anything goes", do)
 
 
 def check_places(
@@ -51,9 +63,8 @@ def check_places(
 
 def check_allowed(names: Collection[str]) -> frozenset[str]:
     """What ``--allow-from-file`` named. Raises SetupError."""
-    known = (*PLACES, PICTURES)
     for name in names:
-        if name not in known:
-            raise SetupError(f"--allow-from-file {name}", f"there is no such thing{nearest(name, known)}",
-                             f"Name one of {', '.join(known)}")  # fmt: skip
+        if name not in ALLOWED:
+            raise SetupError(f"--allow-from-file {name}", f"there is no such thing{nearest(name, ALLOWED)}",
+                             f"Name one of {', '.join(ALLOWED)}")  # fmt: skip
     return frozenset(names)

@@ -34,7 +34,8 @@ def server():
 
 @pytest.fixture(autouse=True)
 def quiet(server, monkeypatch):
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL", "DITKIT_EXPANDER_KEY"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NO_PROXY", "*")
     server.replies.clear()
     server.asked.clear()
@@ -81,7 +82,7 @@ def test_what_is_asked_and_what_is_told(pipe, server):
 
 
 def test_the_key_is_sent_and_nowhere_kept(tiny_model, server, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "very-secret")
+    monkeypatch.setenv("DITKIT_EXPANDER_KEY", "very-secret")
     state = run(ditkit.load(tiny_model, threads=1, expander=server.url))
     assert server.keys == ["Bearer very-secret"]
     assert b"very-secret" not in state.to_bytes()

@@ -302,7 +302,7 @@ def test_a_library_that_finds_no_certificates(call, model, monkeypatch):
     monkeypatch.setenv("SSL_CERT_FILE", "/nowhere.pem")
     said = call("expand", PROMPT, "--expander", "http://127.0.0.1:1/v1", "--retries", "0")
     assert said.code == 1
-    assert "SSL_CERT_FILE names /nowhere.pem, which is not there. Correct SSL_CERT_FILE, or unset it" in said.err
+    assert "SSL_CERT_FILE names /nowhere.pem" in said.err
     words = ["--model", model, "--steps", "1", "--no-sheet", "-q", "--out", "a.npz", "--expand", "yes"]
     said = call("generate", PROMPT, *words, "--expander", "http://127.0.0.1:1/v1", "--expand-fallback")
     assert said.code == 0

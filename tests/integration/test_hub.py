@@ -16,7 +16,7 @@ from ditkit.checkpoints.model.hub import Hub
 from ditkit.checkpoints.model.lock import changes, lock_text, make_lock, read_lock, verify
 from ditkit.checkpoints.model.manifest import Manifest
 from ditkit.checkpoints.model.place import place_of
-from ditkit.errors import LoadError
+from ditkit.errors import DitkitError, LoadError, SetupError
 
 TOKEN = "hf_of_the_test"
 
@@ -355,3 +355,29 @@ def test_the_command_pins_and_tells(server, tiny_model, tmp_path):
     refused = lock()
     assert refused.returncode == 2
     assert f"Accept them at {server.endpoint}/o/n, then log in" in refused.stderr
+
+
+@pytest.mark.parametrize(("name", "value", "found"), [
+    ("HF_TOKEN", "hf_first-half\x1bsecond-half", r"the key in HF_TOKEN: character 14 of 25 is U\+001B"),
+    ("HF_TOKEN", "hf_first-half second-half", r"the key in HF_TOKEN: character 14 of 25 is U\+0020"),
+    ("HTTP_PROXY", "nonsense://first-half@x", r"the proxy in HTTP_PROXY is no address"),
+])  # fmt: skip
+def test_a_way_to_the_hub_that_cannot_be_gone(server, monkeypatch, tmp_path, name, value, found):
+    monkeypatch.setenv(name, value)
+    hub = Hub("http://hub.example", None if name == "HF_TOKEN" else False, tmp_path / "cache")
+    with pytest.raises(DitkitError, match=found) as error:
+        hub.look("o/n")
+    assert not {"first-half", "second-half"} & {*str(error.value).replace("_", " ").split()}
+    with pytest.raises(DitkitError, match="a bracket may be missing"):
+        Hub("http://[::1").look("o/n")
+    assert server.seen == []
+
+
+def test_the_token_goes_over_plain_http_on_this_machine_only(server, tmp_path, monkeypatch):
+    for proxy in ("HTTP_PROXY", "http_proxy"):
+        monkeypatch.setenv(proxy, "http://127.0.0.1:9")
+    with pytest.raises(SetupError, match="it would go over the network as plain text") as error:
+        Hub("http://hub.example", TOKEN, tmp_path / "cache").look("o/n")
+    assert TOKEN not in str(error.value)
+    with pytest.raises(LoadError, match=r"it failed through the proxy of (HTTP_PROXY|http_proxy) \("):
+        Hub("http://hub.example", TOKEN, tmp_path / "cache", plain_http=True).look("o/n")

@@ -13,8 +13,9 @@ from PIL import Image
 
 import ditkit
 from ditkit import replay
+from ditkit.addresses import origin_of
 from ditkit.errors import SetupError, StateError
-from ditkit.placement.http.client import origin_of, token_for
+from ditkit.keys import token_for
 from ditkit.runs import Run
 from ditkit.state import State
 from ditkit.trust import check_places, placed_by

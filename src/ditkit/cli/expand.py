@@ -23,6 +23,7 @@ from ditkit.cli import show, terminal
 from ditkit.cli.flags import Json, Prompt, Quiet, RawSettings, RunOptions, with_settings
 from ditkit.errors import RequestError, SetupError
 from ditkit.events import Event, Events
+from ditkit.hiding import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -101,7 +102,7 @@ def before_run(pipe: Pipeline, state: State, goal: RunOptions, out: Console) -> 
 
 def warn_of_fallback(event: Event) -> None:
     if event.name == "prompt.fallback":
-        print(f"note: {event['reason']} The raw prompt is used.", file=sys.stderr)
+        show.say(f"{event['reason']} The raw prompt is used.")
 
 
 def taken(pipe: Pipeline, state: State, clip: int, out: Console, recorder: Recorder) -> State:
@@ -187,8 +188,3 @@ def difference(old: str, new: str, marks: bool) -> Text:
         found.append(f"[-{gone}-]" if marks and gone else gone, "red strike")
         found.append(f"{{+{come}+}}" if marks and come else come, "green")
     return found
-
-
-def printable(text: str) -> str:
-    """Without what a terminal would take for an order: the text comes from a language model."""
-    return "".join(c if c.isprintable() else " " if c.isspace() else "\ufffd" for c in text)

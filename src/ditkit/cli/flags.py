@@ -19,7 +19,7 @@ from ditkit import config
 from ditkit.config import FIELDS, Layer
 from ditkit.errors import LoadError, OutputError, SetupError
 from ditkit.filenames import check_file_name, fault_of_path, shortened
-from ditkit.trust import PICTURES, PLACES
+from ditkit.trust import ALLOWED
 
 if TYPE_CHECKING:
     from ditkit.receipt import Recorder
@@ -69,7 +69,7 @@ Plugs = Annotated[list[str] | None, typer.Option(
     "--plug", metavar="VALUE", help=f"Code to know of: {FIELDS['plugs'].description}.", show_default=False,
 )]  # fmt: skip
 Allowed = Annotated[list[str] | None, typer.Option("--allow-from-file", metavar="SETTING", show_default=False, help=(
-    f"What a file of your own may decide: {', '.join((*PLACES, PICTURES))}."
+    f"What a file of your own may decide: {', '.join(ALLOWED)}."
 ))]  # fmt: skip
 Out = Annotated[Path | None, OutputOption(metavar="PATH", help=(
     "An .mp4, .gif or .npz file, or .png for a folder of frames; what is there is replaced. Default: "

@@ -9,11 +9,14 @@ from typing import Annotated
 import typer
 
 from ditkit import config
+from ditkit.cli import terminal
 from ditkit.cli.flags import PathOption, RawSettings, kebab, with_settings
 from ditkit.cli.opening import model_name
 from ditkit.cli.show import seconds
 from ditkit.errors import SetupError
 from ditkit.events import Event
+from ditkit.hiding import printable
+from ditkit.keys import token_in, token_of
 from ditkit.request import Request
 from ditkit.setup import Setup
 
@@ -43,7 +46,6 @@ def host(
 ) -> int:
     """Offer stages of a model over HTTP, until Ctrl-C. Prints its address when it listens."""
     from ditkit.events import Events
-    from ditkit.placement.http.client import token_in, token_of
     from ditkit.placement.http.host import Host, Limits, bind
     from ditkit.placement.worker import load_all, worker_of
 
@@ -53,14 +55,14 @@ def host(
     setup = setup_of(given, backend)
     token = token_in(token_file) if token_file is not None else token_of()
     wanted = [name.strip() for text in stages for name in text.split(",")] if stages else None
-    with bind(address, port, token) as listener:
+    with terminal.plain_log(), bind(address, port, token) as listener:
         worker = worker_of(setup, wanted)
         if not lazy:
             load_all(worker, Events(tell_loads))
             worker.describe()  # fingerprints, which read all files once
 
         def announce(url: str) -> None:
-            print(f"{url} offers {', '.join(worker.stages)}", flush=True)
+            print(printable(f"{url} offers {', '.join(worker.stages)}"), flush=True)
 
         server = Host(
             worker, listener, token, Limits(max_bytes, queue), announce=announce,

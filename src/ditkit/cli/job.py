@@ -8,7 +8,6 @@ import json
 import os
 import shlex
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -101,7 +100,7 @@ def ended(error: Exception, state: State, result: Result | None, goal: RunOption
         try:
             kept(states, stage, goal, pipe).say()
         except OutputError as e:
-            say(f"what was computed could not be kept ({e})")
+            show.say(f"what was computed could not be kept ({e})")
     if told:
         return error
     doing = f"running stage {stage!r}" if stage else "writing what was made"
@@ -167,14 +166,10 @@ def _check_files(state: State, goal: RunOptions, makes_video: bool) -> None:
 def note(event: Event) -> None:
     """What a run found in its folder and in pictures."""
     if event.name in ("run.note", "plug.changed", "picture.note"):
-        say(event["text"])
+        show.say(event["text"])
 
 
 note.ignores = frozenset({"prediction", "frames"})  # type: ignore[attr-defined]
-
-
-def say(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr)
 
 
 def write(result: Result, goal: RunOptions, makes_video: bool) -> dict[str, list[Path]]:
@@ -241,7 +236,7 @@ class Left:
     def say(self) -> None:
         """On stderr, before the error."""
         what = "the run is kept" if self.folder else f"everything until then is kept in {self.places}"
-        say("\n  ".join([f"{what}; once that is mended, go on with:", *self.commands]))
+        show.say(f"{what}; once that is mended, go on with:", *self.commands)
 
 
 def kept(states: list[State], stage: str | None, goal: RunOptions, pipe: Pipeline) -> Left:

@@ -16,6 +16,7 @@ from ditkit.cli import bench, cache, doctor, expand, host, plan, run, show, weig
 from ditkit.cli.flags import PastClick
 from ditkit.cli.terminal import interruptible
 from ditkit.errors import DitkitError
+from ditkit.hiding import hidden, printable
 from ditkit.request import OLD_NAMES
 
 INTERRUPTED = 130
@@ -108,7 +109,7 @@ def _failed(error: Exception, arguments: Sequence[str]) -> int:
     if "--debug" in arguments or os.environ.get("DITKIT_DEBUG", "0").lower() not in ("0", "false"):
         import traceback
 
-        traceback.print_exception(error)
+        print(printable(hidden("".join(traceback.format_exception(error))), keep="\n"), file=sys.stderr)
     if not isinstance(error, DitkitError):
         named = [word for word in arguments[:2] if word in COMMANDS or word in GROUPS]
         error = failures.told(error, " ".join(["ditkit", *named]))
@@ -141,7 +142,7 @@ def _run(argv: Sequence[str] | None) -> int:
                 print(f"error: the output: {why}. Print to a place that has room.", file=sys.stderr)
             return 1
         if hasattr(e, "format_message") and hasattr(e, "exit_code"):  # click's usage errors, or typer's
-            message = e.format_message().rstrip(".")
+            message = printable(hidden(e.format_message())).rstrip(".")
             print(f"error: {message}{'' if message.endswith('?') else '.'}", file=sys.stderr)
             return int(e.exit_code)
         if type(e).__name__ != "Abort":

@@ -53,6 +53,7 @@ def settle(given: RawSettings, below: Layer | None = None) -> tuple[Settled, Ope
     ``below`` is a layer between the model's defaults and the config file. Raises UserError for whatever is wrong."""
     from ditkit.assembly import pipeline_of
     from ditkit.assembly.plugs import check_trusted
+    from ditkit.checkpoints.model.manifest import check_fetches
     from ditkit.execution.stage import with_own_defaults
     from ditkit.pipeline import open_model
 
@@ -67,7 +68,9 @@ def settle(given: RawSettings, below: Layer | None = None) -> tuple[Settled, Ope
             check_trusted(setup.plugs, below.origins.get("plugs", ""))
         origin = next(iter(below.origins.values()), "the file")
         own = config.settle(*upper[1:]).values
-        check_places(asked.values, own, check_allowed(given.allowed), f"going on with {origin}")
+        allowed, doing = check_allowed(given.allowed), f"going on with {origin}"
+        check_places(asked.values, own, allowed, doing)
+        check_fetches(setup.model, own, allowed, doing)
     opened = open_model(setup)
     model = opened.model
     family = Layer.of(model.family_defaults_for(asked.values), f"model family (official, {model.task})")

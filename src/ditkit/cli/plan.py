@@ -156,7 +156,7 @@ def runs(
 
     found = listed(folder)
     if as_json:
-        print(json.dumps([_as_json(each) for each in found], ensure_ascii=False))
+        print(json.dumps([_as_json(each) for each in found]))
         return
     console = show.console()
     columns = ("name", "progress", "begun", "model", "prompt")

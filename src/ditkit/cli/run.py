@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import os
-import sys
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -15,18 +15,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ditkit import pictures
 from ditkit.cli import expand, flags, job, show
 from ditkit.cli.flags import OutputOption, PathArgument, PathOption, RawSettings, RunOptions, sheet_for, with_settings
 from ditkit.cli.naming import default_out, free_out, leaves
 from ditkit.cli.opening import load, model_name, open_pipe, open_run, open_state, settle
 from ditkit.config import Layer, Settled
 from ditkit.errors import OutputError, RequestError, SetupError, StateError
+from ditkit.hiding import printable
 from ditkit.setup import Setup
-from ditkit.trust import check_allowed
+from ditkit.trust import OUT, PICTURES, check_allowed, check_named
 
 if TYPE_CHECKING:
     from ditkit.pipeline import Pipeline
-    from ditkit.runs import Parent
+    from ditkit.runs import Parent, Run
     from ditkit.state import State
 
 
@@ -62,7 +64,7 @@ def demo(
     """Make a clip on the embedded model, in seconds."""
     pipe, request, _ = open_pipe(RawSettings({"prompt": [prompt], "seed": [str(seed)], "model": [model]}))
     if not quiet:
-        print(f'"{request.prompt}", seed {request.seed}, model {model}', flush=True)
+        print(printable(f'"{request.prompt}", seed {request.seed}, model {model}'), flush=True)
     with free_out(DEMO, 1, out) as free:
         goal = RunOptions(free, sheet_for(free, None, False), quiet=quiet)
         with job.carried_out(pipe, pipe.begin(request), goal) as made:
@@ -104,7 +106,9 @@ def run(
     with ExitStack() as names:
         if resume is not None:
             kept, settled = open_run(resume, given)
-            pipe, state, out = kept.pipe, kept.state(), out or kept.out
+            pipe, state = kept.pipe, kept.state()
+            check_results(kept, out is not None, no_sheet or sheet is not None, given.allowed)
+            out = out or kept.out
             chosen = sheet_for(out, sheet, no_sheet) if no_sheet or sheet else job.run_sheet(kept, out)
             goal = replace(goal, out=out, sheet=chosen, setup=settled.of(Setup), run=kept, kept=True)
         else:
@@ -159,11 +163,12 @@ def fork(
     keeping = {"every": about.every, "keep_steps": about.keep_steps, **given_of(every=every, keep_steps=keep_steps)}
     check_new(path, **keeping)
     pipe, request = load(opened), settled.request().model_dump()
+    named = pictures.FIELDS if PICTURES in given.allowed else given.named()
     if before["sigmas"] is not None and request["sigmas"] == before["sigmas"]:
         request |= {"steps": before["steps"], "shift": before["shift"]}
     goal = RunOptions(path, None, quiet=quiet, json=as_json)
     try:
-        state, origin = prepared(parent, request, pipe, at_step, clip, {}, [show.warn_of_truncation], job.say)
+        state, origin = prepared(parent, request, pipe, at_step, clip, {}, [show.warn_of_truncation], show.say, named)
         if not quiet:
             where = "" if origin.step is None else f" at step {origin.step}"
             changes = [f"       {k} {show.value(old)} -> {show.value(new)}" for k, (old, new) in origin.changed.items()]
@@ -175,6 +180,16 @@ def fork(
         raise job.InterruptedRun(f"forking {source}", found, "Fork it again.") from None
     with job.carried_out(pipe, state, goal) as made:
         made.result = made.run()
+
+
+def check_results(kept: Run, out: bool, sheet: bool, allowed: Sequence[str]) -> None:
+    """Raise StateError where the run's folder alone says that something outside of it is written. ``out``, ``sheet``:
+    whether the person named them."""
+    asked, places = f"going on with the run {kept.path}", {"--out": "" if out else kept.description.out}
+    places["--sheet"] = "" if sheet or isinstance(kept.description.sheet, bool) else kept.description.sheet
+    for flag, place in places.items():
+        if place and not kept.decides(place):
+            check_named(OUT, flag, place, allowed, asked)
 
 
 def next_to(parent: Path) -> Path:
@@ -250,7 +265,7 @@ def replay(
         media.check_writable(out, width=request.width, height=request.height, fps=request.fps)
     pipe = replays.prepare(script, None if model is None else model_name(model), here, plugs or (), allow)
     for difference in [*replays.plug_differences(script, pipe), *replays.machine_differences(script.manifest)]:
-        print(f"note: {difference}", file=sys.stderr)
+        show.say(difference)
     console, begun = show.console(), None if source is None else State.load(source)
     given = {"--picture": picture, "--plug": plugs, "--allow-from-file": allow, "--out": out, "--model": model}
     words = [str(word) for flag, values in given.items() for value in _listed(values) for word in (flag, value)]
@@ -277,13 +292,11 @@ def _listed(values: Any) -> list[Any]:
 
 def named_pictures(texts: list[str]) -> dict[str, str | list[str]]:
     """``image=a.png`` and the like; several of ``reference_images`` are a list. Raises RequestError."""
-    from ditkit.pictures import FIELDS
-
     found: dict[str, str | list[str]] = {}
     for text in texts:
         name, equals, file = text.partition("=")
-        if not equals or name not in FIELDS:
-            do = f"Write NAME=FILE with one of {', '.join(FIELDS)}"
+        if not equals or name not in pictures.FIELDS:
+            do = f"Write NAME=FILE with one of {', '.join(pictures.FIELDS)}"
             raise RequestError(f"--picture {text}", "it does not name a picture", do)
         found[name] = [*found.get(name, []), file] if name == "reference_images" else file
     return found

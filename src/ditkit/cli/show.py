@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TextIO
 
 from ditkit.events import Event, Listener
+from ditkit.hiding import hidden, printable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,13 +32,22 @@ LONG, HEAD, TAIL = 20, 8, 4  # a step table of more lines is shown by its first 
 
 
 def console(stderr: bool = False) -> Console:
-    """A console that falls silent when its reader has gone (``| head``): the run and its files matter more."""
+    """A console that falls silent when its reader has gone (``| head``): the run and its files matter more. Whatever is
+    printed steers no terminal; a text is one line, lines are a Text."""
     from rich.console import Console
+    from rich.segment import Segment
 
     class Enduring(Console):
         def on_broken_pipe(self) -> None:
             self.quiet = True
             silence(sys.stderr if stderr else sys.stdout)
+
+        def print(self, *objects: Any, **how: Any) -> None:
+            super().print(*(printable(each) if isinstance(each, str) else each for each in objects), **how)
+
+        def render(self, renderable: Any, options: Any = None) -> Iterable[Segment]:
+            for piece in super().render(renderable, options):
+                yield piece if piece.control else Segment(printable(piece.text, keep="\n"), piece.style)
 
     return Enduring(stderr=stderr, highlight=False, markup=False, soft_wrap=True)
 
@@ -111,7 +121,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Text:
     """Aligned columns, the heading in bold; the last column is not cut."""
     from rich.text import Text
 
-    cells = [tuple(columns), *(tuple(row) for row in rows)]
+    cells = [tuple(map(printable, row)) for row in (columns, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
     return Text("\n").join([Text(lines[0], "bold"), *map(Text, lines[1:])])
@@ -173,10 +183,15 @@ def size(count: int) -> str:
     return next((f"{count / unit:.1f} {name}" for unit, name in units if count >= unit), f"{count} bytes")
 
 
+def say(*lines: str) -> None:
+    """A note on stderr; what follows its first line is indented."""
+    print("\n  ".join(["note: " + printable(hidden(lines[0])), *map(printable, lines[1:])]), file=sys.stderr)
+
+
 def warn_of_truncation(event: Event) -> None:
     if event.name == "prompt.truncated":
         what = event["field"].replace("_", " ")
-        print(f"note: the {what} is {event['tokens']} tokens too long; they were cut off its end", file=sys.stderr)
+        say(f"the {what} is {event['tokens']} tokens too long; they were cut off its end")
 
 
 class Plain:

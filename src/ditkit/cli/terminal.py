@@ -6,11 +6,13 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NoReturn
 
 import typer
+
+from ditkit.hiding import hidden, printable
 
 ENDINGS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has no SIGHUP
 
@@ -39,6 +41,36 @@ def _handling(handler: Any, *signals: signal.Signals) -> Iterator[None]:
     finally:
         for each, old in before.items():
             signal.signal(each, old)
+
+
+class _PlainLog:
+    """A stream whose lines hold no secret and steer no terminal; all else is the stream's."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(printable(hidden(text), keep="\n\t"))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for text in lines:
+            self.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def plain_log() -> Iterator[None]:
+    """What is written on stderr, tracebacks of faults that a stranger's job caused among it, is a plain log."""
+    before, log = sys.stderr, _PlainLog(sys.stderr)
+    sys.stderr = log
+    try:
+        yield
+    finally:
+        if sys.stderr is log:
+            sys.stderr = before
 
 
 def line(question: str) -> str:

@@ -22,6 +22,7 @@ from ditkit.cli import show
 from ditkit.cli.flags import AsJson, FolderArgument, PathArgument, Plugs, bring_plugs
 from ditkit.cli.opening import packaged
 from ditkit.errors import DitkitError, LoadError, SetupError
+from ditkit.hiding import printable
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -172,7 +173,7 @@ def _print(report: Mapping[str, Any]) -> None:
     for title, key in (("Left aside", "unused"), ("To make a clip", "needs"), ("Problems", "problems")):
         if found := report.get(key):
             items = map(": ".join, found.items()) if isinstance(found, Mapping) else found
-            out.print(show.section(title, "\n".join(f"  {item}" for item in items)))
+            out.print(show.section(title, "\n".join(f"  {printable(item)}" for item in items)))
 
 
 def _title(report: Mapping[str, Any]) -> str:

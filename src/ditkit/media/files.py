@@ -85,9 +85,9 @@ def _replace(part: Path, target: Path) -> None:
     except OSError:
         os.rename(old, target)
         raise
-    shutil.rmtree(old)
+    old.unlink() if old.is_symlink() else shutil.rmtree(old)
 
 
 def _remove(part: Path) -> None:
     with contextlib.suppress(OSError):  # it was renamed, or never made
-        shutil.rmtree(part) if part.is_dir() else part.unlink()
+        shutil.rmtree(part) if part.is_dir() and not part.is_symlink() else part.unlink()

@@ -25,6 +25,8 @@ from ditkit.execution.place import StageCall, StageResult
 from ditkit.execution.records import code_of
 from ditkit.execution.stage import Stage
 from ditkit.failures import doing, explained, wants_memory
+from ditkit.hiding import printable
+from ditkit.limits import MESSAGE
 from ditkit.reading import check_value
 from ditkit.state import State, kind_of
 
@@ -233,18 +235,13 @@ def error_message(error: BaseException) -> Message:
     return Message("error", json.dumps(about).encode())
 
 
-def _printable(text: Any) -> str:
-    """What a terminal may be shown of somebody else's words: 2000 letters, none of which steers it."""
-    return "".join(letter if letter.isprintable() else " " for letter in str(text)[:2000])
-
-
 def error_of(payload: bytes | bytearray | memoryview, place: str) -> DitkitError:
     """The same error, which names the place."""
     try:
         about = json.loads(bytes(payload))
         kind = getattr(errors, about["kind"], PlaceError)
         cls = kind if isinstance(kind, type) and issubclass(kind, DitkitError) else PlaceError
-        asked, found, do = (_printable(about[part]) for part in ("asked", "found", "do"))
+        asked, found, do = (printable(str(about[part])[:MESSAGE]) for part in ("asked", "found", "do"))
         return cls(f"{asked} (at {place})", found, do)
     except (ValueError, TypeError, KeyError, RecursionError):
         return PlaceError(f"running a stage at {place}", "it failed, and its error is damaged", LOG)

@@ -14,6 +14,7 @@ from ditkit.contracts import EXPERTS, Seams, Step
 from ditkit.errors import SetupError, nearest
 from ditkit.execution.place import Here, Place, Segment
 from ditkit.execution.stage_list import StageList
+from ditkit.keys import token_for
 from ditkit.placement.job import Channel
 from ditkit.placement.remote import Remote
 from ditkit.placement.spec import Spec, Target, address, expected_of, specs_of
@@ -125,7 +126,7 @@ class Places:
 
     def _channel(self, spec: Spec, stages: Sequence[str]) -> Channel:
         if spec.kind == "http":
-            from ditkit.placement.http.client import HTTPChannel, token_for
+            from ditkit.placement.http.client import HTTPChannel
 
             hosts = {str(each.address) for each in self.specs.values() if each.kind == "http"} | {str(spec.address)}
             token = token_for(str(spec.address), hosts, self.setup.plain_http)

@@ -9,12 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Self
-from urllib.parse import urlsplit
 
+from ditkit import addresses
 from ditkit.contracts import EXPERTS
 from ditkit.errors import SetupError, nearest
 
 DEVICE = re.compile(r"cpu|mps|cuda(:\d+)?")
+SCHEMES = ("http", "https", "ray")
 FORMS = "here, cpu, cuda:N, mps, process[:DEVICE], http://HOST:PORT, ray[:DEVICE] or ray://HOST:PORT"
 
 
@@ -54,35 +55,30 @@ class Spec:
     @classmethod
     def parse(cls, text: str, target: str = "a stage") -> Self:
         """Raises SetupError."""
-        asked = f"placement of {target} at {re.sub('(?<=//).*@', '...@', text)!r}"
+        asked = f"placement of {target} at {text!r}"
         if text == "here" or DEVICE.fullmatch(text):
             return cls("here", text, None, None if text == "here" else text)
         kind, _, device = text.partition(":")
         if kind in ("process", "ray") and (text == kind or DEVICE.fullmatch(device)):
             return cls(kind, text, None, device or None)
-        parts, form = urlsplit(text), "Write http://HOST:PORT"
-        if parts.scheme not in ("http", "https", "ray"):
+        if text.partition("://")[0].lower() not in SCHEMES:
             raise SetupError(asked, "nothing of that form is known", f"Give {FORMS}")
         try:
-            port = parts.port
-        except ValueError:
-            raise SetupError(asked, "its port is not a number", form) from None
-        if not parts.hostname:
-            raise SetupError(asked, "it names no host", form)
-        if parts.username or parts.password:
-            found = "it holds a password, which would stand in every manifest"
-            raise SetupError(asked, found, "Put it into DITKIT_HOST_TOKEN")
-        if parts.query or parts.fragment:
-            raise SetupError(asked, "it holds more than an address", form)
-        if parts.scheme == "ray" and port is None:
+            host = addresses.parse(text, SCHEMES)
+        except ValueError as e:
+            do = "Put it into DITKIT_HOST_TOKEN" if "@" in text else "Write http://HOST:PORT"
+            raise SetupError(asked, str(e), do) from None
+        if host.query:
+            raise SetupError(asked, "it holds more than an address", "Write http://HOST:PORT")
+        if host.scheme == "ray" and host.port is None:
             raise SetupError(asked, "it has no port", "Write ray://HOST:10001")
-        return cls("ray" if parts.scheme == "ray" else "http", text, text.rstrip("/"))
+        return cls("ray" if host.scheme == "ray" else "http", text, text.rstrip("/"))
 
 
 @cache
 def address(text: str) -> Spec | None:
     """The host that ``text`` (a model, a part) names, if it names one. Raises SetupError for a crooked address."""
-    return Spec.parse(text) if text.startswith(("http://", "https://")) else None
+    return Spec.parse(text) if text.lower().startswith(("http://", "https://")) else None
 
 
 def specs_of(placement: Mapping[str, str]) -> dict[Target, Spec]:

@@ -14,4 +14,4 @@ def open_expander(setup: Setup) -> PromptExpander:
         return LocalExpander(rest, lambda: (setup.dtype_of("prompt_expander"), setup.device_of("prompt_expander")))
     from ditkit.prompting.server import ServerExpander
 
-    return ServerExpander(setup.expander, setup.expander_model, setup.timeout, setup.retries)
+    return ServerExpander(setup.expander, setup.expander_model, setup.timeout, setup.retries, setup.plain_http)

@@ -70,10 +70,15 @@ def packaged_sha256() -> str:
     return hashlib.sha256("".join(f"{name}\0{text}\0" for name, text in packaged().items()).encode()).hexdigest()
 
 
+def is_file(given: str) -> bool:
+    """Whether a template is named by the path of a file: it is neither one of ditkit's nor a text."""
+    return given != AUTO and given not in packaged() and "\n" not in given
+
+
 def placed(request: Request) -> Request:
     """``request`` with the text of its template in place of the file's path. Raises RequestError."""
     given = request.expand_template
-    if given == AUTO or given in packaged() or "\n" in given:
+    if not is_file(given):
         return request
     asked, path = f"expand_template={given!r}", Path(os.path.expanduser(given))
     if not path.is_file():

@@ -1,5 +1,6 @@
 """RunFolder: a run as its folder holds it: ``run.json`` (what it is, settled when it begins and never changed),
-``states`` (how far it came) and ``lock``.
+``states`` (how far it came), ``lock``, and ``.here``, which nobody can copy (``mark_of``). None of them may be a link:
+what somebody sent must not lead out of the folder.
 
 A State is one file, numbered as they came: ``run-000004-step-2.safetensors`` is the fourth of the run, after two steps;
 ``clip-1-...`` belong to one of several clips that are made one after the other. A new file is on the disk before older
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from ditkit.assembly.plugs import check_trusted
+from ditkit.checkpoints.model.manifest import check_fetches
 from ditkit.errors import OutputError, StateError
 from ditkit.filenames import fault_of_path, shortened
 from ditkit.request import Request, renamed
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 VERSION = 1
 NAME = "run.json"
 FOLDER = "runs"
+HERE = ".here"
 _NAME = re.compile(r"(run|clip-\d+)-(\d{6,})(?:-step-(\d+))?\.safetensors")
 WHOLE = "run"  # whose States they are: of all clips together; ``clip(i)`` of one
 Tell = Callable[[str], None]
@@ -71,7 +74,8 @@ class Parent(BaseModel):
 
 class Description(BaseModel):
     """``run.json``. ``setup``: the settings that somebody gave. ``steps``: of the loop. ``every``, ``keep_steps``: what
-    is kept. ``out`` and ``sheet``: where results go; None and True stand for places in the run's own folder."""
+    is kept. ``out`` and ``sheet``: where results go; None and True stand for places in the run's own folder.
+    ``here``: the mark of the folder in which it was begun."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -87,6 +91,7 @@ class Description(BaseModel):
     keep_steps: Literal["last", "all"]
     out: str | None = None
     sheet: str | bool = True
+    here: str | None = None
     parent: Parent | None = None
 
     @field_validator("model")
@@ -125,6 +130,7 @@ class Description(BaseModel):
     def read(cls, folder: Path) -> Description:
         """Raises StateError."""
         asked, anew = f"opening the run {folder}", "Begin the run anew elsewhere"
+        check_no_links(folder, asked)
         try:
             values = json.loads((folder / NAME).read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -142,6 +148,25 @@ class Description(BaseModel):
             fault = e.errors()[0]
             found = f"its {NAME} is damaged at {'.'.join(map(str, fault['loc']))} ({fault['msg']})"
             raise StateError(asked, found, anew) from None
+
+
+def mark_of(folder: Path) -> str | None:
+    """What tells a folder in which a run was begun from a copy, and from one that somebody sent: the number that the
+    disk gave to its file ``.here``, and when. None where there is none."""
+    try:
+        found = (folder / HERE).lstat()
+    except OSError:
+        return None
+    return f"{found.st_ino:x}-{found.st_ctime_ns:x}"
+
+
+def check_no_links(folder: Path, asked: str) -> None:
+    """Raise StateError where a part of the run's folder is a link."""
+    for name in (NAME, "states", "lock", HERE):
+        if (folder / name).is_symlink():
+            raise StateError(
+                asked, f"its {name} is a link, which may lead anywhere", "Put what it stands for in its place"
+            )
 
 
 def clip(index: int) -> str:
@@ -179,7 +204,7 @@ class KeptStates:
         found = []
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             for path in self.folder.iterdir():
-                if (match := _NAME.fullmatch(path.name)) and match[1] == who:
+                if (match := _NAME.fullmatch(path.name)) and match[1] == who and not path.is_symlink():
                     found.append(Kept(path, who, int(match[2]), None if match[3] is None else int(match[3])))
         return sorted(found, key=lambda kept: -kept.number)
 
@@ -269,12 +294,20 @@ class RunFolder:
 
             check_trusted(self.description.setup.get("plugs", []), f"opening the run {self.path}")
             check_places(self.description.setup, {}, (), f"opening the run {self.path}", ", or open it with pipe=")
+            check_fetches(str(self.description.setup.get("model", "")), (), (), f"opening the run {self.path}")
             self._pipe = ditkit.load(**self.description.setup)
         return self._pipe
 
     @property
     def out(self) -> Path:
         return self.path / "clip.mp4" if self.description.out is None else Path(self.description.out)
+
+    def decides(self, place: str | Path) -> bool:
+        """Whether its word is enough for writing to ``place``: that lies in its folder, or was said here."""
+        here = self.description.here
+        if here is not None and here == mark_of(self.path):
+            return True
+        return (Path(place).parent.resolve() / Path(place).name).is_relative_to(self.path.resolve())
 
     @property
     def apart(self) -> bool:
@@ -308,6 +341,7 @@ class RunFolder:
         from filelock import FileLock, Timeout
 
         asked, lock = f"working on the run {self.path}", FileLock(self.path / "lock")
+        check_no_links(self.path, asked)
         try:
             lock.acquire(timeout=0)
         except Timeout:
@@ -323,4 +357,4 @@ class RunFolder:
         """Remove what a killed process left half written in the folder."""
         self.states.sweep()
         for path in (*self.path.glob(".*.tmp"), *self.path.glob(".ditkit-*.part")):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)

@@ -16,9 +16,11 @@ from ditkit.execution.place import fingerprint_in
 from ditkit.execution.records import options_of
 from ditkit.execution.stage import Stage, readable, writes_of
 from ditkit.execution.stage_list import StageList
+from ditkit.prompting import templates
 from ditkit.request import Request
 from ditkit.runs.folder import WHOLE, Parent, RunFolder, Tell, given
 from ditkit.runs.folder import clip as of_clip
+from ditkit.trust import PICTURES, check_named
 
 if TYPE_CHECKING:
     from ditkit.events import Listener
@@ -32,17 +34,22 @@ SOLVERS = ("scheduler", "scheduler_options")
 
 def prepared(
     parent: RunFolder, changes: Mapping[str, Any], pipe: Pipeline, at_step: int | None, clip: int | None,
-    pixels: Mapping[str, Any], listeners: Iterable[Listener], tell: Tell,
+    pixels: Mapping[str, Any], listeners: Iterable[Listener], tell: Tell, named: Collection[str] = (),
 ) -> tuple[State, Parent]:  # fmt: skip
     """What a fork begins from, and its origin; no file is written. ``changes``: fields of the request. ``clip``: which
     one of several. ``pipe``: the model with changed settings of compute. Steps up to ``at_step`` that were not kept
-    are taken again, as the parent took them; nothing of that is kept if it is interrupted.
+    are taken again, as the parent took them; nothing of that is kept if it is interrupted. ``named``: the pictures
+    whose files somebody named; no other file is opened because the parent names it.
 
     Raises RequestError, StateError for what cannot be put together."""
     source = Source(parent, pipe, which_clip(parent, clip), tuple(listeners), tell)
     old, before = source.newest(), request_of(parent, source.clip)
     request = pipe.request({**before, **changes})
-    begun = pipe.begin(request, {**_pictures(old, request, before), **pixels})
+    seen = {**_pictures(old, request, before), **pixels}
+    for name in pictures.FIELDS:
+        if getattr(request, name) and getattr(request, name) == before[name] and name not in (*seen, *named):
+            check_named(PICTURES, f"--{name.replace('_', '-')}", str(before[name]), (), f"forking {parent.path}")
+    begun = pipe.begin(request, seen)
     if (count := samples.count(begun)) != samples.count(old):
         found = f"it would make {count} clips"
         raise RequestError(f"forking {parent.path}", found, "A fork makes one clip of one")
@@ -73,8 +80,12 @@ def which_clip(parent: RunFolder, index: int | None) -> int | None:
 
 
 def request_of(parent: RunFolder, index: int | None) -> dict[str, Any]:
-    """What the parent asked for; of one of several clips, as if that had been asked for alone."""
+    """What the parent asked for; of one of several clips, as if that had been asked for alone. Raises StateError for
+    a template that is a file: what ditkit wrote holds its text."""
     request = parent.description.request
+    if templates.is_file(template := str(request["expand_template"])):
+        found = f"its expand_template {template} is a file, and a file does not decide what is read"
+        raise StateError(f"forking {parent.path}", found, "Use an untouched run")
     if index is None:
         return dict(request)
     prompt, negative, seed = Request(**request).samples()[index]
@@ -135,15 +146,17 @@ def _ancestor(run: RunFolder, above: Parent) -> RunFolder:
 
 def _pictures(old: State, request: Request, before: Mapping[str, Any]) -> dict[str, Any]:
     """Pixels of the pictures that the request names as before: those of the State, which are there when files are not.
-    Reference pictures stand in the State in the size of the video: of those only ones that came from no file."""
+    Reference pictures stand in the State in the size of the video: for another size only ones that came from no file
+    will do."""
     found: dict[str, Any] = {}
+    resized = any(getattr(request, name) != before[name] for name in (*SHAPES, "image_processing"))
     for name in pictures.FIELDS:
         value = getattr(request, name)
         if name not in old or value != before[name]:
             continue
         if name != "reference_images":
             found[name] = old[name][0].numpy()
-        elif any(item.startswith(pictures.IN_MEMORY) for item in value):
+        elif not resized or any(item.startswith(pictures.IN_MEMORY) for item in value):
             found[name] = [picture.numpy() for picture in old[name][0]]
     return found
 

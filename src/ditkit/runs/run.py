@@ -20,7 +20,22 @@ from ditkit.errors import OutputError, SetupError, StateError
 from ditkit.events import Events, Listener
 from ditkit.execution.place import further, so_far
 from ditkit.request import Request
-from ditkit.runs.folder import NAME, WHOLE, Description, Journal, Kept, Parent, RunFolder, Tell, clip, given, located
+from ditkit.runs.folder import (
+    HERE,
+    NAME,
+    WHOLE,
+    Description,
+    Journal,
+    Kept,
+    Parent,
+    RunFolder,
+    Tell,
+    check_no_links,
+    clip,
+    given,
+    located,
+    mark_of,
+)
 from ditkit.runs.fork import prepared
 
 if TYPE_CHECKING:
@@ -66,18 +81,20 @@ class Run(RunFolder):
             out=None if out is None else str(Path(out).absolute()), sheet=sheet, parent=parent,
         )  # fmt: skip
         description.encoded(folder)
-        run = cls(folder, description, pipe)
+        check_no_links(folder, f"beginning the run {folder}")
         try:
-            run.states.folder.mkdir(parents=True, exist_ok=True)
+            (folder / "states").mkdir(parents=True, exist_ok=True)
+            (folder / HERE).touch()
         except OSError as e:
-            asked = f"making the folder {run.states.folder}"
+            asked = f"making the folder {folder / 'states'}"
             raise OutputError(asked, e.strerror or str(e), "Choose another place") from e
+        run = cls(folder, description.model_copy(update={"here": mark_of(folder)}), pipe)
         with run.held():
             check_new(folder, every, keep_steps)
             run.sweep()
             run.states.clear()  # of a process that was killed before it wrote run.json
             run.states.save(WHOLE, state, only=True)
-            description.write(folder)
+            run.description.write(folder)
         return run
 
     def go(
@@ -138,7 +155,7 @@ class Run(RunFolder):
         ``at_step`` the loop goes on from the State after so many steps. It has not gone on yet. More in ``fork.py``;
         ``every`` and what follows it are as for ``begin``, the first two by default as here."""
         pipe, (values, pixels) = pipe or self.pipe, pictures.take(changes)
-        state, parent = prepared(self, values, pipe, at_step, clip, pixels, listeners, tell)
+        state, parent = prepared(self, values, pipe, at_step, clip, pixels, listeners, tell, changes)
         every = self.description.every if every is None else every
         keep_steps = self.description.keep_steps if keep_steps is None else keep_steps
         return Run.begin(path, pipe, state, every=every, keep_steps=keep_steps, out=out, parent=parent)

@@ -74,6 +74,7 @@ class Cache:
         """``limit``: bytes of all results together. Raises SetupError where the folder cannot be used."""
         self.folder, self.limit = Path(folder), limit
         self.results = self.folder / LAYOUT / "results"
+        check_no_links(self.folder)
         with _usable(self.folder, SetupError, "Choose another folder, or remove this one"):
             private(self.results)
             self.index = Database(self.results.parent / "index.sqlite", SCHEMA)
@@ -228,6 +229,16 @@ class Cache:
         return freed
 
 
+def check_no_links(folder: Path) -> None:
+    """Raise SetupError where a part of the cache is a link: results that no entry knows are removed, and nothing
+    outside of the folder may be."""
+    inner = folder / LAYOUT
+    for part in (inner, *(inner.glob("*") if inner.is_dir() else ())):
+        if part.is_symlink():
+            found = f"{part} is a link, which may lead anywhere"
+            raise SetupError(f"the cache {folder}", found, "Choose another folder, or remove this one")
+
+
 def folder_of(setting: str) -> Path:
     """What the setting ``cache`` means: a folder, or ``default`` for that of the user, where the system has it. Raises
     SetupError for what can be no folder."""
@@ -250,6 +261,7 @@ def remember_hashes(setup: Setup) -> None:
     SetupError."""
     if setup.cache is not None:
         folder = folder_of(setup.cache)
+        check_no_links(folder)
         with _usable(folder, SetupError, "Choose another folder, or remove this one"):
             HASHES.keep_in(private(folder / LAYOUT))
 

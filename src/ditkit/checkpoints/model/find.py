@@ -79,7 +79,10 @@ def locate(
 
 
 def _options(setup: Setup, scope: Scope) -> tuple[Options, Hub]:
-    hub, known = Hub(offline=setup.offline), [rule for kind in KINDS.values() for rule in kind.claims]
+    hub, known = (
+        Hub(offline=setup.offline, plain_http=setup.plain_http),
+        [rule for kind in KINDS.values() for rule in kind.claims],
+    )
     for rule in setup.allow:
         check_known(rule, known, f"allow={rule!r}", "there is no such rule", SetupError)
     instead = {part: _place(where, hub, part) for part, where in setup.components.items() if scope.opens(part)}

@@ -14,6 +14,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ditkit.errors import LoadError, needed
+from ditkit.hiding import remember
+from ditkit.keys import check_private, checked_key, read
+from ditkit.network import Proxy, proxy_for
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -66,12 +69,13 @@ class Listing:
 class Hub:
     """How the hub is reached. ``endpoint``, ``token`` and ``cache`` are the library's own when they are None:
     HF_ENDPOINT, HF_TOKEN or the login of ``hf``, HF_HOME. ``offline``: the cache is all there is, no socket is opened;
-    HF_HUB_OFFLINE=1 means the same."""
+    HF_HUB_OFFLINE=1 means the same. ``plain_http``: the token may go over http to another machine."""
 
     endpoint: str | None = None
     token: str | None = None
     cache: Path | None = None
     offline: bool = False
+    plain_http: bool = False
 
     def look(self, repo: str, revision: str | None = None) -> Listing:
         """What ``revision`` (the main branch when None) is now. Offline: what it was when it was last asked for,
@@ -127,13 +131,25 @@ class Hub:
         files = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if not file.is_dir())
         return Listing(repo, commit, tuple(files))
 
+    def _proxy(self, asked: str) -> Proxy | None:
+        """The proxy on the way to the hub. Raises SetupError for an address or a token that cannot be used, PlaceError
+        for such a proxy."""
+        library = _library()
+        server = read(self.endpoint or library.constants.ENDPOINT, f"{asked}, at the address in HF_ENDPOINT")
+        if token := library.get_token() if self.token is None else self.token:
+            remember(token)
+            checked_key(token.strip(), "HF_TOKEN")
+            check_private(server, self.plain_http, f"{asked} with a token")
+        return proxy_for(server, asked)
+
     def _ask(self, asked: str, repo: str, question: Callable[[], Any]) -> Any:
+        proxy = None if self._offline else self._proxy(asked)
         try:
             return question()
         except Exception as error:  # the library raises its transport's own types, which changed between its versions
-            raise self._sentence(asked, repo, error) from error
+            raise self._sentence(asked, repo, error, proxy) from error
 
-    def _sentence(self, asked: str, repo: str, error: BaseException) -> LoadError:
+    def _sentence(self, asked: str, repo: str, error: BaseException, proxy: Proxy | None) -> LoadError:
         from huggingface_hub import errors
 
         causes = list(_causes(error))
@@ -161,7 +177,8 @@ class Hub:
                 return LoadError(asked, found, do)
         first = str(causes[-1]).strip().splitlines()
         found = f"{type(causes[-1]).__name__}{': ' + first[0] if first else ''}".rstrip(".")
-        return LoadError(asked, f"it failed ({found})", "Try again; what is already here is not fetched twice")
+        through = f" through the proxy of {proxy.variable}" if proxy else ""
+        return LoadError(asked, f"it failed{through} ({found})", "Try again; what is already here is not fetched twice")
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

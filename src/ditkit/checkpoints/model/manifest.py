@@ -4,7 +4,7 @@ A manifest only names places; together they are one model. Leaves out: the place
 files (lock.py), and what the files are (open_part.py)."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from ditkit.checkpoints.model.hub import DATA, REPO, Hub, HubName
 from ditkit.checkpoints.model.lock import read_toml, with_lock
 from ditkit.checkpoints.model.part import SIDE, WITHOUT_WEIGHTS, component_names
 from ditkit.checkpoints.model.place import Base, LocalBase, Location, Places, RemoteBase, location, short
-from ditkit.errors import LoadError, check_known
+from ditkit.errors import LoadError, StateError, check_known
+from ditkit.trust import is_away
 
 MODULAR, INDEX = "modular_model_index.json", "model_index.json"
 TABLES = ("components", "model", "defaults", "preview")
@@ -86,6 +87,19 @@ class Manifest(Places):
         names = names or [one for one in listing.names if one.startswith(start) and one.endswith(DATA)]
         folder = hub.fetch(listing.repo, listing.commit, names) / found.folder
         return with_lock(_read(folder, None, RemoteBase(listing, found.folder)))
+
+
+def check_fetches(model: str, named: Collection[str], allowed: Collection[str], asked: str) -> None:
+    """Raise StateError where a file names the ``model`` of this machine, and that one names a repository to be
+    downloaded, unless the person ``named`` or ``allowed`` the setting. Raises LoadError for a damaged manifest."""
+    path = Path(os.path.expanduser(model))
+    if "model" in (*named, *allowed) or is_away(model) or not os.path.exists(path) or Manifest.at(path) is None:
+        return
+    for place in Manifest.open(path, lock=False).components.values():
+        if place.repo is not None:
+            do = f"Name it yourself if it is meant: --model {model}; or --allow-from-file model if the file is yours"
+            found = f"its model {model} names {place.written}, and a file does not decide what is downloaded"
+            raise StateError(asked, found, do)
 
 
 def _read(folder: Path, name: str | None, base: Base) -> Manifest:

@@ -133,7 +133,11 @@ def files_at(place: Location, at: Path) -> dict[str, Path]:
         return {place.prefix + name: at / name for name in names}
     beside = ["config.json"] if (at.parent / "config.json").is_file() else []  # what a loader reads too
     if at.name.endswith(".index.json"):
-        beside += sorted({str(name) for name in read_json(at).get("weight_map", {}).values()})
+        shards = sorted({str(name) for name in read_json(at).get("weight_map", {}).values()})
+        if outside := [name for name in shards if PurePosixPath(name).name != name or "\\" in name]:
+            do = "Use an index whose shards lie beside it"
+            raise LoadError(f"reading {at}", f"it names {some(outside)}", do)
+        beside += shards
     return {place.prefix + name: at.parent / name for name in (at.name, *beside)}
 
 

@@ -7,17 +7,15 @@ is in no setting, log or manifest. Leaves out: the other end (``host.py``), retr
 import contextlib
 import http.client
 import json
-import os
 import socket
 import ssl
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from ipaddress import ip_address
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
-from urllib.parse import urlsplit
 
-from ditkit.config import TOKEN
-from ditkit.errors import DitkitError, Lost, PlaceError, SetupError
+from ditkit.errors import DitkitError, Lost, PlaceError
+from ditkit.hiding import echoes
+from ditkit.keys import read
+from ditkit.network import certificates
 from ditkit.placement.http.framing import MEDIA_TYPE, checksum, fresh, pieces, unpack
 from ditkit.placement.job import LOG, Job, Message, Question, error_of
 from ditkit.state import State
@@ -26,7 +24,6 @@ JOB, CRC = "X-Ditkit-Job", "X-Ditkit-Crc32"
 
 CONNECT = 5.0  # seconds after which a host that does not take a connection counts as not there
 MOST_WORDS = 1 << 26  # bytes of an answer that is no stream: a model of a thousand files needs a hundredth of it
-SHORTEST = 16  # characters of a token at least; a short one can be guessed
 ADDRESS = "Check the address"
 
 ANSWERS = {
@@ -49,7 +46,8 @@ class HTTPChannel:
 
     def __init__(self, address: str, timeout: float = 60.0, token: str | None = None, uds: str | None = None):
         self.address, self.timeout, self.uds = address.rstrip("/"), timeout, uds
-        self._token, self._parts, self.asked = token, urlsplit(address), f"asking {self.address}"
+        self.asked = f"asking {self.address}"
+        self._token, self._parts = token, read(address, self.asked)
 
     def ask(self, question: Question, name: str = "") -> dict[str, Any]:
         """``health`` needs no token, and answers with the number of ``jobs``."""
@@ -60,6 +58,7 @@ class HTTPChannel:
             self.check(response, data)
         if (said := _object(data)) is None:
             raise self.stranger(response)
+        self.check_silent(json.dumps(said))
         return said
 
     def submit(self, job: Job, inputs: State) -> Iterator[Message]:
@@ -75,9 +74,15 @@ class HTTPChannel:
                 raise self.stranger(response)
             while True:
                 message = unpack(exactly(response), self.address)
+                self.check_silent(words_of(message))
                 yield message
                 if message.last:
                     return
+
+    def check_silent(self, words: str) -> None:
+        """Raise PlaceError where ``words`` repeat our token: they would be written into clips."""
+        if self._token is not None and self.uds is None and echoes(words, self._token):
+            raise PlaceError(self.asked, "its answer repeats our token", "Trust it no more, and make another token")
 
     def close(self) -> None:
         """Nothing stays open between two requests."""
@@ -92,12 +97,15 @@ class HTTPChannel:
         return data
 
     def connection(self) -> http.client.HTTPConnection:
-        host, port = self._parts.hostname or "", self._parts.port
+        host, port = self._parts.host, self._parts.port
         if self.uds is not None:
             return _Unix(self.uds)
         if self._parts.scheme == "https":
-            return http.client.HTTPSConnection(host, port, timeout=CONNECT, context=ssl.create_default_context())
+            return http.client.HTTPSConnection(host, port, timeout=CONNECT, context=self.trusted())
         return http.client.HTTPConnection(host, port, timeout=CONNECT)
+
+    def trusted(self) -> ssl.SSLContext:
+        return certificates(self.asked) or ssl.create_default_context()
 
     @contextlib.contextmanager
     def answer(
@@ -105,7 +113,7 @@ class HTTPChannel:
     ) -> Iterator[http.client.HTTPResponse]:
         """All of ``body`` goes out before anything comes back. Faults are as ``faults`` says, here and in the block."""
         token = {} if self._token is None else {"Authorization": f"Bearer {self._token}"}
-        path = f"{self._parts.path.rstrip('/')}{path}"
+        path = f"{self._parts.path}{path}"
         with self.faults(), contextlib.closing(self.connection()) as connection:
             connection.connect()
             connection.sock.settimeout(self.timeout)
@@ -163,6 +171,16 @@ class HTTPChannel:
         return PlaceError(self.asked, f"it answers, but not as a ditkit host does ({kind})", ADDRESS)
 
 
+def words_of(message: Message) -> str:
+    """What a message says but for its tensors. An error has no place here: errors hold no secrets."""
+    if message.kind not in ("event", "kept", "outcome"):
+        return ""
+    data = memoryview(message.payload)
+    if bytes(data[:1]) != b"{":  # safetensors: the length of its head, then the head
+        data = data[8 : 8 + int.from_bytes(data[:8], "little")]
+    return bytes(data).decode("latin-1")
+
+
 class _Unix(http.client.HTTPConnection):
     def __init__(self, path: str):
         super().__init__("localhost", timeout=CONNECT)
@@ -197,65 +215,3 @@ def _object(data: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
-
-
-def token_of() -> str | None:
-    """The one of this machine as a host, from the environment, or None. Raises SetupError."""
-    text = os.environ.get(TOKEN)
-    return None if text is None else _checked(text.strip(), TOKEN)
-
-
-def token_for(address: str, addresses: Collection[str], plain_http: bool) -> str | None:
-    """The token for the host at ``address``, which is one of the ``addresses`` of this run; None where the environment
-    has none for it. A token belongs to one host: DITKIT_HOST_TOKEN is a token where the run has one host, else pairs
-    of an address and its token, with spaces between. Raises SetupError for a token that could go to the wrong host, or
-    over plain http beyond this machine."""
-    words = os.environ.get(TOKEN, "").split()
-    if not words:
-        return None
-    asked, form = f"the token for {address}", f"Write {TOKEN}='{address} TOKEN', with a pair for each host"
-    if "://" in words[0]:
-        if len(words) % 2 or not all("://" in word for word in words[::2]):
-            raise SetupError(asked, f"{TOKEN} holds no pairs of an address and a token", form)
-        token = {origin_of(host): token for host, token in zip(words[::2], words[1::2], strict=True)}.get(
-            origin_of(address)
-        )
-    elif len({*map(origin_of, addresses)}) > 1:
-        raise SetupError(asked, f"the run has {len(addresses)} hosts, and {TOKEN} does not say whose it is", form)
-    else:
-        token = " ".join(words)
-    if token is not None and not plain_http and address.startswith("http://") and not _is_loopback(address):
-        do = "Use https:// or a tunnel to this machine, or --plain-http if you trust the network"
-        raise SetupError(asked, "it would go over the network as plain text", do)
-    return None if token is None else _checked(token, TOKEN)
-
-
-def origin_of(address: str) -> tuple[str, str, int | None]:
-    """Scheme, host and port: what a token belongs to."""
-    url = urlsplit(address)
-    return url.scheme, (url.hostname or "").rstrip("."), url.port or {"http": 80, "https": 443}.get(url.scheme)
-
-
-def _is_loopback(address: str) -> bool:
-    host = urlsplit(address).hostname or ""
-    try:
-        return host == "localhost" or ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def token_in(file: Path) -> str:
-    """The one in ``file``. Raises SetupError."""
-    asked = f"the token in {file}"
-    try:
-        return _checked(file.read_text(encoding="utf-8").strip(), asked)
-    except (OSError, UnicodeDecodeError) as e:
-        found = (e.strerror or str(e)).lower() if isinstance(e, OSError) else "it is not text"
-        raise SetupError(asked, found, "Check the path") from None
-
-
-def _checked(text: str, asked: str) -> str:
-    if len(text) < SHORTEST or not text.isascii() or not text.isprintable() or " " in text:
-        found = f"it is not {SHORTEST} or more letters, digits and signs without spaces"
-        raise SetupError(asked, found, "Make one with: python -c 'import secrets; print(secrets.token_urlsafe())'")
-    return text

@@ -332,9 +332,10 @@ def bind(address: str = "127.0.0.1", port: int = 0, token: str | None = None) ->
     try:
         family = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0][0]
         listener = socket.create_server((address, port), family=family)
-    except OSError as e:
+    except (OSError, ValueError) as e:  # a name that is none raises a UnicodeError, which is a ValueError
         asked = f"listening at {address}, port {port}"
-        raise SetupError(asked, (e.strerror or str(e)).lower(), "Choose another one") from None
+        found = "that is no address" if isinstance(e, ValueError) else (e.strerror or str(e)).lower()
+        raise SetupError(asked, found, "Choose another one") from None
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # one that died while it sent is noticed, too
     if hasattr(socket, "TCP_KEEPIDLE"):
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, GONE // 2000)
