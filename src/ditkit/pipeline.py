@@ -29,7 +29,7 @@ from ditkit.placement import Places
 from ditkit.placement.remote_parts import address, check_agree, check_here, facts_of, model_at, scope_of
 from ditkit.prompting import templates
 from ditkit.receipt import Recorder, manifests
-from ditkit.request import Request
+from ditkit.request import Request, check_text
 from ditkit.schedulers import make
 from ditkit.schedulers.table import request_steps
 from ditkit.setup import Setup
@@ -150,7 +150,8 @@ class Pipeline:
         """Run ``state`` through the pipeline or a slice of it. ``keep`` is given the State as it grows. ``begun``: of
         clips that are made one after the other, the States of those that an earlier run began or finished, by number.
         ``recorder``: that of the part of this run that came before; the receipt tells of both.
-        Raises Interrupted, with the State so far, on Ctrl-C and Cancel."""
+        Raises Interrupted, with the State so far, on Ctrl-C and Cancel; whatever else ends it is raised as it is and
+        carries an Interrupted with the State so far as its attribute ``so_far``."""
         asked = check_state(state, self.stages.table)
         self.model.check_size(asked)
         asked = with_own_defaults(self.stages.stages, asked)
@@ -215,6 +216,7 @@ def open_model(setup: Setup) -> Opened:
     ``setup`` with whole paths; and where the model is a host's, every stage is placed there for which nothing else
     is said. Raises LoadError, SetupError, and PlaceError or Lost where a host is asked."""
     setup = placed(setup)
+    check_text(setup.model_dump(), "with whole paths", SetupError)
     plugged_in = [plug.row.name for plug in stages_of(setup)]  # from now on all rows are known
     places, host = Places(setup), address(setup.model)
     if host is None:

@@ -17,6 +17,7 @@ from ditkit.assembly.plugs import plug_facts
 from ditkit.checkpoints.model.manifest import check_fetches
 from ditkit.errors import DitkitError, LoadError, StateError
 from ditkit.events import Listener
+from ditkit.execution.stage import with_own_defaults
 from ditkit.pipeline import Pipeline, Result, load
 from ditkit.placement.remote_parts import address, files_at
 from ditkit.prompting import templates
@@ -62,10 +63,11 @@ def replay(
     listeners: Iterable[Listener] = (),
     images: Mapping[str, Any] | None = None,
     allow: Collection[str] = (),
+    begun: State | None = None,
 ) -> Replayed:
     """Repeat the run and compare. ``images``: its pictures, by their name in the request; none is opened because the
-    clip names its path, unless ``allow`` has ``pictures``. Raises LoadError when the weights are not those that were
-    used, StateError for another picture."""
+    clip names its path, unless ``allow`` has ``pictures``. ``begun``: the State of an earlier replay that was cut off,
+    which goes on. Raises LoadError when the weights are not those that were used, StateError for another picture."""
     import torch
 
     from ditkit.media import frames_sha256, read_video
@@ -77,7 +79,8 @@ def replay(
     threads = torch.get_num_threads()
     torch.set_num_threads(then["machine"]["threads"])  # sums are cut into as many parts, and rounding follows
     try:
-        result = pipe.run(begin(script, pipe, images or {}, allow), listeners=listeners)
+        state = begin(script, pipe, images or {}, allow) if begun is None else going_on(script, pipe, begun)
+        result = pipe.run(state, listeners=listeners)
     finally:
         torch.set_num_threads(threads)
     differences = []
@@ -117,6 +120,17 @@ def begin(script: Script, pipe: Pipeline, images: Mapping[str, Any], allow: Coll
             do = f"Bring that picture back, or name it: {name}=FILE"
             raise StateError(f"replaying {script.file}", f"its {name} is not the one that it was made with", do)
     return state.with_fields(script.manifest.get("expanded", {}))  # the language model is not asked again
+
+
+def going_on(script: Script, pipe: Pipeline, begun: State) -> State:
+    """``begun``, if it asks for what the clip was made of. Its pictures count by their pixels. Raises StateError."""
+    request = with_own_defaults(pipe.stages.stages, script.request).model_dump()
+    inputs, asked = script.manifest.get("inputs", {}), f"replaying {script.file} from a State"
+    pictures_there = {name: digest(begun[name]) for name in pictures.FIELDS if name in begun}
+    settings = {k: v for k, v in request.items() if k not in (*pictures.FIELDS, "expand_template")}
+    if any(begun.get("request", {}).get(k) != v for k, v in settings.items()) or pictures_there != inputs:
+        raise StateError(asked, "it was begun for another clip", "Take the one that its replay left")
+    return begun
 
 
 def read(path: str | os.PathLike[str]) -> Script:

@@ -1,6 +1,7 @@
 """Request: what to make. Every default says where it comes from; nothing here says how (``setup.py``)."""
 
 import secrets
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self
@@ -91,23 +92,30 @@ class Settings(BaseModel):
     def parse(cls, values: Mapping[str, Any], origin: str | Mapping[str, str], error: type[UserError]) -> Self:
         """Build from a mapping; the first fault becomes one sentence that names its ``origin``, or that of its
         setting."""
-        asked = f"the settings ({origin})" if isinstance(origin, str) else "the settings"
+        check_text(values, origin, error)
         try:
-            for key, value in values.items():
-                asked = f"{ascii(key)[:SHOWN]} ({origin if isinstance(origin, str) else origin.get(key, 'default')})"
-                check_value({key: value})  # a name too may be one that nobody can show
             return cls(**values)
         except ValidationError as e:
             raise sentence(cls, e, values, origin, error) from None
-        except UnicodeError:
-            found = "there is half of a character in it"
-        except ValueError as e:
-            found = f"it has {e}"
         except TypeError:
-            found = "the name of a setting is no text"
-        except RecursionError:
-            found = "it has too many lists or tables within each other"
-        raise error(asked, found, "Correct it")
+            raise error("the settings", "the name of one of them is no text", "Correct it") from None
+
+
+def check_text(values: Mapping[str, Any], origin: str | Mapping[str, str], error: type[UserError]) -> None:
+    """Raise ``error`` for a value with bytes that are no UTF-8 (halves of characters, in Python): it could be computed
+    with, and then not be written down."""
+    for name, value in values.items():
+        try:
+            check_value([name, value])
+        except ValueError as e:
+            found, do = f"it has {e}", "Give another value"
+            if isinstance(e, UnicodeEncodeError):
+                found, do = "it holds bytes that are no UTF-8", "Write it in UTF-8"
+                if (encoding := sys.getfilesystemencoding()) != "utf-8":
+                    found = f"it holds letters that this locale ({encoding}) does not have"
+                    do = "Set PYTHONUTF8=1, or a locale with UTF-8 such as LC_ALL=C.UTF-8"
+            where = origin if isinstance(origin, str) else origin.get(name, "default")
+            raise error(f"{ascii(name)[1:-1][:SHOWN]}={ascii(shown(value))[1:-1]} ({where})", found, do) from None
 
 
 def sentence(

@@ -107,7 +107,9 @@ def kind_of(value: Any) -> str:
 def _plain(name: str, value: Any) -> Any:
     """A deep copy through JSON: proves that the value is plain, and keeps the State immutable."""
     try:
-        return json.loads(json.dumps(value, allow_nan=False))
+        text = json.dumps(value, allow_nan=False, ensure_ascii=False)
+        text.encode()  # no halves of characters, which no file could hold as text
+        return json.loads(text)
     except (TypeError, ValueError, RecursionError) as e:
         asked, found = f"field {name!r} was set to a {type(value).__name__}", "a State holds tensors and plain JSON"
         do = "Convert it to a tensor, a number, a string, a list or a dict"

@@ -16,7 +16,7 @@ from shell import alone
 
 import ditkit
 from ditkit import assembly, media
-from ditkit.cli import flags, show
+from ditkit.cli import naming, show
 from ditkit.cli.flags import kebab
 from ditkit.cli.main import main
 from ditkit.events import Event
@@ -312,13 +312,13 @@ def test_a_long_step_table_is_shortened_but_not_in_a_plan():
 
 
 def test_default_names():
-    assert str(flags.default_out("A red/blue  Circle!", 7)) == "outputs/a-red-blue-circle-7.mp4"
-    assert str(flags.default_out("红色的圆", 0)) == "outputs/红色的圆-0.mp4"
-    assert str(flags.default_out("赤い丸。左へ", 0)) == "outputs/赤い丸-左へ-0.mp4"
-    assert str(flags.default_out("\u1112\u1161\u11ab \U0001f600", 0)) == "outputs/한-0.mp4"
-    assert str(flags.default_out("!?", 0)) == "outputs/clip-0.mp4"
-    assert len(flags.default_out("\U00020000" * 500, 2**63 - 1).with_suffix(".state.safetensors").name.encode()) < 256
-    assert len(flags.default_out("x" * 500, 0).name) < 80
+    assert str(naming.default_out("A red/blue  Circle!", 7)) == "outputs/a-red-blue-circle-7.mp4"
+    assert str(naming.default_out("红色的圆", 0)) == "outputs/红色的圆-0.mp4"
+    assert str(naming.default_out("赤い丸。左へ", 0)) == "outputs/赤い丸-左へ-0.mp4"
+    assert str(naming.default_out("\u1112\u1161\u11ab \U0001f600", 0)) == "outputs/한-0.mp4"
+    assert str(naming.default_out("!?", 0)) == "outputs/clip-0.mp4"
+    assert len(naming.default_out("\U00020000" * 500, 2**63 - 1).with_suffix(".state.safetensors").name.encode()) < 256
+    assert len(naming.default_out("x" * 500, 0).name) < 80
 
 
 def test_debug_shows_the_traceback(call, monkeypatch):

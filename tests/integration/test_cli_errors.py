@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
+import shlex
 import shutil
 import struct
 import subprocess
 import sys
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -257,7 +260,7 @@ def test_a_config_file_that_agrees_with_the_state_may_stay(call, state, model, t
         (["--out", "/proc/nowhere/a.mp4"], ["/proc/nowhere/a.mp4"]),
         (["--out", "a.avi"], [".avi", "no known format"]),
         (["--out", "a"], ["without suffix"]),
-        (["--out", "x" * 300 + ".mp4"], ["file name too long"]),
+        (["--out", "x" * 300 + ".mp4"], ["bytes, and 255 are the most"]),
         (["--out", "a.mp4", "--sheet", "folder.png"], ["folder.png", "folder"]),
         (["--out", "a.mp4", "--sheet", "a.jpg"], ["a.jpg", ".png"]),
         (["--out", "a.mp4", "--sheet", "file/a.png"], ["file/a.png", "file exists"]),
@@ -303,14 +306,18 @@ BIG = ("--width", 256, "--height", 256, "--steps", 1, "--no-sheet")
 def test_a_video_that_does_not_fit(call, model, tmp_path, out):
     with largest_file(70_000):  # the first block still fits
         said = call("generate", PROMPT, "--model", model, *BIG, "--out", out, "--quiet")
-    check(said, f"writing {out}", "file too large")
+    assert said.code == 2
+    note, error = said.err.splitlines()
+    assert note.startswith("note: what was computed could not be kept (saving the State to a.state.safetensors")
+    assert f"writing {out}: file too large" in error
     assert left_in(tmp_path) == []
 
 
 def test_a_state_that_does_not_fit(call, model, tmp_path):
     with largest_file(70_000):
         said = call("run", PROMPT, "--model", model, *BIG, "--save-state", "s.st", "--out", "a.npz", "--quiet")
-    check(said, "saving the State to s.st", "File too large")
+    assert said.code == 2
+    assert "error: saving the State to s.st: File too large" in said.err.splitlines()[-1]
     assert left_in(tmp_path) == []
 
 
@@ -328,10 +335,19 @@ def tiny_disk(tmp_path):
 
 
 @pytest.mark.parametrize("words", [["--out", "disk/a.npz"], ["--out", "a.npz", "--save-state", "disk/s.st"]])
-def test_a_full_disk(call, model, tiny_disk, words):
+def test_a_full_disk(call, model, tmp_path, tiny_disk, monkeypatch, words):
+    """What was computed is kept where there is room."""
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     said = call("run", PROMPT, "--model", model, *BIG, *words, "--quiet")
-    check(said, "disk/", "o space left on device")
+    assert said.code == 2
     assert left_in(tiny_disk) == []
+    note, command, error = said.err.splitlines()
+    assert re.search(r"error: .*disk/.*o space left on device", error)
+    assert str(tmp_path / "tmp") in note
+    again = [word.replace("disk/", "") for word in shlex.split(command)[1:]]
+    assert call(*again, "--quiet").code == 0
+    assert (tmp_path / "a.npz").exists()
 
 
 # ---- real processes -----------------------------------------------------------------------------------------------

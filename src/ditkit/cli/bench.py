@@ -11,6 +11,7 @@ import typer
 
 from ditkit.cli import show
 from ditkit.cli.flags import AsJson, RawSettings, with_settings
+from ditkit.cli.job import InterruptedRun
 from ditkit.cli.opening import load, settle
 from ditkit.errors import RequestError
 from ditkit.request import Request
@@ -31,6 +32,7 @@ def quality(
     Exit code 0 when the targets are reached, else 1."""
     from rich.progress import Progress
 
+    from ditkit.execution.place import Interrupted
     from ditkit.lab import quality as lab
 
     if clips < 1:
@@ -47,7 +49,11 @@ def quality(
     measured: Callable[..., Any] = lab.image_quality if by_image else lab.quality
     with Progress(console=out, disable=not out.is_terminal, transient=True) as bar:
         task = bar.add_task("clips", total=clips)
-        result = measured(load(opened), clips, progress=lambda done, total: bar.update(task, completed=done), **fixed)
+        try:
+            result = measured(load(opened), clips, progress=lambda done, _: bar.update(task, completed=done), **fixed)
+        except Interrupted:
+            found, do = f"it was interrupted after {bar.tasks[task].completed} of {clips} clips", "Begin it again"
+            raise InterruptedRun("measuring quality", found, f"{do}.") from None
     if as_json:
         targets = {"subject": lab.SUBJECT_TARGET} if by_image else lab.TARGETS
         print(json.dumps({**asdict(result), "reached": result.reached, "targets": targets}))

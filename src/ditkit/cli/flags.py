@@ -7,7 +7,6 @@ import inspect
 import json
 import os
 import typing
-import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +17,8 @@ import typer
 
 from ditkit import config
 from ditkit.config import FIELDS, Layer
-from ditkit.errors import OutputError, SetupError
+from ditkit.errors import LoadError, OutputError, SetupError
+from ditkit.filenames import check_file_name, fault_of_path, shortened
 from ditkit.trust import ALLOWED
 
 if TYPE_CHECKING:
@@ -26,13 +26,42 @@ if TYPE_CHECKING:
     from ditkit.runs import Run
 
 
+class PastClick(Exception):
+    """Its cause, as it is. Of an error of a file or of a value click would make one of its own: every broken pipe would
+    be stdout's, the end of any file would be Ctrl-C, and a ValueError a wrong flag."""
+
+
 def to_path(text: str | Path) -> Path:
     """What a path option means: a ``~`` at its start is the home folder, also where the shell did not see it."""
     return Path(os.path.expanduser(text))
 
 
-PathOption = partial(typer.Option, parser=to_path)
-PathArgument = partial(typer.Argument, parser=to_path)
+def to_input(text: str | Path) -> Path:
+    """Raises PastClick for what cannot be a path."""
+    if fault := fault_of_path(text):
+        raise PastClick from LoadError(f"reading {shortened(str(text))}", fault, "Check the path")
+    return to_path(text)
+
+
+def to_output(text: str | Path, folder: bool = False) -> Path:
+    """Raises PastClick for what cannot be the name of a file that is written."""
+    path = os.path.expanduser(text)
+    try:
+        check_file_name(path, f"writing {shortened(str(text))!r}", folder=folder)
+    except OutputError as e:
+        raise PastClick from e
+    return Path(path)
+
+
+def to_folder(text: str | Path) -> Path:
+    """Raises PastClick for what cannot be the name of a folder that is written."""
+    return to_output(text, folder=True)
+
+
+PathOption = partial(typer.Option, parser=to_input)
+OutputOption = partial(typer.Option, parser=to_output)
+PathArgument = partial(typer.Argument, parser=to_input)
+FolderArgument = partial(typer.Argument, parser=to_folder)
 
 Prompt = Annotated[str | None, typer.Argument(help="What the clip should show.", show_default=False)]
 ConfigFile = Annotated[Path | None, PathOption("--config", metavar="FILE", help="A TOML file of settings.")]
@@ -42,10 +71,11 @@ Plugs = Annotated[list[str] | None, typer.Option(
 Allowed = Annotated[list[str] | None, typer.Option("--allow-from-file", metavar="SETTING", show_default=False, help=(
     f"What a file of your own may decide: {', '.join(ALLOWED)}."
 ))]  # fmt: skip
-Out = Annotated[Path | None, PathOption(metavar="PATH", help=(
-    "An .mp4, .gif or .npz file, or .png for a folder of frames. Default: outputs/PROMPT-SEED.mp4."
+Out = Annotated[Path | None, OutputOption(metavar="PATH", help=(
+    "An .mp4, .gif or .npz file, or .png for a folder of frames; what is there is replaced. Default: "
+    "outputs/PROMPT-SEED.mp4, or the next name that is free."
 ))]  # fmt: skip
-Sheet = Annotated[Path | None, PathOption(metavar="FILE.png", help="The contact sheet. Default: beside the clip.")]
+Sheet = Annotated[Path | None, OutputOption(metavar="FILE.png", help="The contact sheet. Default: beside the clip.")]
 NoSheet = Annotated[bool, typer.Option("--no-sheet", help="Make no contact sheet.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the paths of what was written.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object; whatever else is shown goes to stderr.")]
@@ -198,14 +228,6 @@ class RunOptions:
 
     def sheets(self, count: int) -> list[Path]:
         return [] if self.sheet is None else numbered(self.sheet, count)
-
-
-def default_out(prompt: str, seed: int) -> Path:
-    """Letters, digits and marks of every script; as many as leave room in a file name for what is added to them."""
-    text = unicodedata.normalize("NFC", prompt.lower())
-    words = "".join(c if c.isalnum() or unicodedata.category(c)[0] == "M" else " " for c in text).split()
-    slug = "-".join(words)[:60].encode()[:180].decode(errors="ignore").rstrip("-")
-    return Path("outputs") / f"{slug or 'clip'}-{seed}.mp4"
 
 
 def sheet_for(out: Path, sheet: Path | None, no_sheet: bool) -> Path | None:

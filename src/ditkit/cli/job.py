@@ -7,18 +7,23 @@ import itertools
 import json
 import os
 import shlex
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ditkit import failures
 from ditkit.cli import expand, show
 from ditkit.cli.flags import RunOptions, flag_of, numbered, sheet_for
+from ditkit.cli.naming import TRACEBACK, state_files
 from ditkit.cli.terminal import undisturbed
 from ditkit.errors import DitkitError, OutputError, PipelineError
 from ditkit.events import Event
+from ditkit.filenames import beside
 
 if TYPE_CHECKING:
     from ditkit.contracts import Step
@@ -38,8 +43,8 @@ class Job:
 @contextmanager
 def carried_out(pipe: Pipeline, state: State, goal: RunOptions) -> Iterator[Job]:
     """What comes before and after. Raises InterruptedRun on Ctrl-C, and whatever error of ditkit's comes up; before any
-    compute where it can be foreseen."""
-    from ditkit import samples
+    compute where it can be foreseen. An error of anybody else's in a stage is told as one of ditkit's. Whatever ends
+    the run, what was computed is kept."""
     from ditkit.execution.place import Interrupted
 
     steps, makes_video = check(pipe, state, goal)
@@ -61,17 +66,45 @@ def carried_out(pipe: Pipeline, state: State, goal: RunOptions) -> Iterator[Job]
         assert job.result is not None
         result = job.result if goal.run is None else goal.run.with_parent(job.result)
         files = write(result, goal, makes_video)
-    except DitkitError as e:
-        if isinstance(e, Interrupted):
-            several = samples.count(e.state) < samples.count(state)
-            waiting = samples.split(state)[len(e.finished) + 1 :] if several else []
-            raise kept([*e.finished, e.state, *waiting], e.stage, goal, pipe) from None
-        if goal.run is not None:
-            show.say("the run is kept; once that is mended, go on with:", go_on(goal.run, goal))
-        raise
+    except Exception as e:
+        error = ended(e, state, job.result if job else None, goal, pipe)
+        if error is e:
+            raise
+        raise error from (None if isinstance(e, Interrupted) else e)
     except KeyboardInterrupt:  # outside the stages: before the first, or while the results were written
-        raise kept([job.result.state if job and job.result else state], None, goal, pipe) from None
+        had = job.result.state if job and job.result else state
+        raise kept([had], None, goal, pipe).interrupted() from None
     report(result, files, goal, out)
+
+
+def ended(error: Exception, state: State, result: Result | None, goal: RunOptions, pipe: Pipeline) -> Exception:
+    """What to raise instead of ``error``, which ended a run that began with ``state``; what it had is kept then."""
+    from ditkit import samples
+    from ditkit.execution.place import Interrupted, further, so_far
+
+    had, told = so_far(error), isinstance(error, DitkitError) or show.lost_output(error)
+    if result is not None:
+        states, stage, computed = [result.state], None, True
+    elif had is not None:
+        several = samples.count(had.state) < samples.count(state)
+        waiting = samples.split(state)[len(had.finished) + 1 :] if several else []
+        states, stage = [*had.finished, had.state, *waiting], had.stage
+        computed = bool(had.finished) or further(had.state, state)
+    elif isinstance(error, DitkitError):
+        states, stage, computed = [state], None, False
+    else:  # it comes from before the first stage
+        return error
+    if isinstance(error, Interrupted):
+        return kept(states, stage, goal, pipe).interrupted()
+    if computed or not told or goal.run is not None:
+        try:
+            kept(states, stage, goal, pipe).say()
+        except OutputError as e:
+            show.say(f"what was computed could not be kept ({e})")
+    if told:
+        return error
+    doing = f"running stage {stage!r}" if stage else "writing what was made"
+    return failures.told(error, doing, beside(goal.out if goal.run is None else goal.run.path / "run", TRACEBACK))
 
 
 def check(pipe: Pipeline, state: State, goal: RunOptions) -> tuple[list[Step], bool]:
@@ -186,27 +219,85 @@ class InterruptedRun(DitkitError):
         return f"{self.asked}: {self.found}. {self.do}"
 
 
-def kept(states: list[State], stage: str | None, goal: RunOptions, pipe: Pipeline) -> InterruptedRun:
-    """What to say of an interrupted run. What it has is saved, unless its folder has it already: one file, or one for
-    each clip that was to be made alone."""
+@dataclass(frozen=True)
+class Left:
+    """What a run left that did not come to its end: ``where`` that was, the ``places`` that keep it, and the
+    ``commands`` that go on. ``folder``: it is kept in one of its own."""
+
+    where: str
+    places: str
+    commands: list[str]
+    folder: bool
+
+    def interrupted(self) -> InterruptedRun:
+        found = f"everything until then is kept in {self.places}"
+        return InterruptedRun(f"interrupted in {self.where}", found, "\n  ".join(["Resume with:", *self.commands]))
+
+    def say(self) -> None:
+        """On stderr, before the error."""
+        what = "the run is kept" if self.folder else f"everything until then is kept in {self.places}"
+        show.say(f"{what}; once that is mended, go on with:", *self.commands)
+
+
+def kept(states: list[State], stage: str | None, goal: RunOptions, pipe: Pipeline) -> Left:
+    """What it has is saved, unless its folder has it already: one file, or one for each clip that was to be made alone.
+    Raises OutputError."""
     where, commands = stage or "the run", []
     if goal.run is not None:
         places, commands = shown(goal.run.path), [go_on(goal.run, goal)]
     else:
         count = len(states)
-        paths = numbered(goal.state or goal.out.with_name(f"{goal.out.stem}.state.safetensors"), count)
+        paths = state_files(goal.out, states) if goal.state is None else numbered(goal.state, count)
         outs, sheets = numbered(goal.out, count), [None] * count if goal.sheet is None else goal.sheets(count)
         start = ["--start", stage or goal.start] if goal.start else []
         setup = {**(goal.setup or {}), "model": pipe.setup.model}  # a config file may be gone or changed by then
         with undisturbed():
-            for state, path, out, sheet in zip(states, paths, outs, sheets, strict=True):
-                state.save(path)
-                begin, own = ["--from", str(path), *start], replace(goal, sheet=sheet, state=goal.state and path)
+            found = saved(states, paths)
+            for at, path, out, sheet in zip(found, paths, outs, sheets, strict=True):
+                begin, own = ["--from", str(at), *start], replace(goal, sheet=sheet, state=goal.state and path)
                 commands.append(_command(begin, own, ["--out", str(out), *_sheet(own)], setup))
         reached = [f" after step {s['step']} of {len(s['sigmas']) - 1}" for s in states if "step" in s]
-        places, where = ", ".join(map(str, paths)), "".join([where, *reached[-1:]])
-    found = f"everything until then is kept in {places}"
-    return InterruptedRun(f"interrupted in {where}", found, "\n  ".join(["Resume with:", *commands]))
+        places, where = ", ".join(map(str, found)), "".join([where, *reached[-1:]])
+    return Left(where, places, commands, goal.run is not None)
+
+
+@contextmanager
+def kept_for(words: Sequence[str], near: Path, begun: State | None) -> Iterator[None]:
+    """What was computed for the command ``words`` is kept, ``near`` that file, when it is interrupted or fails; with
+    ``--from`` it goes on. Raises InterruptedRun, and what ended it."""
+    from ditkit.execution.place import Interrupted, further, so_far
+
+    try:
+        yield
+    except Exception as e:
+        had, told = so_far(e), isinstance(e, DitkitError) or show.lost_output(e)
+        if had is None or (told and not isinstance(e, Interrupted) and not further(had.state, begun or {})):
+            raise
+        with undisturbed():
+            (path,) = saved([had.state], state_files(near, [had.state]))
+        left = Left(had.stage, str(path), [shlex.join(["ditkit", *words, "--from", str(path)])], False)
+        if isinstance(e, Interrupted):
+            raise left.interrupted() from None
+        left.say()
+        if told:
+            raise
+        raise failures.told(e, f"running stage {had.stage!r}", beside(near, TRACEBACK)) from e
+
+
+def saved(states: list[State], paths: list[Path]) -> list[Path]:
+    """Save each, and tell where: at ``paths``, or in a temporary folder where that disk takes no more. Raises
+    OutputError."""
+    try:
+        return [state.save(path) for state, path in zip(states, paths, strict=True)]
+    except OutputError as e:
+        failure = e
+    with suppress(OSError):
+        folder = Path(tempfile.mkdtemp(prefix="ditkit-kept-"))
+        try:
+            return [state.save(folder / f"{i}.state.safetensors") for i, state in enumerate(states)]
+        except OutputError:
+            shutil.rmtree(folder)
+    raise failure
 
 
 def go_on(run: Run, goal: RunOptions) -> str:

@@ -12,6 +12,7 @@ from ditkit.cli import show
 from ditkit.cli.flags import RawSettings, kebab, to_path
 from ditkit.config import Layer, Settled
 from ditkit.errors import LoadError, RequestError, SetupError, StateError
+from ditkit.filenames import fault_of_path, shortened
 from ditkit.prompting import templates
 from ditkit.request import Request, drawn
 from ditkit.trust import check_allowed, check_places
@@ -26,9 +27,12 @@ DRAWN = ", drawn"
 
 
 def model_name(text: str) -> str:
-    """A model's folder by its whole path, so that States and clips find it from every folder; any other name as is."""
+    """A model's folder by its whole path, so that States and clips find it from every folder; any other name as is.
+    Raises LoadError for what can be no path."""
     from ditkit.assembly import MODELS
 
+    if fault := fault_of_path(text):
+        raise LoadError(f"model {shortened(text)!r}", fault, "Check the path")
     folder = to_path(text)
     return str(folder.resolve()) if text and text not in MODELS and folder.exists() else text
 

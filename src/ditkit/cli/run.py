@@ -6,8 +6,9 @@ With ``--run`` a run keeps its States in a folder and goes on from there with ``
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,10 +17,11 @@ import typer
 
 from ditkit import pictures
 from ditkit.cli import expand, flags, job, show
-from ditkit.cli.flags import PathArgument, PathOption, RawSettings, RunOptions, default_out, sheet_for, with_settings
+from ditkit.cli.flags import OutputOption, PathArgument, PathOption, RawSettings, RunOptions, sheet_for, with_settings
+from ditkit.cli.naming import default_out, free_out, leaves
 from ditkit.cli.opening import load, model_name, open_pipe, open_run, open_state, say_what_was_drawn, settle
 from ditkit.config import Layer, Settled
-from ditkit.errors import RequestError, SetupError, StateError
+from ditkit.errors import OutputError, RequestError, SetupError, StateError
 from ditkit.hiding import printable
 from ditkit.setup import Setup
 from ditkit.trust import OUT, PICTURES, check_allowed, check_named
@@ -30,6 +32,9 @@ if TYPE_CHECKING:
     from ditkit.state import State
 
 
+DEMO = Path("outputs/demo.mp4")
+
+
 @with_settings
 def generate(
     given: RawSettings, prompt: flags.Prompt = None, out: flags.Out = None, sheet: flags.Sheet = None,
@@ -38,10 +43,10 @@ def generate(
     """Make a clip from a prompt."""
     pipe, request, settled = open_pipe(given)
     state = pipe.begin(request)
-    out = out or default_out(state["prompt"][0], state["seed"][0])
-    goal = RunOptions(out, sheet_for(out, sheet, no_sheet), setup=settled.of(Setup), quiet=quiet, json=as_json)
-    with job.carried_out(pipe, state, goal) as made:
-        made.result = made.run()
+    with free_out(default_out(state["prompt"][0], state["seed"][0]), len(state["prompt"]), out) as free:
+        goal = RunOptions(free, sheet_for(free, sheet, no_sheet), setup=settled.of(Setup), quiet=quiet, json=as_json)
+        with job.carried_out(pipe, state, goal) as made:
+            made.result = made.run()
 
 
 def demo(
@@ -49,18 +54,21 @@ def demo(
         "a red circle moving left on a black background"
     ),
     seed: Annotated[int, typer.Option(help="Another seed gives another clip.")] = 7,
-    out: flags.Out = Path("outputs/demo.mp4"),
+    out: Annotated[
+        Path | None,
+        OutputOption(metavar="PATH", help="Default: outputs/demo.mp4, or the next name that is free."),
+    ] = None,
     model: flags.ModelName = "shapes",
     quiet: flags.Quiet = False,
 ) -> None:
     """Make a clip on the embedded model, in seconds."""
     pipe, request, _ = open_pipe(RawSettings({"prompt": [prompt], "seed": [str(seed)], "model": [model]}))
-    assert out is not None
     if not quiet:
         print(printable(f'"{request.prompt}", seed {request.seed}, model {model}'), flush=True)
-    goal = RunOptions(out, sheet_for(out, None, False), quiet=quiet)
-    with job.carried_out(pipe, pipe.begin(request), goal) as made:
-        made.result = made.run()
+    with free_out(DEMO, 1, out) as free:
+        goal = RunOptions(free, sheet_for(free, None, False), quiet=quiet)
+        with job.carried_out(pipe, pipe.begin(request), goal) as made:
+            made.result = made.run()
 
 
 @with_settings
@@ -70,7 +78,7 @@ def run(
     source: Annotated[Path | None, PathOption("--from", metavar="FILE", help="Go on from this State.")] = None,
     start: Annotated[str | None, typer.Option(metavar="STAGE", help="Begin with this stage, done or not.")] = None,
     until: Annotated[str | None, typer.Option(metavar="STAGE", help="End with this stage.")] = None,
-    save_state: Annotated[Path | None, PathOption(metavar="FILE", help="Save the State at the end.")] = None,
+    save_state: Annotated[Path | None, OutputOption(metavar="FILE", help="Save the State at the end.")] = None,
     stop_at_step: Annotated[int | None, typer.Option(metavar="K", help="End after K denoising steps.")] = None,
     folder: flags.RunFolder = None,
     resume: Annotated[
@@ -95,28 +103,30 @@ def run(
     if start is not None and source is None:
         raise StateError(f"--start {start}", "there is no State to begin from", "Add --from FILE")
     goal = RunOptions(out or Path(), None, save_state, start, until, stop_at_step, quiet=quiet, json=as_json)
-    if resume is not None:
-        kept, settled = open_run(resume, given)
-        pipe, state = kept.pipe, kept.state()
-        check_results(kept, out is not None, no_sheet or sheet is not None, given.allowed)
-        out = out or kept.out
-        chosen = sheet_for(out, sheet, no_sheet) if no_sheet or sheet else job.run_sheet(kept, out)
-        goal = replace(goal, out=out, sheet=chosen, setup=settled.of(Setup), run=kept, kept=True)
-    else:
-        if source is None:
-            pipe, request, settled = open_pipe(given)
-            state = pipe.begin(request)
+    with ExitStack() as names:
+        if resume is not None:
+            kept, settled = open_run(resume, given)
+            pipe, state = kept.pipe, kept.state()
+            check_results(kept, out is not None, no_sheet or sheet is not None, given.allowed)
+            out = out or kept.out
+            chosen = sheet_for(out, sheet, no_sheet) if no_sheet or sheet else job.run_sheet(kept, out)
+            goal = replace(goal, out=out, sheet=chosen, setup=settled.of(Setup), run=kept, kept=True)
         else:
-            pipe, state, settled = open_state(source, given)
-        if folder is not None:
-            from ditkit.runs import located
+            if source is None:
+                pipe, request, settled = open_pipe(given)
+                state = pipe.begin(request)
+            else:
+                pipe, state, settled = open_state(source, given)
+            if folder is not None:
+                from ditkit.runs import located
 
-            state, goal = begun(located(folder), pipe, state, goal, settled, out, sheet, no_sheet, **keeping)
-        else:
-            out = out or default_out(state["prompt"][0], state["seed"][0])
-            goal = replace(goal, out=out, sheet=sheet_for(out, sheet, no_sheet), setup=settled.of(Setup))
-    with job.carried_out(pipe, state, goal) as made:
-        made.result = made.run()
+                state, goal = begun(located(folder), pipe, state, goal, settled, out, sheet, no_sheet, **keeping)
+            else:
+                wanted = default_out(state["prompt"][0], state["seed"][0])
+                out = names.enter_context(free_out(wanted, len(state["prompt"]), out))
+                goal = replace(goal, out=out, sheet=sheet_for(out, sheet, no_sheet), setup=settled.of(Setup))
+        with job.carried_out(pipe, state, goal) as made:
+            made.result = made.run()
 
 
 @with_settings
@@ -207,6 +217,9 @@ def begun(
 
     check_new(path, **keeping)
     clip, new = out or path / "clip.mp4", not path.exists()
+    if out is None and (theirs := [file for file in leaves(clip, len(state["prompt"])) if os.path.lexists(file)]):
+        do = "Name another folder, or say with --out where the clip goes"
+        raise OutputError(f"beginning the run {path}", f"{theirs[0].name} is there, from before", do)
     goal = replace(goal, out=clip, sheet=sheet_for(clip, sheet, no_sheet), setup=settled.of(Setup), kept=True)
     try:
         job.check(pipe, state, goal)
@@ -224,7 +237,7 @@ def begun(
 
 def replay(
     file: Annotated[Path, PathArgument(metavar="FILE", help="A clip that ditkit wrote, or its .json.")],
-    out: Annotated[Path | None, PathOption(metavar="PATH", help="Write the clip that was made again here.")] = None,
+    out: Annotated[Path | None, OutputOption(metavar="PATH", help="Write the clip that was made again here.")] = None,
     model: Annotated[
         str | None, typer.Option(metavar="FOLDER|NAME", help="Where its model is now. Default: where it was then.")
     ] = None,
@@ -235,6 +248,9 @@ def replay(
     here: Annotated[
         bool, typer.Option("--here", help="Run all stages here, though some ran at hosts or in other processes.")
     ] = False,
+    source: Annotated[
+        Path | None, PathOption("--from", metavar="FILE", help="Go on from the State of a replay that was cut off.")
+    ] = None,
     quiet: flags.Quiet = False,
     plugs: flags.Plugs = None,
     allowed: flags.Allowed = None,
@@ -242,6 +258,7 @@ def replay(
     """Make a clip again and compare: exit code 0 when every pixel is the same, 1 when not."""
     from ditkit import media
     from ditkit import replay as replays
+    from ditkit.state import State
 
     script, allow = replays.read(file), check_allowed(allowed or ())
     request = script.request
@@ -250,9 +267,13 @@ def replay(
     pipe = replays.prepare(script, None if model is None else model_name(model), here, plugs or (), allow)
     for difference in [*replays.plug_differences(script, pipe), *replays.machine_differences(script.manifest)]:
         show.say(difference)
-    console = show.console()
-    with show.view(console, quiet, pipe.look(), request.frames) as listeners:
-        replayed = replays.replay(script, pipe, listeners, named_pictures(picture or []), allow)
+    console, begun = show.console(), None if source is None else State.load(source)
+    given = {"--picture": picture, "--plug": plugs, "--allow-from-file": allow, "--out": out, "--model": model}
+    words = [str(word) for flag, values in given.items() for value in _listed(values) for word in (flag, value)]
+    again = ["replay", str(file), *words, *(["--here"] if here else [])]
+    shown = show.view(console, quiet, pipe.look(), request.frames)
+    with job.kept_for(again, out or file, begun), shown as listeners:
+        replayed = replays.replay(script, pipe, listeners, named_pictures(picture or []), allow, begun)
     if out is not None:
         clip = replayed.result.manifests[script.clip]
         written = media.write_video(out, replayed.result.videos[script.clip], request.fps, clip)
@@ -264,6 +285,10 @@ def replay(
     for difference in replayed.differences:
         console.print(f"  {difference}")
     return 1
+
+
+def _listed(values: Any) -> list[Any]:
+    return [] if values is None else [values] if isinstance(values, str | Path) else [*values]
 
 
 def named_pictures(texts: list[str]) -> dict[str, str | list[str]]:

@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TextIO
 
 from ditkit.events import Event, Listener
@@ -57,6 +57,51 @@ def silence(stream: TextIO) -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
+
+
+class Output:
+    """Stdout, whose errors know that they are its own: a library's say nothing of the file that they are about."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        with _marked():
+            return self.stream.write(text)
+
+    def flush(self) -> None:
+        with _marked():
+            self.stream.flush()
+
+
+class Errors(Output):
+    """Stderr. That nobody hears what a run says is no reason to end it."""
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            return self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self.stream.flush()
+
+
+@contextmanager
+def _marked() -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        vars(e)["of_output"] = True
+        raise
+
+
+def lost_output(error: BaseException) -> bool:
+    """Whether ``error`` is that nothing can be printed any more."""
+    return vars(error).get("of_output", False)
 
 
 def step_table(steps: Sequence[Step], whole: bool = False) -> Text:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ditkit.cli import show
-from ditkit.cli.flags import AsJson, PathArgument, Plugs, bring_plugs
+from ditkit.cli.flags import AsJson, FolderArgument, PathArgument, Plugs, bring_plugs
 from ditkit.cli.opening import packaged
 from ditkit.errors import DitkitError, LoadError, SetupError
 from ditkit.hiding import printable
@@ -213,7 +213,7 @@ def convert(
     src: Annotated[
         Path, PathArgument(help="A model's folder or manifest, one component or file of it, or a packaged model.")
     ],
-    dst: Annotated[Path, PathArgument(help="The folder to write.")],
+    dst: Annotated[Path, FolderArgument(help="The folder to write.")],
     layout: Annotated[str, typer.Option(help="native (the official code's) or diffusers.")],
     dtype: Annotated[
         str | None, typer.Option(help="float32, float16 or bfloat16 for every tensor. Default: as stored.")
@@ -269,7 +269,7 @@ def _progress(quiet: bool) -> Iterator[Progress]:
 
 
 def lock(
-    manifest: Annotated[Path, typer.Argument(help="A manifest (ditkit.toml, model_index.json) or its folder.")],
+    manifest: Annotated[Path, PathArgument(help="A manifest (ditkit.toml, model_index.json) or its folder.")],
     check: Annotated[bool, typer.Option("--check", help="Only compare; exit with 2 if a byte is different.")] = False,
     offline: Annotated[bool, typer.Option("--offline", help="Use what was fetched before; no network.")] = False,
 ) -> int:

@@ -8,7 +8,7 @@ from typing import Self
 
 from ditkit import samples
 from ditkit.execution.execution import Execution, table_of
-from ditkit.execution.place import Interrupted
+from ditkit.execution.place import Interrupted, failed, so_far
 from ditkit.execution.stage import Stage, readable, writes_of
 from ditkit.state import State
 
@@ -17,7 +17,8 @@ class Clips:
     """``with clips: for part in clips: part.run()`` takes a run to its end; then ``state`` holds all clips.
 
     ``whole``: the run as if it were one Execution. ``begun``: the States of clips that an earlier run began or
-    finished, by number. Within ``with``, Ctrl-C raises Interrupted that knows the clips."""
+    finished, by number. Within ``with``, Ctrl-C raises Interrupted that knows the clips; other errors know them as
+    ``so_far``."""
 
     def __init__(self, whole: Execution, begun: Mapping[int, State]):
         self.whole, self.begun, self.part = whole, begun, whole
@@ -39,8 +40,9 @@ class Clips:
         for state in (*([self.whole.state] if waiting else []), *self.begun.values()):
             try:
                 replace(self.whole, state=state).prepare()
-            except Interrupted as e:
-                e.state = self.whole.state  # and not that of one clip
+            except Exception as e:
+                if (had := so_far(e)) is not None:
+                    had.state = self.whole.state  # and not that of one clip
                 raise
 
     def __iter__(self) -> Iterator[Execution]:
@@ -69,12 +71,15 @@ class Clips:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, KeyboardInterrupt):  # between two of them
             error = Interrupted(self.part.due[0].name, self.state)
-        if isinstance(error, Interrupted):
-            error.clip, error.finished = self.clip, self.finished[: self.clip]
-            raise error from None
+        elif isinstance(error, Exception) and so_far(error) is None:
+            failed(error, self.part.due[0].name, self.state)
+        if error is not None and (had := so_far(error)) is not None:
+            had.clip, had.finished = self.clip, self.finished[: self.clip]
+            if had is error:
+                raise error from None
 
 
 def shared_by_all(stages: Sequence[Stage]) -> set[str]:

@@ -11,7 +11,7 @@ from ditkit.checking import fault_of
 from ditkit.contracts import Seams
 from ditkit.errors import PipelineError, StateError
 from ditkit.events import SILENT, Events
-from ditkit.execution.place import Call, Checkpointer, Here, Interrupted, Place, Segment, checked
+from ditkit.execution.place import Call, Checkpointer, Here, Interrupted, Place, Segment, checked, failed
 from ditkit.execution.records import code_of, fingerprints, record_of, replugged, skip_reason, wanted
 from ditkit.execution.stage import Stage, StageCall, known_settings, readable, writes_of
 from ditkit.identify import forgets
@@ -55,15 +55,21 @@ class Execution:
         self.state = wanted(self.stages, self.state)
 
     def run(self) -> State:
-        """Raises Interrupted, which carries the State so far, on Ctrl-C and Cancel."""
+        """Raises Interrupted, which carries the State so far, on Ctrl-C and Cancel; any other error carries it too, as
+        ``so_far``."""
         for stage in self.due:
             with self._interruptible(stage):
                 if reason := skip_reason(self.stages, stage, self.state, self.asked, self.events):
                     self.events.emit("stage.skipped", stage=stage.name, reason=reason)
                     continue
-                for place, call in self._calls(stage):
-                    with call, self.events.span("stage", stage=stage.name, place=place.name):
-                        call.take(call.run())
+                for place, call, weights in self._calls(stage):
+                    try:
+                        with call, self.events.span("stage", stage=stage.name, place=place.name):
+                            call.take(call.run())
+                    except Exception:
+                        if (reached := call.reached()) is not None:
+                            self.state = self._after(stage, weights, reached)
+                        raise
                 self._keep()
             if stage.loop and not stage.done(self.state):
                 break
@@ -89,19 +95,23 @@ class Execution:
 
     @contextmanager
     def _interruptible(self, stage: Stage) -> Iterator[None]:
-        """Ctrl-C, also while a component is loaded or a State is written, ends the run with what was done till then."""
+        """Ctrl-C, also while a component is loaded or a State is written, ends the run with what was done till then;
+        and so does any error, which stays the one that it is."""
         try:
             yield
         except KeyboardInterrupt:
             raise Interrupted(stage.name, self.state) from None
+        except Exception as e:
+            failed(e, stage.name, self.state)
+            raise
 
     def _keep(self) -> None:
         if self.keep is not None:
             self.keep(self.state)
 
-    def _calls(self, stage: Stage) -> Iterator[tuple[Place, Call]]:
-        """A call for each place where ``stage`` still runs, each made after the one before it was carried out; none
-        where the result is in the cache. What comes of them goes into the State."""
+    def _calls(self, stage: Stage) -> Iterator[tuple[Place, Call, Mapping[str, str]]]:
+        """A call for each place where ``stage`` still runs, with the weights that work there, each made after the one
+        before it was carried out; none where the result is in the cache. What comes of them goes into the State."""
         if stage.loop and stage.done(self.state):  # all of it once more, not another look at its end
             self.state = self.state.without(*stage.loop)
         self._check_inputs(stage)
@@ -120,7 +130,7 @@ class Execution:
         for place, _, end, stop in self._segments(stage):
             self.cancel.check()
             call = place.call(self._stage_call(stage, weights, stop))
-            yield place, call
+            yield place, call, weights
             result = call.result if call.result.stopped else checked(stage, call.result)
             if self.debug and not result.stopped:
                 self._check_fields(stage, result.written)

@@ -27,19 +27,38 @@ class Interrupted(DitkitError):
         self.clip: int | None = None  # of clips that are made one after the other, whose State it is
 
 
+def so_far(error: BaseException) -> Interrupted | None:
+    """What a run had when it raised ``error``, as Ctrl-C would have given it; None for an error from elsewhere. In
+    Python it is the error's attribute ``so_far``."""
+    return error if isinstance(error, Interrupted) else vars(error).get("so_far")
+
+
+def failed(error: BaseException, stage: str, state: State) -> None:
+    """Tell on ``error`` what its run had. It may be of any class, also one whose attributes cannot be set."""
+    vars(error)["so_far"] = Interrupted(stage, state)
+
+
+def further(state: State, before: Mapping[str, Any]) -> bool:
+    """Whether anything was computed between two States of one run."""
+    return any(state.get(name) != before.get(name) for name in ("stages", "step"))
+
+
 class Call:
     """A place that is ready for a StageCall: ``with call: call.take(call.run())``, then ``result``.
 
     Whoever has it runs it, so that nothing stands between the run and its stage. ``run`` raises what the stage raises,
     and KeyboardInterrupt where nothing can be kept. ``conclude``: what ``run`` returned as a StageResult. ``where``:
-    what is noted on an error that is none of ditkit's, such as one of a plug."""
+    what is noted on an error that is none of ditkit's, such as one of a plug. ``reached``: after such an error, how far
+    a loop came, None where that is not known."""
 
     result: StageResult
 
     def __init__(
-        self, run: Callable[[], Any], conclude: Callable[[Any], StageResult], where: Callable[[], str] | None = None
-    ):
+        self, run: Callable[[], Any], conclude: Callable[[Any], StageResult], where: Callable[[], str] | None = None,
+        reached: Callable[[], StageResult | None] = lambda: None,
+    ):  # fmt: skip
         self.run, self._conclude, self._where, self._stopped = run, conclude, where, False
+        self.reached = reached
 
     def take(self, returned: Any) -> None:
         """Raises KeyboardInterrupt for a stage that was stopped; it goes no further than ``with``."""
@@ -120,12 +139,7 @@ class Here:
     def call(self, task: StageCall) -> Call:
         stage, ctx = task.stage, Context(task, self.components)
         run = partial(stage.run, Only(task.inputs, readable(stage), stage.name, "field"), ctx)
-        return Call(run, ctx.result, ctx.doing)
-
-    def run(self, task: StageCall) -> StageResult:
-        with self.call(task) as call:
-            call.take(call.run())
-        return call.result
+        return Call(run, ctx.result, ctx.doing, ctx.last_result)
 
 
 def fingerprint_in(components: Mapping[str, Any], name: str) -> str:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 from ditkit import options
@@ -213,6 +213,7 @@ class Context:
         self.plugs: dict[str, list[str]] | None = None  # what is plugged into the seams, once they are asked for
         self.cacheable = True  # a stage sets it to False for a makeshift, which must not serve other runs
         self.stopped = False  # a loop that is interrupted sets it, and gives its fields as they stand
+        self.reached: Callable[[], Mapping[str, Any]] | None = None  # how a loop stood last, for when it fails
 
     @property
     def seams(self) -> Seams:
@@ -225,7 +226,9 @@ class Context:
         return f"running stage {self._call.stage.name!r}" + (f" with {' and '.join(plugs)} plugged in" if plugs else "")
 
     def kept(self, step: int, fields: Callable[[], Mapping[str, Any]]) -> None:
-        """A loop tells after each step but the last how it stands; a run that is kept keeps it, every few steps."""
+        """A loop tells after each step but the last how it stands; a run that is kept keeps it, every few steps, and
+        one that fails later goes on from there."""
+        self.reached = fields
         if self._call.keep is not None and step % self._call.keep_every == 0:
             self._call.keep(self.result(fields()))
         self.cancel.check()
@@ -233,3 +236,12 @@ class Context:
     def result(self, fields: Mapping[str, Any]) -> StageResult:
         """``fields``, and what the stage looked at to make them."""
         return StageResult(fields, self.settings.recorded(), self.plugs, self.stopped, self.cacheable)
+
+    def last_result(self) -> StageResult | None:
+        """How a loop stood that has failed; None where it did not tell, or its device gives nothing back any more."""
+        if self.reached is None:
+            return None
+        try:
+            return replace(self.result(self.reached()), stopped=True)
+        except Exception:
+            return None

@@ -25,8 +25,10 @@ from ditkit.events import Event
 from ditkit.execution.place import StageCall, StageResult
 from ditkit.execution.records import code_of
 from ditkit.execution.stage import Stage
+from ditkit.failures import doing, explained, wants_memory
 from ditkit.hiding import printable
 from ditkit.limits import MESSAGE
+from ditkit.reading import check_value
 from ditkit.state import State, kind_of
 
 WIRE = 2  # the version of all that is in this file; two ends of another version refuse each other
@@ -208,6 +210,7 @@ def event_of(message: Message) -> Event:
         else:
             state = State.from_bytes(data, "an event")
             about, tensors = state["event"], {k[1:]: state[k] for k in state if k.startswith("@")}
+        check_value(about)
         values = {k: _step(v["@step"]) if isinstance(v, dict) and "@step" in v else v
                   for k, v in about["values"].items()}  # fmt: skip
         if wrong := [key for key, kind in _ABOUT.items() if not is_a(about[key], kind)]:
@@ -230,8 +233,9 @@ def error_message(error: BaseException) -> Message:
     """An error of ditkit's keeps its kind and its three parts; of any other only its text travels."""
     kind = type(error).__name__
     if not isinstance(error, DitkitError) or type(error).__reduce__ is not DitkitError.__reduce__:
-        asked = next(iter(getattr(error, "__notes__", ())), "running a stage")
-        kind, error = "PlaceError", PlaceError(asked, f"it failed with {kind}: {error}", LOG)
+        found, do = explained(error)
+        do = f"{do}, or look at its log" if wants_memory(error) else LOG
+        kind, error = "PlaceError", PlaceError(doing(error, "running a stage"), found, do)
     about = {"kind": kind, "asked": error.asked, "found": error.found, "do": error.do}
     return Message("error", json.dumps(about).encode())
 

@@ -56,14 +56,15 @@ class Remote:
         return {name: str(theirs.get(name)) for name in COMPUTES if theirs.get(name) != mine.get(name)}
 
     def call(self, task: StageCall) -> Call:
-        return Call(partial(self.run, task), lambda result: result)
+        attempt = Attempt(self.name, self.channel, task)
+        return Call(partial(self._run, task, attempt), lambda result: result, reached=lambda: attempt.reached)
 
-    def run(self, task: StageCall) -> StageResult:
+    def _run(self, task: StageCall, attempt: Attempt) -> StageResult:
         self.check(task.stage, task.events)
+        attempt.limits = self.limits
         if "request" in task.inputs:
             clips = len(task.inputs.get("seed", task.inputs.get("prompt", [0])))
             self.check_limits(task.stage, task.inputs["request"], clips)
-        attempt = Attempt(self.name, self.channel, task, self.limits)
         if texts_of(task.seams) is None and task.stage.loop:
             raise plugged(attempt.asked, task)
         try:

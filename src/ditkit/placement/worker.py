@@ -131,7 +131,10 @@ class Worker:
             if event.name not in job.ignore:
                 send(event_message(event))
 
+        steps_kept = [-1]
+
         def keep(outcome: StageResult) -> None:
+            steps_kept.append(outcome.written.get("step", 0))
             send(Message("kept", outcome_to_state(outcome).to_bytes()))
 
         cancel, events = Cancel(cancelled), Events(listen)
@@ -143,12 +146,19 @@ class Worker:
                 stage, inputs, job.weights, events, received(job.plugs), job.stop_at_step,
                 keep=keep if job.keep_every else None, keep_every=job.keep_every or 1, cancel=cancel,
             )  # fmt: skip
+            call = Here(components).call(task)
             try:
-                outcome = Here(components).run(task)
+                with call:
+                    call.take(call.run())
+            except Exception:
+                reached = call.reached()  # the caller goes on from there, here or elsewhere
+                if reached is not None and reached.written.get("step", 0) > steps_kept[-1]:
+                    keep(reached)
+                raise
             except KeyboardInterrupt:
                 if not late.is_set():
                     raise
-                outcome = None
+            outcome = getattr(call, "result", None)
             if late.is_set() and (outcome is None or outcome.stopped):
                 found = f"it took longer than the {max_seconds:g} s that this host allows a job"
                 do = "Ask for less, or have its owner start it with a larger --max-seconds"

@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from ditkit.assembly.plugs import check_trusted
 from ditkit.checkpoints.model.manifest import check_fetches
 from ditkit.errors import OutputError, StateError
+from ditkit.filenames import fault_of_path, shortened
 from ditkit.request import Request, renamed
 from ditkit.setup import Setup
 from ditkit.state import State, write_whole
@@ -41,8 +42,11 @@ Tell = Callable[[str], None]
 
 
 def located(name: str | os.PathLike[str]) -> Path:
-    """The folder of a run: a bare name lies in ``runs`` under the working folder, anything else is a path."""
+    """The folder of a run: a bare name lies in ``runs`` under the working folder, anything else is a path. Raises
+    StateError for what can be neither."""
     text = os.path.expanduser(os.fspath(name))
+    if fault := fault_of_path(text) or ("" if text.strip() else "that is no name"):
+        raise StateError(f"a run in the folder {shortened(text)!r}", fault, "Give a name or a path")
     bare = isinstance(name, str) and Path(text).name == text and text not in ("", ".", "..")
     return Path(FOLDER, text).absolute() if bare else Path(text).absolute()
 
@@ -111,8 +115,16 @@ class Description(BaseModel):
 
     def write(self, folder: Path) -> None:
         """Whole or not at all, and there for good. Raises OutputError."""
+        write_whole(folder / NAME, [self.encoded(folder)], f"writing {folder / NAME}")
+
+    def encoded(self, folder: Path) -> bytes:
+        """Raises OutputError for a path of it that is no UTF-8."""
         text = json.dumps(self.model_dump(), indent=1, ensure_ascii=False) + "\n"
-        write_whole(folder / NAME, [text.encode()], f"writing {folder / NAME}")
+        try:
+            return text.encode()
+        except UnicodeEncodeError as e:
+            found = f"it would hold bytes that are no UTF-8 ({text[max(0, e.start - 40) : e.end]!a})"
+            raise OutputError(f"writing {folder / NAME}", found, "Choose a path in UTF-8") from None
 
     @classmethod
     def read(cls, folder: Path) -> Description:

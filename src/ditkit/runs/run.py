@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
@@ -18,7 +18,7 @@ from ditkit import pictures, samples
 from ditkit.cancel import Cancel
 from ditkit.errors import OutputError, SetupError, StateError
 from ditkit.events import Events, Listener
-from ditkit.execution.place import Interrupted
+from ditkit.execution.place import further, so_far
 from ditkit.plain import counted
 from ditkit.request import Request
 from ditkit.runs.folder import (
@@ -81,6 +81,7 @@ class Run(RunFolder):
             clips=samples.count(state), steps=len(pipe.steps(Request(**request))), every=every, keep_steps=keep_steps,
             out=None if out is None else str(Path(out).absolute()), sheet=sheet, parent=parent,
         )  # fmt: skip
+        description.encoded(folder)
         check_no_links(folder, f"beginning the run {folder}")
         try:
             (folder / "states").mkdir(parents=True, exist_ok=True)
@@ -104,7 +105,8 @@ class Run(RunFolder):
         """From where it stands to the end, or to a point before it. Bit-equal to a run that was never interrupted.
         The keywords are those of ``Pipeline.run``.
 
-        Raises Interrupted, after what was done is kept, and StateError while another process works on it."""
+        Raises Interrupted, or what else ended it, after what was done is kept, and StateError while another process
+        works on it."""
         part = {"until": until, "stop_at_step": stop_at_step, "recorder": recorder, "cancel": cancel}
         with self.going(listeners=listeners, **part) as run:
             result = run()
@@ -127,8 +129,15 @@ class Run(RunFolder):
             journal = Journal(self.states, description.every, description.keep_steps == "last")
             try:
                 yield partial(self.pipe.run, state, begun=begun, keep=journal, listeners=listeners, **part)
-            except Interrupted as e:
-                (journal if e.clip is None else journal.of_clip(e.clip))(e.state)
+            except Exception as e:
+                had = so_far(e)
+                if had is not None:
+                    keep = journal if had.clip is None else journal.of_clip(had.clip)
+                    if had is e:
+                        keep(had.state)
+                    elif further(had.state, state if had.clip is None else begun.get(had.clip, state)):
+                        with suppress(Exception):  # what stands in the way is what ended the run, or comes after it
+                            keep(had.state)
                 raise
 
     def with_parent(self, result: Result) -> Result:
@@ -181,17 +190,22 @@ class Listed:
 
 def listed(folder: str | Path) -> list[Listed]:
     """The runs right under ``folder``, oldest first, each followed by its forks. Raises StateError."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        do = "Name one, or begin a run with --run"
-        raise StateError(f"listing the runs in {folder}", "there is no such folder", do)
+    folder, asked = Path(folder), f"listing the runs in {folder}"
+    try:
+        paths = sorted(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        raise StateError(asked, "there is no such folder", "Name one, or begin a run with --run") from None
+    except OSError as e:
+        raise StateError(asked, (e.strerror or str(e)).lower(), "Check its permissions") from None
     runs, broken = list[Run](), []
-    for path in sorted(folder.iterdir()):
-        if (path / NAME).exists():
-            try:
+    for path in paths:
+        try:
+            if (path / NAME).exists():
                 runs.append(Run.open(path.absolute()))
-            except StateError as e:
-                broken.append(Listed(path, None, 0, "damaged", str(e)))
+        except StateError as e:
+            broken.append(Listed(path, None, 0, "damaged", str(e)))
+        except OSError as e:  # a folder that is not for this user
+            broken.append(Listed(path, None, 0, "damaged", f"looking into {path}: {(e.strerror or str(e)).lower()}"))
     return [*_ordered(runs), *broken]
 
 

@@ -124,6 +124,9 @@ class Denoise(BaseStage):
                     ctx.kept(done, partial(as_fields, sigmas, *reached))
         except KeyboardInterrupt:
             ctx.stopped = True
+        except (Exception, SystemExit):
+            ctx.reached = partial(as_fields, sigmas, *reached)
+            raise
         return as_fields(sigmas, *reached)
 
     def begin(

@@ -12,6 +12,7 @@ from ditkit.execution.stage import BaseStage, Context
 from ditkit.execution.stage_list import StageList
 from ditkit.prompting.cleaning import cleaned
 from ditkit.prompting.templates import PICTURES, chosen, packaged_sha256
+from ditkit.reading import check_value
 from ditkit.state import State
 
 
@@ -53,7 +54,7 @@ class ExpandPrompt(BaseStage):
         }  # fmt: skip
         answer: Answer | None = None
         try:
-            answer = expander(wish)
+            answer = whole(expander(wish), expander.name)
             text = useful(answer, expander.name, wish.max_tokens)
         except PlaceError as e:
             if not settings.expand_fallback:
@@ -63,6 +64,16 @@ class ExpandPrompt(BaseStage):
             ctx.events.emit("prompt.fallback", clip=clip, prompt=prompt, reason=str(e))
             text, about = prompt, {**about, "failure": str(e)}
         return text, about | ({} if answer is None else {k: v for k, v in asdict(answer).items() if k != "text"})
+
+
+def whole(answer: Answer, place: str) -> Answer:
+    """``answer`` as it is. Raises PlaceError for one that no file could hold: with half of a character."""
+    try:
+        check_value(asdict(answer))
+    except ValueError:
+        found, do = "its answer holds half of a character", "Try another seed or another model"
+        raise PlaceError(f"expanding a prompt at {place}", found, do) from None
+    return answer
 
 
 def useful(answer: Answer, place: str, max_tokens: int) -> str:

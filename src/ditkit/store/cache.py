@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from ditkit.errors import DitkitError, OutputError, SetupError, StateError
+from ditkit.filenames import fault_of_path, shortened
 from ditkit.setup import Setup
 from ditkit.state import State, digest
 from ditkit.store import reasons
@@ -239,7 +240,10 @@ def check_no_links(folder: Path) -> None:
 
 
 def folder_of(setting: str) -> Path:
-    """What the setting ``cache`` means: a folder, or ``default`` for that of the user, where the system has it."""
+    """What the setting ``cache`` means: a folder, or ``default`` for that of the user, where the system has it. Raises
+    SetupError for what can be no folder."""
+    if fault := fault_of_path(setting) or ("" if setting.strip() else "that is no name"):
+        raise SetupError(f"the cache {shortened(setting)!r}", fault, "Name a folder, or default")
     if setting != "default":
         return Path(setting).expanduser().absolute()
     if sys.platform == "darwin":

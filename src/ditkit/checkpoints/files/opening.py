@@ -10,6 +10,7 @@ from ditkit.checkpoints.files.safetensors import TensorFiles
 from ditkit.checkpoints.files.stored import StoredTensors
 from ditkit.checkpoints.views.prefixes import Section
 from ditkit.checkpoints.views.source import TensorSource
+from ditkit.errors import LoadError
 
 
 def open_source(path: str | Path, variant: str | None = None, entry: str | None = None) -> TensorSource:
@@ -22,6 +23,10 @@ def open_source(path: str | Path, variant: str | None = None, entry: str | None 
     if entry is None:
         path, entry = split_entry(Path(path))
     path = chosen(path, variant)
+    try:
+        path.name.encode()  # it goes into the manifest
+    except UnicodeEncodeError:
+        raise LoadError(f"opening {path!a}", "its name holds bytes that are no UTF-8", "Rename it") from None
     kind = kind_of(path)
     if kind in ("torch", "old torch"):
         return PickleFile(path, entry)
