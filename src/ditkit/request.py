@@ -28,6 +28,11 @@ OLD_NAMES: Mapping[str, str] = MappingProxyType({
 })  # fmt: skip
 """Earlier names of settings -> today's. States, manifests, configs and flags with them are still read."""
 
+LATER = ("stage_settings", "expand", "expand_template", "expand_temperature", "expand_max_tokens", "expand_attempt",
+         "expand_fallback")  # fmt: skip
+"""Settings that came after the first States: what ditkit wrote may lack these, whose defaults change nothing, and no
+others."""
+
 CONVENTIONAL = ("convention", "dtype_policy", "image_processing", "rounding")
 """Settings that choose between the code of Wan and of diffusers; ``wan`` was called ``official`` earlier."""
 
@@ -102,10 +107,11 @@ def sentence(
     said = next((f"{name}={value!r}" for name, value in values.items() if OLD_NAMES.get(name, name) == key), key)
     asked = f"{said or 'the settings'} ({origin if isinstance(origin, str) else origin.get(key, 'default')})"
     if fault["type"] == "extra_forbidden":
-        hint, known = nearest(key, cls.model_fields), ", ".join(cls.model_fields)
-        return error(asked, f"there is no setting {key!r}{hint}", f"The known ones are: {known}")
+        do = f"The known ones are: {', '.join(cls.model_fields)}"
+        return error(asked, f"there is no setting {key!r}{nearest(key, cls.model_fields)}", do)
     message = str(fault["ctx"]["error"]) if fault["type"] == "value_error" else fault["msg"]
-    do = f"Give {cls.model_fields[key].description}" if key else "Give it once, by today's name"
+    known = cls.model_fields.get(key)
+    do = "Give it once, by today's name" if known is None else f"Give {known.description}"
     return error(asked, message[:1].lower() + message[1:], do)
 
 
@@ -203,6 +209,15 @@ class Request(Settings):
     def of(cls, values: Mapping[str, Any]) -> Self:
         request = cls.parse(values, "request", RequestError)
         request.samples()
+        return request
+
+    @classmethod
+    def whole(cls, values: Mapping[str, Any], origin: str, error: type[UserError]) -> Self:
+        """What ditkit wrote with all its settings: a default does not take the place of one that was lost."""
+        request, known = cls.parse(values, origin, error), renamed(values)
+        for name in cls.model_fields:
+            if name not in known and name not in LATER:
+                raise error(f"reading {origin}", f"it has no {name}", "Use an untouched file")
         return request
 
     def samples(self) -> list[tuple[str, str, int]]:
