@@ -10,7 +10,7 @@ from ditkit.request import Request
 from ..mutate import as_toml, lines_mutated, odd, put, tree_mutated
 from ..watch import command
 
-NAMED = ("file", "template")
+NAMED = ("file",)
 HOWS = (
     *["file"] * 12,
     *["environment"] * 6,
