@@ -125,7 +125,8 @@ def read(path: str | os.PathLike[str]) -> Script:
 
     file = Path(path)
     manifest, asked, untouched = read_manifest(file), f"replaying {file}", "Use an untouched file"
-    if (version := manifest.get("manifest")) != VERSION:
+    version = manifest.get("manifest") if isinstance(manifest, dict) else None
+    if version != VERSION:
         found = f"its manifest has version {version!r}; this ditkit reads {VERSION}"
         raise StateError(asked, found, "Use the ditkit version that wrote it")
     if key := next(_unusable(manifest), ""):
