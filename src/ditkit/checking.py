@@ -72,8 +72,8 @@ def check_state(state: State, table: Mapping[str, Field] = FIELDS, source: str =
         whole = isinstance(record, dict) and all(isinstance(record.get(part), dict) for part in _RECORDED)
         if not whole or not all(isinstance(plugs, list) for plugs in record["plugs"].values()):
             raise StateError(asked, f"its record of stage {stage!r} is damaged", UNTOUCHED)
-    model = state.get("model", {})
-    if not isinstance(model.get("parts", {}), dict) or not isinstance(model.get("name", ""), str):
+    model = state.get("model", {"name": ""})
+    if not isinstance(model.get("parts", {}), dict) or not isinstance(model.get("name"), str):
         raise StateError(asked, "what it says of its model is damaged", UNTOUCHED)
     return request
 

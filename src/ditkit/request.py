@@ -15,8 +15,10 @@ from pydantic import (
     model_validator,
 )
 
+from ditkit import limits
 from ditkit.errors import RequestError, UserError, nearest
 from ditkit.hiding import holds_secret
+from ditkit.reading import check_value
 
 MAX_SEED = 2**63 - 1
 POSITIONS = 1024  # along each axis of the latents' tokens, in the networks' rotary embedding
@@ -72,6 +74,18 @@ class Settings(BaseModel):
     float is meant."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    @field_validator("*")
+    @classmethod
+    def _kept(cls, value: Any) -> Any:
+        """What a manifest could not hold is refused now and not after the run."""
+        try:
+            check_value(value)
+        except UnicodeEncodeError:
+            raise ValueError("it has a character that is no UTF-8") from None
+        if isinstance(value, str) and len(value) > limits.WORDS:
+            raise ValueError(f"it has more than {limits.WORDS:,} characters")
+        return value
 
     @model_validator(mode="before")
     @classmethod

@@ -6,6 +6,7 @@ it again. Exit code 1 if there was any."""
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -28,6 +29,7 @@ def main() -> int:
     given = parser.parse_args()
     if unknown := {*given.targets} - {*known()}:
         parser.error(f"there is no target {', '.join(unknown)}; there are {', '.join(known())}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was made is removed
     columns = (
         TextColumn("{task.description:12}"),
         BarColumn(),

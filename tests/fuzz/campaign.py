@@ -5,6 +5,7 @@ An input is known by target, seed and number, and is the same each time. Leaves 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import hashlib
@@ -28,6 +29,7 @@ from . import targets, watch
 
 BATCH = 200
 EXAMPLES = 2  # kept of each fault
+_PREPARED = set[str]()  # targets of this process
 SILENCE = 90  # seconds after which a child is ended that nothing else ends
 
 
@@ -77,15 +79,12 @@ class Campaign:
 
     @contextlib.contextmanager
     def _folder(self):
-        """Where inputs are made: ``base`` has the sound ones, ``outside`` what nobody may touch."""
+        """Where inputs are made. ``outside`` beside them has what nobody may touch."""
         warm()
-        folder, here, home = (
-            Path(tempfile.mkdtemp(prefix=f"ditkit-fuzz-{self.name}-", dir=_fast())),
-            Path.cwd(),
-            dict(os.environ),
-        )
+        here, environment = Path.cwd(), dict(os.environ)
+        folder = Path(tempfile.mkdtemp(prefix=f"{self.name}-", dir=_root()))
         try:
-            for name in ("base", "outside", "home", "tmp"):
+            for name in ("outside", "home", "tmp"):
                 (folder / name).mkdir()
             (folder / "outside" / "victim").write_text("precious")
             kept = {k: v for k, v in os.environ.items() if not k.startswith("DITKIT_")}
@@ -93,14 +92,16 @@ class Campaign:
             os.environ.update(kept, HOME=str(folder / "home"), XDG_CACHE_HOME=str(folder / "home"), HF_HUB_OFFLINE="1",
                               TMPDIR=str(folder / "tmp"), COLUMNS="200")  # fmt: skip
             tempfile.tempdir = None
-            self.target.prepare(folder / "base")
+            if self.name not in _PREPARED:
+                self.target.prepare(_root() / "base")
+                _PREPARED.add(self.name)
             yield folder
         finally:
             os.chdir(here)
             os.environ.clear()
-            os.environ.update(home)
+            os.environ.update(environment)
             tempfile.tempdir = None
-            shutil.rmtree(folder, ignore_errors=True)
+            _removed(folder)
 
     def _batch(self, folder: Path, begin: int, end: int, tell) -> int:
         """The number of the first input that is still to be read."""
@@ -169,7 +170,7 @@ class Campaign:
                 verdict = watch.Verdict("maker", watch.place_of(e), f"{type(e).__name__}: {e}")
             else:
                 verdict = watch.judged(lambda at=at, how=how: self.target.run(at, how), seen, at,
-                                       how in self.target.NAMED)  # fmt: skip
+                                       how in self.target.NAMED, str(_root()))  # fmt: skip
             victim = folder / "outside" / "victim"
             if not victim.is_file() or victim.read_text() != "precious" or len(os.listdir(victim.parent)) != 1:
                 verdict = watch.Verdict("outside", "the victim", "a file outside was changed")
@@ -208,9 +209,15 @@ class Campaign:
         return to
 
 
-def _fast() -> str | None:
-    """A disk in memory, where there is one: what is made here lives for milliseconds, and writers wait for disks."""
-    return "/dev/shm" if os.access("/dev/shm", os.W_OK) and shutil.disk_usage("/dev/shm").free > 2 << 30 else None
+@functools.cache
+def _root() -> Path:
+    """The folder of this process, whose ``base`` has the sound inputs of all targets. On a disk in memory, where there
+    is one: what is made here lives for milliseconds, and writers wait for disks."""
+    memory = os.access("/dev/shm", os.W_OK) and shutil.disk_usage("/dev/shm").free > 2 << 30
+    folder, owner = Path(tempfile.mkdtemp(prefix="ditkit-fuzz-", dir="/dev/shm" if memory else None)), os.getpid()
+    (folder / "base").mkdir()
+    atexit.register(lambda: _removed(folder) if os.getpid() == owner else None)
+    return folder
 
 
 def _pipes(folder: str, names: list[str]) -> list[str]:
@@ -222,6 +229,7 @@ def _removed(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+@functools.cache
 def warm() -> None:
     """Import now what would be imported within an input."""
     import warnings

@@ -112,8 +112,8 @@ def most_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def judged(call, watch: Watch, folder: Path, named: bool = True) -> Verdict:
-    """What ``call`` comes to. ``named``: an error has to name a file of the folder."""
+def judged(call, watch: Watch, folder: Path, named: bool = True, root: str = "") -> Verdict:
+    """What ``call`` comes to. ``named``: an error has to name a file of the folder, or one below ``root``."""
     from ditkit.errors import DitkitError
 
     watch.seen.clear()
@@ -129,7 +129,7 @@ def judged(call, watch: Watch, folder: Path, named: bool = True) -> Verdict:
             signal.setitimer(signal.ITIMER_PROF, 0)
             signal.setitimer(signal.ITIMER_REAL, 0)
     except (DitkitError, Refused) as e:
-        complaint = unclear(str(e), folder, named)
+        complaint = unclear(str(e), folder, named, root)
         if isinstance(e, Refused) and complaint:
             place = _numberless(str(e).rpartition("error:")[2])[:90]
         else:
@@ -164,7 +164,7 @@ def place_of(error: BaseException) -> str:
     return f"{type(error).__name__} in {where}" + ("" if mine is last else f" < {Path(last.filename).name} {last.name}")
 
 
-def unclear(text: str, folder: Path, named: bool = True) -> str:
+def unclear(text: str, folder: Path, named: bool = True, root: str = "") -> str:
     """What is wrong with a sentence for a person, or nothing."""
     if len(text) > SENTENCE:
         return "long"
@@ -172,7 +172,7 @@ def unclear(text: str, folder: Path, named: bool = True) -> str:
         return "steering"
     if _FAULT.search(text):
         return "foreign"
-    known = str(folder.parent) in text or any(name in text for name in _names(folder))
+    known = (root or str(folder)) in text or any(name in text for name in _names(folder))
     return "" if known or not named else "nameless"
 
 

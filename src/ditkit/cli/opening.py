@@ -124,7 +124,7 @@ def open_state(source: Path, given: RawSettings) -> tuple[Pipeline, State, Settl
             do = "Save one with `ditkit run --save-state`"
             raise StateError(f"going on from {source}", f"it holds no {name}", do)
     check_state(state, source=str(source))
-    below = Layer.of({"model": state["model"].get("name", "")}, f"State {source}")
+    below = Layer.of({"model": state["model"]["name"]}, f"State {source}")
     settled, opened = _goes_on(given, below, state["request"], f"--from {source}", "the State")
     return load(opened), state, settled
 
