@@ -30,8 +30,8 @@ OLD_NAMES: Mapping[str, str] = MappingProxyType({
 })  # fmt: skip
 """Earlier names of settings -> today's. States, manifests, configs and flags with them are still read."""
 
-LATER = ("stage_settings", "expand", "expand_template", "expand_temperature", "expand_max_tokens", "expand_attempt",
-         "expand_fallback")  # fmt: skip
+LATER = ("stage_settings", "control_timing", "expand", "expand_template", "expand_temperature", "expand_max_tokens",
+         "expand_attempt", "expand_fallback")  # fmt: skip
 """Settings that came after the first States: what ditkit wrote may lack these, whose defaults change nothing, and no
 others."""
 
