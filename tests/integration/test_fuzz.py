@@ -21,10 +21,10 @@ def test_odd_inputs_end_in_a_sentence(target):
     ("what", "kind"),
     [("raise KeyError('x')", "foreign"), ("while True: pass", "hang"), ("bytearray(3 << 29)", "memory"),
      ("bytearray(1 << 40)", "memory"), ("open('../outside/victim', 'w')", "outside"),
-     ("__import__('os').abort()", "crash"),
-     ("__import__('os').system('true')", "outside"),
+     ("__import__('os').abort()", "crash"), ("__import__('os').system('true')", "outside"),
      ("exec(compile('1', __import__('os').getcwd() + '/x.py', 'exec'))", "outside"),
-     ("raise LoadError('x' * 9999, 'y', 'z')", "long"), ("raise LoadError('x', 'y', 'z')", "nameless"), ("pass", "ok")],
+     ("raise Refused('x' * 9999)", "long"), ("raise Refused('\x1b[2J')", "steering"),
+     ("raise LoadError('x', 'y', 'z')", "nameless"), ("pass", "ok")],
 )  # fmt: skip
 def test_the_harness_sees(tmp_path, monkeypatch, what, kind):
     from fuzz import watch
@@ -48,7 +48,7 @@ def test_the_harness_sees(tmp_path, monkeypatch, what, kind):
         def run(folder, how):
             from ditkit.errors import LoadError
 
-            exec(what, {"LoadError": LoadError})
+            exec(what, {"LoadError": LoadError, "Refused": watch.Refused})
 
     campaign.target = Target
     report = campaign.run(2)

@@ -119,7 +119,7 @@ def make(rng, folder) -> str:
 
 
 def run(folder, how):
-    path = next(each for each in sorted(folder.iterdir()))
+    path = next(iter(sorted(folder.iterdir())), folder / "c.mp4")
     if how == "picture":
         media.read_image(path)
     elif how == "replay":
