@@ -8,6 +8,7 @@ TEXT = 32 << 20  # bytes of JSON, TOML or plain text: the largest in use, a toke
 DEPTH = 64  # tables and lists within each other; a config of a nested model has 6
 DIGITS = 400  # of a number that is written out: no float has more, no integer that is used has 20
 WORDS = 1 << 20  # characters of one prompt, and of one value of a setting
+VALUE = 200  # characters of a value that an error repeats
 MESSAGE = 2000  # characters of an error's sentence: what a file claims may be long
 
 PICTURE = 1 << 27  # pixels of a picture: a phone makes 108 million, and 8 bytes of each are held for a moment

@@ -118,7 +118,7 @@ def sentence(
     # Of a setting that may have several types, the fault that lies deepest is of the one that was meant.
     fault = max((f for f in e.errors() if f["loc"][:1] == first[:1]), key=lambda f: len(f["loc"]))
     key = str(first[0]) if first else ""
-    said = next((f"{name}={value!r}" for name, value in values.items() if OLD_NAMES.get(name, name) == key), key)
+    said = next((f"{name}={_brief(value)}" for name, value in values.items() if OLD_NAMES.get(name, name) == key), key)
     asked = f"{said or 'the settings'} ({origin if isinstance(origin, str) else origin.get(key, 'default')})"
     if fault["type"] == "extra_forbidden":
         do = f"The known ones are: {', '.join(cls.model_fields)}"
@@ -127,6 +127,12 @@ def sentence(
     known = cls.model_fields.get(key)
     do = "Give it once, by today's name" if known is None else f"Give {known.description}"
     return error(asked, message[:1].lower() + message[1:], do)
+
+
+def _brief(value: Any) -> str:
+    """What somebody gave, so that the sentence has room for where it came from."""
+    text = repr(value)
+    return text if len(text) <= limits.VALUE else f"{text[: limits.VALUE]}..."
 
 
 def one_of(names: Sequence[str], what: str) -> AfterValidator:

@@ -97,6 +97,8 @@ DEEP = "[" * 2000 + "]" * 2000
         "negative_prompt = [1, {a = 2}]",
         "devices = {vae = 1979-05-27T07:32:00Z}",
         '"" = 1',
+        f"debug = {[0] * 5000}",
+        f"width = '{'x' * 100_000}'",
     ],
     ids=lambda line: line[:20],
 )

@@ -31,7 +31,7 @@ SOUND = {
     "image": "a.png", "reference_images": ["a.png"], "expand": "no", "batched": True,
 }  # fmt: skip
 KEYS = (*config.FIELDS, *config.OLD_NAMES, "nothing", "stage_settings.sharpness.amount", "devices.vae")
-KEYS = tuple(key for key in KEYS if key != "cache")  # which may lie anywhere
+KEYS = tuple(key for key in KEYS if key not in ("cache", "debug"))  # one may lie anywhere, one shows tracebacks
 
 
 def prepare(folder):
