@@ -8,7 +8,7 @@ LOCKED := $(INSTALL) --constraint requirements.lock --no-build-isolation
 # Tests need a thread each: they run side by side.
 PYTEST := -m pytest --dist loadfile --durations 15
 
-.PHONY: demo quick test test-latest test-oldest lint lock bench train-shapes clean
+.PHONY: demo quick test test-latest test-oldest fuzz lint lock bench train-shapes clean
 
 $(VENV)/.core: pyproject.toml requirements.lock Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -44,6 +44,12 @@ test-oldest:
 	$(PYTHON) tools/oldest.py > .venv-oldest/oldest.txt
 	.venv-oldest/bin/python $(INSTALL) --constraint .venv-oldest/oldest.txt --editable ".[test]"
 	.venv-oldest/bin/python $(PYTEST) -n 2 -m "not locked" -o filterwarnings=default --without oracles
+
+# Odd inputs for everything that is read. COUNT inputs of each target, SEED, TARGET for one alone.
+COUNT ?= 2000
+SEED ?= 0
+fuzz: $(VENV)/.test
+	$(BIN)/python -m tests.fuzz $(TARGET) --count $(COUNT) --seed $(SEED)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

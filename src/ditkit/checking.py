@@ -53,9 +53,9 @@ def _agrees(letter: str, size: int, sizes: dict[str, int]) -> bool:
     return size == int(letter) if letter.isdigit() else sizes.setdefault(letter, size) == size
 
 
-def check_state(state: State, table: Mapping[str, Field] = FIELDS) -> Request:
-    """The State's request, once all its fields are what they should be. Raises StateError."""
-    asked = "running a State"
+def check_state(state: State, table: Mapping[str, Field] = FIELDS, source: str = "") -> Request:
+    """The State's request, once all its fields are what they should be. ``source``: its file. Raises StateError."""
+    asked = f"running the State {source}" if source else "running a State"
     if absent := [name for name in ("request", "prompt", "negative_prompt", "seed") if name not in state]:
         raise StateError(asked, f"it has no {', '.join(absent)}", "Start it with Pipeline.begin")
     sizes: dict[str, int] = {}
@@ -64,14 +64,17 @@ def check_state(state: State, table: Mapping[str, Field] = FIELDS) -> Request:
             raise StateError(asked, f"its field {name!r} is damaged: {fault}", UNTOUCHED)
     if not state["prompt"]:
         raise StateError(asked, "it has no prompt", UNTOUCHED)
-    request = Request.parse(state["request"], "the State's request", StateError)
+    request = Request.whole(
+        state["request"], f"the request of {source}" if source else "the State's request", StateError
+    )
     check_counts(state, asked)
     for stage, record in state.get("records", {}).items():
         whole = isinstance(record, dict) and all(isinstance(record.get(part), dict) for part in _RECORDED)
         if not whole or not all(isinstance(plugs, list) for plugs in record["plugs"].values()):
             raise StateError(asked, f"its record of stage {stage!r} is damaged", UNTOUCHED)
-    if not isinstance(state.get("model", {}).get("parts", {}), dict):
-        raise StateError(asked, "what it says of its model's parts is damaged", UNTOUCHED)
+    model = state.get("model", {"name": ""})
+    if not isinstance(model.get("parts", {}), dict) or not isinstance(model.get("name"), str):
+        raise StateError(asked, "what it says of its model is damaged", UNTOUCHED)
     return request
 
 

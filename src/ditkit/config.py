@@ -4,7 +4,6 @@ The settings are the fields of Request and Setup, by one flat name each. Layers,
 the model's own, a config file (TOML), the environment (``DITKIT_STEPS=4``), flags. A whole table replaces the one below
 it; a dotted key (``devices.vae=cpu``) changes one entry. Leaves out: the names of flags (``cli/``)."""
 
-import tomllib
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from pydantic.fields import FieldInfo
 from ditkit import options
 from ditkit.errors import RequestError, SetupError, nearest
 from ditkit.hiding import KEY, TOKEN
+from ditkit.reading import parse_toml, read_bytes
 from ditkit.request import OLD_NAMES, Request, Settings, renamed
 from ditkit.setup import Setup
 
@@ -112,12 +112,10 @@ def file_layer(path: str | Path) -> Layer:
     """The settings in a TOML file. Raises SetupError when it is missing, not TOML, or has an unknown key."""
     asked = f"config file {path}"
     try:
-        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as e:
-        raise SetupError(asked, (e.strerror or str(e)).lower(), "Check the path") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-        raise SetupError(asked, f"it is not valid TOML ({e})", "Correct it") from None
-    return Layer.of(values, asked)
+        data = read_bytes(path, asked, SetupError)
+    except FileNotFoundError:
+        raise SetupError(asked, "there is no such file", "Check the path") from None
+    return Layer.of(parse_toml(data, asked, SetupError, do="Correct it"), asked)
 
 
 def environment_layer(environment: Mapping[str, str]) -> Layer:

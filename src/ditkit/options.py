@@ -17,6 +17,7 @@ from pydantic.errors import PydanticSchemaGenerationError
 
 from ditkit.errors import DitkitError, SetupError, UserError, nearest
 from ditkit.plain import plain, shown, whole
+from ditkit.reading import check_value
 
 _TOKEN = re.compile(r"""("(?:[^"\\]|\\.)*"|'[^']*'|.)""", re.S)
 
@@ -90,13 +91,15 @@ def _pieces(text: str) -> list[str]:
 
 def toml_values(text: str) -> list[Any]:
     """What ``text`` is as a TOML value, or as one of JSON with null in it; nothing where it is none."""
-    try:
+    with suppress(ValueError, RecursionError):
         parsed = tomllib.loads(f"value = {text}")
+        check_value(parsed)
         return [parsed["value"]] if len(parsed) == 1 else []
-    except (ValueError, RecursionError):
-        with suppress(ValueError, RecursionError):
-            return [json.loads(text)] if text.startswith(("[", "{")) else []
-        return []
+    with suppress(ValueError, RecursionError):
+        value = json.loads(text) if text.startswith(("[", "{")) else None
+        check_value(value)
+        return [] if value is None else [value]
+    return []
 
 
 def _fitting(name: str, annotation: Any, values: tuple[Any, ...], what: str, error: type[UserError]) -> Any:

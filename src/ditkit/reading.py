@@ -4,6 +4,7 @@ Only ordinary files are opened: a pipe would be waited for, and a device never e
 wrong ends in an error of the class that the caller gives. Leaves out: files of weights (``checkpoints/files``), media,
 and what the values mean."""
 
+import errno
 import json
 import os
 import re
@@ -105,7 +106,10 @@ def check_path(text: str, asked: str, error: type[DitkitError] = LoadError) -> N
 
 def open_ordinary(file: str | Path) -> BufferedReader:
     """``file``, open for reading, if it is an ordinary one. Raises OSError; for a pipe, a device or a folder, too."""
-    number = os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        number = os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except ValueError as e:  # a zero byte or half of a character in its name
+        raise OSError(errno.EINVAL, str(e), str(file)) from None
     try:
         if not stat.S_ISREG(os.fstat(number).st_mode):
             raise OSError(0, "it is no ordinary file", str(file))

@@ -139,12 +139,13 @@ def read(path: str | os.PathLike[str]) -> Script:
 
     file = Path(path)
     manifest, asked, untouched = read_manifest(file), f"replaying {file}", "Use an untouched file"
-    if (version := manifest.get("manifest")) != VERSION:
+    version = manifest.get("manifest") if isinstance(manifest, dict) else None
+    if version != VERSION:
         found = f"its manifest has version {version!r}; this ditkit reads {VERSION}"
         raise StateError(asked, found, "Use the ditkit version that wrote it")
     if key := next(_unusable(manifest), ""):
         raise StateError(asked, f"its manifest has no usable {key!r}", untouched)
-    request = Request.parse(manifest["request"], f"manifest of {file}", StateError)
+    request = Request.whole(manifest["request"], f"the manifest of {file}", StateError)
     setup = Setup.parse(manifest["setup"], f"manifest of {file}", StateError)
     clip, clips = manifest.get("clip", 0), len(request.samples())
     if clip not in range(clips):

@@ -17,6 +17,7 @@ from pydantic import (
     model_validator,
 )
 
+from ditkit import limits
 from ditkit.errors import RequestError, UserError, nearest
 from ditkit.hiding import holds_secret
 from ditkit.plain import SHOWN, plain, shown, whole
@@ -34,6 +35,11 @@ OLD_NAMES: Mapping[str, str] = MappingProxyType({
     "remember_text": "cache_text_kv", "parts": "components", "patience": "timeout", "expect": "expected_probes",
 })  # fmt: skip
 """Earlier names of settings -> today's. States, manifests, configs and flags with them are still read."""
+
+LATER = ("stage_settings", "control_timing", "expand", "expand_template", "expand_temperature", "expand_max_tokens",
+         "expand_attempt", "expand_fallback")  # fmt: skip
+"""Settings that came after the first States: what ditkit wrote may lack these, whose defaults change nothing, and no
+others."""
 
 CONVENTIONAL = ("convention", "dtype_policy", "image_processing", "rounding")
 """Settings that choose between the code of Wan and of diffusers; ``wan`` was called ``official`` earlier."""
@@ -74,6 +80,18 @@ class Settings(BaseModel):
     float is meant."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    @field_validator("*")
+    @classmethod
+    def _kept(cls, value: Any) -> Any:
+        """What a manifest could not hold is refused now and not after the run."""
+        try:
+            check_value(value)
+        except UnicodeEncodeError:
+            raise ValueError("it has a character that is no UTF-8") from None
+        if isinstance(value, str) and len(value) > limits.WORDS:
+            raise ValueError(f"it has more than {limits.WORDS:,} characters")
+        return value
 
     @model_validator(mode="before")
     @classmethod
@@ -130,10 +148,11 @@ def sentence(
     said = next((f"{name[:SHOWN]}={shown(v)}" for name, v in values.items() if OLD_NAMES.get(name, name) == key), key)
     asked = f"{said or 'the settings'} ({origin if isinstance(origin, str) else origin.get(key, 'default')})"
     if fault["type"] == "extra_forbidden":
-        hint, known = nearest(key[:SHOWN], cls.model_fields), ", ".join(cls.model_fields)
-        return error(asked, f"there is no setting {shown(key)}{hint}", f"The known ones are: {known}")
+        hint, names = nearest(key[:SHOWN], cls.model_fields), ", ".join(cls.model_fields)
+        return error(asked, f"there is no setting {shown(key)}{hint}", f"The known ones are: {names}")
     message = str(fault["ctx"]["error"]) if fault["type"] == "value_error" else fault["msg"]
-    do = f"Give {cls.model_fields[key].description}" if key else "Give it once, by today's name"
+    field = cls.model_fields.get(key)
+    do = "Give it once, by today's name" if field is None else f"Give {field.description}"
     return error(asked, message[:1].lower() + message[1:], do)
 
 
@@ -248,6 +267,15 @@ class Request(Settings):
         """What somebody asks for in Python; a seed that is to be drawn is drawn here. Raises RequestError."""
         request = cls.parse(drawn(values), "request", RequestError)
         request.samples()
+        return request
+
+    @classmethod
+    def whole(cls, values: Mapping[str, Any], origin: str, error: type[UserError]) -> Self:
+        """What ditkit wrote with all its settings: a default does not take the place of one that was lost."""
+        request, known = cls.parse(values, origin, error), renamed(values)
+        for name in cls.model_fields:
+            if name not in known and name not in LATER:
+                raise error(f"reading {origin}", f"it has no {name}", "Use an untouched file")
         return request
 
     def samples(self) -> list[tuple[str, str, int]]:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ditkit.errors import OutputError, StateError
+from ditkit.reading import check_value, open_ordinary
 from ditkit.request import renamed
 
 if TYPE_CHECKING:
@@ -222,6 +223,7 @@ class State(Mapping[str, Any]):
             raise StateError(asked, found, "Pass a file that `ditkit run --save-state` wrote")
         try:
             header = json.loads(text)
+            check_value(header)
             schema, plain, fingerprints = header["schema"], header.get("plain"), header.get("fingerprints")
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
             raise StateError(asked, f"its description is damaged ({e!r})", again) from None
@@ -330,11 +332,11 @@ def _code(dtype: Any) -> str:
 
 
 def _contents(path: Path) -> bytearray:
-    data = bytearray(path.stat().st_size)
-    with open(path, "rb") as file:
+    with open_ordinary(path) as file:
+        data = bytearray(os.fstat(file.fileno()).st_size)
         size = file.readinto(data)
         del data[size:]
-        return data + rest if (rest := file.read()) else data  # a pipe does not say how much comes
+        return data
 
 
 def _read(data: bytearray | memoryview) -> tuple[dict[str, Tensor], dict[str, str]]:

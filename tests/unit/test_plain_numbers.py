@@ -37,7 +37,7 @@ WHOLE = [7, 7.0, np.int64(7), np.uint8(7), np.float32(7), np.array(7), torch.ten
          Decimal("7.0"), Fraction(14, 2), np.longdouble(7)]  # fmt: skip
 BROKEN = [7.5, "7", True, np.True_, np.float32(7.5), Decimal("7.5"), Fraction(1, 3), float("nan"), float("inf"),
           1e30, np.float64("nan"), Decimal("NaN"), Decimal("1e999999"), Decimal("sNaN"), 2.0**60, torch.tensor([1.5]),
-          7j, b"7", datetime.time(7, 32), np.datetime64("2026-01-01"), object(), {"a": 7}, "٧", 10**5000]  # fmt: skip
+          7j, b"7", datetime.time(7, 32), np.datetime64("2026-01-01"), type, {"a": 7}, "٧", 10**5000]  # fmt: skip
 
 
 @pytest.mark.parametrize("value", WHOLE, ids=repr)

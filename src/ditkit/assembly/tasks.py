@@ -36,7 +36,11 @@ class TaskRow(Row):
 
     def sampling(self, experts: int, asked: Mapping[str, Any]) -> dict[str, Any]:
         """The defaults for a model of 1 or 2 ``experts``; ``asked`` decides where the size matters."""
-        small = experts == 1 and asked.get("width", 832) * asked.get("height", 480) <= AREA_480P
+        width, height = asked.get("width", 832), asked.get("height", 480)
+        numbers = all(
+            isinstance(side, int | float) and abs(side) <= AREA_480P for side in (width, height)
+        )  # else Request says
+        small = experts == 1 and numbers and width * height <= AREA_480P
         found = {**(self.experts if experts == 2 else self.defaults), **(self.small if small else {})}
         if "guidance_scale" in asked:  # one number is for both experts, in the official code and in diffusers
             found.pop("guidance_scale_2", None)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ditkit import config
+from ditkit.checking import check_state
 from ditkit.cli import show
 from ditkit.cli.flags import RawSettings, kebab, to_path
 from ditkit.config import Layer, Settled
@@ -34,7 +36,7 @@ def model_name(text: str) -> str:
     if fault := fault_of_path(text):
         raise LoadError(f"model {shortened(text)!r}", fault, "Check the path")
     folder = to_path(text)
-    return str(folder.resolve()) if text and text not in MODELS and folder.exists() else text
+    return str(folder.resolve()) if text and text not in MODELS and os.path.exists(folder) else text
 
 
 def packaged(path: Path) -> Path:
@@ -43,7 +45,7 @@ def packaged(path: Path) -> Path:
     from ditkit.checkpoints.model.find import MODELS
     from ditkit.checkpoints.model.hub import HubName
 
-    if path.exists():
+    if os.path.exists(path):
         return path
     if (name := HubName.parse(str(path))) is not None:
         do = f"Download it first (hf download {name.repo}) and give its folder, or load it with --model {path}"
@@ -145,6 +147,7 @@ def open_state(source: Path, given: RawSettings) -> tuple[Pipeline, State, Settl
         if name not in state:
             do = "Save one with `ditkit run --save-state`"
             raise StateError(f"going on from {source}", f"it holds no {name}", do)
+    check_state(state, source=str(source))
     below = Layer.of({"model": state["model"]["name"]}, f"State {source}")
     settled, opened = _goes_on(given, below, state["request"], f"--from {source}", "the State")
     return load(opened), state, settled

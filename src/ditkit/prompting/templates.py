@@ -6,7 +6,6 @@ request, so that a State is whole without the file. Leaves out: asking the model
 import hashlib
 import os
 import re
-import tomllib
 from collections.abc import Collection, Mapping
 from functools import cache
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, StringConstraints, ValidationError
 
 from ditkit.errors import RequestError, nearest
+from ditkit.reading import decoded, parse_toml, read_bytes
 from ditkit.request import Request, one_of, sentence
 
 FOLDER = Path(__file__).parents[1] / "assets" / "prompts"
@@ -46,12 +46,10 @@ class Template(BaseModel):
     @classmethod
     def parse(cls, text: str, origin: str) -> Self:
         """Raises RequestError."""
-        asked, values = f"the template {origin}", dict[str, Any]()
+        asked = f"the template {origin}"
+        values: dict[str, Any] = parse_toml(text, asked, RequestError, do="Correct it")
         try:
-            values = tomllib.loads(text)
             template = cls(**values)
-        except tomllib.TOMLDecodeError as e:
-            raise RequestError(asked, f"it is not valid TOML ({e})", "Correct it") from None
         except ValidationError as e:
             raise sentence(cls, e, values, asked, RequestError) from None
         template._sha256 = hashlib.sha256(text.encode()).hexdigest()
@@ -81,14 +79,12 @@ def placed(request: Request) -> Request:
     if not is_file(given):
         return request
     asked, path = f"expand_template={given!r}", Path(os.path.expanduser(given))
-    if not path.is_file():
+    try:
+        text = decoded(read_bytes(path, asked, RequestError), asked, RequestError, do="Save it as UTF-8 text")
+    except FileNotFoundError:
         known = (AUTO, *packaged())
         raise RequestError(asked, f"there is no template and no file of that name{nearest(given, known)}",
-                           f"Give a file, or one of {', '.join(known)}")  # fmt: skip
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise RequestError(asked, f"it cannot be read ({e})", "Save it as UTF-8 text") from None
+                           f"Give a file, or one of {', '.join(known)}") from None  # fmt: skip
     Template.parse(text, given)
     return request.model_copy(update={"expand_template": text if "\n" in text else f"{text}\n"})
 

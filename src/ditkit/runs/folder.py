@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import Field as Number
 
 from ditkit.assembly.plugs import check_trusted
+from ditkit.checking import check_state
 from ditkit.checkpoints.model.manifest import check_fetches
-from ditkit.errors import OutputError, StateError
+from ditkit.errors import OutputError, RequestError, StateError
 from ditkit.filenames import fault_of_path, shortened
-from ditkit.request import Request, renamed
+from ditkit.request import LATER, Request, renamed
 from ditkit.setup import Setup
 from ditkit.state import State, write_whole
 from ditkit.trust import check_places
@@ -85,9 +87,9 @@ class Description(BaseModel):
     model: dict[str, Any]
     request: dict[str, Any]
     setup: dict[str, Any]
-    clips: int
-    steps: int
-    every: int
+    clips: int = Number(ge=1)
+    steps: int = Number(ge=1)
+    every: int = Number(ge=1)
     keep_steps: Literal["last", "all"]
     out: str | None = None
     sheet: str | bool = True
@@ -110,8 +112,8 @@ class Description(BaseModel):
             raise ValueError("it has no prompt")
         if not isinstance(request.get("batched"), bool):
             raise ValueError("it does not say whether its clips are batched")
-        known = {name: field.get_default() for name, field in Request.model_fields.items()}
-        return {**known, **renamed(request)}  # an older run knows fewer settings
+        known = {name: Request.model_fields[name].get_default() for name in LATER}
+        return {**known, **renamed(request)}
 
     def write(self, folder: Path) -> None:
         """Whole or not at all, and there for good. Raises OutputError."""
@@ -125,6 +127,19 @@ class Description(BaseModel):
         except UnicodeEncodeError as e:
             found = f"it would hold bytes that are no UTF-8 ({text[max(0, e.start - 40) : e.end]!a})"
             raise OutputError(f"writing {folder / NAME}", found, "Choose a path in UTF-8") from None
+
+    def checked(self, file: Path) -> Self:
+        """Itself, as ``file`` says it. Raises StateError for settings that are none and for a wrong count of clips."""
+        Setup.parse(self.setup, f"the setup in {file}", StateError)
+        request = Request.whole(self.request, f"the request in {file}", StateError)
+        try:
+            count = len(request.samples())
+        except RequestError as e:
+            raise StateError(f"reading {file}", str(e), "Use an untouched file") from None
+        if self.clips != count:
+            raise StateError(f"reading {file}", f"it has {self.clips} clips, and its request asks for {count}",
+                             "Use an untouched file")  # fmt: skip
+        return self
 
     @classmethod
     def read(cls, folder: Path) -> Description:
@@ -143,7 +158,7 @@ class Description(BaseModel):
             found = f"its version is {version!r}; this ditkit reads {VERSION}"
             raise StateError(asked, found, "Use the ditkit that wrote it")
         try:
-            return cls(**values)
+            return cls(**values).checked(folder / NAME)
         except ValidationError as e:
             fault = e.errors()[0]
             found = f"its {NAME} is damaged at {'.'.join(map(str, fault['loc']))} ({fault['msg']})"
@@ -325,12 +340,16 @@ class RunFolder:
             raise StateError(asked, str(e), do) from None
         if state is None:
             raise StateError(asked, "none of its States is there", do)
+        check_state(state, source=f"kept in {self.path}")
         return state
 
     def clip_state(self, index: int, tell: Tell = lambda _: None) -> State | None:
         """How far one of several clips came that are made one after the other; None if it has not begun."""
         try:
-            return self.states.newest(clip(index), tell)
+            state = self.states.newest(clip(index), tell)
+            if state is not None:
+                check_state(state, source=f"kept in {self.path}")
+            return state
         except StateError as e:
             tell(f"clip {index} begins again: its newest State is damaged and there is no older one of its own ({e})")
             return None

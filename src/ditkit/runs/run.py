@@ -27,7 +27,7 @@ from ditkit.runs.folder import (
     WHOLE,
     Description,
     Journal,
-    Kept,
+    KeptStates,
     Parent,
     RunFolder,
     Tell,
@@ -200,12 +200,13 @@ def listed(folder: str | Path) -> list[Listed]:
     runs, broken = list[Run](), []
     for path in paths:
         try:
-            if (path / NAME).exists():
-                runs.append(Run.open(path.absolute()))
-        except StateError as e:
-            broken.append(Listed(path, None, 0, "damaged", str(e)))
-        except OSError as e:  # a folder that is not for this user
-            broken.append(Listed(path, None, 0, "damaged", f"looking into {path}: {(e.strerror or str(e)).lower()}"))
+            os.lstat(path / NAME)
+            runs.append(Run.open(path.absolute()))
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except (StateError, OSError) as e:
+            fault = e if isinstance(e, StateError) else f"looking into {path}: {(e.strerror or str(e)).lower()}"
+            broken.append(Listed(path, None, 0, "damaged", str(fault)))
     return [*_ordered(runs), *broken]
 
 
@@ -228,21 +229,22 @@ def _ordered(runs: list[Run]) -> list[Listed]:
 def progress(run: Run) -> str:
     description = run.description
     if not run.apart:
-        return _standing(run.states.of(WHOLE), description.steps)
+        return _standing(run.states, WHOLE, description.steps)
     for i in range(description.clips):
-        standing = _standing(run.states.of(clip(i)), description.steps)
+        standing = _standing(run.states, clip(i), description.steps)
         if standing != "done":
             return f"clip {i + 1} of {description.clips}, {standing}"
     return "done"
 
 
-def _standing(kept: list[Kept], steps: int) -> str:
+def _standing(states: KeptStates, who: str, steps: int) -> str:
+    try:
+        kept = states.of(who)
+        tensors = kept[0].outline()[1] if kept else set[str]()
+    except (StateError, OSError):
+        return "damaged"
     if not kept:
         return "begun"
-    try:
-        _, tensors = kept[0].outline()
-    except StateError:
-        return "damaged"
     if "video" in tensors:
         return "done"
     return "begun" if kept[0].step is None else f"step {kept[0].step} of {steps}"

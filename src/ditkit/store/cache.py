@@ -50,6 +50,10 @@ CREATE INDEX IF NOT EXISTS by_stage ON entries (stage, used);
 CREATE INDEX IF NOT EXISTS by_use ON entries (gone, used, size);
 """
 
+SOUND = ("typeof(size) = 'integer' AND size >= 0 AND typeof(file) = 'text' AND file GLOB '*.safetensors'"
+         " AND instr(file, char(0)) = 0")  # fmt: skip
+"""Of a row that says what ``_add`` wrote. What is behind any other one, ``_sweep`` finds."""
+
 _NOW = "(SELECT COALESCE(MAX(used), 0) + 1 FROM entries)"  # counts uses: clocks may go back
 
 
@@ -180,6 +184,7 @@ class Cache:
 
     def _shrink(self, db: sqlite3.Connection, room: int) -> int:
         """Under the write lock: evict until what is left has at most ``room`` bytes. Bytes that were freed."""
+        db.execute(f"DELETE FROM entries WHERE gone = '' AND NOT ({SOUND})")
         size = before = db.execute("SELECT COALESCE(SUM(size), 0) FROM entries WHERE gone = ''").fetchone()[0]
         oldest = "SELECT id, file, size FROM entries WHERE gone = '' ORDER BY used, id LIMIT 1"
         while size > room and (row := db.execute(oldest).fetchone()):

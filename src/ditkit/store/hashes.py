@@ -7,6 +7,7 @@ seconds is not remembered, because a clock's tick could hide the next change; gi
 import contextlib
 import hashlib
 import os
+import re
 import sqlite3
 import threading
 import time
@@ -15,6 +16,7 @@ from pathlib import Path
 from ditkit.store.database import Database
 
 SETTLED = 2.0  # seconds; the coarsest clock among file systems in use is that of FAT
+_SHA256 = re.compile("[0-9a-f]{64}")
 SCHEMA = "CREATE TABLE IF NOT EXISTS hashes (path TEXT PRIMARY KEY, stamp TEXT NOT NULL, sha256 TEXT NOT NULL)"
 
 
@@ -54,7 +56,8 @@ class Hashes:
     def _read(self, path: str) -> tuple[str, str] | None:
         if self._database is not None:
             with contextlib.suppress(sqlite3.Error, OSError), self._database.reading() as db:
-                return db.execute("SELECT stamp, sha256 FROM hashes WHERE path = ?", (path,)).fetchone()
+                found = db.execute("SELECT stamp, sha256 FROM hashes WHERE path = ?", (path,)).fetchone()
+                return found if found and isinstance(found[1], str) and _SHA256.fullmatch(found[1]) else None
         return None
 
     def _write(self, path: str, stamp: str, found: str) -> None:

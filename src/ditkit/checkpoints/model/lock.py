@@ -59,15 +59,24 @@ def read_lock(file: Path) -> Lock:
         if raw.pop("version", None) != 1:
             raise ValueError("it is of another version")
         for name, entry in raw.get("components", {}).items():
-            files = {one: (of["size"], of["sha256"]) for one, of in entry["files"].items()}
-            if not all(type(size) is int and isinstance(digest, str) for size, digest in files.values()):
-                raise ValueError(f"the size or the sha256 of a file of {name} is none")
-            if not isinstance(entry["place"], str) or not isinstance(entry.get("revision", ""), str):
-                raise ValueError(f"the place or the revision of {name} is no text")
-            lock[name] = Entry(entry["place"], entry.get("revision"), files)
+            files = {one: (_whole(of["size"]), _words(of["sha256"])) for one, of in entry["files"].items()}
+            revision = None if entry.get("revision") is None else _words(entry["revision"])
+            lock[name] = Entry(_words(entry["place"]), revision, files)
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise LoadError(f"reading {file}", f"it cannot be understood ({e})", ANEW) from None
     return lock
+
+
+def _whole(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r} is no size")
+    return value
+
+
+def _words(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is no text")
+    return value
 
 
 def lock_text(lock: Lock) -> str:
