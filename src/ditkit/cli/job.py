@@ -131,8 +131,8 @@ def _check_files(state: State, goal: RunOptions, makes_video: bool) -> None:
 
 
 def note(event: Event) -> None:
-    """What a run found in its folder and in pictures."""
-    if event.name in ("run.note", "plug.changed", "picture.note"):
+    """What a run found in its folder and in pictures, and what became of its cache."""
+    if event.name in ("run.note", "plug.changed", "picture.note", "cache.fault"):
         show.say(event["text"])
 
 

@@ -23,10 +23,10 @@ from ditkit.request import Request
 from ditkit.runs.folder import (
     HERE,
     NAME,
+    STATES,
     WHOLE,
     Description,
     Journal,
-    Kept,
     Parent,
     RunFolder,
     Tell,
@@ -37,6 +37,7 @@ from ditkit.runs.folder import (
     mark_of,
 )
 from ditkit.runs.fork import prepared
+from ditkit.writing import make_folder
 
 if TYPE_CHECKING:
     from ditkit.pipeline import Pipeline, Result
@@ -82,10 +83,10 @@ class Run(RunFolder):
         )  # fmt: skip
         check_no_links(folder, f"beginning the run {folder}")
         try:
-            (folder / "states").mkdir(parents=True, exist_ok=True)
+            make_folder(folder / STATES)
             (folder / HERE).touch()
         except OSError as e:
-            asked = f"making the folder {folder / 'states'}"
+            asked = f"making the folder {folder / STATES}"
             raise OutputError(asked, e.strerror or str(e), "Choose another place") from e
         run = cls(folder, description.model_copy(update={"here": mark_of(folder)}), pipe)
         with run.held():
@@ -185,12 +186,21 @@ def listed(folder: str | Path) -> list[Listed]:
         do = "Name one, or begin a run with --run"
         raise StateError(f"listing the runs in {folder}", "there is no such folder", do)
     runs, broken = list[Run](), []
-    for path in sorted(folder.iterdir()):
-        if (path / NAME).exists():
-            try:
-                runs.append(Run.open(path.absolute()))
-            except StateError as e:
-                broken.append(Listed(path, None, 0, "damaged", str(e)))
+    try:
+        paths = sorted(folder.iterdir())
+    except OSError as e:
+        why = (e.strerror or str(e)).lower()
+        raise StateError(f"listing the runs in {folder}", why, "Make it readable") from None
+    for path in paths:
+        try:
+            (path / NAME).lstat()
+            runs.append(Run.open(path.absolute()))
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as e:
+            broken.append(Listed(path, None, 0, "damaged", (e.strerror or str(e)).lower()))
+        except StateError as e:
+            broken.append(Listed(path, None, 0, "damaged", str(e)))
     return [*_ordered(runs), *broken]
 
 
@@ -213,21 +223,21 @@ def _ordered(runs: list[Run]) -> list[Listed]:
 def progress(run: Run) -> str:
     description = run.description
     if not run.apart:
-        return _standing(run.states.of(WHOLE), description.steps)
+        return _standing(run, WHOLE)
     for i in range(description.clips):
-        standing = _standing(run.states.of(clip(i)), description.steps)
+        standing = _standing(run, clip(i))
         if standing != "done":
             return f"clip {i + 1} of {description.clips}, {standing}"
     return "done"
 
 
-def _standing(kept: list[Kept], steps: int) -> str:
-    if not kept:
-        return "begun"
+def _standing(run: Run, who: str) -> str:
     try:
+        if not (kept := run.states.of(who)):
+            return "begun"
         _, tensors = kept[0].outline()
     except StateError:
         return "damaged"
     if "video" in tensors:
         return "done"
-    return "begun" if kept[0].step is None else f"step {kept[0].step} of {steps}"
+    return "begun" if kept[0].step is None else f"step {kept[0].step} of {run.description.steps}"
