@@ -81,6 +81,7 @@ ROWS = (
     EventRow("setup.note", "a component computes where or how it takes longer than it could", {"text": "str"}, BOTH),
     EventRow("cache.hit", "a result was in the cache", {"stage": "str", "why": "str"}),
     EventRow("cache.miss", "a result was not in the cache", {"stage": "str", "why": "str"}),
+    EventRow("cache.fault", "the cache can only be read, or not be used at all", {"text": "str"}),
     EventRow("cache.refused", "a result is not kept", {"stage": "str", "why": "str"}),
     EventRow("place.checked", "a place may run a stage", {"stage": "str", "place": "str"}),
     EventRow("place.retry", "a place was lost and is asked again", {"place": "str", "stage": "str", "attempt": "int",

@@ -168,6 +168,8 @@ class Pipeline:
         components = parts.listening(events) if isinstance(parts, Components) else parts
         places = self.places.of_run(self.stages, components, self.seams, lambda: self.steps(asked))
         check_agree(self.model, self.places, planned, places, self.seams, state["request"])
+        if self.results is not None and (fault := self.results.told):
+            events.emit("cache.fault", text=fault)
         run = Execution(
             self.stages.stages, state, components, self.stages.slice(start, until), start is not None, stop_at_step,
             events=events, seams=self.seams, debug=self.setup.debug, places=places, keep=keep, results=self.results,

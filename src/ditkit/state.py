@@ -7,12 +7,10 @@ Torch is imported only inside functions. Leaves out: what stages do with it (``e
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
 import os
-import secrets
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,11 +20,19 @@ from typing import TYPE_CHECKING, Any
 from ditkit.errors import OutputError, StateError
 from ditkit.reading import check_value, open_ordinary
 from ditkit.request import renamed
+from ditkit.writing import write_whole
+
+try:
+    from zlib_ng.zlib_ng import crc32  # the same number ten times sooner
+except ModuleNotFoundError:
+    from zlib import crc32
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 SCHEMA = 1
+ABOUT, SUM = "ditkit.state", "ditkit.crc32"
+"""What the metadata of a file hold: all that is no tensor, and the checksum of everything."""
 
 
 @dataclass(frozen=True)
@@ -181,16 +187,19 @@ class State(Mapping[str, Any]):
                 out |= {f"{name}/{key}": tensor for key, tensor in value.items()}
         return out
 
-    def to_bytes(self) -> bytes:
+    def to_bytes(self, summed: bool = False) -> bytes:
         """The safetensors file as bytes."""
-        return b"".join(self.buffers())
+        return b"".join(self.buffers(summed))
 
-    def buffers(self) -> list[bytes | memoryview]:
-        """The same file as its header and the memory of the tensors themselves, where that is on the CPU and dense."""
+    def buffers(self, summed: bool = False) -> list[bytes | memoryview]:
+        """The same file as its header and the memory of the tensors themselves, where that is on the CPU and dense.
+        ``summed``: with a CRC-32 of all that it says, so that whoever reads it finds a bit that flipped. That is no
+        signature. What else is checked, such as a message on its way, needs none."""
         plain = {k: v for k, v in self._fields.items() if not _is_tensor(v) and not _is_tensors(v)}
         about = {"schema": SCHEMA, "plain": plain, "fingerprints": self._fingerprints}
         tensors = sorted(self._tensors().items(), key=lambda item: (-item[1].element_size(), item[0]))  # so all align
-        header: dict[str, Any] = {"__metadata__": {"ditkit.state": json.dumps(about, sort_keys=True)}}
+        metadata = {ABOUT: json.dumps(about, sort_keys=True)}
+        header: dict[str, Any] = {"__metadata__": metadata}
         at, views = 0, []
         for key, tensor in tensors:
             view = _bits(tensor).reshape(-1).numpy().data if tensor.numel() else memoryview(b"")
@@ -199,6 +208,8 @@ class State(Mapping[str, Any]):
             }  # fmt: skip
             at += len(view)
             views.append(view)
+        if summed:
+            metadata[SUM] = _sum(metadata[ABOUT], header, views)
         text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         return [struct.pack("<Q", len(text)) + text, *views]
@@ -212,8 +223,8 @@ class State(Mapping[str, Any]):
         """A State whose tensors lie in ``data`` itself, which must not be written to any more. Raises StateError."""
         asked, again = f"loading a State from {source}", "Save the State again"
         try:
-            tensors, metadata = _read(data)
-            text = metadata.get("ditkit.state")
+            tensors, metadata, found_sum = _read(data)
+            text = metadata.get(ABOUT)
         except MemoryError:
             raise StateError(asked, "there is no room for what it claims to hold", again) from None
         except (struct.error, ValueError, TypeError, KeyError, AttributeError, RuntimeError, OverflowError) as e:
@@ -221,6 +232,8 @@ class State(Mapping[str, Any]):
         if text is None:
             found = "it is a safetensors file without a ditkit State in it"
             raise StateError(asked, found, "Pass a file that `ditkit run --save-state` wrote")
+        if not {*metadata} <= {ABOUT, SUM} or metadata.get(SUM, found_sum) != found_sum:
+            raise StateError(asked, "it is damaged: what it holds is not what was written (checksum)", again)
         try:
             header = json.loads(text)
             check_value(header)
@@ -244,21 +257,24 @@ class State(Mapping[str, Any]):
         except ValueError as e:  # a setting by two names
             raise StateError(asked, str(e), again) from None
 
-    def save(self, path: str | os.PathLike[str], durable: bool = False) -> Path:
-        """Write one file (``write_whole``). Raises OutputError."""
+    def save(self, path: str | os.PathLike[str], durable: bool = True) -> Path:
+        """Write one file with a checksum (``write_whole``): whole or not at all, and ``durable`` unless that is asked
+        not to be. Raises OutputError."""
         path = Path(path)
         if path.is_dir():
             do = "Give a file name, such as state.safetensors"
             raise OutputError(f"saving the State to {path}", "that is a folder", do)
-        write_whole(path, self.buffers(), f"saving the State to {path}", durable)
+        write_whole(path, self.buffers(summed=True), f"saving the State to {path}", durable)
         return path
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> State:
+        """Raises StateError, also for what is no ordinary file: a pipe would be waited for, a device never ends."""
         try:
             data = _contents(Path(path))
-        except OSError as e:
-            raise StateError(f"loading a State from {path}", e.strerror or str(e), "Check the path") from None
+        except (OSError, MemoryError) as e:  # a file may claim any size
+            found = getattr(e, "strerror", None) or str(e) or "it is larger than the memory"
+            raise StateError(f"loading a State from {path}", found, "Check the path") from None
         return cls.from_buffer(data, str(path))
 
     def equal(self, other: State) -> bool:
@@ -281,37 +297,6 @@ def _today(plain: dict[str, Any]) -> dict[str, Any]:
         return plain
     sound = {n: r for n, r in records.items() if isinstance(r, dict) and isinstance(r.get("settings"), dict)}
     return {**plain, "records": records | {n: {**r, "settings": renamed(r["settings"])} for n, r in sound.items()}}
-
-
-def write_whole(path: Path, pieces: Iterable[bytes | memoryview], asked: str, durable: bool = True) -> None:
-    """One file, complete or not at all; ``durable``: when this returns it outlives a loss of power too. Raises
-    OutputError where the disk or the path does not allow it."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")  # not to be foreseen: a link may lie there
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("xb") as file:
-            file.writelines(pieces)
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
-        if durable:
-            sync_folder(path.parent)
-    except OSError as e:
-        raise OutputError(asked, e.strerror or str(e), "Free some space or choose another place") from None
-    finally:
-        with contextlib.suppress(OSError):  # renamed, or never made
-            temporary.unlink()
-
-
-def sync_folder(folder: Path) -> None:
-    """Names that were given in ``folder`` are on the disk when this returns, where the system can do that."""
-    if hasattr(os, "O_DIRECTORY"):  # Windows has no such thing
-        number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(number)
-        finally:
-            os.close(number)
 
 
 CODES = {
@@ -339,9 +324,20 @@ def _contents(path: Path) -> bytearray:
         return data
 
 
-def _read(data: bytearray | memoryview) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors in the memory of ``data``, and the metadata, of a safetensors file: each byte belongs to one tensor, or
-    it is no such file. Raises ValueError and whatever a damaged header leads to."""
+def _sum(about: str, header: Mapping[str, Any], tensors: Iterable[bytes | memoryview]) -> str:
+    """CRC-32 of what a file says: the plain values, names, dtypes and shapes of the tensors, and their bytes, all in
+    the order in which they lie. Where they lie and how the header spells it is not in it."""
+    facts = [[name, each["dtype"], each["shape"]] for name, each in header.items() if name != "__metadata__"]
+    found = crc32(json.dumps([about, facts]).encode())
+    for piece in tensors:
+        found = crc32(piece, found)
+    return f"{found:08x}"
+
+
+def _read(data: bytearray | memoryview) -> tuple[dict[str, Tensor], dict[str, str], str]:
+    """Tensors in the memory of ``data``, the metadata and the checksum of a safetensors file: each byte belongs to one
+    tensor, or it is no such file. The checksum is empty where the file has none. Raises ValueError and whatever a
+    damaged header leads to."""
     import torch
 
     (size,) = struct.unpack("<Q", data[:8])
@@ -349,7 +345,8 @@ def _read(data: bytearray | memoryview) -> tuple[dict[str, Tensor], dict[str, st
         raise ValueError("it ends within its header")
     header = json.loads(bytes(data[8 : 8 + size]))
     metadata, end, tensors = header.pop("__metadata__", {}), 0, {}
-    for name, about in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+    header = dict(sorted(header.items(), key=lambda item: item[1]["data_offsets"]))
+    for name, about in header.items():
         dtype, shape, (start, stop) = getattr(torch, _DTYPES[about["dtype"]]), about["shape"], about["data_offsets"]
         count = math.prod(shape)
         if start != end or stop - start != count * dtype.itemsize or any(type(n) is not int or n < 0 for n in shape):
@@ -365,7 +362,8 @@ def _read(data: bytearray | memoryview) -> tuple[dict[str, Tensor], dict[str, st
             tensors[name] = torch.frombuffer(data, dtype=dtype, count=count, offset=at).reshape(shape)
     if end != len(data) - 8 - size:
         raise ValueError("it has bytes that belong to no tensor")
-    return tensors, metadata
+    summed = SUM in metadata
+    return tensors, metadata, _sum(metadata.get(ABOUT, ""), header, [memoryview(data)[8 + size :]]) if summed else ""
 
 
 def _bits(t: Tensor) -> Tensor:

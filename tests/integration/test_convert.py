@@ -324,6 +324,7 @@ def test_a_move_that_fails_brings_the_old_model_back(models, tmp_path, monkeypat
     import os
 
     convert(models("t2v", "diffusers") / "vae", tmp_path / "m", "native")
+    monkeypatch.setattr("ditkit.writing._exchanged", lambda one, other: False)
     rename = os.rename
 
     def full(source, target):
@@ -336,6 +337,16 @@ def test_a_move_that_fails_brings_the_old_model_back(models, tmp_path, monkeypat
         convert(models("t2v", "diffusers") / "vae", tmp_path / "m", "diffusers", overwrite=True)
     assert left_in(tmp_path) == ["m"]
     assert left_in(tmp_path / "m") == ["Wan2.1_VAE.pth"]
+
+
+@pytest.mark.parametrize("layout", ["native", "diffusers"])
+def test_a_model_is_replaced_by_a_relative_path_too(models, tmp_path, monkeypatch, layout):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        convert(models("t2v", "diffusers") / "vae", "m/vae", layout, overwrite=True)
+    for _ in range(2):
+        convert(models("t2v", "diffusers"), "whole", layout, overwrite=True)
+    assert left_in(tmp_path) == ["m", "whole"]
 
 
 def test_a_model_out_of_many_places_becomes_one_folder(models, tmp_path, capsys):

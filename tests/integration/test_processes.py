@@ -155,7 +155,7 @@ import sys, ditkit
 pipe = ditkit.load(sys.argv[1], placement={"denoise": "process"})
 channel = pipe.places.remote(next(iter(pipe.places.specs.values()))).channel
 channel.ask("describe")
-print(channel.process_id, channel._child.folder, flush=True)
+print(channel.process_id, channel._child.folder.path, flush=True)
 sys.stdin.readline()
 """
 
@@ -211,8 +211,8 @@ def test_children_of_two_pipes_are_two(tiny_model, shared, whole):
 
 def test_nobody_else_is_let_in(shared):
     child = shared[1]._started()
-    assert stat.S_IMODE(child.folder.stat().st_mode) == 0o700
-    stranger = HTTPChannel("http://process", uds=str(child.folder / "child"))
+    assert stat.S_IMODE(child.folder.path.stat().st_mode) == 0o700
+    stranger = HTTPChannel("http://process", uds=str(child.folder.path / "child"))
     assert stranger.ask("health")
     with pytest.raises(PlaceError, match="token"):
         stranger.ask("describe")

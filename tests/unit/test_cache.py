@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import multiprocessing
 import os
 import random
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forks import child, open_to_all
 
 from ditkit.errors import OutputError, SetupError
 from ditkit.execution.records import code_of
@@ -27,6 +29,7 @@ from ditkit.store import cache as room
 from ditkit.store.cache import Cache, StageResult, folder_of
 from ditkit.store.hashes import Hashes
 from ditkit.store.reasons import CacheKey
+from ditkit.writing import new_file
 
 ASKED = CacheKey(
     "encode_text", 1, "c0de", {"wide": False}, {"text_encoder": "f" * 64}, {"prompt": "a" * 64},
@@ -36,6 +39,9 @@ ASKED = CacheKey(
 
 def asked(**changes) -> CacheKey:
     return dataclasses.replace(ASKED, **changes)
+
+
+OTHER = asked(request={**ASKED.request, "steps": 5})
 
 
 def outcome(value=1.0, settings=None, plugs=None, size=100, **more) -> StageResult:
@@ -248,12 +254,15 @@ def test_a_damaged_file_is_a_miss_and_is_removed(cache, how):
 def test_an_entry_without_a_file_and_a_file_without_an_entry(cache):
     cache.store(ASKED, outcome())
     (file,) = files(cache)
-    stray, fresh, old = (cache.results / name for name in ("x.safetensors", "y.safetensors.tmp", "z.safetensors.tmp"))
-    for each in (stray, fresh, old):
+    ours = f"{'0' * 32}-{'0' * 8}.safetensors", f".ditkit-{'0' * 12}.part"
+    stray, left, mine = (cache.results / name for name in (*ours, "x.safetensors"))
+    for each in (stray, left, mine):
         each.write_bytes(b"?")
-    os.utime(old, (1, 1))
-    again = Cache(cache.folder, 10**6)
-    assert files(again) == [file, fresh], "what another process is writing now is left alone"
+    with new_file(cache.results / "x") as (part, _):
+        os.utime(part, (1, 1))  # a clock that has jumped
+        again = Cache(cache.folder, 10**6)
+        assert files(again) == sorted([file, mine, part]), "what somebody is writing now is left alone"
+    mine.unlink()
     file.unlink()
     assert cache.find(ASKED)[1].startswith("its file was removed")
     assert "its file is gone" in said(cache)
@@ -279,8 +288,99 @@ def test_a_damaged_index_never_stops_a_run(cache):
     assert cache.store(ASKED, outcome()).startswith("the cache cannot be written (")
     with pytest.raises(OutputError, match="Remove the folder"):
         cache.contents()
-    with pytest.raises(SetupError, match="Choose another folder"):
-        Cache(cache.folder, 1)
+    again = Cache(cache.folder, 10**6)
+    assert again.told == f"the cache {cache.folder} is not used (file is not a database)"
+    assert again.find(ASKED) == (None, "the cache cannot be read (file is not a database)")
+    assert again.store(ASKED, outcome()) == "the cache cannot be written (file is not a database)"
+    assert again.clear() > 0
+    assert files(again) == []
+    assert (again.store(ASKED, outcome(2.0)), again.told) == ("", "")
+    assert value(Cache(cache.folder, 10**6).find(ASKED)[0]) == 2.0
+
+
+def test_an_index_of_another_version_is_left_alone_until_it_is_cleared(cache):
+    cache.store(ASKED, outcome())
+    with cache.index.writing() as db:
+        db.execute("PRAGMA user_version = 7")
+    other = Cache(cache.folder, 10**6)
+    assert other.told.endswith("(it is of version 7, and this ditkit knows version 1)")
+    assert other.find(ASKED)[0] is None
+    assert len(files(cache)) == 1
+    assert other.clear() > 0
+    assert Cache(cache.folder, 10**6).told == ""
+
+
+@pytest.mark.parametrize("how", ["a full disk", "a read-only disk"])
+def test_a_disk_that_takes_nothing_is_read(how):
+    """Every result that is there is used, and what cannot be kept is said."""
+    with open_to_all() as folder:
+        cache = Cache(folder, 10**6)
+        cache.store(ASKED, outcome(settings={"steps": 4}))
+        places = [folder, cache.results.parent, cache.results]
+        for file in folder.rglob("*.*"):
+            file.chmod(0o666)
+        before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+        def work():
+            cache = Cache(folder, 10**6)
+            found, why = cache.find(ASKED)
+            kept = cache.store(OTHER, outcome(2.0, {"steps": 5}))
+            return value(found), why[:7], kept, cache.told, cache.contents()
+
+        for place in places:
+            place.chmod(0o555 if how == "a read-only disk" else 0o777)
+        found, why, refused, told, contents = child(work, room=0 if how == "a full disk" else None, nobody=True)
+        for place in places:
+            place.chmod(0o777)
+        assert (found, why) == (1.0, "made on")
+        assert refused.startswith("the cache cannot be written (")
+        assert told.startswith(f"the cache {folder} is only read (")
+        assert contents.keys() == {"encode_text"}
+        assert before == {file: file.read_bytes() for file in before}
+
+
+@pytest.mark.parametrize("name", ["v1", "v1/results", "v1/index.sqlite", "v1/index.sqlite-wal"])
+def test_links_lead_nowhere(tmp_path, name):
+    """A folder that somebody unpacked: what is behind its links is neither written nor removed."""
+    mine, folder = tmp_path / "mine", tmp_path / "cache"
+    mine.mkdir()
+    kept = [mine / f"{'0' * 32}-{'0' * 8}.safetensors", mine / f".ditkit-{'0' * 12}.part", mine / "empty"]
+    for file in kept:
+        file.write_bytes(b"")
+    link = folder / name
+    link.parent.mkdir(parents=True)
+    link.symlink_to(kept[2] if "index" in name else mine)
+    with pytest.raises(SetupError, match="is a link, which may lead anywhere"):
+        Cache(folder, 10**6)
+    assert sorted(mine.iterdir()) == sorted(kept)
+    assert [file.read_bytes() for file in kept] == [b""] * 3
+
+
+@pytest.mark.parametrize("kind", ["device", "itself", "pipe", "another result"])
+def test_an_entry_that_is_something_else(tmp_path, cache, kind):
+    cache.store(ASKED, outcome())
+    (file,) = files(cache)
+    other = Cache(tmp_path / "other", 10**6)
+    other.store(OTHER, outcome(2.0, {"steps": 5}))
+    file.unlink()
+    if kind == "pipe":
+        os.mkfifo(file)
+    elif kind == "another result":
+        file.write_bytes(files(other)[0].read_bytes())
+        with cache.index.writing() as db:
+            db.execute("UPDATE entries SET sha256 = ?", (hashlib.sha256(file.read_bytes()).hexdigest(),))
+    else:
+        file.symlink_to("/dev/zero" if kind == "device" else file)
+    found, why = cache.find(ASKED)
+    assert found is None
+    assert why.startswith("its file ")
+
+
+def test_a_setting_that_flipped_in_the_index_finds_nothing_wrong(cache):
+    cache.store(ASKED, outcome(settings={"steps": 4}))
+    with cache.index.writing() as db:
+        db.execute("""UPDATE entries SET about = replace(about, '"steps": 4', '"steps": 5')""")
+    assert cache.find(OTHER)[0] is None
 
 
 @pytest.mark.parametrize(

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forks import child, ended, fork, open_to_all
 
+from ditkit.errors import OutputError, StateError
 from ditkit.execution.stage import BaseStage
 from ditkit.execution.stage_list import StageList
-from ditkit.runs import located
-from ditkit.runs.folder import KeptStates
+from ditkit.runs import listed, located
+from ditkit.runs.folder import KeptStates, RunFolder
 from ditkit.runs.fork import taken_back
 from ditkit.state import Field, State
 
@@ -72,10 +76,10 @@ def test_a_durable_state_is_brought_to_the_disk_before_it_gets_its_name(tmp_path
     for name in ("fsync", "replace"):
         real = getattr(os, name)
         monkeypatch.setattr(os, name, lambda *a, real=real, name=name: (done.append(name), real(*a)))
-    at(1).save(tmp_path / "a.safetensors")
+    at(1).save(tmp_path / "a.safetensors", durable=False)
     assert done == ["replace"]
     done.clear()
-    at(1).save(tmp_path / "b.safetensors", durable=True)
+    at(1).save(tmp_path / "b.safetensors")
     assert done == ["fsync", "replace", "fsync"], "the file, its name, the folder"
 
 
@@ -131,3 +135,120 @@ def test_the_lock_of_a_process_that_was_killed_is_free(tmp_path):
     process.communicate()
     with FileLock(lock, timeout=0):
         pass
+
+
+# --- what somebody may have put into a folder of a run
+
+
+def described(folder, **changes) -> Path:
+    values = {"id": "0" * 32, "created": "2026-01-01T00:00:00.000+00:00", "model": {"name": "shapes"},
+              "request": {"prompt": "a red circle", "batched": False}, "setup": {"model": "shapes"}, "clips": 1,
+              "steps": 4, "every": 1, "keep_steps": "last"}  # fmt: skip
+    (folder / "states").mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps({"run": 1, **values, **changes}))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["states", "run.json", "lock"])
+def test_links_in_a_run_lead_nowhere(tmp_path, name):
+    mine, run = tmp_path / "mine", described(tmp_path / "run")
+    mine.mkdir()
+    kept = [mine / "run-000001.safetensors", mine / ".ditkit-000000000000.part", mine / ".x.tmp"]
+    for file in kept:
+        file.write_bytes(b"mine")
+    if name == "states":
+        (run / name).rmdir()
+    (run / name).unlink(missing_ok=True)
+    (run / name).symlink_to(mine if name == "states" else kept[0])
+    with pytest.raises(StateError, match=f"its {name} is a link, which may lead anywhere"), RunFolder.open(run).held():
+        pass
+    assert sorted(mine.iterdir()) == sorted(kept)
+    assert {file.read_bytes() for file in kept} == {b"mine"}
+    assert [(run.path.name, run.progress) for run in listed(tmp_path)] == [("run", "damaged")]
+
+
+@pytest.mark.parametrize("kind", ["device", "itself", "nothing", "pipe", "folder", "another file"])
+def test_a_state_that_is_something_else_is_passed_over(tmp_path, kind):
+    states, heard = KeptStates(tmp_path / "states"), []
+    states.save("run", at(1), only=False)
+    odd = states.folder / "run-000002-step-2.safetensors"
+    if kind == "pipe":
+        os.mkfifo(odd)
+    elif kind == "folder":
+        odd.mkdir()
+    else:
+        other = at(2).save(tmp_path / "x.safetensors")
+        odd.symlink_to({"device": "/dev/zero", "itself": odd, "nothing": tmp_path / "y"}.get(kind, other))
+    assert states.newest("run", heard.append)["step"] == 1
+    assert len(heard) == 1
+    assert odd.name in heard[0]
+    with pytest.raises(StateError):
+        states.of("run")[0].outline()
+    states.nbytes()
+    states.save("run", at(3), only=True)
+    assert [kept.step for kept in states.of("run")] == [3]
+
+
+@pytest.mark.parametrize("kind", ["device", "itself", "pipe", "folder", "deep", "long"])
+def test_a_description_that_is_something_else(tmp_path, kind):
+    (tmp_path / "run").mkdir()
+    file = tmp_path / "run" / "run.json"
+    match kind:
+        case "pipe":
+            os.mkfifo(file)
+        case "folder":
+            file.mkdir()
+        case "deep":
+            file.write_text("[" * 100_000)
+        case "long":
+            file.write_text('{"run": ' + "9" * 5000 + "}")
+        case _:
+            file.symlink_to("/dev/zero" if kind == "device" else file)
+    with pytest.raises(StateError) as error:
+        RunFolder.open(tmp_path / "run")
+    assert len(str(error.value)) < 1000
+    assert [run.progress for run in listed(tmp_path)] == ["damaged"]
+
+
+def test_a_run_that_may_not_be_read_hides_no_other():
+    with open_to_all() as folder:
+        for name, rights in (("a", 0o755), ("b", 0o000), ("c", 0o755)):
+            described(folder / name)
+            (folder / name).chmod(rights)
+        (folder / "c" / "states").chmod(0o000)
+        found = child(lambda: [(run.path.name, run.progress) for run in listed(folder)], nobody=True)
+    assert sorted(found) == [("a", "begun"), ("b", "damaged"), ("c", "damaged")]
+
+
+@pytest.mark.parametrize("kind", ["content", "pipe", "folder", "killed"])
+def test_locks_that_are_left_or_odd(tmp_path, kind):
+    run = RunFolder.open(described(tmp_path / "run"))
+    lock = run.path / "lock"
+    if kind == "content":
+        lock.write_text("12345")
+    elif kind == "pipe":
+        os.mkfifo(lock)
+    elif kind == "folder":
+        lock.mkdir()
+    else:
+
+        def work():
+            with run.held():
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        assert ended(fork(work)) == -signal.SIGKILL
+    if kind == "folder":
+        with pytest.raises(OutputError, match="working on the run"), run.held():
+            pass
+        return
+    with run.held(), pytest.raises(StateError, match="another process does so"):
+        child(lambda: run.held().__enter__())
+
+
+@pytest.mark.parametrize("created", ["1970-01-01T00:00:00+00:00", "2999-01-01T00:00:00+00:00", "yesterday", ""])
+def test_no_clock_hides_a_run(tmp_path, created):
+    described(tmp_path / "a", created=created)
+    described(tmp_path / "b", id="1" * 32)
+    os.utime(tmp_path / "a", (1, 1))
+    os.utime(tmp_path / "b", (2**33, 2**33))
+    assert {run.path.name for run in listed(tmp_path)} == {"a", "b"}

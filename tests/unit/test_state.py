@@ -2,13 +2,17 @@
 
 import json
 import os
+import random
+import resource
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forks import child
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
@@ -249,6 +253,69 @@ def test_every_truncation_is_noticed(tmp_path):
         refused(path)
 
 
+def test_every_flipped_bit_is_found():
+    """In the length, the description, names, shapes, padding or tensors; one of each byte, then some of the tensors."""
+    state = State({"prompt": ["a cat \u00e9"], "seed": [1], "latents": torch.arange(6.0).reshape(1, 6), "step": 3,
+                   "history": {"x": torch.ones(2), "empty": torch.ones(0)}}, {"latents": "f" * 8})  # fmt: skip
+    data = state.to_bytes(summed=True)
+    assert State.from_bytes(data).equal(state)
+    draw = random.Random(0)
+    for at in range(len(data)):
+        for bit in {0, 5, draw.randrange(8)}:  # 5 changes the case of a letter
+            damaged = bytearray(data)
+            damaged[at] ^= 1 << bit
+            with pytest.raises(StateError):
+                State.from_bytes(damaged)
+
+
+def test_a_flipped_bit_in_a_file_names_the_file(tmp_path):
+    path = full().save(tmp_path / "s.safetensors")
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    refused(path, "it is damaged: what it holds is not what was written (checksum)")
+
+
+def test_a_state_without_a_checksum_is_read():
+    """Earlier versions wrote none, and what is checked on its way has none."""
+    assert State.from_bytes(full().to_bytes()).equal(full())
+    assert "latents" in State.load(Path(__file__).parents[1] / "data" / "earlier" / "half.safetensors")
+
+
+def test_a_library_that_writes_it_anew_does_not_damage_it(tmp_path):
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    path = full().save(tmp_path / "s.safetensors")
+    with safe_open(path, "pt") as f:
+        save_file({name: f.get_tensor(name) for name in f.keys()}, path, f.metadata())  # noqa: SIM118
+    assert State.load(path).equal(full())
+
+
+def test_a_file_larger_than_the_memory_is_refused(tmp_path):
+    path = tmp_path / "s.safetensors"
+    path.touch()
+    os.truncate(path, 2**42)
+
+    def work():
+        resource.setrlimit(resource.RLIMIT_AS, (2**36, 2**36))
+        State.load(path)
+
+    with pytest.raises(StateError, match="it is larger than the memory"):
+        child(work)
+
+
+@pytest.mark.parametrize("kind", ["device", "itself", "pipe", "nothing"])
+def test_what_is_no_ordinary_file_is_refused(tmp_path, kind):
+    path = tmp_path / "s.safetensors"
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to({"device": "/dev/zero", "itself": path, "nothing": tmp_path / "x"}[kind])
+    with pytest.raises(StateError, match=f"loading a State from {path}: "):
+        State.load(path)
+
+
 def test_other_files_are_refused(tmp_path):
     path = tmp_path / "s.safetensors"
     refused(path, "No such file")
@@ -325,7 +392,7 @@ def test_the_file_is_an_ordinary_safetensors_file(tmp_path):
         header = json.loads(f.metadata()["ditkit.state"])
     assert header["plain"]["seed"] == [0, 2**63 - 1]
     (size,) = struct.unpack("<Q", path.read_bytes()[:8])
-    assert json.loads(path.read_bytes()[8 : 8 + size])["__metadata__"].keys() == {"ditkit.state"}
+    assert json.loads(path.read_bytes()[8 : 8 + size])["__metadata__"].keys() == {"ditkit.state", "ditkit.crc32"}
 
 
 def test_the_field_table_is_complete():

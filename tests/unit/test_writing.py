@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from forks import child
 from held import Held
 from safetensors.torch import load_file
 
@@ -53,9 +54,18 @@ def test_numbers_that_are_no_weights_are_not_converted(tmp_path):
     assert load_file(tmp_path / "y.safetensors")["ids"].tolist() == [0, 1, 2]
 
 
+@pytest.mark.parametrize("more", [500, 2_000])
+def test_a_disk_that_is_full_for_torch_is_an_error_of_the_system(tmp_path, more):
+    """The tensors fit, the state dict that torch makes of them does not."""
+    source = Held({f"t{i}": torch.ones(300, 30) for i in range(5)})
+    with pytest.raises(OSError, match=r"torch cannot write x\.pth \("):
+        child(lambda: write_pickle(tmp_path / "x.pth", source), room=180_000 + more)
+
+
 @pytest.mark.parametrize("when", ["before a rename", "after a rename", "and the way back fails"])
 def test_a_folder_that_is_replaced_is_never_lost(tmp_path, monkeypatch, when):
-    """Ctrl-C in the middle of a rename, and a disk that fails twice."""
+    """Ctrl-C in the middle of a rename, and a disk that fails twice; where two folders cannot change places at once."""
+    monkeypatch.setattr("ditkit.writing._exchanged", lambda one, other: False)
     target, rename, count = tmp_path / "m", os.rename, 0
     target.mkdir()
     (target / "weights").write_text("old")

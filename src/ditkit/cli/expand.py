@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import os
@@ -9,11 +10,9 @@ import re
 import shlex
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -25,6 +24,7 @@ from ditkit.cli.opening import drawn_in, say_what_was_drawn
 from ditkit.errors import RequestError, SetupError
 from ditkit.events import Event, Events
 from ditkit.hiding import printable
+from ditkit.writing import Scratch
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -147,8 +147,8 @@ def edited(text: str) -> str:
     editor = os.environ.get("VISUAL") or os.environ.get("EDITOR")
     if not editor:
         return ""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "prompt.txt"
+    with contextlib.closing(Scratch()) as folder:
+        file = folder.path / "prompt.txt"
         file.write_text(f"{text}\n", encoding="utf-8")
         try:
             subprocess.run([*shlex.split(editor), str(file)], check=True)

@@ -164,8 +164,8 @@ def _check_files(state: State, goal: RunOptions, makes_video: bool) -> None:
 
 
 def note(event: Event) -> None:
-    """What a run found in its folder and in pictures, and what makes it slow."""
-    if event.name in ("run.note", "plug.changed", "picture.note", "setup.note"):
+    """What a run found in its folder and in pictures, what became of its cache, and what makes it slow."""
+    if event.name in ("run.note", "plug.changed", "picture.note", "setup.note", "cache.fault"):
         show.say(event["text"])
 
 

@@ -53,11 +53,7 @@ def write_video(
     card = cards.make_card(video, fps, manifest, path.suffix)
     content = mp4(video, card, crf) if suffix == ".mp4" else FORMATS[suffix](video, card)
     beside = path.with_suffix(".json")
-    if manifest is not None:
-        files.write_together({target: content, beside: cards.pretty(card)})
-    else:
-        files.write_together({target: content})
-        beside.unlink(missing_ok=True)  # the card of the clip that was here before
+    files.write_together({target: content, beside: None if manifest is None else cards.pretty(card)})
     return target
 
 

@@ -12,7 +12,6 @@ import contextlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,16 +25,18 @@ from ditkit.checking import check_state
 from ditkit.checkpoints.model.manifest import check_fetches
 from ditkit.errors import OutputError, RequestError, StateError
 from ditkit.filenames import fault_of_path, shortened
+from ditkit.reading import open_ordinary, parse_json, read_bytes
 from ditkit.request import LATER, Request, renamed
 from ditkit.setup import Setup
-from ditkit.state import State, write_whole
+from ditkit.state import State
 from ditkit.trust import check_places
+from ditkit.writing import remove, sweep, write_whole
 
 if TYPE_CHECKING:
     from ditkit.pipeline import Pipeline
 
 VERSION = 1
-NAME = "run.json"
+NAME, STATES, LOCK = "run.json", "states", "lock"
 FOLDER = "runs"
 HERE = ".here"
 _NAME = re.compile(r"(run|clip-\d+)-(\d{6,})(?:-step-(\d+))?\.safetensors")
@@ -147,12 +148,12 @@ class Description(BaseModel):
         asked, anew = f"opening the run {folder}", "Begin the run anew elsewhere"
         check_no_links(folder, asked)
         try:
-            values = json.loads((folder / NAME).read_text(encoding="utf-8"))
+            values = parse_json(read_bytes(folder / NAME, asked, StateError, do=anew), asked, StateError, do=anew)
         except FileNotFoundError:
             do = "Check its name; `ditkit runs` lists those that are there"
             raise StateError(asked, f"there is no {NAME}", do) from None
-        except (OSError, ValueError, RecursionError) as e:
-            raise StateError(asked, f"its {NAME} cannot be read ({e})", anew) from None
+        except StateError as e:
+            raise StateError(asked, f"its {NAME} cannot be read ({e.found})", anew) from None
         version = values.get("run") if isinstance(values, dict) else None
         if version != VERSION:
             found = f"its version is {version!r}; this ditkit reads {VERSION}"
@@ -177,7 +178,7 @@ def mark_of(folder: Path) -> str | None:
 
 def check_no_links(folder: Path, asked: str) -> None:
     """Raise StateError where a part of the run's folder is a link."""
-    for name in (NAME, "states", "lock", HERE):
+    for name in (NAME, STATES, LOCK, HERE):
         if (folder / name).is_symlink():
             raise StateError(
                 asked, f"its {name} is a link, which may lead anywhere", "Put what it stands for in its place"
@@ -197,11 +198,22 @@ class Kept:
     number: int
     step: int | None
 
+    def load(self) -> State:
+        """Raises StateError, also for a link."""
+        self._check()
+        return State.load(self.path)
+
+    def _check(self) -> None:
+        if self.path.is_symlink():
+            raise StateError(f"loading a State from {self.path}", "it is a link", "Put the file in its place")
+
     def outline(self) -> tuple[dict[str, Any], set[str]]:
         """Plain values and names of tensors, without reading these. Raises StateError."""
         from safetensors import SafetensorError, safe_open
 
+        self._check()
         try:
+            open_ordinary(self.path).close()
             with safe_open(self.path, framework="np") as file:
                 return json.loads(file.metadata()["ditkit.state"])["plain"], set(file.keys())
         except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as e:
@@ -215,12 +227,17 @@ class KeptStates:
         self.folder, self.keeps_first = folder, keeps_first
 
     def of(self, who: str) -> list[Kept]:
-        """The newest first."""
+        """The newest first. Raises StateError for a folder that cannot be read."""
         found = []
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        try:
             for path in self.folder.iterdir():
-                if (match := _NAME.fullmatch(path.name)) and match[1] == who and not path.is_symlink():
+                if (match := _NAME.fullmatch(path.name)) and match[1] == who:
                     found.append(Kept(path, who, int(match[2]), None if match[3] is None else int(match[3])))
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except OSError as e:
+            why = (e.strerror or str(e)).lower()
+            raise StateError(f"looking for States in {self.folder}", why, "Make it readable") from None
         return sorted(found, key=lambda kept: -kept.number)
 
     def save(self, who: str, state: State, only: bool) -> None:
@@ -228,24 +245,28 @@ class KeptStates:
         older = self.of(who)
         number = 1 + (older[0].number if older else 0)
         step = f"-step-{state['step']}" if "step" in state else ""
-        state.save(self.folder / f"{who}-{number:06d}{step}.safetensors", durable=True)
+        state.save(self.folder / f"{who}-{number:06d}{step}.safetensors")
         for kept in older if only else ():
             if kept.number > 1 or not self.keeps_first:
-                kept.path.unlink(missing_ok=True)
+                remove(kept.path)
 
     def newest(self, who: str, tell: Tell, upto: int | None = None) -> State | None:
         """The newest whole one (with at most ``upto`` steps), or None where there never was one. Damaged ones that had
         to be passed over are told of. Raises StateError when all are damaged."""
         damaged: StateError | None = None
-        for kept in self.of(who):
+        waiting, seen = self.of(who), set[Path]()
+        while waiting:
+            kept = waiting.pop(0)
+            seen.add(kept.path)
             if upto is not None and (kept.step is None or kept.step > upto):
                 continue
             try:
-                state = State.load(kept.path)
+                state = kept.load()
             except StateError as e:
-                if not kept.path.exists():  # whoever works on the run has let go of it since
-                    return self.newest(who, tell, upto)
-                damaged = damaged or e
+                if os.path.lexists(kept.path):
+                    damaged = damaged or e
+                else:  # whoever works on the run has let go of it since, and there is a newer one
+                    waiting = [each for each in self.of(who) if each.path not in seen]
                 continue
             if damaged is not None:
                 tell(f"a kept State is damaged and an older one, {kept.path.name}, takes its place ({damaged})")
@@ -256,18 +277,22 @@ class KeptStates:
 
     def sweep(self) -> None:
         """Remove what a process that was killed left half written. Only for who holds the lock."""
-        for path in self.folder.glob(".*.tmp"):
-            path.unlink(missing_ok=True)
+        sweep(self.folder)
+        for path in self.folder.glob(".*.tmp"):  # of earlier versions
+            remove(path)
 
     def clear(self) -> None:
         """Remove all of them. Only for who holds the lock."""
         for path in self.folder.iterdir():
             if _NAME.fullmatch(path.name):
-                path.unlink()
+                remove(path)
 
     def nbytes(self) -> tuple[int, int]:
         """How many files, and their size."""
-        sizes = [path.stat().st_size for path in self.folder.glob("*.safetensors")]
+        sizes = []
+        for path in self.folder.glob("*.safetensors"):
+            with contextlib.suppress(FileNotFoundError):  # let go of by whoever works on the run
+                sizes.append(path.lstat().st_size)
         return len(sizes), sum(sizes)
 
 
@@ -293,7 +318,7 @@ class RunFolder:
     def __init__(self, path: Path, description: Description, pipe: Pipeline | None = None):
         self.path, self.description, self._pipe = path, description, pipe
         spliced = description.parent is not None and description.parent.spliced
-        self.states = KeptStates(path / "states", keeps_first=spliced)
+        self.states = KeptStates(path / STATES, keeps_first=spliced)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], pipe: Pipeline | None = None) -> Self:
@@ -359,8 +384,9 @@ class RunFolder:
         """One process at a time; the system lets go of the lock when its process ends, however that is."""
         from filelock import FileLock, Timeout
 
-        asked, lock = f"working on the run {self.path}", FileLock(self.path / "lock")
+        asked = f"working on the run {self.path}"
         check_no_links(self.path, asked)
+        lock = FileLock(self.path / LOCK)
         try:
             lock.acquire(timeout=0)
         except Timeout:
@@ -375,5 +401,6 @@ class RunFolder:
     def sweep(self) -> None:
         """Remove what a killed process left half written in the folder."""
         self.states.sweep()
-        for path in (*self.path.glob(".*.tmp"), *self.path.glob(".ditkit-*.part")):
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+        sweep(self.path)
+        for path in self.path.glob(".*.tmp"):  # of earlier versions
+            remove(path)

@@ -24,6 +24,7 @@ from ditkit.request import Request
 from ditkit.runs.folder import (
     HERE,
     NAME,
+    STATES,
     WHOLE,
     Description,
     Journal,
@@ -38,6 +39,7 @@ from ditkit.runs.folder import (
     mark_of,
 )
 from ditkit.runs.fork import prepared
+from ditkit.writing import make_folder
 
 if TYPE_CHECKING:
     from ditkit.pipeline import Pipeline, Result
@@ -84,10 +86,10 @@ class Run(RunFolder):
         description.encoded(folder)
         check_no_links(folder, f"beginning the run {folder}")
         try:
-            (folder / "states").mkdir(parents=True, exist_ok=True)
+            make_folder(folder / STATES)
             (folder / HERE).touch()
         except OSError as e:
-            asked = f"making the folder {folder / 'states'}"
+            asked = f"making the folder {folder / STATES}"
             raise OutputError(asked, e.strerror or str(e), "Choose another place") from e
         run = cls(folder, description.model_copy(update={"here": mark_of(folder)}), pipe)
         with run.held():

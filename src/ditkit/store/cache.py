@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import secrets
 import sqlite3
 import sys
@@ -23,21 +24,23 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ditkit.errors import DitkitError, OutputError, SetupError, StateError
+from ditkit.errors import OutputError, SetupError, StateError
 from ditkit.filenames import fault_of_path, shortened
+from ditkit.reading import open_ordinary
 from ditkit.setup import Setup
 from ditkit.state import State, digest
 from ditkit.store import reasons
-from ditkit.store.database import Database, private
+from ditkit.store.database import Database, private, text_of
 from ditkit.store.hashes import HASHES
 from ditkit.store.reasons import CacheKey
+from ditkit.writing import new_file, sweep
 
 LAYOUT = "v1"
 RECORD = "@record"  # the field of an entry's State that is no field of a stage: settings and plugs
 COMPARED = 100  # entries of a stage, the last used ones, among which the nearest is looked for to explain a miss
 NAMED = 4  # differences that are told; more are counted
 REMEMBERED = 1024  # entries that are gone and still known by name
-ABANDONED = 3600.0  # seconds after which a file that nobody finished belongs to a process that died
+NAME = re.compile(r"[0-9a-f]{32}-[0-9a-f]{8}\.safetensors")  # of a result; whatever has another one is not ours
 NAMELESS = "its class is in no file or is made in a function, or it keeps attributes that are no dataclass fields"
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS entries (
@@ -72,17 +75,44 @@ class StageResult:
 
 class Cache:
     """Threads and processes may share a folder. What goes wrong with it is said in the reasons that ``find`` and
-    ``store`` give; a run goes on without it."""
+    ``store`` give; a run goes on without it. ``fault``: why nothing can be written to it, or not even read, or nothing;
+    it may be a disk that is full, read-only or without locks, or an index that is damaged or of another version."""
 
     def __init__(self, folder: str | os.PathLike[str], limit: int):
-        """``limit``: bytes of all results together. Raises SetupError where the folder cannot be used."""
+        """``limit``: bytes of all results together. Raises SetupError for what is no folder."""
         self.folder, self.limit = Path(folder), limit
         self.results = self.folder / LAYOUT / "results"
         check_no_links(self.folder)
-        with _usable(self.folder, SetupError, "Choose another folder, or remove this one"):
-            private(self.results)
-            self.index = Database(self.results.parent / "index.sqlite", SCHEMA)
-            self._sweep()
+        self.fault, self._index = "", None
+        if above := [f for f in (self.results, *self.results.parents) if os.path.lexists(f) and not f.is_dir()]:
+            raise SetupError(
+                f"the cache {folder}", f"{above[0]} is no folder", "Choose another folder, or remove this one"
+            )
+        try:
+            with contextlib.suppress(OSError):  # one that is read-only may have all that is looked for
+                private(self.results)
+            self._index = Database(self.results.parent / "index.sqlite", SCHEMA)
+            self.fault = self._index.fault
+            if not self.fault:
+                self._sweep()
+        except (OSError, sqlite3.Error) as e:
+            self.fault = text_of(e)
+
+    @property
+    def told(self) -> str:
+        """What a person should know of ``fault``, or of hashes that are not kept, or nothing."""
+        if not self.fault:
+            again = f"the cache {self.folder} keeps no hashes of files, which are read each time ({HASHES.fault})"
+            return again if HASHES.fault else ""
+        goes_on = "is not used" if self._index is None else "is only read"
+        return f"the cache {self.folder} {goes_on} ({self.fault})"
+
+    @property
+    def index(self) -> Database:
+        """Raises sqlite3.DatabaseError where it could not be opened."""
+        if self._index is None:
+            raise sqlite3.DatabaseError(self.fault)
+        return self._index
 
     def find(self, key: CacheKey) -> tuple[StageResult | None, str]:
         """A result, and when and where it was made; or None, and what the nearest one was made from instead."""
@@ -94,36 +124,44 @@ class Cache:
                 rows = db.execute(f"{same} ORDER BY used DESC", (_first(key),)).fetchall()
             for number, about, file, sha256, made, machine in rows:
                 if reasons.fits(json.loads(about), key):
-                    found = self._read(number, file, sha256)
+                    found = self._read(number, file, sha256, key)
                     return (None, found) if isinstance(found, str) else (found, f"made on {_date(made)} on {machine}")
             return None, self._nearest(key)
         except (OSError, sqlite3.Error) as e:
-            return None, f"the cache cannot be read ({_text(e)})"
+            return None, f"the cache cannot be read ({text_of(e)})"
         except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as e:  # whatever damage leads to
             return None, f"the index of the cache is damaged ({e!r}); `ditkit cache clear` makes a new one"
 
-    def _read(self, number: int, file: str, sha256: str) -> StageResult | str:
-        """An entry; or, as it is no more, why it cannot be used."""
+    def _read(self, number: int, file: str, sha256: str, key: CacheKey) -> StageResult | str:
+        """An entry; or, as it is no more, why it cannot be used. It is what its bytes say, whatever the index says."""
         try:
-            data = (self.results / Path(file).name).read_bytes()
+            with open_ordinary(self.results / Path(file).name) as stream:
+                data = stream.read()
         except FileNotFoundError:
             self._drop(number, "its file is gone")
             return "its file was removed a moment ago, or by hand"
+        except OSError as e:
+            return f"its file cannot be read ({text_of(e)})"
         try:
             if hashlib.sha256(data).hexdigest() != sha256:
                 raise StateError(f"reading {file}", "its bytes are others", "Make it again")
             state = State.from_bytes(data, file)
-        except StateError:
-            self._drop(number, "its file was damaged")
-            return "its file was damaged, and is removed"
+            record = state[RECORD]
+            if record["first"] != _first(key) or not reasons.fits(record, key):
+                raise StateError(f"reading {file}", "it is the result of something else", "Make it again")
+        except (StateError, LookupError):
+            gone = self._drop(number, "its file was damaged")
+            return f"its file was damaged{', and is removed' if gone else ''}"
         with contextlib.suppress(sqlite3.Error), self.index.writing() as db:
             db.execute(f"UPDATE entries SET used = {_NOW} WHERE id = ?", (number,))
-        record = state[RECORD]
         return StageResult({k: state[k] for k in state if k != RECORD}, record["settings"], record["plugs"])
 
-    def _drop(self, number: int, why: str) -> None:
-        with self.index.writing() as db:
+    def _drop(self, number: int, why: str) -> bool:
+        """Whether it could be let go of."""
+        with contextlib.suppress(OSError, sqlite3.Error), self.index.writing() as db:
             self._remove(db, db.execute("SELECT id, file FROM entries WHERE id = ? AND gone = ''", (number,)), why)
+            return True
+        return False
 
     def _nearest(self, key: CacheKey) -> str:
         with self.index.reading() as db:
@@ -147,30 +185,29 @@ class Cache:
             return why
         if plugs := reasons.unlasting(outcome.plugs or {}):
             return f"{plugs[0].partition('#')[0]} has no name that lasts, so nothing would find the result"
-        record = {"settings": dict(outcome.settings), "plugs": outcome.plugs}
+        record = {"first": _first(key), "settings": dict(outcome.settings), "plugs": outcome.plugs}
         data = State({**outcome.written, RECORD: record}).to_bytes()
         if len(data) > self.limit:
             return f"it has {len(data) / 1e6:.1f} MB, the cache may have {self.limit / 1e6:.1f} MB"
         try:
             self._add(key, record, data)
         except (OSError, sqlite3.Error) as e:
-            return f"the cache cannot be written ({_text(e)})"
+            return f"the cache cannot be written ({text_of(e)})"
         return ""
 
     def _add(self, key: CacheKey, record: Mapping[str, Any], data: bytes) -> None:
         about = json.dumps({**reasons.describe(key, _software(key)), **record}, sort_keys=True)
-        first = _first(key)
-        whole = digest(first, dict(record))
+        first = record["first"]
+        whole = digest(dict(record))
         file = f"{whole[:32]}-{secrets.token_hex(4)}.safetensors"
-        temporary = self.results / f"{file}.tmp"
-        try:
-            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as stream:
-                stream.write(data)
+        with new_file(self.results / file, 0o600) as (part, stream):
+            stream.write(data)
+            stream.flush()
             with self.index.writing() as db:
                 if db.execute("SELECT 1 FROM entries WHERE key = ? AND gone = ''", (whole,)).fetchone():
                     return  # another process was faster
                 self._shrink(db, self.limit - len(data))
-                os.replace(temporary, self.results / file)
+                os.replace(part, self.results / file)
                 db.execute(
                     "INSERT OR REPLACE INTO entries"
                     " (stage, first, key, about, file, sha256, size, made, machine, used, gone)"
@@ -178,9 +215,6 @@ class Cache:
                     (key.stage, first, whole, about, file, hashlib.sha256(data).hexdigest(), len(data),
                      time.time(), platform.node() or "this machine"),
                 )  # fmt: skip
-        finally:
-            with contextlib.suppress(OSError):  # renamed, or never made
-                temporary.unlink()
 
     def _shrink(self, db: sqlite3.Connection, room: int) -> int:
         """Under the write lock: evict until what is left has at most ``room`` bytes. Bytes that were freed."""
@@ -203,42 +237,65 @@ class Cache:
             db.execute("UPDATE entries SET gone = ?, size = 0, file = '' WHERE id = ?", (why, number))
 
     def _sweep(self) -> None:
-        """Remove files that no entry knows: somebody died between two steps."""
+        """Remove files that no entry knows and entries without a file: somebody died between two steps."""
+        sweep(self.results)
         with self.index.writing() as db:
-            known = {file for (file,) in db.execute("SELECT file FROM entries WHERE gone = ''")}
-            for file in self.results.iterdir():
-                with contextlib.suppress(FileNotFoundError):  # whoever wrote it has just finished
-                    left = file.suffix == ".tmp" and time.time() - file.stat().st_mtime > ABANDONED
-                    if left or (file.suffix == ".safetensors" and file.name not in known):
-                        file.unlink()
+            known = {file: number for number, file in db.execute("SELECT id, file FROM entries WHERE gone = ''")}
+            there = {file for file in os.listdir(self.results) if NAME.fullmatch(file)}
+            for file in there - {*known}:
+                (self.results / file).unlink(missing_ok=True)
+            self._remove(db, [(known[file], file) for file in {*known} - there], "its file is gone")
 
     def contents(self) -> dict[str, tuple[int, int]]:
         """Entries and bytes of each stage, the largest first. Raises OutputError."""
-        with _usable(self.folder), self.index.reading() as db:
+        with self._told(), self.index.reading() as db:
             rows = db.execute("SELECT stage, COUNT(*), SUM(size) FROM entries WHERE gone = '' GROUP BY stage"
                               " ORDER BY SUM(size) DESC, stage").fetchall()  # fmt: skip
             return {stage: (count, size) for stage, count, size in rows}
 
     def trim(self) -> int:
         """Evict down to the limit; bytes that were freed. Raises OutputError."""
-        with _usable(self.folder):
+        with self._told():
             self._sweep()
             with self.index.writing() as db:
                 return self._shrink(db, self.limit)
 
     def clear(self) -> int:
-        """Forget everything; bytes that were freed. Raises OutputError."""
-        with _usable(self.folder), self.index.writing() as db:
-            freed = self._shrink(db, -1)
-            db.execute("DELETE FROM entries")
+        """Forget everything, also where the index cannot be read; bytes that were freed. Raises OutputError."""
+        with self._told():
+            if self._index is None:
+                return self._begin_anew()
+            with self.index.writing() as db:
+                freed = self._shrink(db, -1)
+                db.execute("DELETE FROM entries")
+            return freed
+
+    def _begin_anew(self) -> int:
+        files = [file for file in self.results.iterdir() if NAME.fullmatch(file.name)]
+        freed = sum(file.lstat().st_size for file in files)
+        Database.remove(self.results.parent / "index.sqlite")
+        for file in files:
+            file.unlink(missing_ok=True)
+        self._index, self.fault = Database(self.results.parent / "index.sqlite", SCHEMA), ""
         return freed
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, sqlite3.Error) as e:
+            do = "Remove the folder, or begin it anew with `ditkit cache clear`"
+            raise OutputError(f"the cache {self.folder}", text_of(e), do) from None
 
 
 def check_no_links(folder: Path) -> None:
     """Raise SetupError where a part of the cache is a link: results that no entry knows are removed, and nothing
     outside of the folder may be."""
     inner = folder / LAYOUT
-    for part in (inner, *(inner.glob("*") if inner.is_dir() else ())):
+    parts = [inner]
+    with contextlib.suppress(OSError):  # it is not there, or not for us to read
+        parts += inner.iterdir()
+    for part in parts:
         if part.is_symlink():
             found = f"{part} is a link, which may lead anywhere"
             raise SetupError(f"the cache {folder}", found, "Choose another folder, or remove this one")
@@ -257,18 +314,19 @@ def folder_of(setting: str) -> Path:
 
 
 def open_cache(setup: Setup) -> Cache | None:
-    """That of a Setup, None if it has none. Raises SetupError."""
+    """That of a Setup, None if it has none. Raises SetupError for what is no folder."""
     return None if setup.cache is None else Cache(folder_of(setup.cache), int(setup.cache_gigabytes * 1e9))
 
 
 def remember_hashes(setup: Setup) -> None:
-    """Beside the results, for whoever has a cache: nothing is written to disk that nobody asked for. Raises
-    SetupError."""
+    """Beside the results, for whoever has a cache: nothing is written to disk that nobody asked for. Where that cannot
+    be, files are read each time, and ``open_cache`` says why."""
     if setup.cache is not None:
-        folder = folder_of(setup.cache)
-        check_no_links(folder)
-        with _usable(folder, SetupError, "Choose another folder, or remove this one"):
-            HASHES.keep_in(private(folder / LAYOUT))
+        check_no_links(folder_of(setup.cache))
+        folder = folder_of(setup.cache) / LAYOUT
+        with contextlib.suppress(OSError):  # it may be there and read-only
+            private(folder)
+        HASHES.keep_in(folder)
 
 
 @functools.cache
@@ -301,15 +359,3 @@ def _unknowable(key: CacheKey) -> str:
 
 def _date(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
-
-
-def _text(error: Exception) -> str:
-    return (getattr(error, "strerror", None) or str(error)).lower()
-
-
-@contextlib.contextmanager
-def _usable(folder: Path, error: type[DitkitError] = OutputError, do: str = "Remove the folder") -> Iterator[None]:
-    try:
-        yield
-    except (OSError, sqlite3.Error) as e:
-        raise error(f"the cache {folder}", _text(e), do) from None

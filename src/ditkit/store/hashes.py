@@ -13,7 +13,7 @@ import threading
 import time
 from pathlib import Path
 
-from ditkit.store.database import Database
+from ditkit.store.database import Database, text_of
 
 SETTLED = 2.0  # seconds; the coarsest clock among file systems in use is that of FAT
 _SHA256 = re.compile("[0-9a-f]{64}")
@@ -22,18 +22,26 @@ SCHEMA = "CREATE TABLE IF NOT EXISTS hashes (path TEXT PRIMARY KEY, stamp TEXT N
 
 class Hashes:
     """sha256 of files, remembered by this process and, after ``keep_in``, on disk. A disk that fails costs time only,
-    for then the files are read."""
+    for then the files are read. ``fault``: why they are not kept on disk as was asked, or nothing."""
 
     def __init__(self) -> None:
+        self.fault = ""
         self._known: dict[str, tuple[str, str]] = {}
         self._database: Database | None = None
         self._lock = threading.Lock()
 
     def keep_in(self, folder: Path) -> None:
-        """Raises sqlite3.Error, OSError."""
+        file = folder / "hashes.sqlite"
         with self._lock:
-            if self._database is None or self._database.file.parent != folder:
-                self._database = Database(folder / "hashes.sqlite", SCHEMA)
+            if self._database is not None and self._database.file == file and not self.fault:
+                return
+            self._database, self.fault = None, ""
+            try:
+                self._database = Database(file, SCHEMA)
+                fault = self._database.fault
+            except (sqlite3.Error, OSError) as e:
+                fault = text_of(e)
+            self.fault = f"{file.name}: {fault}" if fault else ""
 
     def of(self, file: Path) -> str:
         """Hex digest. Raises OSError."""

@@ -101,8 +101,9 @@ def _check_target(src: Path, dst: Path, overwrite: bool) -> None:
 
 def _own_names(located: ModelParts, folder: Path) -> set[str]:
     """The entries of ``folder`` that its model consists of."""
-    parts = located.parts.values()
+    parts, folder = located.parts.values(), folder.absolute()
     files = [*(file for part in parts if part.source for file in part.source.files), *(part.path for part in parts)]
+    files = [file.absolute() for file in files]
     inside = {file.relative_to(folder).parts[0] for file in files if file.is_relative_to(folder) and file != folder}
     return inside | (set(WITHOUT_WEIGHTS) if located.layout == "diffusers" else set())
 

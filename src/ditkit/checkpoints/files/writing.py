@@ -73,13 +73,15 @@ def write_pickle(
     """A state dict as ``torch.save`` writes it, for the official code, which reads nothing else.
 
     ``torch.save`` wants all tensors at once, so they go through a file beside this one that is mapped into memory and
-    removed afterwards: the disk needs room for both, the heap for one tensor."""
+    removed afterwards: the disk needs room for both, the heap for one tensor. Raises OSError."""
     from safetensors.torch import load_file
 
     beside = file.with_name(f"{file.name}.tensors")
     try:
         write_file(beside, source, None, dtype, wrote)
         torch.save(load_file(beside), file)
+    except RuntimeError as e:  # what torch makes of a disk that takes no more
+        raise OSError(0, f"torch cannot write {file.name} ({str(e).splitlines()[0][:200]})") from None
     finally:
         beside.unlink(missing_ok=True)
 

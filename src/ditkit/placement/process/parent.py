@@ -12,18 +12,14 @@ import os
 import queue
 import secrets
 import selectors
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
-import time
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ditkit.errors import Lost, PlaceError
@@ -31,9 +27,8 @@ from ditkit.placement.http.client import HTTPChannel
 from ditkit.placement.job import Job, Message, Question, error_of
 from ditkit.setup import Setup
 from ditkit.state import State
+from ditkit.writing import Scratch
 
-PREFIX = "ditkit-child-"
-YOUNG = 60.0  # seconds in which a folder may not be locked yet
 LAST_WORDS = 8  # lines of what a child said on stderr that an error tells
 PATH = 100  # bytes that the name of a Unix socket may have: 104 with its end on a Mac, 108 on Linux
 START = (
@@ -47,10 +42,9 @@ class Child:
 
     process: subprocess.Popen[bytes]
     channel: HTTPChannel
-    folder: Path
+    folder: Scratch
     words: Sequence[str]
     nurse: threading.Thread
-    leave: contextlib.ExitStack
 
     def fate(self) -> str | None:
         """How it ended; None while it lives. It may need a moment to end after its socket is closed."""
@@ -75,7 +69,7 @@ class Child:
             self.process.wait()
         if self.process.stdout is not None:
             self.process.stdout.close()
-        self.leave.close()
+        self.folder.close()
 
 
 class ProcessChannel:
@@ -146,16 +140,11 @@ def _born(setup: Setup, stages: Sequence[str], name: str) -> Child:
     """A child that listens. Raises Lost when it ends before that, and what opening the model raises there."""
     import torch
 
-    sweep()
-    folder, token = Path(tempfile.mkdtemp(prefix=PREFIX)), secrets.token_urlsafe(32)
-    leave = contextlib.ExitStack()
-    with contextlib.suppress(OSError):  # a disk that knows no locks is not swept
-        leave.callback(os.close, held(folder))
-    leave.callback(shutil.rmtree, folder, ignore_errors=True)
-    address, asked = folder / "child", f"starting a child process for {name}"
+    folder, token = Scratch(), secrets.token_urlsafe(32)
+    address, asked = folder.path / "child", f"starting a child process for {name}"
     process, words, nurse = _spawned()
     channel = HTTPChannel("http://process", setup.timeout, token=token, uds=str(address))
-    child = Child(process, channel, folder, words, nurse, leave)
+    child = Child(process, channel, folder, words, nurse)
     try:
         if len(str(address).encode()) > PATH:
             raise PlaceError(asked, f"the name {address} is too long for a socket", "Set TMPDIR to a shorter one")
@@ -175,30 +164,6 @@ def _born(setup: Setup, stages: Sequence[str], name: str) -> Child:
         child.end()
         raise
     return child
-
-
-def held(folder: Path) -> int:
-    """A lock on ``folder`` that ends with this process, however that ends. Raises OSError where another one has it."""
-    import fcntl  # Windows has none, and starts no child
-
-    number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    try:
-        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(number)
-        raise
-    return number
-
-
-def sweep() -> None:
-    """Remove the folders of sockets whose parents were killed."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
-        with contextlib.suppress(OSError):  # somebody's at work, another user's, or gone
-            about = folder.lstat()
-            if about.st_uid == os.getuid() and time.time() - about.st_mtime > YOUNG:
-                number = held(folder)
-                shutil.rmtree(folder, ignore_errors=True)
-                os.close(number)
 
 
 def _line(file: int, asked: str, timeout: float) -> bytes:
