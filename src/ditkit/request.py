@@ -116,7 +116,8 @@ class Settings(BaseModel):
         except ValidationError as e:
             raise sentence(cls, e, values, origin, error) from None
         except TypeError:
-            raise error("the settings", "the name of one of them is no text", "Correct it") from None
+            where = f" ({origin})" if isinstance(origin, str) else ""
+            raise error(f"the settings{where}", "the name of one of them is no text", "Correct it") from None
 
 
 def check_text(values: Mapping[str, Any], origin: str | Mapping[str, str], error: type[UserError]) -> None:
