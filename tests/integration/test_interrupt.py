@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import signal
 import subprocess
@@ -91,7 +92,10 @@ def test_outside_the_loop(call, model, tmp_path, monkeypatch, when, stage, field
 
 
 def test_while_the_results_are_written(call, model, tmp_path, monkeypatch):
-    def interrupted(*_, **__):
+    real = os.fsync
+
+    def interrupted(number):
+        patch.setattr("os.fsync", real)  # once; the State that is kept is brought to the disk too
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

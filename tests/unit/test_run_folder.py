@@ -16,6 +16,7 @@ from forks import child, ended, fork, open_to_all
 from ditkit.errors import OutputError, StateError
 from ditkit.execution.stage import BaseStage
 from ditkit.execution.stage_list import StageList
+from ditkit.request import Request
 from ditkit.runs import listed, located
 from ditkit.runs.folder import KeptStates, RunFolder
 from ditkit.runs.fork import taken_back
@@ -142,7 +143,7 @@ def test_the_lock_of_a_process_that_was_killed_is_free(tmp_path):
 
 def described(folder, **changes) -> Path:
     values = {"id": "0" * 32, "created": "2026-01-01T00:00:00.000+00:00", "model": {"name": "shapes"},
-              "request": {"prompt": "a red circle", "batched": False}, "setup": {"model": "shapes"}, "clips": 1,
+              "request": Request(prompt="a red circle").model_dump(), "setup": {"model": "shapes"}, "clips": 1,
               "steps": 4, "every": 1, "keep_steps": "last"}  # fmt: skip
     (folder / "states").mkdir(parents=True)
     (folder / "run.json").write_text(json.dumps({"run": 1, **values, **changes}))

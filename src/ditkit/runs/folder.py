@@ -402,5 +402,6 @@ class RunFolder:
         """Remove what a killed process left half written in the folder."""
         self.states.sweep()
         sweep(self.path)
-        for path in self.path.glob(".*.tmp"):  # of earlier versions
+        links = (path for path in self.path.glob(".ditkit-*.part") if path.is_symlink())  # nobody at work makes one
+        for path in (*self.path.glob(".*.tmp"), *links):  # the first are of earlier versions
             remove(path)
