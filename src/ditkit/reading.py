@@ -139,7 +139,7 @@ def read_bytes(
 def decoded(data: bytes, asked: str, error: type[DitkitError] = LoadError, *, do: str = REPAIR) -> str:
     """UTF-8 with or without a mark at its beginning, as text. Raises ``error``."""
     try:
-        return data.decode("utf-8-sig")
+        return data.removeprefix(b"\xef\xbb\xbf").decode()
     except UnicodeDecodeError as e:
         if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
             raise error(asked, "it is UTF-16", "Save it as UTF-8") from None

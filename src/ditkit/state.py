@@ -187,8 +187,8 @@ class State(Mapping[str, Any]):
                 out |= {f"{name}/{key}": tensor for key, tensor in value.items()}
         return out
 
-    def to_bytes(self, summed: bool = False) -> bytes:
-        """The safetensors file as bytes."""
+    def to_bytes(self, summed: bool = True) -> bytes:
+        """The safetensors file as bytes, as ``save`` writes it; ``summed``: with its checksum."""
         return b"".join(self.buffers(summed))
 
     def buffers(self, summed: bool = False) -> list[bytes | memoryview]:

@@ -191,7 +191,7 @@ def test_doctor(call, model, tmp_path, monkeypatch):
     assert said.code == 0, said.out
     for word in (
         "torch",
-        "devices",
+        "device cpu",
         "threads",
         "libx264",
         "model shapes",

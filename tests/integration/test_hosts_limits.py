@@ -21,10 +21,10 @@ import torch
 from hosting import in_thread
 
 import ditkit
+from ditkit.allowed import Limits
 from ditkit.errors import PlaceError, RequestError
 from ditkit.execution.place import Segment
 from ditkit.execution.stage import BaseStage
-from ditkit.placement.allowed import Limits
 from ditkit.placement.http import zero_copy
 from ditkit.placement.http.client import JOB, HTTPChannel
 from ditkit.placement.job import Job, options_to_send

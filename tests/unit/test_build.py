@@ -81,7 +81,7 @@ ROWS = "factors = [" + "[1, 2, 3]," * 16 + "]\n"
         ("[defaults]\nprompt = ['a', 'b']\nseed = [1, 2, 3]\n", "the lengths differ"),
         ("[default]\n", "unknown table 'default'"),
         ("x = 1 2\n", "not valid TOML"),
-        (f"x = {'[' * 5000}{']' * 5000}\n", "nested too deeply"),
+        (f"x = {'[' * 5000}{']' * 5000}\n", "within each other"),
     ],
 )
 def test_damaged_notes_are_refused_with_the_name_of_the_file(copied, text, said):
@@ -102,7 +102,7 @@ def test_notes_that_are_right_are_used(copied):
 @pytest.mark.parametrize("file", ["model_index.json", "vae/config.json", "scheduler/scheduler_config.json"])
 def test_json_that_is_nested_too_deeply(copied, file):
     (copied / file).write_text('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}")
-    with pytest.raises(LoadError, match=f"{file}: it is nested too deeply"):
+    with pytest.raises(LoadError, match=f"{file}: it is not valid JSON .more than 64 tables or lists"):
         ditkit.load(copied)
 
 
@@ -118,7 +118,7 @@ def test_the_name_of_a_model(copied, monkeypatch):
     assert ditkit.load(copied / "model_index.json").model.path == copied  # an index is a manifest
     monkeypatch.chdir(copied)
     for name in ("", "~nobody-of-that-name/model", "x\0y", "x" * 5000):
-        with pytest.raises(LoadError, match="no folder, no file and no model of that name"):
+        with pytest.raises(LoadError, match="no folder, no file and no model of that name|the control character 0x00"):
             Model.open(name)
     monkeypatch.setenv("HOME", str(copied.parent))
     assert Model.open(f"~/{copied.name}").path == copied

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ditkit import config
+from ditkit.allowed import Limits
 from ditkit.cli import terminal
 from ditkit.cli.flags import PathOption, RawSettings, kebab, with_settings
 from ditkit.cli.opening import model_name
@@ -18,7 +19,6 @@ from ditkit.errors import SetupError
 from ditkit.events import Event
 from ditkit.hiding import printable
 from ditkit.keys import token_in, token_of
-from ditkit.placement.allowed import Limits
 from ditkit.request import Request
 from ditkit.setup import Setup
 

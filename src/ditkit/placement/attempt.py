@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from ditkit import limits
+from ditkit.allowed import UNLIMITED, Limits
 from ditkit.cancel import Cancel
 from ditkit.checking import check_counts, fault_of
 from ditkit.errors import Lost, PipelineError, PlaceError, StateError
@@ -20,7 +21,6 @@ from ditkit.execution.place import StageCall, StageResult, checked
 from ditkit.execution.stage import known_settings
 from ditkit.hiding import printable
 from ditkit.identify import forgets
-from ditkit.placement.allowed import UNLIMITED, Limits
 from ditkit.placement.job import LOG, TICK, Channel, Job, Message, error_of, event_of, state_to_outcome
 
 

@@ -9,9 +9,9 @@ from typing import Annotated, Any, NotRequired
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
+from ditkit.allowed import Limits
 from ditkit.errors import PlaceError
 from ditkit.hiding import printable
-from ditkit.placement.allowed import Limits
 from ditkit.placement.job import SAME, WIRE
 from ditkit.state import SCHEMA
 

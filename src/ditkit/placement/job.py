@@ -99,7 +99,7 @@ class Message:
 
     @cached_property
     def payload(self) -> bytes | bytearray | memoryview:
-        return self.content.to_bytes() if isinstance(self.content, State) else self.content
+        return self.content.to_bytes(summed=False) if isinstance(self.content, State) else self.content
 
     def buffers(self) -> Sequence[bytes | bytearray | memoryview]:
         """The payload in pieces, without a copy of the tensors."""
@@ -189,7 +189,7 @@ def event_message(event: Event) -> Message:
     about = {**{key: getattr(event, key) for key in _ABOUT}, "values": plain}
     if not tensors:
         return Message("event", json.dumps(about).encode())
-    return Message("event", State({**tensors, "event": about}).to_bytes())
+    return Message("event", State({**tensors, "event": about}).to_bytes(summed=False))
 
 
 def _plain(value: Any) -> Any:

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from ditkit import limits
+from ditkit.allowed import Limits
 from ditkit.assembly.plugs import texts_of
 from ditkit.cancel import Cancel
 from ditkit.errors import Lost, PlaceError, nearest
@@ -19,7 +20,6 @@ from ditkit.events import SILENT, Events
 from ditkit.execution.place import Call, StageCall, StageResult
 from ditkit.execution.stage import Stage
 from ditkit.hiding import printable
-from ditkit.placement.allowed import Limits
 from ditkit.placement.attempt import Attempt, plugged
 from ditkit.placement.description import checked_description, checked_probe
 from ditkit.placement.job import SAME, Channel, made_by

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from ditkit import options
+from ditkit.allowed import UNLIMITED, Limits, cells_of
 from ditkit.assembly import STAGES, Components, Model, calls_of, pipeline_of, placed, stage_of
 from ditkit.assembly.plugs import plugged, received
 from ditkit.cancel import Cancel
@@ -22,7 +23,6 @@ from ditkit.errors import DitkitError, Lost, PlaceError, RequestError, SetupErro
 from ditkit.events import SILENT, Event, Events
 from ditkit.execution.place import Here, StageCall, StageResult, checked, fingerprint_in
 from ditkit.execution.stage import Stage, readable, settings_of
-from ditkit.placement.allowed import UNLIMITED, Limits, cells_of
 from ditkit.placement.job import TICK, WIRE, Job, Message, error_message, event_message, made_by, outcome_to_state
 from ditkit.placement.spec import Target
 from ditkit.receipt import machine, versions
@@ -135,7 +135,7 @@ class Worker:
 
         def keep(outcome: StageResult) -> None:
             steps_kept.append(outcome.written.get("step", 0))
-            send(Message("kept", outcome_to_state(outcome).to_bytes()))
+            send(Message("kept", outcome_to_state(outcome).to_bytes(summed=False)))
 
         cancel, events = Cancel(cancelled), Events(listen)
         listening = getattr(self.components, "listening", None)

@@ -186,7 +186,7 @@ class Cache:
         if plugs := reasons.unlasting(outcome.plugs or {}):
             return f"{plugs[0].partition('#')[0]} has no name that lasts, so nothing would find the result"
         record = {"first": _first(key), "settings": dict(outcome.settings), "plugs": outcome.plugs}
-        data = State({**outcome.written, RECORD: record}).to_bytes()
+        data = State({**outcome.written, RECORD: record}).to_bytes(summed=False)
         if len(data) > self.limit:
             return f"it has {len(data) / 1e6:.1f} MB, the cache may have {self.limit / 1e6:.1f} MB"
         try:

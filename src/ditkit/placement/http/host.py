@@ -18,9 +18,9 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Annotated, Any
 
+from ditkit.allowed import Limits
 from ditkit.errors import DitkitError, Lost, MissingDependency, PlaceError, SetupError, StateError, UserError
 from ditkit.limits import BACKLOG
-from ditkit.placement.allowed import Limits
 from ditkit.placement.http.client import CRC, JOB
 from ditkit.placement.http.framing import FRAMING, MEDIA_TYPE, PIECE, crc32, fresh, pack
 from ditkit.placement.job import TICK, Job, Message, error_message, error_of, options_to_send

@@ -56,7 +56,7 @@ def opened(told: dict[str, Any]) -> Any:
     """The app over a Worker. Raises LoadError, SetupError."""
     import torch
 
-    from ditkit.placement.allowed import Limits
+    from ditkit.allowed import Limits
     from ditkit.placement.http.host import app_of
     from ditkit.placement.worker import worker_of
     from ditkit.setup import Setup
