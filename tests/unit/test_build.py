@@ -118,7 +118,7 @@ def test_the_name_of_a_model(copied, monkeypatch):
     assert ditkit.load(copied / "model_index.json").model.path == copied  # an index is a manifest
     monkeypatch.chdir(copied)
     for name in ("", "~nobody-of-that-name/model", "x\0y", "x" * 5000):
-        with pytest.raises(LoadError, match="no folder, no file and no model of that name|the control character 0x00"):
+        with pytest.raises(LoadError, match=r"no folder, no file and no model of that name|the control character 0x00"):
             Model.open(name)
     monkeypatch.setenv("HOME", str(copied.parent))
     assert Model.open(f"~/{copied.name}").path == copied

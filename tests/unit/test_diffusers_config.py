@@ -359,7 +359,7 @@ def test_writing_is_all_or_nothing(tmp_path):
     with pytest.raises(OutputError, match="there is no transformer"):
         write_index(tmp_path / "m", {"vae": ("diffusers", "A"), "transformer": ("diffusers", "B")})
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="not a directory|file exists"):
+    with pytest.raises(OutputError, match=r"not a directory|file exists"):
         write_component(tmp_path / "file/vae", {}, good)
 
 

@@ -7,6 +7,7 @@ becomes of a failure (``stages/expand_prompt.py``)."""
 import base64
 import io
 import os
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import astuple
@@ -87,6 +88,7 @@ class ServerExpander:
             trust_env=False, follow_redirects=False, timeout=self.timeout, **way,
             event_hooks={"request": [partial(_only_ours, key, read(self.name, asked).origin == openai_origin())]},
         )  # fmt: skip
+        weakref.finalize(self, http.close)  # a connection that is kept for the next prompt
         return openai.OpenAI(
             base_url=self.name, api_key=key, timeout=self.timeout, max_retries=self.retries, http_client=http
         )
