@@ -6,6 +6,7 @@ takes the numbers that its owner gives), how numbers are checked (each reader)."
 
 TEXT = 32 << 20  # bytes of JSON, TOML or plain text: the largest in use, a tokenizer of 256,000 words, has 17 MB
 DEPTH = 64  # tables and lists within each other; a config of a nested model has 6
+VALUES = 1 << 22  # in one JSON text, which take up to 250 bytes each; a tokenizer of 256,000 words has 2 million
 DIGITS = 400  # of a number that is written out: no float has more, no integer that is used has 20
 WORDS = 1 << 20  # characters of one prompt, and of one value of a setting
 MESSAGE = 2000  # characters of an error's sentence: what a file claims may be long

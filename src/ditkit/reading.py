@@ -151,10 +151,17 @@ def parse_json(data: bytes | str, asked: str, error: type[DitkitError] = LoadErr
     ``error``."""
     text = data if isinstance(data, str) else decoded(_data(data, asked, error), asked, error, do=do)
     try:
-        value = json.loads(text)
-        check_value(value)
+        return value_of(text)
     except (ValueError, RecursionError) as e:
         raise error(asked, f"it is not valid JSON ({_why(e)})", do) from None
+
+
+def value_of(text: str) -> Any:
+    """The value of a JSON text within all limits. Raises ValueError, RecursionError."""
+    if sum(map(text.count, ",[{")) > limits.VALUES:  # before they take memory; commas in its texts count, too
+        raise ValueError(f"more than {limits.VALUES:,} values")
+    value = json.loads(text)
+    check_value(value)
     return value
 
 

@@ -5,6 +5,7 @@ and a person's file or module that is handed over by name (``bring``). Leaves ou
 
 import hashlib
 import importlib.util
+import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -170,7 +171,7 @@ class PlugSpec:
         imported: what a file imports is looked at when it is brought. Raises SetupError."""
         if not self.is_code:
             return self
-        asked, path = f"bringing {self.code}", Path(self.code).expanduser().absolute()
+        asked, path = f"bringing {self.code}", Path(os.path.expanduser(self.code)).absolute()
         try:
             sha256 = hashlib.sha256(path.read_bytes()).hexdigest() if self.is_file else file_sha256(self.code)
         except (OSError, ModuleNotFoundError) as e:

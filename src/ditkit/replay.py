@@ -195,7 +195,7 @@ def prepare(
         do = "Name a folder with the same files, with --model"
         raise LoadError(f"{asked} here", f"its model was at {folder}", do)
     named = folder in MODELS or folder.startswith("hf:") or at_host
-    if model is None and not named and not Path(folder).exists():
+    if model is None and not named and not os.path.exists(folder):
         raise LoadError(asked, f"its model {folder!r} is not there", "Name the folder where it is now, with --model")
     places: dict[str, dict[str, str]] = {"devices": {}, "dtypes": {}}
     kept = script.setup.model_dump() | {"plugs": trusted(script, plugs)}
@@ -323,4 +323,4 @@ def picture_differences(file: Path, video: Any) -> list[str]:
 
 
 def lossless(file: Path) -> bool:
-    return file.is_dir() or file.suffix.lower() in (".png", ".npz")
+    return os.path.isdir(file) or file.suffix.lower() in (".png", ".npz")

@@ -7,6 +7,7 @@ Leaves out: names of objects (``identify.py``) and rows (``registry.py``)."""
 import ast
 import hashlib
 import json
+import os
 import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
@@ -135,7 +136,7 @@ def _sha256(module: str, file: Path | None) -> str:
     spec = getattr(there, "__spec__", None) or there  # a module that is imported again has a new spec
     known = None if spec is None else _hashes.get(id(spec))
     if known is None:
-        real = next((path for path in (file, *file.parents) if path.is_file()), None) if file else None
+        real = next((path for path in (file, *file.parents) if os.path.isfile(path)), None) if file else None
         known = (spec, hashlib.sha256(real.read_bytes()).hexdigest() if real else uuid4().hex)
         if spec is not None:
             _hashes[id(spec)] = known
@@ -144,7 +145,7 @@ def _sha256(module: str, file: Path | None) -> str:
 
 def _imports(module: str, file: Path | None) -> Iterator[str]:
     """The modules that the text of a module names, with the packages around them."""
-    if file is not None and file.suffix == ".py" and file.is_file():
+    if file is not None and file.suffix == ".py" and os.path.isfile(file):
         spec = spec_of(module)
         for name in _written(file.read_bytes(), (spec.parent if spec else None) or module.rpartition(".")[0]):
             parts = name.split(".")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ditkit.errors import OutputError, StateError
-from ditkit.reading import check_value, open_ordinary
+from ditkit.reading import open_ordinary, value_of
 from ditkit.request import renamed
 from ditkit.writing import write_whole
 
@@ -235,8 +235,7 @@ class State(Mapping[str, Any]):
         if not {*metadata} <= {ABOUT, SUM} or metadata.get(SUM, found_sum) != found_sum:
             raise StateError(asked, "it is damaged: what it holds is not what was written (checksum)", again)
         try:
-            header = json.loads(text)
-            check_value(header)
+            header = value_of(text)
             schema, plain, fingerprints = header["schema"], header.get("plain"), header.get("fingerprints")
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
             raise StateError(asked, f"its description is damaged ({e!r})", again) from None
@@ -261,7 +260,7 @@ class State(Mapping[str, Any]):
         """Write one file with a checksum (``write_whole``): whole or not at all, and ``durable`` unless that is asked
         not to be. Raises OutputError."""
         path = Path(path)
-        if path.is_dir():
+        if os.path.isdir(path):
             do = "Give a file name, such as state.safetensors"
             raise OutputError(f"saving the State to {path}", "that is a folder", do)
         write_whole(path, self.buffers(summed=True), f"saving the State to {path}", durable)
@@ -343,7 +342,7 @@ def _read(data: bytearray | memoryview) -> tuple[dict[str, Tensor], dict[str, st
     (size,) = struct.unpack("<Q", data[:8])
     if size > len(data) - 8:
         raise ValueError("it ends within its header")
-    header = json.loads(bytes(data[8 : 8 + size]))
+    header = value_of(bytes(data[8 : 8 + size]).decode())
     metadata, end, tensors = header.pop("__metadata__", {}), 0, {}
     header = dict(sorted(header.items(), key=lambda item: item[1]["data_offsets"]))
     for name, about in header.items():

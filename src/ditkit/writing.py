@@ -99,7 +99,7 @@ def take_place(part: Path, target: Path) -> None:
     """``part`` gets the name ``target``, whose file or folder is replaced. A folder that is there changes places with
     it at once, where system and disk can do that. What was replaced may have the name ``part`` then. Raises OSError,
     and OutputError where the old folder lies under another name now."""
-    if part.is_symlink() or not (part.is_dir() and target.is_dir()):
+    if os.path.islink(part) or not (os.path.isdir(part) and os.path.isdir(target)):
         os.replace(part, target)
         return
     if _exchanged(part, target):
@@ -177,7 +177,7 @@ def _settle(left: Path, target: Path | None = None, heir: int = 0) -> None:
 def remove(path: Path) -> None:
     """A file, a link or a folder with all that is in it, if it is there and that is allowed. No link is followed."""
     with contextlib.suppress(OSError):
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        shutil.rmtree(path) if os.path.isdir(path) and not os.path.islink(path) else path.unlink()
 
 
 class Scratch:
@@ -195,7 +195,7 @@ class Scratch:
             with contextlib.suppress(FileNotFoundError):
                 self._number = os.open(self.path, os.O_RDONLY) if fcntl else -1
                 _lock(self._number)
-                if self.path.exists():
+                if os.path.exists(self.path):
                     return
 
     def close(self) -> None:
@@ -225,7 +225,7 @@ def _free(number: int) -> bool:
 def make_folder(folder: Path) -> None:
     """``folder`` and those above it, where they are not there; on the disk when this returns. Raises OSError."""
     missing = []
-    while not folder.is_dir():
+    while not os.path.isdir(folder):
         missing.append(folder)
         if folder.parent == folder:
             break

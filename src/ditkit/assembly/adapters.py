@@ -66,10 +66,10 @@ def placed(setup: Setup) -> Setup:
     """``setup`` with whole paths of stand-in parts, LoRAs and plugs, so that a clip finds them from every folder; a
     plug's code with its sha256. Raises SetupError."""
     there = {name: Path(os.path.expanduser(where)) for name, where in setup.components.items()}
-    parts = {name: str(path.absolute()) if path.exists() else setup.components[name] for name, path in there.items()}
+    parts = {name: str(path.absolute()) for name, path in there.items() if os.path.exists(path)}
     loras = [Wanted.parse(text).placed for text in setup.loras]
     plugs = [str(PlugSpec.parse(text).placed()) for text in setup.plugs]
-    return setup.model_copy(update={"components": parts, "loras": loras, "plugs": plugs})
+    return setup.model_copy(update={"components": {**setup.components, **parts}, "loras": loras, "plugs": plugs})
 
 
 @dataclass(frozen=True)

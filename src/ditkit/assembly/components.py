@@ -7,6 +7,7 @@ import copy
 import hashlib
 import itertools
 import json
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -150,7 +151,7 @@ class Components(Mapping[str, Any]):
         """Size and time of change of all files that a part is read from, LoRAs and config included."""
         part = self.model.parts[name]
         weights = part.source.files if part.source else (vocabulary(part),)
-        config = (part.path if part.path.is_dir() else part.path.parent) / "config.json"
+        config = (part.path if os.path.isdir(part.path) else part.path.parent) / "config.json"
         loras = [file for adapter, _ in self.adapters.by_expert.get(name, ()) for file in adapter.source.files]
         with readable(f"looking at the {name} of {self.model.name}"):
             there = [file for file in (*weights, *loras, config) if file_at(file)]

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -286,4 +287,4 @@ def _hash(plain: Any) -> str:
 
 
 def vocabulary(part: Part) -> Path:
-    return part.path / "tokenizer.json" if part.path.is_dir() else part.path
+    return part.path / "tokenizer.json" if os.path.isdir(part.path) else part.path

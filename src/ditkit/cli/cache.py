@@ -3,6 +3,7 @@ is that of a run with the same settings; without any it is that of the user."""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -64,7 +65,7 @@ def opened(cache: str | None, gigabytes: str | None, file: Path | None) -> tuple
     given = RawSettings({key: [text] for key, text in typed.items() if text is not None}, file=file)
     setup = config.settle(*given.layers()).setup()
     folder, limit = folder_of(setup.cache or "default"), setup.cache_gigabytes
-    return folder, limit, Cache(folder, int(limit * 1e9)) if (folder / LAYOUT).exists() else None
+    return folder, limit, Cache(folder, int(limit * 1e9)) if os.path.exists(folder / LAYOUT) else None
 
 
 def total(stages: Mapping[str, tuple[int, int]]) -> int:

@@ -21,9 +21,9 @@ from ditkit.cli import expand, show
 from ditkit.cli.flags import RunOptions, flag_of, numbered, sheet_for
 from ditkit.cli.naming import TRACEBACK, state_files
 from ditkit.cli.terminal import undisturbed
-from ditkit.errors import DitkitError, OutputError, PipelineError
+from ditkit.errors import DitkitError, OutputError, PipelineError, RequestError, SetupError, StateError
 from ditkit.events import Event
-from ditkit.filenames import beside
+from ditkit.filenames import beside, shortened
 
 if TYPE_CHECKING:
     from ditkit.contracts import Step
@@ -75,6 +75,17 @@ def carried_out(pipe: Pipeline, state: State, goal: RunOptions) -> Iterator[Job]
         had = job.result.state if job and job.result else state
         raise kept([had], None, goal, pipe).interrupted() from None
     report(result, files, goal, out)
+
+
+@contextmanager
+def naming(place: str | None) -> Iterator[None]:
+    """Name ``place``, a State's file or a run's folder, in an error about what to make: that was read there."""
+    try:
+        yield
+    except (PipelineError, RequestError, SetupError, StateError) as e:
+        if place is None or place in str(e):
+            raise
+        raise type(e)(f"{e.asked} (going on with {shortened(place)})", e.found, e.do) from e.__cause__
 
 
 def ended(error: Exception, state: State, result: Result | None, goal: RunOptions, pipe: Pipeline) -> Exception:
@@ -158,7 +169,7 @@ def _check_files(state: State, goal: RunOptions, makes_video: bool) -> None:
     if any(sheet.suffix.lower() != ".png" for sheet in sheets):
         raise OutputError(f"writing the contact sheet {goal.sheet}", "it is a PNG", "Give it the suffix .png")
     for what, path in single:
-        if path.is_dir():
+        if os.path.isdir(path):
             raise OutputError(f"writing the {what} {path}", "that is a folder", "Give the name of a file")
         files.probe(path)
 

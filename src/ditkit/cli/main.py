@@ -15,7 +15,7 @@ from ditkit import failures
 from ditkit.cli import bench, cache, doctor, expand, host, plan, run, show, weights
 from ditkit.cli.flags import PastClick
 from ditkit.cli.terminal import interruptible
-from ditkit.errors import DitkitError
+from ditkit.errors import DitkitError, shortened
 from ditkit.hiding import hidden, printable
 from ditkit.request import OLD_NAMES
 
@@ -142,7 +142,7 @@ def _run(argv: Sequence[str] | None) -> int:
                 print(f"error: the output: {why}. Print to a place that has room.", file=sys.stderr)
             return 1
         if hasattr(e, "format_message") and hasattr(e, "exit_code"):  # click's usage errors, or typer's
-            message = printable(hidden(e.format_message())).rstrip(".")
+            message = printable(hidden(shortened(e.format_message()))).rstrip(".")
             print(f"error: {message}{'' if message.endswith('?') else '.'}", file=sys.stderr)
             return int(e.exit_code)
         if type(e).__name__ != "Abort":

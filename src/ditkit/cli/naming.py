@@ -39,7 +39,7 @@ def free_out(wanted: Path, count: int, given: Path | None = None) -> Iterator[Pa
         yield given
         return
     with ExitStack() as stack:
-        if not wanted.parent.exists():
+        if not os.path.exists(wanted.parent):
             stack.callback(_remove_empty, wanted.parent)
             with suppress(OSError):  # told when it is looked at where the run writes
                 wanted.parent.mkdir(parents=True)

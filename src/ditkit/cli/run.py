@@ -104,6 +104,7 @@ def run(
         raise StateError(f"--start {start}", "there is no State to begin from", "Add --from FILE")
     goal = RunOptions(out or Path(), None, save_state, start, until, stop_at_step, quiet=quiet, json=as_json)
     with ExitStack() as names:
+        names.enter_context(job.naming(resume if source is None else str(source)))
         if resume is not None:
             kept, settled = open_run(resume, given)
             pipe, state = kept.pipe, kept.state()
@@ -153,34 +154,39 @@ def fork(
     from ditkit.runs.fork import prepared, request_of, which_clip
     from ditkit.runs.run import check_new
 
-    parent = Run.open(source)
-    before = request_of(parent, which_clip(parent, clip))
-    replaced = ("steps", "shift") if before["sigmas"] is not None else ()
-    below = {k: v for k, v in before.items() if k not in replaced}
-    settled, opened = settle(given, Layer.of({**below, **parent.description.setup}, f"run {parent.path}"))
-    path = next_to(parent.path) if folder is None else located(folder)
-    about = parent.description
-    keeping = {"every": about.every, "keep_steps": about.keep_steps, **given_of(every=every, keep_steps=keep_steps)}
-    check_new(path, **keeping)
-    pipe, request = load(opened), settled.request().model_dump()
-    say_what_was_drawn(settled)
-    named = pictures.FIELDS if PICTURES in given.allowed else given.named()
-    if before["sigmas"] is not None and request["sigmas"] == before["sigmas"]:
-        request |= {"steps": before["steps"], "shift": before["shift"]}
-    goal = RunOptions(path, None, quiet=quiet, json=as_json)
-    try:
-        state, origin = prepared(parent, request, pipe, at_step, clip, {}, [show.warn_of_truncation], show.say, named)
-        if not quiet:
-            where = "" if origin.step is None else f" at step {origin.step}"
-            changes = [f"       {k} {show.value(old)} -> {show.value(new)}" for k, (old, new) in origin.changed.items()]
-            for line in [f"fork   {job.shown(Path(origin.path))}{where}", *changes]:
-                show.console(stderr=as_json).print(line)
-        state, goal = begun(path, pipe, state, goal, settled, out, sheet, no_sheet, origin, **keeping)
-    except (Interrupted, KeyboardInterrupt):
-        found = "it was interrupted before the fork was there"
-        raise job.InterruptedRun(f"forking {source}", found, "Fork it again.") from None
-    with job.carried_out(pipe, state, goal) as made:
-        made.result = made.run()
+    with job.naming(source):
+        parent = Run.open(source)
+        before = request_of(parent, which_clip(parent, clip))
+        replaced = ("steps", "shift") if before["sigmas"] is not None else ()
+        below = {k: v for k, v in before.items() if k not in replaced}
+        settled, opened = settle(given, Layer.of({**below, **parent.description.setup}, f"run {parent.path}"))
+        path = next_to(parent.path) if folder is None else located(folder)
+        about = parent.description
+        keeping = {"every": about.every, "keep_steps": about.keep_steps, **given_of(every=every, keep_steps=keep_steps)}
+        check_new(path, **keeping)
+        pipe, request = load(opened), settled.request().model_dump()
+        say_what_was_drawn(settled)
+        named = pictures.FIELDS if PICTURES in given.allowed else given.named()
+        if before["sigmas"] is not None and request["sigmas"] == before["sigmas"]:
+            request |= {"steps": before["steps"], "shift": before["shift"]}
+        goal = RunOptions(path, None, quiet=quiet, json=as_json)
+        try:
+            state, origin = prepared(
+                parent, request, pipe, at_step, clip, {}, [show.warn_of_truncation], show.say, named
+            )
+            if not quiet:
+                where = "" if origin.step is None else f" at step {origin.step}"
+                changes = [
+                    f"       {k} {show.value(old)} -> {show.value(new)}" for k, (old, new) in origin.changed.items()
+                ]
+                for line in [f"fork   {job.shown(Path(origin.path))}{where}", *changes]:
+                    show.console(stderr=as_json).print(line)
+            state, goal = begun(path, pipe, state, goal, settled, out, sheet, no_sheet, origin, **keeping)
+        except (Interrupted, KeyboardInterrupt):
+            found = "it was interrupted before the fork was there"
+            raise job.InterruptedRun(f"forking {source}", found, "Fork it again.") from None
+        with job.carried_out(pipe, state, goal) as made:
+            made.result = made.run()
 
 
 def check_results(kept: Run, out: bool, sheet: bool, allowed: Sequence[str]) -> None:
@@ -196,7 +202,7 @@ def check_results(kept: Run, out: bool, sheet: bool, allowed: Sequence[str]) -> 
 def next_to(parent: Path) -> Path:
     """``NAME-1`` beside the parent, or the next number that is free."""
     names = (parent.with_name(f"{parent.name}-{number}") for number in itertools.count(1))
-    return next(path for path in names if not path.exists())
+    return next(path for path in names if not os.path.exists(path))
 
 
 def given_of(**values: Any) -> dict[str, Any]:
@@ -216,7 +222,7 @@ def begun(
     from ditkit.runs.run import check_new
 
     check_new(path, **keeping)
-    clip, new = out or path / "clip.mp4", not path.exists()
+    clip, new = out or path / "clip.mp4", not os.path.exists(path)
     if out is None and (theirs := [file for file in leaves(clip, len(state["prompt"])) if os.path.lexists(file)]):
         do = "Name another folder, or say with --out where the clip goes"
         raise OutputError(f"beginning the run {path}", f"{theirs[0].name} is there, from before", do)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import sys
 from collections import Counter
@@ -68,7 +69,7 @@ def examine(path: Path, variant: str | None = None, model: str | None = None) ->
 
     with readable(f"inspecting {path}"):
         path = packaged(path)
-        if path.is_file() and path.suffix != ".toml":
+        if os.path.isfile(path) and path.suffix != ".toml":
             source = open_source(path)
             first, *more = networks(source)
             found = None if more else recognise(first)[0]
@@ -81,7 +82,7 @@ def examine(path: Path, variant: str | None = None, model: str | None = None) ->
         located = parts_of(path, variant)
         parts = {name: _part(part) for name, part in located.parts.items()}
         problems = [f"{name}: {fault}" for name, part in located.parts.items() for fault in _part_problems(part)]
-        whole = located.unused or any((path / name).exists() for name in ("model_index.json", "ditkit.toml"))
+        whole = located.unused or any(os.path.exists(path / name) for name in ("model_index.json", "ditkit.toml"))
         one = len(parts) == 1 and not whole  # a damaged file beside one good part is no folder of that part
         needs = [f"{problem.found}. {problem.do}." for problem in located.problems]
         if not one:

@@ -7,6 +7,7 @@ it asked for them, its weights and the fingerprints of its inputs. Leaves out: w
 import dataclasses
 import hashlib
 import inspect
+import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -49,7 +50,7 @@ def code_of(stage: Stage) -> str:
     for module in modules:  # as it was imported; the file may have been edited since
         if module in imported:
             files[getattr(sys.modules[module], "__file__", None) or ""] = imported.pop(module)
-    if any("<locals>" in name for name in names) or not all(Path(file).is_file() for file in files):
+    if any("<locals>" in name for name in names) or not all(os.path.isfile(file) for file in files):
         return ""
     hashes = [sha256 or hashlib.sha256(Path(file).read_bytes()).hexdigest() for file, sha256 in files.items()]
     more = [f"{name} {what}" for name, what in sorted(imported.items())]

@@ -72,6 +72,8 @@ def check_strides(strides: tuple[int, int, int]) -> None:
     """Raises ValueError for what is no (frames, height, width), pixels to latents."""
     if len(strides) != 3 or not all(0 < stride <= 1024 for stride in strides):
         raise ValueError("strides are three whole numbers from 1 on: frames, height, width")
+    if strides[1] != strides[2]:  # a request's sides are checked with one number
+        raise ValueError("height and width have one stride")
 
 
 def writes_of(stage: Stage) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ lies beside the clip as ``NAME.json``. Leaves out: what a manifest says."""
 
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 
 from ditkit import limits
 from ditkit.errors import OutputError, StateError
-from ditkit.reading import check_value, open_ordinary, read_bytes
+from ditkit.reading import open_ordinary, read_bytes, value_of
 
 from . import png
 from .guard import guarded
@@ -56,8 +57,7 @@ def parse(text: str | bytes | None, asked: str) -> Card | None:
     try:
         if not text or len(text) > limits.TEXT:
             return None
-        card = json.loads(text.removeprefix("\ufeff") if isinstance(text, str) else text)
-        check_value(card)
+        card = value_of(text.removeprefix("\ufeff") if isinstance(text, str) else text.decode())
     except (ValueError, RecursionError):
         return None
     if not isinstance(card, dict) or type(card.get(_VERSION)) is not int or card[_VERSION] != 1:
@@ -103,7 +103,7 @@ def check_sidecar(path: Path) -> None:
         card = parse(read_bytes(beside, asked, OutputError), asked)
         if card is not None:
             other = _clip_of(path, card)
-            if other == path or not other.exists():
+            if other == path or not os.path.exists(other):
                 return
             found = f"which is that of {other}"
     except FileNotFoundError:

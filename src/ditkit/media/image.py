@@ -71,11 +71,11 @@ def opened(path: str | Path, asked: str) -> BinaryIO:
     try:
         return open_ordinary(path)
     except FileNotFoundError:
-        found = "it is a link to what is not there" if Path(path).is_symlink() else "there is no such file"
+        found = "it is a link to what is not there" if os.path.islink(path) else "there is no such file"
     except IsADirectoryError:
         found = "that is a folder"
     except (OSError, ValueError) as e:  # a path with a zero in it
-        found = "that is a folder" if Path(path).is_dir() else f"it cannot be read ({said(e).lower()})"
+        found = "that is a folder" if os.path.isdir(path) else f"it cannot be read ({said(e).lower()})"
     raise RequestError(asked, found, "Check the path") from None
 
 

@@ -1,5 +1,6 @@
 """Clips back into frames, and the manifests that they carry. What a file is, its first bytes tell, not its name."""
 
+import os
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -88,7 +89,7 @@ def is_picture(path: str | Path) -> bool:
 
 def _there(path: str | Path) -> Path:
     path = Path(path)
-    if path.suffix.lower() == ".png" and not path.exists() and path.with_suffix("").is_dir():
+    if path.suffix.lower() == ".png" and not os.path.exists(path) and os.path.isdir(path.with_suffix("")):
         return path.with_suffix("")
     return path
 
@@ -96,9 +97,9 @@ def _there(path: str | Path) -> Path:
 @contextmanager
 def _opened(path: Path, asked: str) -> Iterator[tuple[Kind, BinaryIO | None]]:
     try:
-        stream = None if path.is_dir() else open_ordinary(path)
+        stream = None if os.path.isdir(path) else open_ordinary(path)
     except FileNotFoundError:
-        found = "it is a link to what is not there" if path.is_symlink() else "there is no such file"
+        found = "it is a link to what is not there" if os.path.islink(path) else "there is no such file"
         raise StateError(asked, found, "Check the path") from None
     except (OSError, ValueError) as e:
         raise StateError(asked, f"it cannot be read ({said(e).lower()})", "Check the path") from None

@@ -12,6 +12,7 @@ disk that fails cannot confuse an encoder."""
 
 import io
 import math
+import os
 import re
 from collections.abc import Callable, Mapping
 from fractions import Fraction
@@ -80,7 +81,7 @@ def check_writable(
     files.probe(target)
     if suffix == ".png":
         _check_folder(target)
-    elif target.is_dir():
+    elif os.path.isdir(target):
         raise OutputError(asked, "it is a folder", f"Name a file in it, such as {target / 'clip'}{suffix}")
     cards.check_sidecar(path)
     return target
@@ -101,9 +102,9 @@ def _check_mp4(asked: str, width: int, height: int) -> None:
 def _check_folder(folder: Path) -> None:
     """A folder of frames replaces an older one, and nothing else."""
     asked = f"writing frames into {folder}"
-    if folder.exists() and not folder.is_dir():
+    if os.path.exists(folder) and not os.path.isdir(folder):
         raise OutputError(asked, "it is a file", "Choose another name")
-    for file in folder.iterdir() if folder.exists() else ():
+    for file in folder.iterdir() if os.path.exists(folder) else ():
         if not re.fullmatch(r"\d{4,}\.png", file.name):
             raise OutputError(asked, f"it holds other files ({file.name})", "Choose a new or empty folder")
 

@@ -7,6 +7,7 @@ Sources: Wan2.1 ``wan/modules/tokenizers.py`` (cleaning, 512 tokens); the umt5-x
 
 import functools
 import html
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,7 +47,7 @@ class WanTokenizer:
         file = Path(folder) / "tokenizer.json"
         asked = f"loading the tokenizer from {folder}"
         if not file_at(file, asked):
-            if (file.parent / "spiece.model").is_file():
+            if os.path.isfile(file.parent / "spiece.model"):
                 found = "it has only spiece.model and no tokenizer.json"
                 raise LoadError(asked, found, "Add the tokenizer.json of the same model")
             raise LoadError(asked, "it has no tokenizer.json", "Check the path, or download the model again")

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, Protocol, Self
 from pydantic import ConfigDict, NonNegativeInt, PositiveInt, StringConstraints, TypeAdapter
 from pydantic.dataclasses import dataclass as checked_dataclass
 
-from ditkit import errors, options
+from ditkit import errors, limits, options
 from ditkit.assembly.plugs import texts_of
 from ditkit.contracts import Step
 from ditkit.errors import DitkitError, PlaceError, StateError
@@ -28,7 +28,7 @@ from ditkit.execution.stage import Stage
 from ditkit.failures import doing, explained, wants_memory
 from ditkit.hiding import printable
 from ditkit.limits import MESSAGE
-from ditkit.reading import check_value
+from ditkit.reading import value_of
 from ditkit.state import State, kind_of
 
 WIRE = 2  # the version of all that is in this file; two ends of another version refuse each other
@@ -206,11 +206,10 @@ def event_of(message: Message) -> Event:
     data, tensors = bytes(message.payload), {}
     try:
         if data[:1] == b"{":
-            about = json.loads(data)
+            about = _said(data)
         else:
             state = State.from_bytes(data, "an event")
             about, tensors = state["event"], {k[1:]: state[k] for k in state if k.startswith("@")}
-        check_value(about)
         values = {k: _step(v["@step"]) if isinstance(v, dict) and "@step" in v else v
                   for k, v in about["values"].items()}  # fmt: skip
         if wrong := [key for key, kind in _ABOUT.items() if not is_a(about[key], kind)]:
@@ -218,6 +217,13 @@ def event_of(message: Message) -> Event:
         return Event(values=MappingProxyType({**values, **tensors}), **{key: about[key] for key in _ABOUT})
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
         raise StateError("reading an event", f"it is damaged ({e!r})", SAME) from None
+
+
+def _said(data: bytes) -> Any:
+    """JSON of a message. Raises ValueError, RecursionError."""
+    if len(data) > limits.TEXT:
+        raise ValueError(f"more than {limits.TEXT:,} bytes")
+    return value_of(data.decode())
 
 
 def _step(values: Mapping[str, Any]) -> Step:
@@ -243,7 +249,7 @@ def error_message(error: BaseException) -> Message:
 def error_of(payload: bytes | bytearray | memoryview, place: str) -> DitkitError:
     """The same error, which names the place."""
     try:
-        about = json.loads(bytes(payload))
+        about = _said(bytes(payload))
         kind = getattr(errors, about["kind"], PlaceError)
         cls = kind if isinstance(kind, type) and issubclass(kind, DitkitError) else PlaceError
         asked, found, do = (printable(str(about[part])[:MESSAGE]) for part in ("asked", "found", "do"))

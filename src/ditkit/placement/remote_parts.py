@@ -75,10 +75,10 @@ def part_of(name: str, told: Any, place: str) -> Part:
             raise ValueError(f"kind {row.name!r}")
         config = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
         _try(row, config)
+        notes = tuple(map(str, told.get("notes", ())))
     except Exception as e:  # whatever a kind of somebody's makes of another one's words
         found = f"it describes it in a way that is not known here ({printable(str(e)):.200})"
         raise PlaceError(f"asking {place} for its {name}", found, SAME) from None
-    notes = tuple(map(str, told.get("notes", ())))
     layout, quantization = str(told.get("layout")), told.get("quantization")
     return Part(name, row.name, Path(name), config, None, layout, quantization, None, notes, place, told)
 

@@ -2,6 +2,7 @@
 video model's parts; ``placement = {expand_prompt = "process"}`` puts it into a process of its own."""
 
 import copy
+import os
 import threading
 from collections.abc import Callable
 from functools import cached_property
@@ -26,7 +27,7 @@ class LocalExpander:
     ``place`` tells dtype and device, when they are needed."""
 
     def __init__(self, folder: str, place: Callable[[], tuple[str, str]]):
-        self.name, self.folder, self._place = f"transformers:{folder}", Path(folder).expanduser(), place
+        self.name, self.folder, self._place = f"transformers:{folder}", Path(os.path.expanduser(folder)), place
         self._lock = threading.RLock()
         self._loaded: tuple[Any, Any] | None = None
 
@@ -39,7 +40,7 @@ class LocalExpander:
         return digest("transformers", self._place()[0], {f.name: HASHES.of(f) for f in files})
 
     def _check(self) -> None:
-        if not (self.folder / "config.json").is_file():
+        if not os.path.isfile(self.folder / "config.json"):
             found = f"{self.folder} holds no config.json"
             raise SetupError(f"expander={self.name!r}", found, "Give the folder of a transformers model")
 

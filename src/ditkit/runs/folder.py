@@ -179,7 +179,7 @@ def mark_of(folder: Path) -> str | None:
 def check_no_links(folder: Path, asked: str) -> None:
     """Raise StateError where a part of the run's folder is a link."""
     for name in (NAME, STATES, LOCK, HERE):
-        if (folder / name).is_symlink():
+        if os.path.islink(folder / name):
             raise StateError(
                 asked, f"its {name} is a link, which may lead anywhere", "Put what it stands for in its place"
             )
@@ -204,7 +204,7 @@ class Kept:
         return State.load(self.path)
 
     def _check(self) -> None:
-        if self.path.is_symlink():
+        if os.path.islink(self.path):
             raise StateError(f"loading a State from {self.path}", "it is a link", "Put the file in its place")
 
     def outline(self) -> tuple[dict[str, Any], set[str]]:
@@ -402,6 +402,6 @@ class RunFolder:
         """Remove what a killed process left half written in the folder."""
         self.states.sweep()
         sweep(self.path)
-        links = (path for path in self.path.glob(".ditkit-*.part") if path.is_symlink())  # nobody at work makes one
+        links = (path for path in self.path.glob(".ditkit-*.part") if os.path.islink(path))  # nobody at work makes one
         for path in (*self.path.glob(".*.tmp"), *links):  # the first are of earlier versions
             remove(path)

@@ -171,9 +171,9 @@ def check_new(folder: Path, every: int = 1, keep_steps: str = "last") -> None:
     if keep_steps not in ("last", "all"):
         raise SetupError(f"keep_steps={keep_steps!r}", "it is neither of two", "Give last or all")
     asked = f"beginning the run {folder}"
-    if (folder / NAME).exists():
+    if os.path.exists(folder / NAME):
         raise StateError(asked, "there is one already", f"Go on with it: --resume {folder}; or name another")
-    if folder.exists() and not folder.is_dir():
+    if os.path.exists(folder) and not os.path.isdir(folder):
         raise OutputError(asked, "that is a file", "Name a folder")
 
 

@@ -25,8 +25,10 @@ from pathlib import Path
 from typing import Any
 
 from ditkit.errors import OutputError, SetupError, StateError
+from ditkit.errors import shortened as cut
 from ditkit.filenames import fault_of_path, shortened
-from ditkit.reading import open_ordinary
+from ditkit.plain import shown
+from ditkit.reading import open_ordinary, parse_json
 from ditkit.setup import Setup
 from ditkit.state import State, digest
 from ditkit.store import reasons
@@ -84,7 +86,7 @@ class Cache:
         self.results = self.folder / LAYOUT / "results"
         check_no_links(self.folder)
         self.fault, self._index = "", None
-        if above := [f for f in (self.results, *self.results.parents) if os.path.lexists(f) and not f.is_dir()]:
+        if above := [f for f in (self.results, *self.results.parents) if os.path.lexists(f) and not os.path.isdir(f)]:
             raise SetupError(
                 f"the cache {folder}", f"{above[0]} is no folder", "Choose another folder, or remove this one"
             )
@@ -116,6 +118,10 @@ class Cache:
 
     def find(self, key: CacheKey) -> tuple[StageResult | None, str]:
         """A result, and when and where it was made; or None, and what the nearest one was made from instead."""
+        found, why = self._find(key)
+        return found, cut(why)
+
+    def _find(self, key: CacheKey) -> tuple[StageResult | None, str]:
         if why := _unknowable(key):
             return None, why
         try:
@@ -123,14 +129,14 @@ class Cache:
                 same = "SELECT id, about, file, sha256, made, machine FROM entries WHERE first = ? AND gone = ''"
                 rows = db.execute(f"{same} ORDER BY used DESC", (_first(key),)).fetchall()
             for number, about, file, sha256, made, machine in rows:
-                if reasons.fits(json.loads(about), key):
+                if reasons.fits(_about(about), key):
                     found = self._read(number, file, sha256, key)
                     return (None, found) if isinstance(found, str) else (found, f"made on {_date(made)} on {machine}")
             return None, self._nearest(key)
         except (OSError, sqlite3.Error) as e:
             return None, f"the cache cannot be read ({text_of(e)})"
         except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as e:  # whatever damage leads to
-            return None, f"the index of the cache is damaged ({e!r}); `ditkit cache clear` makes a new one"
+            return None, f"the index of the cache is damaged ({shown(e)}); `ditkit cache clear` makes a new one"
 
     def _read(self, number: int, file: str, sha256: str, key: CacheKey) -> StageResult | str:
         """An entry; or, as it is no more, why it cannot be used. It is what its bytes say, whatever the index says."""
@@ -169,7 +175,7 @@ class Cache:
             rows = db.execute(latest, (key.stage, COMPARED)).fetchall()
         if not rows:
             return f"no result of {key.stage} is kept"
-        found = [(reasons.differences(json.loads(about), key, _software(key)), made, gone)
+        found = [(reasons.differences(_about(about), key, _software(key)), made, gone)
                  for about, made, gone in rows]  # fmt: skip
         differences, made, gone = min(found, key=lambda row: len(row[0]))
         if not differences:
@@ -233,7 +239,8 @@ class Cache:
     def _remove(self, db: sqlite3.Connection, rows: Any, why: str) -> None:
         """Under the write lock. Who has the file open reads it to its end."""
         for number, file in rows:
-            (self.results / Path(file).name).unlink(missing_ok=True)  # never beside the folder
+            if isinstance(file, str) and NAME.fullmatch(file):  # never beside the folder
+                (self.results / file).unlink(missing_ok=True)
             db.execute("UPDATE entries SET gone = ?, size = 0, file = '' WHERE id = ?", (why, number))
 
     def _sweep(self) -> None:
@@ -296,7 +303,7 @@ def check_no_links(folder: Path) -> None:
     with contextlib.suppress(OSError):  # it is not there, or not for us to read
         parts += inner.iterdir()
     for part in parts:
-        if part.is_symlink():
+        if os.path.islink(part):
             found = f"{part} is a link, which may lead anywhere"
             raise SetupError(f"the cache {folder}", found, "Choose another folder, or remove this one")
 
@@ -307,7 +314,7 @@ def folder_of(setting: str) -> Path:
     if fault := fault_of_path(setting) or ("" if setting.strip() else "that is no name"):
         raise SetupError(f"the cache {shortened(setting)!r}", fault, "Name a folder, or default")
     if setting != "default":
-        return Path(setting).expanduser().absolute()
+        return Path(os.path.expanduser(setting)).absolute()
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches" / "ditkit"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ditkit"
@@ -337,6 +344,13 @@ def software() -> Mapping[str, str]:
     for file in sorted(package.rglob("*.py")):
         text.update(f"{file.relative_to(package)}\0".encode() + file.read_bytes())
     return {"ditkit": text.hexdigest()[:12], "torch": version("torch"), "transformers": version("transformers")}
+
+
+def _about(text: Any) -> Any:
+    """What an entry knows of itself. Raises StateError for what is no JSON, TypeError for what is no text."""
+    if not isinstance(text, str):
+        raise TypeError("an entry's description is no text")
+    return parse_json(text, "reading an entry", StateError)
 
 
 def _first(key: CacheKey) -> str:

@@ -5,6 +5,7 @@ Leaves out: what is in it."""
 import contextlib
 import os
 import sqlite3
+import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ BESIDE = ("", "-wal", "-shm", "-journal")  # ends of the names of sqlite's files
 def private(folder: Path) -> Path:
     """``folder``, made if it is not there, as are those above it; what is made here nobody else can read. Prompts are
     private. Raises OSError."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         private(folder.parent)
         folder.mkdir(mode=0o700, exist_ok=True)
     return folder
@@ -29,8 +30,11 @@ class Database:
 
     def __init__(self, file: Path, schema: str, version: int = 1):
         self.file, self.version, self.fault = file, version, ""
-        if links := [end for end in BESIDE if os.path.islink(f"{file}{end}")]:
-            raise OSError(0, f"{file.name}{links[0]} is a link")
+        for end in BESIDE:  # a pipe would be waited for
+            with contextlib.suppress(FileNotFoundError):
+                if not stat.S_ISREG(mode := os.lstat(f"{file}{end}").st_mode):
+                    what = "a link" if stat.S_ISLNK(mode) else "no ordinary file"
+                    raise OSError(0, f"{file.name}{end} is {what}")
         try:
             self._begin(schema)
         except (sqlite3.OperationalError, OSError) as e:

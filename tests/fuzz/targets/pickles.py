@@ -54,7 +54,7 @@ def _saved(value, **more) -> bytes:
     try:
         torch.save(value, out, **more)
     except (TypeError, AttributeError):  # torch will not write it
-        return _archive(pickle.dumps(value, 2))
+        return _archive(pickle.dumps(str(value), 2))
     return out.getvalue()
 
 

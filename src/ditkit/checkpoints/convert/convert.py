@@ -60,7 +60,7 @@ def convert(
     they are from many places; None looks into ``src``. ``shard_bytes``: the most bytes of tensors in one
     safetensors file. ``overwrite``: a model in ``dst`` is replaced, when the new one is complete.
     Raises LoadError for what cannot be read, SetupError for unknown settings, OutputError for the target."""
-    src, dst, asked = Path(src).expanduser(), Path(dst).expanduser(), "converting a model"
+    src, dst, asked = Path(os.path.expanduser(src)), Path(os.path.expanduser(dst)), "converting a model"
     check_known(layout, LAYOUTS, asked, f"there is no layout {layout!r}", SetupError)
     if dtype is not None:
         check_known(dtype, WANTED, asked, f"dtype is {dtype!r}", SetupError)
@@ -73,7 +73,7 @@ def convert(
     with appearing(dst) as folder:
         remarks = _write(located, layout, folder, dtype, shard_bytes, progress)
         _compare(located, layout, folder, dst)
-        written = (file for file in sorted(folder.rglob("*")) if file.is_file())
+        written = (file for file in sorted(folder.rglob("*")) if os.path.isfile(file))
         files = {str(file.relative_to(folder)): file.stat().st_size for file in written}
     return Converted(dst, layout, files, _types(located, dtype), tuple(remarks))
 
@@ -85,7 +85,7 @@ def _check_target(src: Path, dst: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise OutputError(asked, "it exists already", "Choose another folder, or overwrite it (--overwrite)")
-    if dst.is_file() or dst.is_symlink():
+    if os.path.isfile(dst) or os.path.islink(dst):
         raise OutputError(asked, "it is no folder", "Choose a folder")
     try:
         there = locate(dst)
@@ -110,7 +110,7 @@ def _own_names(located: ModelParts, folder: Path) -> set[str]:
 
 def _check_outside(place: Path, src: Path, dst: Path) -> None:
     """What is read must not lie in what is replaced, unless the whole model takes its own place."""
-    if place.exists() and place.resolve().is_relative_to(dst.resolve()) and src.resolve() != dst.resolve():
+    if os.path.exists(place) and place.resolve().is_relative_to(dst.resolve()) and src.resolve() != dst.resolve():
         found = f"it holds {place}, which would be replaced with it"
         raise OutputError(f"writing {dst}", found, "Choose another folder")
 
@@ -185,7 +185,7 @@ def _copy_notes(folder: Path, place: Path) -> None:
     """A vocabulary and its settings; programs and pictures are never among them."""
     place.mkdir(parents=True, exist_ok=True)
     for file in listed(folder):
-        if not file.is_dir() and NOTES.fullmatch(file.name) and file_at(file):
+        if not os.path.isdir(file) and NOTES.fullmatch(file.name) and file_at(file):
             shutil.copy(file, place)
 
 

@@ -2,6 +2,7 @@
 (``files/writing.py``)."""
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +22,7 @@ def appearing(dst: Path) -> Iterator[Path]:
         with writing.new_folder(dst) as folder:
             yield folder
             for place in sorted(folder.rglob("*")):
-                (writing.sync_folder if place.is_dir() else writing.sync_file)(place)
+                (writing.sync_folder if os.path.isdir(place) else writing.sync_file)(place)
             writing.sync_folder(folder)
             writing.take_place(folder, dst)
             writing.sync_folder(dst.parent)

@@ -46,7 +46,7 @@ def kind_of(file: Path) -> str:
 def split_entry(path: Path) -> tuple[Path, str | None]:
     """``FILE#ENTRY`` names one of the state dicts of a training checkpoint; a file of that whole name comes first."""
     file, mark, entry = path.name.rpartition("#")
-    if mark and file and entry and not os.path.lexists(path) and path.with_name(file).is_file():
+    if mark and file and entry and not os.path.lexists(path) and os.path.isfile(path.with_name(file)):
         return path.with_name(file), entry
     return path, None
 
@@ -56,7 +56,7 @@ def chosen(path: str | Path, variant: str | None) -> Path:
     path = Path(path)
     if folder_at(path, f"opening {path}"):
         return _in_folder(path, variant)
-    if path.suffix not in (".safetensors", ".json", *OTHERS) and not path.exists():
+    if path.suffix not in (".safetensors", ".json", *OTHERS) and not os.path.exists(path):
         raise LoadError(
             f"loading weights from {path}", "there is no such folder", "Check the path, or download the model"
         )
@@ -116,7 +116,7 @@ def listed(folder: Path) -> list[Path]:
 
 def weight_files(folder: Path) -> tuple[list[Path], list[Path]]:
     """The indices in ``folder``, and the files of weights that none of them names."""
-    files = [file for file in listed(folder) if not file.is_dir()]
+    files = [file for file in listed(folder) if not os.path.isdir(file)]
     indices = [file for file in files if INDEX.fullmatch(file.name)]
     claimed = {shard for index in indices for shard in read_shards(index).values()}
     return indices, [file for file in files if file.suffix in (".safetensors", *OTHERS) and file.name not in claimed]

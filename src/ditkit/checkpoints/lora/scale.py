@@ -6,6 +6,7 @@ Leaves out: the strength that a person gives, which multiplies the whole change.
 Sources: peft ``LoraConfig``; diffusers ``loaders/lora_base.py`` (``lora_adapter_metadata``); LyCORIS ``modules/``."""
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -83,7 +84,7 @@ def read_scale(source: TensorSource, expert: str) -> Scale:
                 raise
             raise LoadError(asked, str(error), "Save the file again") from None
     elif segments & {"lora_A", "lora_B", "base_model"}:
-        file = (source.path if source.path.is_dir() else source.path.parent) / CONFIG
+        file = (source.path if os.path.isdir(source.path) else source.path.parent) / CONFIG
         if file_at(file, asked):
             asked, config = f"{asked} ({file})", read_json(file)
     kind, start = config.get("peft_type"), config.get("init_lora_weights")

@@ -114,7 +114,7 @@ def _place(where: str, hub: Hub, component: str) -> Path:
         return place_of(component, where).pin(hub).resolve(hub)
     check_path(where, f"{component}={where!r:.200}")
     path = Path(os.path.expanduser(where)).absolute()
-    if not split_entry(path)[0].exists():
+    if not os.path.exists(split_entry(path)[0]):
         raise LoadError(f"{component}={where}", "there is nothing of that name", "Check the path")
     return path
 

@@ -4,6 +4,7 @@ Everything is fetched by commit, so that what lies in the cache cannot mean some
 is downloaded, and nothing here imports what was. Leaves out: which files a component needs (place.py)."""
 
 import contextlib
+import os
 import re
 import secrets
 import sys
@@ -123,12 +124,12 @@ class Hub:
 
     def _cached(self, asked: str, repo: str, revision: str) -> Listing:
         reference = self._folder(repo) / "refs" / revision
-        named = not COMMIT.fullmatch(revision) and reference.is_file()
+        named = not COMMIT.fullmatch(revision) and os.path.isfile(reference)
         commit = reference.read_text().strip() if named else revision
         folder = self._folder(repo) / "snapshots" / commit
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise LoadError(asked, *OFFLINE)
-        files = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if not file.is_dir())
+        files = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if not os.path.isdir(file))
         return Listing(repo, commit, tuple(files))
 
     def _proxy(self, asked: str) -> Proxy | None:

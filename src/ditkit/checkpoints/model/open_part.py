@@ -80,7 +80,7 @@ def opened_all(
 
 
 def _opened(path: Path, source: TensorSource, component: str | None, rules: Rules) -> Part:
-    file = (path if path.is_dir() else source.path.parent) / "config.json"
+    file = (path if os.path.isdir(path) else source.path.parent) / "config.json"
     said = read_json(file) if file_at(file, f"opening {source.path} with its config") else None
     asked = f"opening {source.path}" + (f" as {component}" if component else "")
     detected, view = recognise(source)
@@ -94,7 +94,7 @@ def _opened(path: Path, source: TensorSource, component: str | None, rules: Rule
     if detected.problems:
         raise LoadError(asked, detected.problems[0], "Use a model of a supported kind")
     belongs, notes = kind_of_config(said or {}), list[str]()
-    if said is None or (not path.is_dir() and (belongs is None or belongs[0] != row.name)):
+    if said is None or (not os.path.isdir(path) and (belongs is None or belongs[0] != row.name)):
         config = row.read_config(detected.layout, None, view.tensors)
     else:
         try:
@@ -137,7 +137,7 @@ def open_tokenizer(folder: Path, rules: Rules) -> Part:
     asked = f"opening the tokenizer in {folder}"
     if not file_at(folder / "tokenizer.json", asked):
         only = "it has only spiece.model and no tokenizer.json"
-        found = only if (folder / "spiece.model").is_file() else "there is no tokenizer.json"
+        found = only if os.path.isfile(folder / "spiece.model") else "there is no tokenizer.json"
         raise LoadError(asked, found, KINDS["tokenizer"].get)
     notes: list[str] = []
     if file_at(file := folder / "tokenizer_config.json", asked):  # the vocabulary decides what a tokenizer does

@@ -137,7 +137,7 @@ def files_at(place: Location, at: Path) -> dict[str, Path]:
     """The files that make the component that lies ``at`` a folder or file, under the names that a lock uses."""
     asked = f"looking at the {place.component} in {at}"
     if folder_at(at, asked):
-        names = used([file.name for file in at.iterdir() if not file.is_dir()], place.variant, str(at))
+        names = used([file.name for file in at.iterdir() if not os.path.isdir(file)], place.variant, str(at))
         return {place.prefix + name: at / name for name in names if file_at(at / name, asked)}
     beside = ["config.json"] if file_at(at.parent / "config.json", asked) else []  # what a loader reads too
     if at.name.endswith(".index.json"):
