@@ -280,7 +280,7 @@ def check_weights(script: Script, pipe: Pipeline) -> None:
     there = files_at(pipe.places)
     for component, facts in script.manifest["components"].items():
         asked = f"replaying {script.file} with the {component} of {pipe.setup.model}"
-        if (place := facts.get("place")) in there:
+        if (place := str(facts.get("place"))) in there:
             asked, now = f"{asked} at {place}", there[place].get(component, {})
         else:
             now = pipe.components.files(component) if component in pipe.components else {}

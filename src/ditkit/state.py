@@ -347,8 +347,10 @@ def _read(data: bytearray | memoryview) -> tuple[dict[str, Tensor], dict[str, st
     header = dict(sorted(header.items(), key=lambda item: item[1]["data_offsets"]))
     for name, about in header.items():
         dtype, shape, (start, stop) = getattr(torch, _DTYPES[about["dtype"]]), about["shape"], about["data_offsets"]
+        if any(type(n) is not int or n < 0 for n in shape):  # a list times a number is a long list
+            raise ValueError(f"{name!r} has no such shape")
         count = math.prod(shape)
-        if start != end or stop - start != count * dtype.itemsize or any(type(n) is not int or n < 0 for n in shape):
+        if start != end or stop - start != count * dtype.itemsize:
             raise ValueError(f"{name!r} is not where its header says")
         end, at = stop, 8 + size + start
         if end > len(data) - 8 - size:

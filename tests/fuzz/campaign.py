@@ -156,6 +156,9 @@ class Campaign:
         os.dup2(nowhere, 0)
         if not os.environ.get("FUZZ_STDERR"):
             os.dup2(nowhere, 1)
+        import huggingface_hub.constants
+
+        huggingface_hub.constants.HF_HUB_OFFLINE = True  # it has read the environment before
         seen = watch.confine(folder, getattr(self.target, "ALLOWED", ()))
         for number in range(begin, end):
             at = folder / f"input-{number}"

@@ -25,7 +25,10 @@ from safetensors.torch import save_file
 
 import ditkit
 from ditkit.checking import check_state
+from ditkit.cli.main import main
 from ditkit.errors import DitkitError
+from ditkit.execution.stage import check_strides
+from ditkit.reading import parse_json
 from ditkit.runs import Run, listed
 from ditkit.setup import Setup
 from ditkit.state import State
@@ -291,6 +294,23 @@ def test_a_row_of_the_cache(cache, column, value):
     assert cache.clear() >= 0
 
 
+@pytest.mark.parametrize("end", ["", "-wal"])
+def test_a_pipe_for_the_index_of_the_cache(at, end):
+    (at / "cache" / "v1").mkdir(parents=True)
+    os.mkfifo(at / "cache" / "v1" / f"index.sqlite{end}")
+    found = Cache(at / "cache", 10**6)
+    assert "no ordinary file" in found.fault
+    assert found.find(_key(1))[0] is None
+    assert found.clear() == 0
+
+
+@pytest.mark.parametrize("file", [b"\xff", "a\0b", "../../x"])
+def test_a_row_of_the_cache_whose_file_is_gone(cache, file):
+    _rows(cache, "UPDATE entries SET file = ?", file)
+    cache._drop(1, "of this test")
+    assert cache.contents() == {}
+
+
 def test_a_remembered_hash_that_is_none(at):
     from ditkit.store.hashes import Hashes
 
@@ -522,6 +542,56 @@ def test_a_tiff_without_dimensions(at):
     data[ifd + 2 : ifd + 4] = struct.pack("<H", 0xFFF0)  # the entry of the width under another tag
     (at / "a.tiff").write_bytes(data)
     refused(lambda: read_image(at / "a.tiff"), at)
+
+
+# --- JSON, names and the command line
+
+
+@pytest.mark.parametrize("text", ["[" + "[]," * 5_000_000 + "[]]", "[" + "[[[[[]]]]]," * 1_000_000 + "[]]"])
+def test_more_values_than_fit(at, text):
+    refused(lambda: parse_json(text, f"reading {at}"), at, saying="more than 4,194,304 values")
+
+
+@pytest.mark.parametrize("make", [lambda name: ["run", "--from", name], lambda name: ["inspect", name],
+                                  lambda name: ["generate", "x", "--model", name],
+                                  lambda name: ["generate", "x", "--model", "shapes", "--vae", name],
+                                  lambda name: ["generate", "x", "--model", "shapes", "--lora", name],
+                                  lambda name: ["generate", "x", "--model", "shapes", "--out", name],
+                                  lambda name: ["run", "--resume", name], lambda name: ["fork", name],
+                                  lambda name: ["runs", name], lambda name: ["replay", name],
+                                  lambda name: ["convert", name, "out"], lambda name: ["convert", "shapes", name],
+                                  lambda name: ["lock", name],
+                                  lambda name: ["cache", "show", "--cache", name]])  # fmt: skip
+@pytest.mark.parametrize("name", ["x" * 300, "x/" * 3000, "~nobody_at_all/x"])
+def test_a_name_that_no_system_has(at, make, name):
+    with contextlib.suppress(Refused):
+        command(*make(name))
+
+
+def test_a_mistake_at_the_command_line_is_short(capsys):
+    assert main(["generate", f"--{'x' * 100_000}"]) == 2
+    assert len(capsys.readouterr().err) < 3000
+
+
+def test_an_error_of_a_state_names_its_file(at, half, tiny_model):
+    half.with_fields({"request": {**half["request"], "height": 40}}).save(at / "half.safetensors")
+    words = "--from", at / "half.safetensors", "--model", tiny_model, "--out", at / "o.npz"
+    refused(lambda: command("run", *words), at, saying="half.safetensors")
+
+
+def test_a_tensor_with_half_a_character_for_a_name(at, half):
+    data = half.to_bytes().replace(b'"latents":', b'"\\ud800x":')
+    refused(lambda: State.from_bytes(data, str(at)), at, saying="not a complete")
+
+
+def test_a_shape_with_a_list_in_it(at, half):
+    data = half.to_bytes().replace(b'"shape":[1,16,', b'"shape":[9,[1],')
+    refused(lambda: State.from_bytes(data, str(at)), at, saying="no such shape")
+
+
+def test_a_stride_for_each_side():
+    with pytest.raises(ValueError, match="one stride"):
+        check_strides((4, 8, 9))
 
 
 # --- what a host says

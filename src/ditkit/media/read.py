@@ -104,7 +104,11 @@ def _opened(path: Path, asked: str) -> Iterator[tuple[Kind, BinaryIO | None]]:
     except (OSError, ValueError) as e:
         raise StateError(asked, f"it cannot be read ({said(e).lower()})", "Check the path") from None
     try:
-        yield kind_of(path, stream), stream
+        try:
+            kind = kind_of(path, stream)
+        except OSError as e:
+            raise StateError(asked, f"it cannot be read ({said(e).lower()})", "Check its disk") from None
+        yield kind, stream
     finally:
         if stream is not None:
             stream.close()

@@ -144,7 +144,7 @@ def _records(path: Path, asked: str) -> dict[int, int]:
             if any(begin + length > size for begin, length in records.items()):
                 raise LoadError(asked, "its records end behind the end of the file", AGAIN)
             return records
-    except (zipfile.BadZipFile, OSError, struct.error, ValueError, RuntimeError) as error:
+    except (zipfile.BadZipFile, OSError, EOFError, struct.error, ValueError, RuntimeError) as error:
         if isinstance(error, LoadError):
             raise
         raise LoadError(asked, f"the archive cannot be read ({error})", AGAIN) from None

@@ -13,6 +13,7 @@ from ditkit.checkpoints.kinds.kind import Claim, Kind, Layout, LoraTargets, Port
 from ditkit.checkpoints.kinds.sizes import Fields, SizeReader, Sizes, Tensors, count
 from ditkit.checkpoints.views.key_table import KeyTable, Pairs, leaves
 from ditkit.errors import LoadError
+from ditkit.plain import shown
 
 TEXT, TIME, IMAGE = (f"condition_embedder.{what}_embedder" for what in ("text", "time", "image"))
 TRUNK = {
@@ -243,8 +244,8 @@ def _check(keys: ConfigKeys, fields: Fields) -> None:
 
 def _read_native(keys: ConfigKeys, fields: dict[str, Any]) -> None:
     fields |= {"patch_size": PATCH, "vace_layers": ()}
-    if (task := keys.any("model_type", "t2v")) not in TASKS:
-        raise keys.error(f"its model_type is {task!r}, and only {', '.join(TASKS)} are supported")
+    if (task := keys.any("model_type", "t2v")) not in tuple(TASKS):  # it may be a list, which no dictionary looks for
+        raise keys.error(f"its model_type is {shown(task)}, and only {', '.join(TASKS)} are supported")
     if keys.config.get("_class_name") == "VaceWanModel":
         if keys.rest.get("vace_layers") is None:
             keys.rest["vace_layers"] = tuple(range(0, fields["num_layers"], 2))  # what the class itself takes
