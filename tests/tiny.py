@@ -7,6 +7,7 @@ in one of ``LAYOUTS``. Both layouts of a task hold the same numbers. diffusers' 
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -14,7 +15,6 @@ from types import MappingProxyType
 import tiny_names as names
 import torch
 from safetensors.torch import load_file, save_file
-from training import folders
 
 from ditkit.checkpoints.kinds.kind import KINDS
 from ditkit.checkpoints.kinds.wan_vae import vae_keys
@@ -22,6 +22,10 @@ from ditkit.checkpoints.views.key_table import rename
 from ditkit.models import umt5
 from ditkit.models.wan import WanConfig, WanTransformer
 from ditkit.models.wan_vae import WanVAE, WanVAEConfig
+
+sys.path.append(str(Path(__file__).parents[1]))  # for a script outside of pytest
+from training import folders
+
 from ditkit.nn.dtype_policy import dtype_policy
 
 TRANSFORMER = WanConfig(dim=64, ffn_dim=112, num_heads=2, num_layers=2, text_dim=32, freq_dim=32)

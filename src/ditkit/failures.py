@@ -57,7 +57,8 @@ def _explained_by_system(error: OSError) -> tuple[str, str]:
     why = (error.strerror or str(error) or type(error).__name__).lower()
     named = " and ".join(os.fsdecode(f) for f in (error.filename, error.filename2) if isinstance(f, str | bytes))
     for name in (*FILES, *FOLDERS):
-        if (value := os.environ.get(name)) and not named and not os.path.exists(value):
+        missing = error.errno in (errno.ENOENT, errno.ENOTDIR) and not named
+        if (value := os.environ.get(name)) and missing and not os.path.exists(value):
             return f"{why}, and {name} names {value}, which is not there", f"Correct {name}, or unset it"
         if value and named and (named == value or named.startswith(os.path.join(value, ""))) and name in FOLDERS:
             return f"{named}, where {name} leads: {why}", f"Set {name} to a folder that can be written to"

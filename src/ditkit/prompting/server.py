@@ -116,7 +116,7 @@ class ServerExpander:
             raise PlaceError(asked, f"it wants another key ({_said(e)})", do) from None
         except openai.APIStatusError as e:
             raise _refusal(asked, e, model, seeing) from None
-        except (openai.OpenAIError, ValueError) as e:  # a ValueError: JSON that is none
+        except (openai.OpenAIError, ValueError, RecursionError) as e:  # JSON that is none, or too deep
             if isinstance(e, DitkitError):
                 raise
             found = f"its answer cannot be read ({type(e).__name__}: {_short(str(e))})"
